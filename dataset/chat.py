@@ -1,0 +1,198 @@
+"""A conversation to token ids: the ChatML prompt, what is learned of it, and where its pictures stand."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+
+from transformers import PreTrainedTokenizerBase
+
+SYSTEM_PROMPT = "You are a helpful assistant"
+IMAGE_TAG = "<image>"
+IMAGE_CHARACTER = "@"
+TOKENS_PER_IMAGE = 196
+IMAGE_PLACEHOLDERS = IMAGE_CHARACTER * TOKENS_PER_IMAGE
+
+
+class RowError(ValueError):
+    """A row that cannot be learned from; the message says why."""
+
+
+@dataclass
+class EncodedChat:
+    """Token ids, the half-open [start, end) stretches of them that are learned, and each image's first position."""
+
+    input_ids: list[int]
+    learned: list[tuple[int, int]]
+    image_starts: list[int]
+
+    def truncated(self, max_length: int) -> "EncodedChat":
+        """The first `max_length` tokens.
+
+        Raises:
+            RowError: If that cuts an image off, or leaves nothing to learn.
+        """
+        if self.image_starts and self.image_starts[-1] + TOKENS_PER_IMAGE > max_length:
+            end = self.image_starts[-1] + TOKENS_PER_IMAGE
+            raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
+        learned = [(start, min(end, max_length)) for start, end in self.learned if start < max_length]
+        if not learned:
+            raise RowError(f"nothing left to learn: no answer begins within max_seq_len {max_length}")
+        return EncodedChat(self.input_ids[:max_length], learned, self.image_starts)
+
+
+class ChatEncoder:
+    """Turns conversations into token ids.
+
+    The text is tokenised turn by turn with special tokens switched off, so that `<|im_end|>` typed by a user is text
+    and ends nothing; the special tokens around the turns are set by their ids.
+
+    Args:
+        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own).
+
+    Raises:
+        ValueError: If the tokenizer is not of that form.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.begin_id, self.end_id, self.pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.encode_special_tokens = True
+        self.image_token_id = self.backend.token_to_id(IMAGE_CHARACTER)
+        if None in (self.begin_id, self.end_id, self.pad_id) or (
+            self.backend.encode(IMAGE_PLACEHOLDERS, add_special_tokens=False).ids
+            != [self.image_token_id] * TOKENS_PER_IMAGE
+        ):
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
+                "tokens, and `@` as a token of its own that is part of no other"
+            )
+        self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
+
+    def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
+        """Encodes conversations (lists of {"role", "content"} turns, as `check_conversation` lets pass)."""
+        texts = []  # of all conversations: one call is tokenised in parallel
+        for turns in conversations:
+            texts += [text for turn in with_system_turn(turns) for text in turn_texts(turn)]
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        encoded = [self._join(with_system_turn(turns), encodings) for turns in conversations]
+        if add_generation_prompt:
+            header = [self.begin_id, *self.backend.encode("assistant\n", add_special_tokens=False).ids]
+            for chat in encoded:
+                chat.input_ids += header
+        return encoded
+
+    def _join(self, turns, encodings) -> EncodedChat:
+        chat = EncodedChat([], [], [])
+        ids = chat.input_ids
+        for turn in turns:
+            ids.append(self.begin_id)
+            for index, text in enumerate(turn_texts(turn)):
+                encoding = next(encodings)
+                if index == 1:
+                    chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
+                for character in image_characters(turn, text):
+                    chat.image_starts.append(len(ids) + encoding.char_to_token(character))
+                ids += encoding.ids
+            ids += [self.end_id, *self.newline_ids]
+        return chat
+
+
+def with_system_turn(turns: list[dict]) -> list[dict]:
+    return turns if turns[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+
+
+def turn_texts(turn: dict) -> list[str]:
+    """The texts of a turn that are tokenised as one each.
+
+    An answer is apart from its header: it is generated after the header, so it must be learned after it too, with no
+    token across the border.
+    """
+    if turn["role"] == "assistant":
+        return ["assistant\n", turn["content"]]
+    content = turn["content"]
+    if turn["role"] == "user":
+        content = content.replace(IMAGE_TAG, IMAGE_PLACEHOLDERS)
+    return [f"{turn['role']}\n{content}"]
+
+
+def image_characters(turn: dict, text: str) -> list[int]:
+    """Where in the turn's expanded text each image begins (a user's own `@` beside it is not part of it)."""
+    if turn["role"] != "user" or IMAGE_TAG not in turn["content"]:
+        return []
+    positions, position = [], len("user\n")
+    for piece in turn["content"].split(IMAGE_TAG)[:-1]:
+        position += len(piece)
+        positions.append(position)
+        position += TOKENS_PER_IMAGE
+    return positions
+
+
+def parse_conversation(value: str | list) -> list[dict]:
+    """The turns of a row's `conversations` (JSON text or a list).
+
+    Raises:
+        RowError: If it is not a conversation that can be learned from.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RowError(f"conversations is not JSON: {error}") from error
+    if not isinstance(value, list) or not value:
+        raise RowError("conversations is missing or not a list of turns")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise RowError(f"turn {number} has no role")
+        if not isinstance(turn.get("content"), str):
+            raise RowError(f"turn {number} has no text as content")
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    check_turns(turns)
+    return turns
+
+
+def check_turns(turns: list[dict]):
+    """Raises RowError unless there is at most one system turn, first, then user and assistant in turn."""
+    spoken = turns[1:] if turns[0]["role"] == "system" else turns
+    offset = len(turns) - len(spoken) + 1
+    for index, turn in enumerate(spoken):
+        expected = ("user", "assistant")[index % 2]
+        if turn["role"] != expected:
+            raise RowError(f"turn {index + offset} is of role {turn['role']!r}, expected {expected!r}")
+    if len(spoken) < 2:
+        raise RowError("nothing to learn: no assistant turn")
+    for number, turn in enumerate(turns, start=1):
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise RowError(f"turn {number}: the answer is empty")
+        if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
+            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
+        try:
+            turn["content"].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(f"turn {number} holds half a surrogate pair, which is no character") from error
+
+
+def parse_picture_names(value) -> list[str]:
+    """The names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
+
+    Raises:
+        RowError: If it is something else, or a name leads out of the pictures' folder.
+    """
+    if value is None or value == "":
+        return []
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+            raise RowError(f"the picture's path leaves images_path: {name!r}")
+    return names
+
+
+def check_images(turns: list[dict], pictures: int):
+    """Raises RowError unless the conversation has as many `<image>` as there are pictures."""
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
+    if tags != pictures:
+        raise RowError(f"{tags} {IMAGE_TAG} in the text, but {pictures} picture(s)")

@@ -1,0 +1,90 @@
+"""Which samples make up which batch: a pure function of seed and epoch, the same for any number of processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MAX_CHUNK = 1024
+CHUNKS_PER_WINDOW = 64
+
+
+def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A shuffled order in which neighbours are of similar length.
+
+    All samples are shuffled and cut into large windows; each window is sorted by length, cut into chunks, and its
+    chunks are shuffled. Window and chunk depend on the number of samples alone, never on batch size or processes.
+
+    Args:
+        lengths: (samples,) tokens of each sample.
+
+    Returns:
+        (samples,) every index once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    chunk = int(np.clip(len(lengths) // CHUNKS_PER_WINDOW, 16, MAX_CHUNK))
+    result = []
+    for start in range(0, len(order), chunk * CHUNKS_PER_WINDOW):
+        window = order[start : start + chunk * CHUNKS_PER_WINDOW]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        chunks = np.split(window, range(chunk, len(window), chunk))
+        result += [chunks[i] for i in rng.permutation(len(chunks))]
+    return np.concatenate(result) if result else order
+
+
+class BatchSampler(Sampler):
+    """One process's share of the batches, from a given sample on, over all epochs that are left.
+
+    An optimizer step takes the next `batch_size * accumulation_steps * world_size` samples of the epoch's order (fewer
+    in its last step), divided evenly; so each process does the same number of batches, some of them empty at most.
+
+    Args:
+        lengths: (samples,) tokens of each sample.
+        batch_size: Samples of one process in one forward pass.
+        accumulation_steps: Forward passes of one optimizer step.
+        epochs: How many epochs there are in all.
+        seed, rank, world_size: As named.
+    """
+
+    def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):
+        self.lengths = lengths
+        self.accumulation_steps, self.epochs, self.seed = accumulation_steps, epochs, seed
+        self.rank, self.world_size = rank, world_size
+        self.group = batch_size * accumulation_steps * world_size
+        self.start_epoch = self.start_sample = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return -(-len(self.lengths) // self.group)
+
+    def start_at(self, epoch: int, sample: int):
+        """Begins with the given sample of the given epoch's order."""
+        self.start_epoch, self.start_sample = epoch, sample
+
+    def __len__(self) -> int:
+        """Batches of this process that are left."""
+        left = max(0, self.epochs - self.start_epoch - 1) * self.steps_per_epoch
+        left += -(-(len(self.lengths) - self.start_sample) // self.group)
+        return left * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch, start in self.steps():
+            order = self._order(epoch)
+            shares = np.array_split(order[start : start + self.group], self.accumulation_steps * self.world_size)
+            for micro_step in range(self.accumulation_steps):
+                yield shares[micro_step * self.world_size + self.rank].tolist()
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """(epoch, first sample) of each optimizer step that is left."""
+        start = self.start_sample
+        for epoch in range(self.start_epoch, self.epochs):
+            for first in range(start, len(self.lengths), self.group):
+                yield epoch, first
+            start = 0
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_cached_epoch", None) != epoch:
+            self._cached_epoch, self._cached_order = epoch, epoch_order(self.lengths, self.seed, epoch)
+        return self._cached_order

@@ -1,0 +1,424 @@
+"""The MiniMind decoder: mathematically a Llama (RMSNorm, rotary positions, grouped-query attention, SwiGLU).
+
+Shape suffixes: B samples, L positions, D hidden size, H query heads, K key/value heads, E head size, V vocabulary,
+T tokens (B * L), X experts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+
+class MiniMindConfig(PretrainedConfig):
+    """The decoder's shape.
+
+    Args:
+        hidden_size: Width D of the residual stream; 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are
+            the published ones.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K must divide H, H must divide D.
+        intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
+        inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
+            `original_max_position_embeddings` by `yarn_factor`.
+        use_moe: Replace the feed-forward by `n_routed_experts` experts, of which each token uses the
+            `num_experts_per_tok` best, and `n_shared_experts` that every token uses.
+        aux_loss_alpha: Coefficient of the experts' load-balancing loss.
+
+    Raises:
+        ValueError: If the head counts do not fit the hidden size.
+    """
+
+    model_type = "minimind"
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int = 2,
+        vocab_size: int = 6400,
+        intermediate_size: int | None = None,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1e6,
+        dropout: float = 0.0,
+        inference_rope_scaling: bool = False,
+        original_max_position_embeddings: int = 2048,
+        yarn_factor: float = 16.0,
+        yarn_beta_fast: float = 32.0,
+        yarn_beta_slow: float = 1.0,
+        use_moe: bool = False,
+        num_experts_per_tok: int = 2,
+        n_routed_experts: int = 4,
+        n_shared_experts: int = 1,
+        aux_loss_alpha: float = 0.01,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        **kwargs,
+    ):
+        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_attention_heads {num_attention_heads}, and that "
+                f"a multiple of num_key_value_heads {num_key_value_heads}"
+            )
+        if hidden_size // num_attention_heads % 2:
+            raise ValueError(f"the head size {hidden_size // num_attention_heads} must be even: rotary positions pair")
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.vocab_size = vocab_size
+        self.intermediate_size = intermediate_size or 64 * math.ceil(int(hidden_size * 8 / 3) / 64)
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.inference_rope_scaling = inference_rope_scaling
+        self.original_max_position_embeddings = original_max_position_embeddings
+        self.yarn_factor = yarn_factor
+        self.yarn_beta_fast = yarn_beta_fast
+        self.yarn_beta_slow = yarn_beta_slow
+        self.use_moe = use_moe
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = n_shared_experts
+        self.aux_loss_alpha = aux_loss_alpha
+        kwargs.setdefault("tie_word_embeddings", True)
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(hidden_states.dtype)
+
+
+def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
+    """Angles per position for each pair of a head's dimensions, and the factor on cosine and sine.
+
+    Args:
+        config: Gives the head size E, theta and whether YaRN is on.
+
+    Returns:
+        Frequencies (E/2,) in radians per position, float32, and YaRN's attention factor (1 without YaRN).
+    """
+    head_dim = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if not config.inference_rope_scaling:
+        return frequencies, 1.0
+
+    def pair_that_turns(rotations: float) -> float:
+        """The (fractional) pair that makes so many full turns within the original context."""
+        wavelength = config.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(config.yarn_beta_slow)), head_dim - 1)
+    # Fast pairs (below low) keep their frequency, slow ones (above high) are stretched, those between are blended.
+    stretched = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    frequencies = frequencies * (1 - stretched) + frequencies / config.yarn_factor * stretched
+    return frequencies, 0.1 * math.log(config.yarn_factor) + 1.0
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates (B, heads, L, E) by (B or 1, 1, L, E); the first half of a head pairs with the second.
+
+    Computed in float32 whatever the states' type: at position 1000 a bfloat16 angle is off by more than a radian.
+    """
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (states * cos + rotated * sin).to(states.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, rotary, attention_mask, past_key_values):
+        x_BLD = hidden_states
+        batch, length, _ = x_BLD.shape
+        q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        k_BKLE = self.k_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        v_BKLE = self.v_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        q_BHLE, k_BKLE = apply_rotary(q_BHLE, *rotary), apply_rotary(k_BKLE, *rotary)
+        if past_key_values is not None:
+            k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx)
+        out_BHLE = F.scaled_dot_product_attention(
+            q_BHLE,
+            k_BKLE,
+            v_BKLE,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            # One new token sees all keys; several tokens with keys before them come with a mask.
+            is_causal=attention_mask is None and length > 1,
+            enable_gqa=True,
+        )
+        return self.o_proj(out_BHLE.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MoEFeedForward(nn.Module):
+    """Routed experts and shared ones; the balancing loss is per sequence (https://arxiv.org/abs/2401.06066)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.alpha = config.aux_loss_alpha
+        self.gate = nn.Linear(config.hidden_size, self.num_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(self.num_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
+        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) leaves out pads."""
+        batch, length, width = hidden_states.shape
+        x_TD = hidden_states.reshape(-1, width)
+        # The router decides between near-equal scores: float32, also under autocast.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores_TX = F.linear(x_TD.float(), self.gate.weight.float()).softmax(dim=-1)
+        weight_Tk, expert_Tk = scores_TX.topk(self.top_k, dim=-1)
+        weight_Tk = weight_Tk / weight_Tk.sum(dim=-1, keepdim=True)
+
+        out_TD = sum(expert(x_TD) for expert in self.shared_experts) if self.shared_experts else torch.zeros_like(x_TD)
+        out_TD = out_TD.float()
+        for index, expert in enumerate(self.experts):
+            token, slot = (expert_Tk == index).nonzero(as_tuple=True)
+            out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
+        out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
+        return out_BLD, self.balancing_loss(scores_TX.view(batch, length, -1), expert_Tk.view(batch, length, -1), token_mask)
+
+    def balancing_loss(self, scores_BLX, expert_BLk, token_mask):
+        """alpha * sum over experts of (share of choices, times experts) * (mean score), per sequence: (B,)."""
+        chosen_BLX = F.one_hot(expert_BLk, self.num_experts).sum(dim=2).float()
+        if token_mask is None:
+            token_mask = torch.ones_like(scores_BLX[..., 0])
+        mask_BL1 = token_mask[..., None].float()
+        count_B1 = mask_BL1.sum(dim=1).clamp(min=1)
+        share_BX = (chosen_BLX * mask_BL1).sum(dim=1) / count_B1 * (self.num_experts / self.top_k)
+        score_BX = (scores_BLX * mask_BL1).sum(dim=1) / count_B1
+        return self.alpha * (share_BX * score_BX).sum(dim=-1)
+
+
+class MiniMindBlock(nn.Module):
+    """One pre-norm block: attention, then the feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states, rotary, attention_mask, past_key_values, token_mask):
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, attention_mask, past_key_values)
+        hidden_states = hidden_states + self.dropout(attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, MoEFeedForward):
+            fed, aux_loss = self.mlp(normed, token_mask)
+        else:
+            fed, aux_loss = self.mlp(normed), None
+        return hidden_states + self.dropout(fed), aux_loss
+
+
+def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
+    """The mask attention needs, or None where plain causal attention (or one token that sees all) is enough.
+
+    Args:
+        attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
+        length: New positions. past_length: Positions already in the cache. key_length: Keys that attention will see
+            (more than `past_length + length` with a static cache).
+
+    Returns:
+        None, or a boolean (B or 1, 1, length, key_length), True where a query may look.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    exact = key_length == past_length + length
+    if not padded and exact and (past_length == 0 or length == 1):
+        return None
+    query_position = past_length + torch.arange(length, device=device)[:, None]
+    key_position = torch.arange(key_length, device=device)[None, :]
+    mask = (key_position <= query_position)[None, None]
+    if padded:
+        keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
+        # A pad sees itself, so that no row is empty: a softmax over nothing is NaN, and NaN spreads through the values.
+        mask = mask & keys[:, None, None, :] | (key_position == query_position)
+    return mask
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MiniMindModel):
+            # Not saved, so it is computed wherever a model's tensors are filled.
+            module.rotary_frequencies.copy_(rotary_frequencies(module.config)[0])
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(MiniMindBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        frequencies, self.rotary_scale = rotary_frequencies(config)
+        self.register_buffer("rotary_frequencies", frequencies, persistent=False)
+        self.post_init()
+
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, past_key_values=None, token_mask=None):
+        """Runs the blocks over (B, L, D); returns the normed (B, L, D) and the balancing loss per sequence or None."""
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask, length, past_length, device)
+        attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
+        angles_BLE = (position_ids[..., None].float() * self.rotary_frequencies.float()).repeat(1, 1, 2)
+        rotary = tuple((f(angles_BLE) * self.rotary_scale)[:, None] for f in (torch.cos, torch.sin))
+
+        hidden_states = self.dropout(inputs_embeds)
+        aux_losses = []
+        for layer in self.layers:
+            hidden_states, aux_loss = layer(hidden_states, rotary, attention_mask, past_key_values, token_mask)
+            aux_losses.append(aux_loss)
+        return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
+
+
+def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past_length, device) -> torch.Tensor:
+    """Positions (B or 1, length) of the newest tokens; pads at the left do not count."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+    return (past_length + torch.arange(length, device=device))[None]
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head, which shares its weight with the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig | None = None):
+        super().__init__(config or MiniMindConfig())
+        self.model = MiniMindModel(self.config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) ids to (B, L, D)."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        learned_positions: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """One pass over the tokens.
+
+        Args:
+            input_ids: (B, L) token ids, or inputs_embeds: (B, L, D).
+            attention_mask: (B, keys), 0 at pads. Pads at the right of a training batch need none: nothing after a
+                token is seen by it.
+            past_key_values: A cache (transformers' own), filled in place; any number of tokens may follow a filled one.
+            labels: (B, L), -100 where nothing is learned; the token at position i is learned from position i - 1.
+            logits_to_keep: Compute the logits of this many last positions only; 0 is all of them.
+            learned_positions: (N,) positions in the flattened (B * L) labels, to compute logits there only: `logits` is
+                then (N, V). What is labelled -100 at such a position counts for nothing.
+            num_items_in_batch: Divide the summed loss by this, not by the number of learned tokens (the learned tokens
+                of the whole optimizer step, where that is more than this batch).
+
+        Returns:
+            A new output: `loss` (mean cross-entropy over the learned tokens, 0 where there is none, plus the experts'
+            balancing loss), `aux_loss` (that balancing loss, mean over samples), `logits`, `past_key_values`.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        token_mask = None
+        if self.config.use_moe and input_ids is not None:
+            token_mask = input_ids != self.config.pad_token_id
+        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
+
+        if learned_positions is not None:
+            # The logits that predict position i stand at i - 1; a first position has nothing before it.
+            kept = hidden_states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
+            logits, targets = self.lm_head(kept), labels.flatten()[learned_positions]
+        else:
+            logits = self.lm_head(hidden_states[:, -logits_to_keep:])
+            targets = None if labels is None else labels[:, 1:].flatten()
+        loss, aux_loss = None, aux_losses.mean() if aux_losses is not None else None
+        if targets is not None:
+            predicted = logits if learned_positions is not None else logits[:, :-1].flatten(0, 1)
+            loss = causal_lm_loss(predicted, targets, num_items_in_batch)
+            loss = loss if aux_loss is None else loss + aux_loss
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
+
+
+def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
+    """Cross-entropy of (N, V) against (N,), in float32; -100 is left out, and nothing to learn is 0, not NaN."""
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    return loss / ((targets != -100).sum().clamp(min=1) if num_items is None else num_items)

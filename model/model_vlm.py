@@ -1,0 +1,259 @@
+"""MiniMind-V: a frozen CLIP vision tower, one linear layer, and the MiniMind decoder.
+
+An image is 196 placeholder tokens in the text; their embeddings are replaced by the tower's 196 projected patches.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+TOKENS_PER_IMAGE = 196
+IMAGE_SIZE = 224
+
+
+class TowerError(OSError):
+    """The vision tower is missing or cannot be read."""
+
+
+class VLMConfig(MiniMindConfig):
+    """The decoder's shape (see `MiniMindConfig`) and how pictures enter it.
+
+    Args:
+        image_token_id: The placeholder's id, `@` in the published tokenizer.
+        vision_hidden_size: Width of the tower's features; read from the tower where there is one.
+    """
+
+    model_type = "minimind-v"
+
+    def __init__(self, image_token_id: int = 34, vision_hidden_size: int = 768, **kwargs):
+        self.image_token_id = image_token_id
+        self.vision_hidden_size = vision_hidden_size
+        super().__init__(**kwargs)
+
+
+class VisionProj(nn.Module):
+    """One linear layer from the tower's width to the decoder's: (..., ve_hidden_size) to (..., hidden_size)."""
+
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.vision_proj(image_features)
+
+
+def load_vision_tower(path: str | Path) -> CLIPVisionModel:
+    """Reads the vision half of a CLIP checkpoint (its text half stays on disk), frozen, in eval mode.
+
+    Args:
+        path: A folder with config.json and model.safetensors or pytorch_model.bin, of the vision tower or whole CLIP.
+
+    Returns:
+        The tower, float32, with the `pixel_mean` and `pixel_std` (1, 3, 1, 1) its pictures are normalised by.
+
+    Raises:
+        TowerError: If the folder or a file in it is missing, unreadable, or not a tower of 196 patches.
+    """
+    path = Path(path)
+    remedy = (
+        "It must be a folder with config.json and model.safetensors (or pytorch_model.bin) of a CLIP ViT with patch 16; "
+        "`python scripts/download.py tower` fetches the published one, --vision_model_path names another."
+    )
+    if not (path / "config.json").is_file():
+        raise TowerError(f"no vision tower in {path}: {path / 'config.json'} is missing. {remedy}")
+    try:
+        tower, info = CLIPVisionModel.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        preprocessor = path / "preprocessor_config.json"
+        normalisation = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise TowerError(f"the vision tower in {path} cannot be read: {error}. {remedy}") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        wrong = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
+        raise TowerError(f"the vision tower in {path} lacks {len(wrong)} tensors, the first is {wrong[0]}. {remedy}")
+    config = tower.config
+    patches = (config.image_size // config.patch_size) ** 2
+    if patches != TOKENS_PER_IMAGE or config.image_size != IMAGE_SIZE:
+        raise TowerError(
+            f"the vision tower in {path} makes {patches} patches of a {config.image_size} px picture; MiniMind-V takes "
+            f"{TOKENS_PER_IMAGE} of {IMAGE_SIZE} px. {remedy}"
+        )
+    for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
+        values = torch.tensor(normalisation.get(f"image_{name}", values), dtype=torch.float32).view(1, 3, 1, 1)
+        tower.register_buffer(f"pixel_{name}", values, persistent=False)
+    return tower.requires_grad_(False).eval()
+
+
+def find_image_starts(input_ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Where images begin: every 196th placeholder of a run, from the run's first.
+
+    Args:
+        input_ids: (B, L). What is left of a run (a user's own `@`) is text.
+
+    Returns:
+        (images, 2) sample and first column of each image, in reading order.
+    """
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    is_placeholder = input_ids == image_token_id
+    last_other = torch.where(is_placeholder, -1, column).cummax(dim=1).values
+    # Counted within its run, the 1st, 197th, ... placeholder begins an image if 195 more follow it.
+    ends = is_placeholder & ((column - last_other) % TOKENS_PER_IMAGE == 0)
+    starts = ends.nonzero()
+    starts[:, 1] -= TOKENS_PER_IMAGE - 1
+    return starts
+
+
+class MiniMindVLM(MiniMindForCausalLM):
+    """The vision-language model. Its state dict and its parameters are the projection's and the decoder's alone.
+
+    Args:
+        config: The decoder's shape.
+        vision_model_path: The tower's folder; None builds the model without one (it then takes no pictures).
+
+    Raises:
+        TowerError: If the tower is missing or cannot be read.
+    """
+
+    config_class = VLMConfig
+
+    def __init__(self, config: VLMConfig | None = None, vision_model_path: str | Path | None = None):
+        config = config or VLMConfig()
+        tower = None if vision_model_path is None else load_vision_tower(vision_model_path)
+        if tower is not None:
+            config.vision_hidden_size = tower.config.hidden_size
+        super().__init__(config)
+        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
+        # Not a registered submodule: so it is in no weight file, no optimizer, and `train()` does not reach it.
+        object.__setattr__(self, "vision_encoder", tower)
+        self.post_init()
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        if self.vision_encoder is not None:
+            self.vision_encoder._apply(fn, *args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tower's features: its last hidden state before the final layer norm, without the class token.
+
+        Args:
+            pixel_values: (images, 3, 224, 224), uint8 as decoded or float as already normalised.
+
+        Returns:
+            (images, 196, vision_hidden_size).
+
+        Raises:
+            TowerError: If the model was built without a tower.
+        """
+        if self.vision_encoder is None:
+            raise TowerError("pictures were given, but this model was built without a vision tower (vision_model_path)")
+        tower = self.vision_encoder
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = (pixel_values.float() / 255 - tower.pixel_mean.float()) / tower.pixel_std.float()
+        return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]
+
+    def splice_images(self, inputs_embeds, pixel_values, image_starts) -> torch.Tensor:
+        """Writes the projected patches of (N, 3, 224, 224) over the placeholders of (B, L, D) that begin at (N, 2)."""
+        projected = self.vision_proj(self.encode_images(pixel_values))
+        first = image_starts[:, 0] * inputs_embeds.shape[1] + image_starts[:, 1]
+        positions = first[:, None] + torch.arange(TOKENS_PER_IMAGE, device=first.device)
+        flat = inputs_embeds.flatten(0, 1)
+        flat = flat.index_copy(0, positions.flatten(), projected.flatten(0, 1).to(flat.dtype))
+        return flat.view_as(inputs_embeds)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_starts: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """One pass over text and pictures; see `MiniMindForCausalLM.forward` for the rest of the arguments.
+
+        Args:
+            input_ids: (B, L); each image is a run of 196 placeholders.
+            pixel_values: (B, images, 3, 224, 224), or (all images, 3, 224, 224) in reading order; uint8 as decoded, or
+                float as already normalised.
+            image_starts: (all images, 2) sample and column of each image's first placeholder, as the collate function
+                gives it. Without it they are looked for in input_ids, which on a GPU waits for the device.
+
+        Raises:
+            ValueError: If the placeholders of a sample do not match its pictures.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+            if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= TOKENS_PER_IMAGE):
+                image_starts = find_image_starts(input_ids, self.config.image_token_id)
+                self.check_images(input_ids, pixel_values, image_starts)
+            if pixel_values is not None and pixel_values.numel():
+                if pixel_values.dim() == 5:
+                    pixel_values = pixel_values.flatten(0, 1)
+                inputs_embeds = self.splice_images(inputs_embeds, pixel_values, image_starts)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs
+        )
+
+    def check_images(self, input_ids, pixel_values, image_starts):
+        """Raises ValueError, naming the sample, where placeholders and pictures do not match."""
+        samples = input_ids.shape[0]
+        runs = torch.bincount(image_starts[:, 0], minlength=samples).tolist()
+        given = 0 if pixel_values is None else pixel_values[..., 0, 0, 0].numel()
+        if pixel_values is not None and pixel_values.dim() == 5:
+            if pixel_values.shape[0] != samples:
+                raise ValueError(f"pixel_values holds {pixel_values.shape[0]} samples, input_ids {samples}")
+            expected = [pixel_values.shape[1]] * samples
+        elif given == sum(runs):
+            return
+        else:
+            expected = [None] * samples
+        placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        for sample, (run, images, count) in enumerate(zip(runs, expected, placeholders, strict=True)):
+            leftover = count - run * TOKENS_PER_IMAGE
+            cut = f"; {leftover} more placeholders are no whole image: was it cut off?" if leftover else ""
+            if images is not None and run != images:
+                raise ValueError(f"sample {sample} has placeholders for {run} image(s), but {images} image(s) given{cut}")
+            if images is None and cut:
+                raise ValueError(
+                    f"sample {sample} has placeholders for {run} image(s){cut} "
+                    f"The batch has them for {sum(runs)} image(s), and {given} were given"
+                )
+        if expected[0] is None:
+            raise ValueError(
+                f"{given} image(s) were given, but the samples have placeholders for {sum(runs)}: "
+                + ", ".join(f"sample {sample}: {run}" for sample, run in enumerate(runs))
+            )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+        if kwargs.get("use_cache", True) and not is_first_iteration:
+            # The pictures are in the cache.
+            inputs["pixel_values"] = inputs["image_starts"] = None
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        pixel_values, starts = kwargs.pop("pixel_values", None), kwargs.pop("image_starts", None)
+        if pixel_values is not None and expand_size > 1:
+            if starts is None:
+                starts = find_image_starts(input_ids, self.config.image_token_id)
+            if pixel_values.dim() == 5:
+                pixel_values = pixel_values.flatten(0, 1)
+            # Copy j of sample s is row s * expand_size + j: pictures follow their row, not each other.
+            copies = torch.arange(expand_size, device=starts.device)
+            rows = (starts[:, :1] * expand_size + copies).flatten()
+            rows, order = rows.sort(stable=True)
+            starts = torch.stack((rows, starts[:, 1].repeat_interleave(expand_size)[order]), dim=1)
+            pixel_values = pixel_values.repeat_interleave(expand_size, dim=0)[order]
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | {"pixel_values": pixel_values, "image_starts": starts}
