@@ -157,7 +157,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values):
+    def forward(self, hidden_states, rotary, attention_mask, past_key_values, cache_position):
         x_BLD = hidden_states
         batch, length, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -165,7 +165,9 @@ class Attention(nn.Module):
         v_BKLE = self.v_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q_BHLE, k_BKLE = apply_rotary(q_BHLE, *rotary), apply_rotary(k_BKLE, *rotary)
         if past_key_values is not None:
-            k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx)
+            # Early releases of transformers 5 do not count what is in a static cache: they are told where to write.
+            cache_kwargs = {"cache_position": cache_position}
+            k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
         out_BHLE = F.scaled_dot_product_attention(
             q_BHLE,
             k_BKLE,
@@ -245,8 +247,9 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values, token_mask):
-        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, attention_mask, past_key_values)
+    def forward(self, hidden_states, rotary, attention_mask, past_key_values, cache_position, token_mask):
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attn(normed, rotary, attention_mask, past_key_values, cache_position)
         hidden_states = hidden_states + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MoEFeedForward):
@@ -314,14 +317,22 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.post_init()
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.rotary_frequencies.dtype.itemsize < 4:
+            # A half-precision model keeps exact angles: rounded frequencies are off by radians at position 1000.
+            self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
+        return self
+
     def forward(self, inputs_embeds, attention_mask=None, position_ids=None, past_key_values=None, token_mask=None):
         """Runs the blocks over (B, L, D); returns the normed (B, L, D) and the balancing loss per sequence or None."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_static = past_key_values is not None and past_key_values.is_compileable
         key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
+        cache_position = past_length + torch.arange(length, device=device)
         if position_ids is None:
-            position_ids = positions_from_mask(attention_mask, length, past_length, device)
+            position_ids = positions_from_mask(attention_mask, cache_position)
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
         angles_BLE = (position_ids[..., None].float() * self.rotary_frequencies.float()).repeat(1, 1, 2)
         rotary = tuple((f(angles_BLE) * self.rotary_scale)[:, None] for f in (torch.cos, torch.sin))
@@ -329,16 +340,18 @@ class MiniMindModel(MiniMindPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         aux_losses = []
         for layer in self.layers:
-            hidden_states, aux_loss = layer(hidden_states, rotary, attention_mask, past_key_values, token_mask)
+            hidden_states, aux_loss = layer(
+                hidden_states, rotary, attention_mask, past_key_values, cache_position, token_mask
+            )
             aux_losses.append(aux_loss)
         return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
 
 
-def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past_length, device) -> torch.Tensor:
-    """Positions (B or 1, length) of the newest tokens; pads at the left do not count."""
+def positions_from_mask(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
+    """Positions (B or 1, L) of the newest tokens, whose places in the cache are (L,); pads at the left do not count."""
     if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-    return (past_length + torch.arange(length, device=device))[None]
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -len(cache_position) :]
+    return cache_position[None]
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -388,7 +401,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             learned_positions: (N,) positions in the flattened (B * L) labels, to compute logits there only: `logits` is
                 then (N, V). What is labelled -100 at such a position counts for nothing.
             num_items_in_batch: Divide the summed loss by this, not by the number of learned tokens (the learned tokens
-                of the whole optimizer step, where that is more than this batch).
+                of the whole optimizer step, where that is more than this batch). The balancing loss, which weighs by
+                samples, is then left to the caller.
 
         Returns:
             A new output: `loss` (mean cross-entropy over the learned tokens, 0 where there is none, plus the experts'
@@ -404,9 +418,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
 
         if learned_positions is not None:
-            # The logits that predict position i stand at i - 1; a first position has nothing before it.
+            # The logits that predict position i stand at i - 1; a first position has nothing before it to learn from.
             kept = hidden_states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
-            logits, targets = self.lm_head(kept), labels.flatten()[learned_positions]
+            is_first = learned_positions % labels.shape[1] == 0
+            logits, targets = self.lm_head(kept), labels.flatten()[learned_positions].masked_fill(is_first, -100)
         else:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])
             targets = None if labels is None else labels[:, 1:].flatten()
@@ -414,11 +429,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if targets is not None:
             predicted = logits if learned_positions is not None else logits[:, :-1].flatten(0, 1)
             loss = causal_lm_loss(predicted, targets, num_items_in_batch)
-            loss = loss if aux_loss is None else loss + aux_loss
+            if aux_loss is not None and num_items_in_batch is None:
+                loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
 
 
 def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
     """Cross-entropy of (N, V) against (N,), in float32; -100 is left out, and nothing to learn is 0, not NaN."""
     loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    return loss / ((targets != -100).sum().clamp(min=1) if num_items is None else num_items)
+    count = (targets != -100).sum() if num_items is None else num_items
+    return loss / (count + (count == 0))

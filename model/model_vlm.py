@@ -4,12 +4,17 @@ An image is 196 placeholder tokens in the text; their embeddings are replaced by
 """
 
 import json
+import math
+import pickle
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.initialization import no_init_weights
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -49,6 +54,39 @@ class VisionProj(nn.Module):
         return self.vision_proj(image_features)
 
 
+# What damaged files were seen to raise on their way through transformers.
+DAMAGED_FILE_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+)
+
+
+def read_vision_half(path: Path) -> dict[str, torch.Tensor]:
+    """The vision tensors of a checkpoint's folder, by their names without `vision_model.`; the text half is not read."""
+    if (path / "model.safetensors").is_file():
+        with safe_open(path / "model.safetensors", framework="pt") as checkpoint:
+            tensors = {name: checkpoint.get_tensor(name) for name in of_vision_half(checkpoint.keys())}
+    else:
+        file = path / "pytorch_model.bin"
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors = {name: checkpoint[name] for name in of_vision_half(checkpoint.keys())}
+    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+
+
+def of_vision_half(names) -> list[str]:
+    """What of a checkpoint, of the tower alone or of whole CLIP, is a weight of the tower (position_ids only counts)."""
+    names = [name for name in names if not name.endswith("position_ids")]
+    return [name for name in names if name.startswith("vision_model.")] or names
+
+
+def read_pixel_statistics(path: Path) -> dict[str, torch.Tensor]:
+    """Mean and standard deviation (1, 3, 1, 1) from preprocessor_config.json, or CLIP's where there is no such file."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    published = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+    statistics = {name: torch.tensor(settings.get(name, values)) for name, values in published.items()}
+    return {name: values.float().view(1, 3, 1, 1) for name, values in statistics.items()}
+
+
 def load_vision_tower(path: str | Path) -> CLIPVisionModel:
     """Reads the vision half of a CLIP checkpoint (its text half stays on disk), frozen, in eval mode.
 
@@ -68,27 +106,38 @@ def load_vision_tower(path: str | Path) -> CLIPVisionModel:
     )
     if not (path / "config.json").is_file():
         raise TowerError(f"no vision tower in {path}: {path / 'config.json'} is missing. {remedy}")
+    if not any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        raise TowerError(f"no vision tower in {path}: {path / 'model.safetensors'} is missing. {remedy}")
     try:
-        tower, info = CLIPVisionModel.from_pretrained(
-            path, local_files_only=True, output_loading_info=True, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        preprocessor = path / "preprocessor_config.json"
-        normalisation = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise TowerError(f"the vision tower in {path} cannot be read: {error}. {remedy}") from error
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        wrong = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
-        raise TowerError(f"the vision tower in {path} lacks {len(wrong)} tensors, the first is {wrong[0]}. {remedy}")
-    config = tower.config
-    patches = (config.image_size // config.patch_size) ** 2
+        config = CLIPVisionConfig.from_pretrained(path, local_files_only=True)
+        patches = (config.image_size // config.patch_size) ** 2
+        # On the CPU and filled here also where transformers lays out the model around it without memory
+        # (`MiniMindVLM.from_pretrained`).
+        with torch.device("cpu"), no_init_weights():
+            tower = CLIPVisionModel(config).float()
+        tensors = read_vision_half(path)
+        statistics = read_pixel_statistics(path / "preprocessor_config.json")
+        wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+        wrong = wanted.keys() ^ tensors.keys()
+        wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
+    except DAMAGED_FILE_ERRORS as error:
+        # The first sentence: what follows it is advice to programmers, some of it unsafe (to load any pickle).
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
+        raise TowerError(f"the vision tower in {path} cannot be read ({reason}). {remedy}") from error
     if patches != TOKENS_PER_IMAGE or config.image_size != IMAGE_SIZE:
         raise TowerError(
             f"the vision tower in {path} makes {patches} patches of a {config.image_size} px picture; MiniMind-V takes "
             f"{TOKENS_PER_IMAGE} of {IMAGE_SIZE} px. {remedy}"
         )
-    for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
-        values = torch.tensor(normalisation.get(f"image_{name}", values), dtype=torch.float32).view(1, 3, 1, 1)
-        tower.register_buffer(f"pixel_{name}", values, persistent=False)
+    if wrong:
+        raise TowerError(
+            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many or of "
+            f"another shape, the first is {min(wrong)}. {remedy}"
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+    tower.register_buffer("pixel_mean", statistics["image_mean"], persistent=False)
+    tower.register_buffer("pixel_std", statistics["image_std"], persistent=False)
     return tower.requires_grad_(False).eval()
 
 
@@ -109,6 +158,11 @@ def find_image_starts(input_ids: torch.Tensor, image_token_id: int) -> torch.Ten
     starts = ends.nonzero()
     starts[:, 1] -= TOKENS_PER_IMAGE - 1
     return starts
+
+
+def count_images(pixel_values: torch.Tensor | None) -> int:
+    """How many images (..., 3, height, width) holds."""
+    return 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
 
 
 class MiniMindVLM(MiniMindForCausalLM):
@@ -163,7 +217,8 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def splice_images(self, inputs_embeds, pixel_values, image_starts) -> torch.Tensor:
         """Writes the projected patches of (N, 3, 224, 224) over the placeholders of (B, L, D) that begin at (N, 2)."""
-        projected = self.vision_proj(self.encode_images(pixel_values))
+        # The tower stays in float32 where only the rest was loaded in half precision.
+        projected = self.vision_proj(self.encode_images(pixel_values).to(inputs_embeds.dtype))
         first = image_starts[:, 0] * inputs_embeds.shape[1] + image_starts[:, 1]
         positions = first[:, None] + torch.arange(TOKENS_PER_IMAGE, device=first.device)
         flat = inputs_embeds.flatten(0, 1)
@@ -177,10 +232,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         image_starts: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
         **kwargs,
     ):
         """One pass over text and pictures; see `MiniMindForCausalLM.forward` for the rest of the arguments.
+
+        `generate` hands over only what this signature names, so those that it needs stand here too.
 
         Args:
             input_ids: (B, L); each image is a run of 196 placeholders.
@@ -197,43 +257,46 @@ class MiniMindVLM(MiniMindForCausalLM):
             if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= TOKENS_PER_IMAGE):
                 image_starts = find_image_starts(input_ids, self.config.image_token_id)
                 self.check_images(input_ids, pixel_values, image_starts)
+            elif image_starts is not None and len(image_starts) != count_images(pixel_values):
+                self.check_images(input_ids, pixel_values, image_starts)
             if pixel_values is not None and pixel_values.numel():
                 if pixel_values.dim() == 5:
                     pixel_values = pixel_values.flatten(0, 1)
                 inputs_embeds = self.splice_images(inputs_embeds, pixel_values, image_starts)
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
         )
 
     def check_images(self, input_ids, pixel_values, image_starts):
         """Raises ValueError, naming the sample, where placeholders and pictures do not match."""
-        samples = input_ids.shape[0]
+        samples, given = input_ids.shape[0], count_images(pixel_values)
         runs = torch.bincount(image_starts[:, 0], minlength=samples).tolist()
-        given = 0 if pixel_values is None else pixel_values[..., 0, 0, 0].numel()
-        if pixel_values is not None and pixel_values.dim() == 5:
-            if pixel_values.shape[0] != samples:
-                raise ValueError(f"pixel_values holds {pixel_values.shape[0]} samples, input_ids {samples}")
-            expected = [pixel_values.shape[1]] * samples
-        elif given == sum(runs):
+        per_sample = pixel_values is not None and pixel_values.dim() == 5
+        if per_sample and pixel_values.shape[0] != samples:
+            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} samples, input_ids {samples}")
+        expected = [pixel_values.shape[1]] * samples if per_sample else None
+        if runs == expected or (not per_sample and given == sum(runs)):
             return
-        else:
-            expected = [None] * samples
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        for sample, (run, images, count) in enumerate(zip(runs, expected, placeholders, strict=True)):
-            leftover = count - run * TOKENS_PER_IMAGE
-            cut = f"; {leftover} more placeholders are no whole image: was it cut off?" if leftover else ""
-            if images is not None and run != images:
-                raise ValueError(f"sample {sample} has placeholders for {run} image(s), but {images} image(s) given{cut}")
-            if images is None and cut:
-                raise ValueError(
-                    f"sample {sample} has placeholders for {run} image(s){cut} "
-                    f"The batch has them for {sum(runs)} image(s), and {given} were given"
-                )
-        if expected[0] is None:
-            raise ValueError(
-                f"{given} image(s) were given, but the samples have placeholders for {sum(runs)}: "
-                + ", ".join(f"sample {sample}: {run}" for sample, run in enumerate(runs))
-            )
+        leftovers = [count - run * TOKENS_PER_IMAGE for count, run in zip(placeholders, runs, strict=True)]
+        if per_sample:
+            sample = next(index for index, run in enumerate(runs) if run != expected[index])
+            problem = f"sample {sample} has placeholders for {runs[sample]} image(s), but {expected[sample]} were given"
+        else:
+            # Pictures joined into one tensor do not say whose they are: most likely the longest remainder was cut off.
+            sample = leftovers.index(max(leftovers))
+            counts = ", ".join(f"sample {index}: {run}" for index, run in enumerate(runs))
+            problem = f"{given} image(s) were given, but there are placeholders for {sum(runs)} ({counts})"
+        if leftovers[sample]:
+            problem += f"; sample {sample} has {leftovers[sample]} placeholder(s) that are no whole image: was it cut off?"
+        raise ValueError(problem)
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
@@ -247,6 +310,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         if pixel_values is not None and expand_size > 1:
             if starts is None:
                 starts = find_image_starts(input_ids, self.config.image_token_id)
+            self.check_images(input_ids, pixel_values, starts)
             if pixel_values.dim() == 5:
                 pixel_values = pixel_values.flatten(0, 1)
             # Copy j of sample s is row s * expand_size + j: pictures follow their row, not each other.

@@ -1,0 +1,113 @@
+"""Where every file lies, and which set of files a command uses: the published, the built-in, or your own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAVE_DIR = ROOT / "out"
+
+TOWER_DIR = ROOT / "model" / "vision_model" / "clip-vit-base-patch16"
+TOKENIZER_DIR = ROOT / "model" / "tokenizer_minimind2"
+DATASET_DIR = ROOT / "dataset"
+EVAL_IMAGES_DIR = DATASET_DIR / "eval_images"
+
+BUILTIN_DIR = ROOT / "model" / "builtin"
+BUILTIN_TOWER_DIR = BUILTIN_DIR / "tower"
+BUILTIN_TOKENIZER_DIR = ROOT / "model" / "tokenizer"
+BUILTIN_DATASET_DIR = DATASET_DIR / "builtin"
+BUILTIN_HIDDEN_SIZE = 128
+# What teaches the small built-in model; the published settings are for one 16 and more times its size.
+BUILTIN_RECIPE = {
+    "pretrain": {"epochs": 2, "batch_size": 16, "learning_rate": 4e-3},
+    "sft": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3},
+}
+
+DATA_FLAGS = ("data_path", "images_path")
+MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
+
+
+class UsageError(Exception):
+    """Something the person who typed the command can put right; the message says what."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One thing that a stage needs, where it lies by default, and the command that gets it."""
+
+    what: str
+    path: Path
+    command: str
+
+    def __str__(self):
+        return f"{self.what}: {shown(self.path)} ({self.command})"
+
+
+def shown(path: str | Path) -> str:
+    """The path as a person reads it: from the project's folder where it is inside."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def published_data(stage: str) -> tuple[Path, Path]:
+    """The stage's data file (jsonl, or parquet where only that is there) and its pictures' folder."""
+    jsonl, parquet = (DATASET_DIR / f"{stage}_data.{ending}" for ending in ("jsonl", "parquet"))
+    return (parquet if parquet.is_file() and not jsonl.is_file() else jsonl), DATASET_DIR / f"{stage}_images"
+
+
+def published_files(stage: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
+    """What the stage needs of the published files, by the flag that would name another."""
+    data_path, images_path = published_data(stage)
+    files = {
+        "vision_model_path": PublishedFile("vision tower", TOWER_DIR, "python scripts/download.py tower"),
+        "tokenizer_path": PublishedFile("tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer"),
+        "data_path": PublishedFile("data", data_path, f"python scripts/download.py {stage}"),
+        "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {stage}"),
+    }
+    if data_path.suffix == ".parquet":
+        del files["images_path"]
+    if from_weight == "llm":
+        size = hidden_size or 512
+        command = f"python scripts/download.py llm --hidden_size {size}"
+        files["from_weight"] = PublishedFile("language model", save_dir / f"llm_{size}.pth", command)
+    return files
+
+
+def choose_assets(args, stage: str) -> str:
+    """Fills the paths that were not given in `args`, from the published or the built-in files.
+
+    Returns:
+        "built-in" where nothing was downloaded and no path given; else "published" (which may be your own by flags).
+
+    Raises:
+        UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
+    """
+    files = published_files(stage, args.from_weight, args.hidden_size, Path(args.save_dir))
+    given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
+    there = [flag for flag, file in files.items() if file.path.exists()]
+    other_size = args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE)
+    if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
+        args.vision_model_path, args.tokenizer_path = BUILTIN_TOWER_DIR, BUILTIN_TOKENIZER_DIR
+        args.data_path, args.images_path = BUILTIN_DATASET_DIR / f"{stage}.jsonl", BUILTIN_DATASET_DIR / "images"
+        return "built-in"
+    if args.data_path is not None and args.images_path is None and Path(args.data_path).suffix == ".parquet":
+        files.pop("images_path", None)
+    if has_any_weight(Path(args.save_dir), args.from_weight):
+        files.pop("from_weight", None)  # whether one of them fits is said when it is looked for
+    missing = [file for flag, file in files.items() if flag not in given and not file.path.exists()]
+    if missing:
+        raise UsageError(
+            "some of the files are there and some are not. Missing:\n"
+            + "\n".join(f"  {file}" for file in missing)
+            + "\nFetch them, or name your own with "
+            + ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
+            + f". (With none of these files and none of these flags, the small built-in set is used; there now: "
+            f"{', '.join([shown(files[flag].path) for flag in there if flag in files] + ['--' + flag for flag in given]) or 'nothing'}.)"
+        )
+    for flag, file in files.items():
+        if flag != "from_weight" and flag not in given:
+            setattr(args, flag, file.path)
+    return "published"
+
+
+def has_any_weight(save_dir: Path, name: str) -> bool:
+    return any(save_dir.glob(f"{name}_*.pth"))

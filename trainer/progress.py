@@ -1,0 +1,126 @@
+"""What a run tells: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb where asked."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.assets import UsageError
+
+
+class Progress:
+    """Counts what was learned since the last log line and reports it (on the main process; silent elsewhere).
+
+    Args:
+        total_steps, done_steps: Optimizer steps of the whole run, and those done before.
+        log_interval: Steps between reports.
+        metrics_path: The jsonl that each report is appended to, or None for silence.
+        wandb_run: A wandb run, or None.
+    """
+
+    def __init__(self, total_steps: int, done_steps: int, log_interval: int, metrics_path: Path | None, wandb_run=None):
+        self.total_steps, self.done_steps, self.log_interval = total_steps, done_steps, log_interval
+        self.metrics_path, self.wandb_run = metrics_path, wandb_run
+        self.started = time.perf_counter()
+        self.bar = None
+        if metrics_path is not None and sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._reset()
+
+    def _reset(self):
+        self.interval_started = time.perf_counter()
+        self.samples = self.tokens = self.learned = self.data_seconds = self.steps = 0
+        self.loss = 0.0
+
+    def add(self, loss_sum, learned: int, samples: int, tokens: int, data_seconds: float):
+        """One optimizer step: the sum of its losses over all ranks (a tensor, not yet waited for), and its counts."""
+        self.loss = self.loss + loss_sum
+        self.learned += learned
+        self.samples += samples
+        self.tokens += tokens
+        self.data_seconds += data_seconds
+        self.steps += 1
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def due(self, step: int, epoch_ends: bool) -> bool:
+        return step % self.log_interval == 0 or epoch_ends
+
+    def report(self, step: int, epoch: int, learning_rate: float, skipped_pictures: int) -> dict:
+        """Reports the interval that ends here and begins the next. Returns what was reported."""
+        loss = float(self.loss) / max(1, self.learned)  # waits for the device
+        seconds = max(1e-9, time.perf_counter() - self.interval_started)
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "loss": round(loss, 6),
+            "learning_rate": learning_rate,
+            "samples_per_second": round(self.samples / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "data_wait": round(self.data_seconds / seconds, 4),
+            "learned_tokens": int(self.learned),
+            "skipped_pictures": skipped_pictures,
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        if self.metrics_path is not None:
+            self._show(record)
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log({f"train/{key}": value for key, value in record.items() if key != "step"}, step=step)
+        self._reset()
+        return record
+
+    def _show(self, record: dict):
+        words = {
+            "loss": f"{record['loss']:.4f}",
+            "lr": f"{record['learning_rate']:.2e}",
+            "samples/s": f"{record['samples_per_second']:.1f}",
+            "tokens/s": f"{record['tokens_per_second']:,.0f}",
+            "data wait": f"{record['data_wait']:.1%}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(words)
+            return
+        done = max(1, record["step"] - self.done_steps)
+        eta = record["seconds"] / done * (self.total_steps - record["step"])
+        line = "  ".join(f"{name} {value}" for name, value in words.items())
+        self.say(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}  ETA {clock(eta)}")
+
+    def say(self, message: str):
+        """A line of its own, above the bar where there is one."""
+        if self.metrics_path is None:
+            return
+        if self.bar is not None:
+            self.bar.write(message)
+        else:
+            print(message, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str | None):
+    """A wandb run, the one that was begun before where its id is given.
+
+    Raises:
+        UsageError: If wandb cannot start.
+    """
+    import wandb  # only here: it is slow to load and most runs do without
+
+    try:
+        return wandb.init(project=project, name=name, config=config, dir=folder, id=run_id, resume="allow")
+    except (wandb.errors.Error, OSError) as error:
+        raise UsageError(f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network") from error

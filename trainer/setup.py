@@ -1,0 +1,257 @@
+"""What comes before the first step: files found and checked, data and model loaded, and the header that says so."""
+
+import math
+import time
+
+import datasets
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dataset.chat import ChatEncoder
+from dataset.lm_dataset import DataError, VLMDataset, tokenizer_hash
+from dataset.scenes import draw_builtin_dataset
+from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer import checkpoint
+from trainer.arguments import Stage
+from trainer.assets import BUILTIN_DIR, BUILTIN_HIDDEN_SIZE, UsageError, shown
+from trainer.processes import Processes, cores, pick_dtype
+
+SHOWN_BAD_ROWS = 20
+HINTS = {
+    "llm": "`python scripts/download.py llm` fetches the published language model",
+    "pretrain_vlm": "Train it first: python trainer/train_pretrain_vlm.py",
+    "sft_vlm": "Train it first: python trainer/train_sft_vlm.py",
+}
+
+
+def load_tokenizer(path) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer's folder.
+
+    Raises:
+        UsageError: If it is missing, unreadable, or not of the project's form.
+    """
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer in {shown(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        ChatEncoder(tokenizer)
+    except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
+        raise UsageError(f"the tokenizer in {shown(path)} cannot be used: {error}") from error
+    return tokenizer
+
+
+def quiet_libraries(is_main: bool):
+    """Leaves the terminal to the run: the libraries' own progress bars stay only where they tell of a long wait."""
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()
+
+
+class Run:
+    """One run of a training script: its processes, files and settings.
+
+    Args:
+        stage: Which stage it is.
+        args: The flags, as `parse_arguments` gives them.
+
+    Raises:
+        UsageError: If a file is missing or does not fit.
+    """
+
+    def __init__(self, stage: Stage, args):
+        self.stage, self.args = stage, args
+        self.started = time.perf_counter()
+        self.processes = Processes.start(args.device)
+        quiet_libraries(self.processes.is_main)
+        self.device, self.dtype = self.processes.device, pick_dtype(args.dtype, self.processes.device)
+        if self.dtype == torch.float32 and self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if args.num_workers is None:
+            args.num_workers = min(8, max(1, cores() // self.processes.world_size))
+        if args.assets == "built-in":
+            with self.processes.main_first():
+                draw_builtin_dataset()
+        self.tokenizer = load_tokenizer(args.tokenizer_path)
+        self.tokenizer_sha256 = tokenizer_hash(self.tokenizer)
+        self.weights = self._find_weights()
+        self.config = self._config()
+        self.name = checkpoint.weight_name(args.save_weight, self.config.hidden_size, self.config.use_moe)
+        self.weights_path = args.save_dir / f"{self.name}.pth"
+        self.state_path = args.save_dir / f"{self.name}_resume.pth"
+        self.metrics_path = args.save_dir / f"{self.name}.metrics.jsonl"
+        self.state = self._read_state()
+        self._prepare_save_dir()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.processes.stop()
+
+    def say(self, message: str = ""):
+        """A line from the main process."""
+        if self.processes.is_main:
+            print(message, flush=True)
+
+    def _prepare_save_dir(self):
+        try:
+            self.args.save_dir.mkdir(parents=True, exist_ok=True)
+            probe = self.args.save_dir / f".writable.{self.processes.rank}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--save_dir {self.args.save_dir} cannot be written to: {error.strerror}") from error
+
+    def _find_weights(self) -> checkpoint.Weights | None:
+        args = self.args
+        if args.from_weight == "none":
+            return None
+        is_builtin = args.assets == "built-in"
+        save_dir = BUILTIN_DIR if is_builtin and args.from_weight == "llm" else args.save_dir
+        use_moe = None if args.use_moe is None else bool(args.use_moe)
+        hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
+        hint = HINTS.get(args.from_weight, "")
+        path = checkpoint.find_weights(save_dir, args.from_weight, hidden_size, use_moe, hint, is_builtin)
+        weights = checkpoint.read_weights(path)
+        checkpoint.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
+        checkpoint.check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, len(self.tokenizer))
+        return weights
+
+    def _config(self) -> VLMConfig:
+        """The model's shape: the weights', or without weights the flags' (published sizes: 512 x 8, 768 x 16)."""
+        if self.weights is not None:
+            config = self.weights.config
+        else:
+            hidden_size = self.args.hidden_size or 512
+            layers = self.args.num_hidden_layers or (16 if hidden_size == 768 else 8)
+            try:
+                config = VLMConfig(
+                    hidden_size=hidden_size,
+                    num_hidden_layers=layers,
+                    use_moe=bool(self.args.use_moe),
+                    vocab_size=len(self.tokenizer),
+                )
+            except ValueError as error:
+                raise UsageError(f"--hidden_size {hidden_size}: {error}") from error
+        config.image_token_id = ChatEncoder(self.tokenizer).image_token_id
+        if self.args.max_seq_len > config.max_position_embeddings:
+            raise UsageError(f"--max_seq_len {self.args.max_seq_len}: the model has {config.max_position_embeddings} positions")
+        return config
+
+    def _read_state(self) -> dict | None:
+        """The state to go on from, or None to start anew."""
+        if not self.args.from_resume:
+            return None
+        if not self.state_path.is_file():
+            self.say(f"--from_resume 1: no {shown(self.state_path)} yet, so this run starts from the beginning")
+            return None
+        state = checkpoint.load_file(self.state_path)
+        if not isinstance(state, dict) or not checkpoint.STATE_KEYS <= state.keys():
+            raise UsageError(f"{shown(self.state_path)} is no training state of this project; leave --from_resume out")
+        return state
+
+    def load_data(self) -> VLMDataset:
+        """The tokenised rows; prints the report on bad ones.
+
+        Raises:
+            UsageError: If there are more bad rows than --max_bad_rows.
+        """
+        args = self.args
+        with self.processes.main_first():
+            data = VLMDataset(args.data_path, args.images_path, self.tokenizer, args.max_seq_len)
+        report_path = args.save_dir / f"{self.name}.bad_rows.txt"
+        limit = data.row_count // 100 if args.max_bad_rows is None else args.max_bad_rows
+        if data.bad_rows:
+            report = bad_rows_report(data)
+            if self.processes.is_main:
+                report_path.write_text("\n".join(report) + "\n", encoding="utf-8")
+            shown_rows = report[: SHOWN_BAD_ROWS + 1]
+            if len(report) > len(shown_rows):
+                shown_rows.append(f"  ... and {len(report) - len(shown_rows)} more, all in {shown(report_path)}")
+            if len(data.bad_rows) > limit:
+                given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
+                shown_rows.append(f"More than {given}: training does not start. Mend them, or raise --max_bad_rows.")
+                raise UsageError("\n".join(shown_rows))
+            self.say("\n".join([*shown_rows, "They are left out."]))
+        elif self.processes.is_main:
+            report_path.unlink(missing_ok=True)
+        if len(data) == 0:
+            raise DataError(f"{data.data_path} has no row to learn from")
+        return data
+
+    def load_model(self) -> MiniMindVLM:
+        """Tower, projection and decoder on the device, with the weights in, frozen as --freeze_llm says.
+
+        Raises:
+            UsageError: If the weights do not fit.
+        """
+        torch.manual_seed(self.args.seed)  # the same first projection on every rank
+        model = MiniMindVLM(self.config, vision_model_path=self.args.vision_model_path)
+        if self.weights is not None:
+            checkpoint.load_into(model, self.weights)
+            self.weights.tensors.clear()  # they are in the model now
+        freeze(model, self.args.freeze_llm)
+        if self.state is not None:
+            checkpoint.load_learned(model, self.state["learned"], self.state_path)
+        return model.to(self.device).train()
+
+    def header(self, model: MiniMindVLM, data: VLMDataset, steps: int):
+        """Prints what this run is about to do."""
+        args, builtin = self.args, self.args.assets == "built-in"
+        self.say(self.stage.story)
+        if builtin:
+            self.say("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
+        total, learned = count_parameters(model)
+        tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
+        start = "random weights" if self.weights is None else shown(self.weights.path)
+        if self.weights is not None and not self.weights.has_projection:
+            start += " (a language model: the projection starts untrained)"
+        per_step = args.batch_size * args.accumulation_steps * self.processes.world_size
+        recipe = " (the built-in set's own recipe)" if builtin else ""
+        rows = {
+            "starts from": start,
+            "writes": shown(self.weights_path),
+            "data": f"{shown(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
+            f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens",
+            "tower": f"{shown(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
+            "model": f"hidden_size {self.config.hidden_size}, {self.config.num_hidden_layers} layers"
+            f"{', experts' if self.config.use_moe else ''}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
+            "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}{recipe}; "
+            f"accumulation_steps {args.accumulation_steps}, grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, "
+            f"freeze_llm {args.freeze_llm}, seed {args.seed}",
+            "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
+            "device": f"{device_name(self.device)}, {self.processes.world_size} process(es), "
+            f"{str(self.dtype).removeprefix('torch.')}, {args.num_workers} worker(s) each",
+        }
+        for name, value in rows.items():
+            self.say(f"  {name:<12} {value}")
+
+
+def freeze(model: MiniMindVLM, mode: int):
+    """Sets what learns: mode 0 everything, 1 the projection, 2 the projection and the first and last layer.
+
+    The tower is frozen in every mode.
+    """
+    model.requires_grad_(mode == 0)
+    model.vision_proj.requires_grad_(True)
+    if mode == 2:
+        model.model.layers[0].requires_grad_(True)
+        model.model.layers[-1].requires_grad_(True)
+
+
+def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
+    """(all, learned) parameters of projection and decoder; the tied head counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def bad_rows_report(data: VLMDataset) -> list[str]:
+    """A heading and a line for each bad row."""
+    place = "row" if data.is_parquet else "line"
+    heading = f"{data.data_path}: {len(data.bad_rows)} of {data.row_count} rows cannot be learned from"
+    return [heading, *(f"  {place} {row.line}: {row.reason}" for row in data.bad_rows)]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
