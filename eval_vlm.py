@@ -30,7 +30,6 @@ from model.model_vlm import MiniMindVLM  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.arguments import run_script  # noqa: E402
 from trainer.assets import (  # noqa: E402
-    BUILTIN_DATASET_DIR,
     BUILTIN_DIR,
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
@@ -54,25 +53,35 @@ GRADED_TOKENS = 64
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the model").add_argument
-    add("--load_from", default="model", help="model: weight files of --save_dir; else a transformers folder (default: %(default)s)")
-    add("--save_dir", type=Path, default=SAVE_DIR, help="where the weight files lie (default: out)")
-    add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth (default: %(default)s)")
+    what = "model: the weight files in --save_dir; anything else: a transformers folder"
+    add("--load_from", default="model", help=f"{what} (default: %(default)s)")
+    add("--save_dir", type=Path, default=SAVE_DIR, help=f"where the weight files lie (default: {shown(SAVE_DIR)})")
+    add(
+        "--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth (default: %(default)s)"
+    )
     add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
     add("--num_hidden_layers", type=int, help="layers (default: what the file says)")
     add("--use_moe", type=int, choices=(0, 1), help="1: the file with experts (default: what the file says)")
-    add("--tokenizer_path", type=Path, help="the tokenizer that belongs to the weights (default: the one they were trained with)")
-    add("--vision_model_path", type=Path, help="the CLIP tower's folder (default: the one they were trained with)")
+    add("--tokenizer_path", type=Path, help="the tokenizer's folder (default: what the weights were trained with)")
+    add("--vision_model_path", type=Path, help="the CLIP tower's folder (default: what the weights were trained with)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     add = parser.add_argument_group("pictures and question").add_argument
-    add("--image_dir", type=Path, help="folder whose pictures are described, one by one (default: dataset/eval_images)")
+    what = "folder whose pictures are described, one by one"
+    add("--image_dir", type=Path, help=f"{what} (default: {shown(EVAL_IMAGES_DIR)})")
     add("--image", type=Path, nargs="+", help="pictures to ask about together")
     add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand (default: %(default)s)")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.65, help="0 always takes the likeliest token (default: %(default)s)")
-    add("--top_p", type=float, default=0.85, help="draw from the likeliest tokens that make up this share (default: %(default)s)")
+    add("--temperature", type=float, default=0.65, help="0 takes the likeliest token always (default: %(default)s)")
+    add("--top_p", type=float, default=0.85, help="draw from the likeliest with this share (default: %(default)s)")
     add("--seed", type=int, default=42, help="of the drawing (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_flags(args)
+    return args
+
+
+def check_flags(args):
+    """Raises UsageError with everything that is wrong with the flags."""
     problems = []
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
@@ -84,7 +93,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         problems.append("--image and --image_dir: give one of them")
     if problems:
         raise UsageError("\n".join(problems))
-    return args
 
 
 def find_weights(args) -> checkpoint.Weights:
@@ -120,7 +128,9 @@ class Assistant:
         weights = find_weights(args)
         self.is_builtin = weights.sidecar.get("assets") == "built-in"
         own_tokenizer = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
-        tokenizer_path = choose_path(args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own_tokenizer)
+        tokenizer_path = choose_path(
+            args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own_tokenizer
+        )
         tower_path = choose_path(args.vision_model_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
         self.tokenizer = load_tokenizer(tokenizer_path)
         checkpoint.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
@@ -134,7 +144,9 @@ class Assistant:
         print(f"{shown(weights.path)}: {parameters / 1e6:.3f} M parameters, {weights.config.num_hidden_layers} layers; "
               f"tower {shown(tower_path)}, tokenizer {shown(tokenizer_path)}, {self.device}")  # fmt: skip
         if not weights.has_projection:
-            print("These weights are a language model's: the projection is untrained, so it cannot see the pictures yet.")
+            print(
+                "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
+            )
 
     @torch.inference_mode()
     def generate(self, conversations, pictures, **settings) -> torch.Tensor:
@@ -153,7 +165,9 @@ class Assistant:
             sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        ids = self.generate([conversation], [pictures], max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
+        ids = self.generate(
+            [conversation], [pictures], max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling
+        )
         seconds = time.perf_counter() - started
         print(f"    {ids.shape[1]} tokens, {ids.shape[1] / seconds:.0f} tokens/s\n")
 

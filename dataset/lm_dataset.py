@@ -40,6 +40,7 @@ FEATURES = datasets.Features(
         "image_starts": datasets.List(datasets.Value("int32")),
         "pictures": datasets.List(datasets.Value("string")),
         "learned_tokens": datasets.Value("int32"),
+        "cut_tokens": datasets.Value("int32"),
     }
 )
 
@@ -98,14 +99,19 @@ class VLMDataset(Dataset):
         reasons = self.rows.data.column("reason")
         good = pc.equal(reasons, "").to_numpy()
         lines = self.rows.data.column("line").to_numpy()
-        self.bad_rows = [BadRow(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good) if reasons[i].as_py() != "blank"]
+        self.bad_rows = [
+            BadRow(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good) if reasons[i].as_py() != "blank"
+        ]
         self.row_count -= int(pc.sum(pc.equal(reasons, "blank")).as_py() or 0)
         if not self.is_parquet:
             self._check_pictures_exist(good, lines)
         self.good = np.flatnonzero(good)
         self.lengths = pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()[self.good]
         self.learned_tokens = self.rows.data.column("learned_tokens").to_numpy()[self.good]
-        self.picture_count = int(pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.good].sum())
+        self.cut_rows = int((self.rows.data.column("cut_tokens").to_numpy()[self.good] > 0).sum())
+        self.picture_count = int(
+            pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.good].sum()
+        )
 
     def _check_pictures_exist(self, good: np.ndarray, lines: np.ndarray):
         """Marks rows with a missing picture as bad. Not cached with the tokens: pictures come and go."""
@@ -265,9 +271,17 @@ class RowTokeniser:
         return turns, names
 
     def _columns(self, row, chat, index: int) -> dict:
-        empty = {"input_ids": [], "learned": [], "image_starts": [], "pictures": [], "learned_tokens": 0}
+        empty = {
+            "input_ids": [],
+            "learned": [],
+            "image_starts": [],
+            "pictures": [],
+            "learned_tokens": 0,
+            "cut_tokens": 0,
+        }
         if isinstance(row, str):
             return {"line": index + 1, "reason": row, **empty}
+        whole_length = len(chat.input_ids)
         try:
             chat = chat.truncated(self.max_length)
         except RowError as error:
@@ -280,6 +294,7 @@ class RowTokeniser:
             "image_starts": chat.image_starts,
             "pictures": row[1],
             "learned_tokens": sum(end - start for start, end in chat.learned),
+            "cut_tokens": whole_length - len(chat.input_ids),
         }
 
 

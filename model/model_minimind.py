@@ -222,7 +222,9 @@ class MoEFeedForward(nn.Module):
             token, slot = (expert_Tk == index).nonzero(as_tuple=True)
             out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
         out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
-        return out_BLD, self.balancing_loss(scores_TX.view(batch, length, -1), expert_Tk.view(batch, length, -1), token_mask)
+        return out_BLD, self.balancing_loss(
+            scores_TX.view(batch, length, -1), expert_Tk.view(batch, length, -1), token_mask
+        )
 
     def balancing_loss(self, scores_BLX, expert_BLk, token_mask):
         """alpha * sum over experts of (share of choices, times experts) * (mean score), per sequence: (B,)."""

@@ -295,11 +295,15 @@ class MiniMindVLM(MiniMindForCausalLM):
             counts = ", ".join(f"sample {index}: {run}" for index, run in enumerate(runs))
             problem = f"{given} image(s) were given, but there are placeholders for {sum(runs)} ({counts})"
         if leftovers[sample]:
-            problem += f"; sample {sample} has {leftovers[sample]} placeholder(s) that are no whole image: was it cut off?"
+            problem += (
+                f"; sample {sample} has {leftovers[sample]} placeholder(s) that are no whole image: was it cut off?"
+            )
         raise ValueError(problem)
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
         if kwargs.get("use_cache", True) and not is_first_iteration:
             # The pictures are in the cache.
             inputs["pixel_values"] = inputs["image_starts"] = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataset.lm_dataset import DataError
 from model.model_vlm import TowerError
-from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, UsageError, choose_assets
+from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, UsageError, choose_assets, shown
 
 
 @dataclass(frozen=True)
@@ -24,50 +24,82 @@ class Stage:
 
 def build_parser(stage: Stage, description: str) -> argparse.ArgumentParser:
     """All flags of a training script. Those a recipe may set have no default here: see `parse_arguments`."""
-    default = stage.defaults
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Nothing downloaded and no path given: the small built-in set is used, with settings of its own.",
     )
-    add = parser.add_argument_group("what is learned, and from what").add_argument
-    add("--from_weight", default=default["from_weight"], help="weights to start from: NAME for NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none (default: %(default)s)")
-    add("--freeze_llm", type=int, choices=(0, 1, 2), default=default["freeze_llm"], help="0: projection and decoder learn; 1: only the projection; 2: projection and the decoder's first and last layer (default: %(default)s)")
+    add_model_flags(parser.add_argument_group("what is learned, and from what").add_argument, stage.defaults)
+    add_file_flags(parser.add_argument_group("files").add_argument, stage)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
+    add_device_flags(parser.add_argument_group("device").add_argument)
+    add_saving_flags(parser.add_argument_group("saving, going on, logging").add_argument)
+    return parser
+
+
+def add_model_flags(add, default: dict):
+    what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
+    add("--from_weight", default=default["from_weight"], help=f"{what} (default: %(default)s)")
+    what = (
+        "0: projection and decoder learn; 1: the projection; 2: the projection and the decoder's first and last layer"
+    )
+    add(
+        "--freeze_llm",
+        type=int,
+        choices=(0, 1, 2),
+        default=default["freeze_llm"],
+        help=f"{what} (default: %(default)s)",
+    )
     add("--hidden_size", type=int, help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=int, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
-    add("--max_seq_len", type=int, default=default["max_seq_len"], help="tokens a sample is cut at, 196 of them for each picture (default: %(default)s)")
+    what = "tokens a sample is cut at; each picture takes 196"
+    add("--max_seq_len", type=int, default=default["max_seq_len"], help=f"{what} (default: %(default)s)")
 
-    add = parser.add_argument_group("files").add_argument
-    add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{stage.name}_data.jsonl or .parquet)")
-    add("--images_path", type=Path, help=f"folder of the jsonl's pictures (default: dataset/{stage.name}_images)")
-    add("--tokenizer_path", type=Path, help="the tokenizer that belongs to the weights (default: model/tokenizer_minimind2)")
-    add("--vision_model_path", type=Path, help="the CLIP tower's folder (default: model/vision_model/clip-vit-base-patch16)")
-    add("--save_dir", type=Path, default=SAVE_DIR, help="where weights, states and metrics are written (default: out)")
-    add("--save_weight", default=default["save_weight"], help="their name (default: %(default)s)")
-    add("--max_bad_rows", type=int, help="rows that cannot be learned from, up to which training starts without them (default: 1%% of the rows)")
 
-    add = parser.add_argument_group("optimisation").add_argument
+def add_file_flags(add, stage: Stage):
+    name = stage.name
+    add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{name}_data.jsonl or .parquet)")
+    add("--images_path", type=Path, help=f"folder of the jsonl's pictures (default: dataset/{name}_images)")
+    what = "the tokenizer that belongs to the weights"
+    add("--tokenizer_path", type=Path, help=f"{what} (default: {shown(TOKENIZER_DIR)})")
+    add("--vision_model_path", type=Path, help=f"the CLIP tower's folder (default: {shown(TOWER_DIR)})")
+    what = "where weights, states and metrics are written"
+    add("--save_dir", type=Path, default=SAVE_DIR, help=f"{what} (default: {shown(SAVE_DIR)})")
+    add("--save_weight", default=stage.defaults["save_weight"], help="their name (default: %(default)s)")
+    what = "leave out up to so many rows that cannot be learned from"
+    add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
+
+
+def add_optimisation_flags(add, default: dict):
     add("--epochs", type=int, help=f"passes over the data (default: {default['epochs']})")
-    add("--batch_size", type=int, help=f"samples per process and forward pass (default: {default['batch_size']})")
-    add("--accumulation_steps", type=int, default=1, help="forward passes per optimizer step (default: %(default)s)")
-    add("--learning_rate", type=float, help=f"at the start; falls by a cosine to a tenth (default: {default['learning_rate']:g})")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the projection's first weights and the samples' order (default: %(default)s)")
+    what = "samples per process and forward pass"
+    add("--batch_size", type=int, help=f"{what} (default: {default['batch_size']})")
+    what = "forward passes per optimizer step"
+    add("--accumulation_steps", type=int, default=1, help=f"{what} (default: %(default)s)")
+    what = "at the start; it falls along a cosine to a tenth"
+    add("--learning_rate", type=float, help=f"{what} (default: {default['learning_rate']:g})")
+    what = "largest norm of the gradient; 0 does not clip"
+    add("--grad_clip", type=float, default=1.0, help=f"{what} (default: %(default)s)")
+    what = "of the projection's first weights and the samples' order"
+    add("--seed", type=int, default=42, help=f"{what} (default: %(default)s)")
 
-    add = parser.add_argument_group("device").add_argument
+
+def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of matrix products (default: bfloat16 where the device computes in it, else float16 on CUDA, float32 elsewhere)")
+    what = "of matrix products (default: bfloat16 where a GPU computes in it, float16 on other CUDA GPUs, else float32)"
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 8)")
 
-    add = parser.add_argument_group("saving, going on, logging").add_argument
+
+def add_saving_flags(add):
     add("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1: go on from the last save, if there is one")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    add("--wandb_project", default="MiniMind-V", help="default: %(default)s")
-    add("--ignore_high_loss", action="store_true", help="go on where the first loss says that weights and tokenizer do not belong together")
-    return parser
+    add("--wandb_project", default="MiniMind-V", help="its project there (default: %(default)s)")
+    what = "go on where the first loss says that weights and tokenizer do not belong together"
+    add("--ignore_high_loss", action="store_true", help=what)
 
 
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,20 +120,32 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    problems = flag_problems(args)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return args
+
+
+LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"), 1),
+    **dict.fromkeys(("num_workers", "max_bad_rows", "grad_clip", "seed"), 0),
+    **{"max_seq_len": 8, "hidden_size": 8, "num_hidden_layers": 1},
+}
+
+
+def flag_problems(args) -> list[str]:
+    """What is wrong with the flags' values."""
+    values = {name: getattr(args, name) for name in LEAST}
     problems = [
-        f"--{name} {getattr(args, name)}: must be at least {least}"
-        for name, least in [("epochs", 1), ("batch_size", 1), ("accumulation_steps", 1), ("log_interval", 1),
-                            ("save_interval", 1), ("num_workers", 0), ("max_bad_rows", 0), ("max_seq_len", 8),
-                            ("hidden_size", 8), ("num_hidden_layers", 1), ("grad_clip", 0), ("seed", 0)]
-        if getattr(args, name) is not None and not getattr(args, name) >= least
-    ]  # fmt: skip
+        f"--{name} {value}: must be at least {LEAST[name]}"
+        for name, value in values.items()
+        if value is not None and not value >= LEAST[name]  # so that NaN is refused too
+    ]
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         problems.append(f"--learning_rate {args.learning_rate}: must be above 0")
     if not args.save_weight or any(character in args.save_weight for character in "/\\"):
         problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return args
+    return problems
 
 
 def run_script(main: Callable[[], None]):

@@ -26,7 +26,7 @@ from trainer.assets import ROOT, UsageError, shown
 LOADING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-STATE_KEYS = {"learned", "optimizer", "scaler", "epoch", "sample", "step", "random", "arguments", "fingerprint", "wandb_id"}
+STATE_KEYS = set("learned optimizer scaler epoch sample step random arguments fingerprint wandb_id".split())
 CONFIG_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "dropout"),
@@ -61,10 +61,12 @@ def find_weights(
     use_moe: bool | None,
     hint: str = "",
     builtin: bool | None = None,
+    say=print,
 ) -> Path:
     """The weight file of that name in `save_dir`; of several the newest. A name that ends in .pth is a path.
 
-    `builtin` True takes only weights trained on the built-in set, False only others, None any.
+    `builtin` True takes only weights trained on the built-in set, False only others, None any; `say` is told which of
+    several is taken.
 
     Raises:
         UsageError: If there is none.
@@ -89,7 +91,7 @@ def find_weights(
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
         others = ", ".join(path.name for path in sorted(fitting) if path != newest)
-        print(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
+        say(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
     return newest
 
 
@@ -212,7 +214,9 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
     for flag, value in flags.items():
         actual = getattr(weights.config, flag)
         if value is not None and value != actual:
-            raise UsageError(f"--{flag} {int(value)} contradicts {shown(weights.path)}, which has {int(actual)}: leave it out")
+            raise UsageError(
+                f"--{flag} {int(value)} contradicts {shown(weights.path)}, which has {int(actual)}: leave it out"
+            )
 
 
 def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, vocab_size: int):
@@ -273,7 +277,9 @@ def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Pat
     parameters = learned_parameters(model)
     for name in sorted(parameters.keys() ^ learned.keys()):
         where = "learns now but is not" if name in parameters else "does not learn now but is"
-        raise UsageError(f"{shown(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags")
+        raise UsageError(
+            f"{shown(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != learned[name].shape:

@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
@@ -94,7 +95,7 @@ class Trainer:
         """Learned tokens, samples and tokens of this step over all ranks; broken pictures are named here."""
         for batch in micro_batches:
             for error in batch["skipped"]:
-                print(f"skipped a sample, its picture cannot be read: {error}", flush=True)
+                tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
         counts = self.processes.sum(
             sum(len(batch["learned_positions"]) for batch in micro_batches),
             sum(len(batch["input_ids"]) for batch in micro_batches),
@@ -162,7 +163,9 @@ class Trainer:
     def _start_progress(self) -> Progress:
         run, wandb_run = self.run, None
         if self.args.use_wandb and self.processes.is_main:
-            settings = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in vars(self.args).items()}
+            settings = {
+                key: str(value) if isinstance(value, os.PathLike) else value for key, value in vars(self.args).items()
+            }
             wandb_run = start_wandb(self.args.wandb_project, run.name, settings, self.args.save_dir, self.wandb_id)
             self.wandb_id = wandb_run.id
         if self.processes.is_main and run.state is None:
@@ -175,7 +178,10 @@ class Trainer:
         if self.skipped_pictures:
             progress.say(f"{self.skipped_pictures} sample(s) were skipped because a picture could not be read")
         progress.say(f"done in {clock(seconds)}: {shown(self.run.weights_path)}")
-        following = {"pretrain": "python trainer/train_sft_vlm.py", "sft": f"python eval_vlm.py --weight {self.args.save_weight}"}
+        following = {
+            "pretrain": "python trainer/train_sft_vlm.py",
+            "sft": f"python eval_vlm.py --weight {self.args.save_weight}",
+        }
         progress.say(f"next: {following[self.run.stage.name]}")
 
     def _save(self, progress: Progress):
@@ -204,7 +210,11 @@ class Trainer:
                 "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             },
             "arguments": {key: str(value) for key, value in vars(self.args).items()},
-            "fingerprint": {"data": self.data.fingerprint, "tokenizer": self.run.tokenizer_sha256, "rows": len(self.data)},
+            "fingerprint": {
+                "data": self.data.fingerprint,
+                "tokenizer": self.run.tokenizer_sha256,
+                "rows": len(self.data),
+            },
             "wandb_id": self.wandb_id,
             "skipped_pictures": self.skipped_pictures,
         }

@@ -123,4 +123,6 @@ def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str
     try:
         return wandb.init(project=project, name=name, config=config, dir=folder, id=run_id, resume="allow")
     except (wandb.errors.Error, OSError) as error:
-        raise UsageError(f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network") from error
+        raise UsageError(
+            f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network"
+        ) from error

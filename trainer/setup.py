@@ -32,7 +32,9 @@ def load_tokenizer(path) -> PreTrainedTokenizerBase:
         UsageError: If it is missing, unreadable, or not of the project's form.
     """
     if not (path / "tokenizer.json").is_file():
-        raise UsageError(f"no tokenizer in {shown(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)")
+        raise UsageError(
+            f"no tokenizer in {shown(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         ChatEncoder(tokenizer)
@@ -112,7 +114,7 @@ class Run:
         use_moe = None if args.use_moe is None else bool(args.use_moe)
         hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
         hint = HINTS.get(args.from_weight, "")
-        path = checkpoint.find_weights(save_dir, args.from_weight, hidden_size, use_moe, hint, is_builtin)
+        path = checkpoint.find_weights(save_dir, args.from_weight, hidden_size, use_moe, hint, is_builtin, self.say)
         weights = checkpoint.read_weights(path)
         checkpoint.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
         checkpoint.check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, len(self.tokenizer))
@@ -136,7 +138,9 @@ class Run:
                 raise UsageError(f"--hidden_size {hidden_size}: {error}") from error
         config.image_token_id = ChatEncoder(self.tokenizer).image_token_id
         if self.args.max_seq_len > config.max_position_embeddings:
-            raise UsageError(f"--max_seq_len {self.args.max_seq_len}: the model has {config.max_position_embeddings} positions")
+            raise UsageError(
+                f"--max_seq_len {self.args.max_seq_len}: the model has {config.max_position_embeddings} positions"
+            )
         return config
 
     def _read_state(self) -> dict | None:
@@ -201,9 +205,12 @@ class Run:
         args, builtin = self.args, self.args.assets == "built-in"
         self.say(self.stage.story)
         if builtin:
-            self.say("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
+            self.say(
+                "nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes"
+            )
         total, learned = count_parameters(model)
         tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
+        cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""
         start = "random weights" if self.weights is None else shown(self.weights.path)
         if self.weights is not None and not self.weights.has_projection:
             start += " (a language model: the projection starts untrained)"
@@ -213,7 +220,7 @@ class Run:
             "starts from": start,
             "writes": shown(self.weights_path),
             "data": f"{shown(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
-            f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens",
+            f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
             "tower": f"{shown(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
             "model": f"hidden_size {self.config.hidden_size}, {self.config.num_hidden_layers} layers"
             f"{', experts' if self.config.use_moe else ''}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
