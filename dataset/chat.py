@@ -58,6 +58,8 @@ class ChatEncoder:
         self.begin_id, self.end_id, self.pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.encode_special_tokens = True
+        self.backend.no_truncation()  # a tokenizer saved after such a use would cut texts unseen
+        self.backend.no_padding()
         self.image_token_id = self.backend.token_to_id(IMAGE_CHARACTER)
         if None in (self.begin_id, self.end_id, self.pad_id) or (
             self.backend.encode(IMAGE_PLACEHOLDERS, add_special_tokens=False).ids
@@ -68,6 +70,10 @@ class ChatEncoder:
                 "tokens, and `@` as a token of its own that is part of no other"
             )
         self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # lost on the way to another process
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
         """Encodes conversations (lists of {"role", "content"} turns, as `check_conversation` lets pass)."""
@@ -137,7 +143,7 @@ def parse_conversation(value: str | list) -> list[dict]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise RowError(f"conversations is not JSON: {error}") from error
     if not isinstance(value, list) or not value:
         raise RowError("conversations is missing or not a list of turns")
@@ -167,10 +173,15 @@ def check_turns(turns: list[dict]):
             raise RowError(f"turn {number}: the answer is empty")
         if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
-        try:
-            turn["content"].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(f"turn {number} holds half a surrogate pair, which is no character") from error
+        check_characters(turn["content"], f"turn {number}")
+
+
+def check_characters(text: str, what: str):
+    """Raises RowError if the text holds half a surrogate pair, which JSON can escape but no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
 
 
 def parse_picture_names(value) -> list[str]:
@@ -185,6 +196,7 @@ def parse_picture_names(value) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
     for name in names:
+        check_characters(name, "a picture's name")
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
             raise RowError(f"the picture's path leaves images_path: {name!r}")

@@ -4,6 +4,7 @@ A row is tokenised once; the result is kept as memory-mapped Arrow by the `datas
 memory grows with the file, and a loader's worker has only pictures to decode.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from dataset.pictures import PictureError, load_picture
 # Part of the cache's name: raise it when the same row must give other tokens than before.
 ENCODING_VERSION = 1
 ROWS_PER_PROCESS = 20_000
+BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 FEATURES = datasets.Features(
     {
         "line": datasets.Value("int32"),
@@ -105,13 +107,33 @@ class VLMDataset(Dataset):
         self.row_count -= int(pc.sum(pc.equal(reasons, "blank")).as_py() or 0)
         if not self.is_parquet:
             self._check_pictures_exist(good, lines)
-        self.good = np.flatnonzero(good)
-        self.lengths = pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()[self.good]
-        self.learned_tokens = self.rows.data.column("learned_tokens").to_numpy()[self.good]
-        self.cut_rows = int((self.rows.data.column("cut_tokens").to_numpy()[self.good] > 0).sum())
-        self.picture_count = int(
-            pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.good].sum()
-        )
+        self.left_out = np.flatnonzero(~good)
+        self.cut_rows = int((self._of_good_rows(self.rows.data.column("cut_tokens")) > 0).sum())
+        image_counts = pc.list_value_length(self.rows.data.column("image_starts"))
+        self.picture_count = int(self._of_good_rows(image_counts).sum())
+
+    # Computed when asked for, not kept: each of a loader's workers may get a copy of all that is kept here.
+    @property
+    def lengths(self) -> np.ndarray:
+        """(samples,) tokens of each sample."""
+        return self._of_good_rows(pc.list_value_length(self.rows.data.column("input_ids")))
+
+    @property
+    def learned_tokens(self) -> np.ndarray:
+        """(samples,) learned tokens of each sample."""
+        return self._of_good_rows(self.rows.data.column("learned_tokens"))
+
+    def _of_good_rows(self, column: pa.ChunkedArray) -> np.ndarray:
+        return np.delete(column.to_numpy(), self.left_out)
+
+    def _positions(self, indices: list[int]) -> np.ndarray:
+        """Where these samples stand among all rows."""
+        indices = np.asarray(indices)
+        if not ((-len(self) <= indices) & (indices < len(self))).all():
+            raise IndexError(f"there are {len(self)} samples, asked for {indices.tolist()}")
+        indices = indices % len(self)
+        good_before = self.left_out - np.arange(len(self.left_out))
+        return indices + np.searchsorted(good_before, indices, side="right")
 
     def _check_pictures_exist(self, good: np.ndarray, lines: np.ndarray):
         """Marks rows with a missing picture as bad. Not cached with the tokens: pictures come and go."""
@@ -127,7 +149,7 @@ class VLMDataset(Dataset):
         self.bad_rows.sort(key=lambda row: row.line)
 
     def __len__(self) -> int:
-        return len(self.good)
+        return len(self.rows) - len(self.left_out)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.__getitems__([index])[0]
@@ -139,7 +161,7 @@ class VLMDataset(Dataset):
         """Samples for the collate function: in place of one with a broken picture stands its PictureError."""
         if len(indices) == 0:
             return []
-        positions = self.good[np.asarray(indices)].tolist()
+        positions = self._positions(indices).tolist()
         rows = self.rows.with_format("arrow")[positions].to_pylist()
         samples = []
         for position, row in zip(positions, rows, strict=True):
@@ -169,6 +191,7 @@ class VLMDataset(Dataset):
             return []
         files = self.image_bytes[position]["image_bytes"]
         files = files if isinstance(files, list) else [files]
+        files = [file for file in files if file is not None]
         return [load_picture(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
 
 
@@ -184,9 +207,12 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
         raise DataError(f"{data_path} is neither .jsonl nor .parquet")
     if data_path.stat().st_size == 0:
         raise DataError(f"{data_path} is empty")
-    kind = {"path": "parquet"} if is_parquet else {"path": "text", "encoding_errors": "replace"}
+    # utf-8-sig: some editors on Windows begin a file with a byte order mark.
+    text = {"path": "text", "encoding": "utf-8-sig", "encoding_errors": "replace"}
+    kind = {"path": "parquet"} if is_parquet else text
+    files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
     try:
-        rows = datasets.load_dataset(**kind, data_files=str(data_path.resolve()), split="train", cache_dir=cache_dir)
+        rows = datasets.load_dataset(**kind, data_files=files, split="train", cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
         reason = error.__cause__ or error
         raise DataError(f"{data_path} cannot be read: {reason}") from error
@@ -223,11 +249,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def count_parquet_pictures(raw) -> np.ndarray:
     """Pictures per row, from the column's offsets alone: the bytes stay on disk."""
     column = raw.data.column("image_bytes")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    element = column.type.value_type if is_list else column.type
+    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
+        raise DataError(f"image_bytes must be a picture's bytes or a list of them, it is {column.type}")
+    if not is_list:
         return pc.is_valid(column).to_numpy().astype(np.int64)
-    raise DataError(f"image_bytes must be a picture's bytes or a list of them, it is {column.type}")
+    return np.concatenate([count_valid(lists) for lists in column.chunks])
+
+
+def count_valid(lists: pa.ListArray) -> np.ndarray:
+    """How many elements of each list are not null."""
+    before = np.concatenate(([0], np.cumsum(lists.values.is_valid())))
+    offsets = lists.offsets.to_numpy()
+    return np.where(lists.is_valid(), before[offsets[1:]] - before[offsets[:-1]], 0)
 
 
 class RowTokeniser:
@@ -262,7 +297,7 @@ class RowTokeniser:
             raise RowError("the line is not UTF-8 (or holds U+FFFD, the sign of a text once broken)")
         try:
             row = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise RowError(f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise RowError("not a JSON object")

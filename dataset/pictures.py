@@ -13,7 +13,18 @@ IMAGE_SIZE = 224
 # A picture so long and thin that it grows beyond this when its short edge becomes 224 pixels is refused.
 MAX_RESIZED_PIXELS = 50_000_000
 # What Pillow's decoders raise on a file that is cut off, garbled, or not a picture at all.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    AttributeError,  # SPIDER; a picture's format is read from its bytes, whatever the file is called
+    RuntimeError,  # AVIF; NotImplementedError: DDS and BLP
+    MemoryError,  # a garbled size
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class PictureError(ValueError):

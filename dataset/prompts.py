@@ -38,9 +38,10 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         input_ids[row, left:] = torch.tensor(chat.input_ids)
         attention_mask[row, left:] = 1
         starts += [[row, left + start] for start in chat.image_starts]
+        if len(chat.image_starts) != len(pictures[row]):
+            tags, given = len(chat.image_starts), len(pictures[row])
+            raise ValueError(f"conversation {row + 1} has {tags} {IMAGE_TAG}, but {given} picture(s) were given")
     flat = [picture for of_one in pictures for picture in of_one]
-    if len(flat) != len(starts):
-        raise ValueError(f"the conversations have {len(starts)} {IMAGE_TAG}, but {len(flat)} picture(s) were given")
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

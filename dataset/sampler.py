@@ -65,8 +65,10 @@ class BatchSampler(Sampler):
 
     def __len__(self) -> int:
         """Batches of this process that are left."""
-        left = max(0, self.epochs - self.start_epoch - 1) * self.steps_per_epoch
-        left += -(-(len(self.lengths) - self.start_sample) // self.group)
+        if self.start_epoch >= self.epochs:
+            return 0
+        left = (self.epochs - self.start_epoch - 1) * self.steps_per_epoch
+        left += -(-max(0, len(self.lengths) - self.start_sample) // self.group)
         return left * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -115,8 +115,8 @@ def load_vision_tower(path: str | Path) -> CLIPVisionModel:
         # (`MiniMindVLM.from_pretrained`).
         with torch.device("cpu"), no_init_weights():
             tower = CLIPVisionModel(config).float()
-        tensors = read_vision_half(path)
-        statistics = read_pixel_statistics(path / "preprocessor_config.json")
+            tensors = read_vision_half(path)
+            statistics = read_pixel_statistics(path / "preprocessor_config.json")
         wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
         wrong = wanted.keys() ^ tensors.keys()
         wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
@@ -311,10 +311,12 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values, starts = kwargs.pop("pixel_values", None), kwargs.pop("image_starts", None)
-        if pixel_values is not None and expand_size > 1:
+        if expand_size > 1 and input_ids is not None:
             if starts is None:
                 starts = find_image_starts(input_ids, self.config.image_token_id)
+            # Here a sample still has the number that the caller knows it by.
             self.check_images(input_ids, pixel_values, starts)
+        if expand_size > 1 and pixel_values is not None:
             if pixel_values.dim() == 5:
                 pixel_values = pixel_values.flatten(0, 1)
             # Copy j of sample s is row s * expand_size + j: pictures follow their row, not each other.

@@ -115,12 +115,16 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     for name in ("data_path", "images_path", "tokenizer_path", "vision_model_path", "save_dir"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).expanduser().resolve())
-    args.assets = choose_assets(args, stage.name)
+    problems = []
+    try:
+        args.assets = choose_assets(args, stage.name)
+    except UsageError as error:  # said together with what is wrong with the flags
+        args.assets, problems = "published", [str(error)]
     recipe = stage.defaults | (BUILTIN_RECIPE[stage.name] if args.assets == "built-in" else {})
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    problems = flag_problems(args)
+    problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))
     return args
@@ -153,8 +157,8 @@ def run_script(main: Callable[[], None]):
     try:
         main()
     except (UsageError, DataError, TowerError) as error:
-        # With torchrun every rank finds the same mistake; one of them says it.
-        if int(os.environ.get("RANK", 0)) == 0:
+        # With torchrun every rank finds the same mistake; one of each machine says it.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:

@@ -110,4 +110,4 @@ def choose_assets(args, stage: str) -> str:
 
 
 def has_any_weight(save_dir: Path, name: str) -> bool:
-    return any(save_dir.glob(f"{name}_*.pth"))
+    return any(path.name.startswith(f"{name}_") for path in save_dir.glob("*.pth"))

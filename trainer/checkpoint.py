@@ -10,12 +10,14 @@ import os
 import pickle
 import platform
 import re
+import struct
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
@@ -23,7 +25,12 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.assets import ROOT, UsageError, shown
 
 # What a file that is cut off, garbled, or no weight file at all makes torch.load raise.
-LOADING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError)
+LOADING_ERRORS = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
+    *(AttributeError, struct.error, pickle.UnpicklingError),
+)
+# What settings that no model can have make VLMConfig raise.
+CONFIG_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
 STATE_KEYS = set("learned optimizer scaler epoch sample step random arguments fingerprint wandb_id".split())
@@ -125,16 +132,18 @@ def read_weights(path: Path) -> Weights:
         UsageError: If either is unreadable, or they contradict each other.
     """
     tensors = load_file(path)
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
         raise UsageError(f"{shown(path)} is no weight file: a plain dict of tensors is expected")
     shape = shape_of(tensors, path)
     sidecar_path = path.with_suffix(".json")
     if not sidecar_path.is_file():
-        return Weights(path, tensors, VLMConfig(**shape), {})
+        return Weights(path, tensors, build_config(shape, path), {})
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
         config = VLMConfig(**sidecar["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *CONFIG_ERRORS) as error:
         raise UsageError(
             f"{shown(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the weights are "
             "the original project's (their shape is then read from the tensors), else restore it."
@@ -171,7 +180,19 @@ def read_folder(folder: Path) -> Weights:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, VLMConfig(**shape_of(tensors, files[0]) | kept), {})
+    return Weights(files[0], tensors, build_config(shape_of(tensors, files[0]) | kept, files[0]), {})
+
+
+def build_config(shape: dict, path: Path) -> VLMConfig:
+    """The configuration of that shape.
+
+    Raises:
+        UsageError: If no model has such a shape.
+    """
+    try:
+        return VLMConfig(**shape)
+    except CONFIG_ERRORS as error:
+        raise UsageError(f"{shown(path)} is no MiniMind weight file: {error}") from error
 
 
 def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
@@ -204,7 +225,7 @@ def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
         if "vision_proj.vision_proj.0.weight" in tensors:
             shape["vision_hidden_size"] = tensors["vision_proj.vision_proj.0.weight"].shape[1]
         return shape
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"{shown(path)} is no MiniMind weight file: {error} is missing or of another shape") from error
 
 
@@ -289,7 +310,11 @@ def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Pat
 
 
 def write_atomically(path: Path, write):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`."""
+    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
+
+    Raises:
+        UsageError: If that fails (the disk is full); the file is then as it was before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -298,6 +323,11 @@ def write_atomically(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own tells no cause
+        if not isinstance(reason, OSError):
+            raise
+        raise UsageError(f"{shown(path)} cannot be written: {reason.strerror or reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":

@@ -21,7 +21,7 @@ MODEL_INPUTS = ("input_ids", "labels", "pixel_values", "image_starts", "learned_
 
 def cosine_learning_rate(peak: float, done: float) -> float:
     """From `peak` at 0 of the run done to a tenth of it at 1, along half a cosine."""
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset):
@@ -52,7 +52,10 @@ class Trainer:
             processes.rank,
             processes.world_size,
         )
+        # The first sample of the run's last step, counted through all epochs.
+        self.last_first = (args.epochs - 1) * len(data) + (self.sampler.steps_per_epoch - 1) * self.sampler.group
         self.step = self.skipped_pictures = 0
+        self.first_loss_seen = run.state is not None
         self.wandb_id = None
         if run.state is not None:
             self._restore(run.state)
@@ -78,7 +81,7 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.args.accumulation_steps)]
         data_seconds = time.perf_counter() - started
         learned, samples, tokens = self._count(micro_batches)
-        done = (epoch * len(self.data) + first_sample) / (self.args.epochs * len(self.data))
+        done = (epoch * len(self.data) + first_sample) / max(1, self.last_first)
         learning_rate = cosine_learning_rate(self.args.learning_rate, done)
         loss_sum = self._learn(micro_batches, learned, samples, learning_rate)
         self.step += 1
@@ -124,8 +127,9 @@ class Trainer:
             if loss.requires_grad:  # not so where only the projection learns and the batch has no picture
                 self.scaler.scale(loss).backward()
         self.processes.sum_gradients(list(self.parameters.values()), loss_sum)
-        if self.step == 0:
+        if not self.first_loss_seen:
             self._check_first_loss(float(loss_sum) / learned)
+            self.first_loss_seen = True
         self.scaler.unscale_(self.optimizer)
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.grad_clip)
@@ -168,8 +172,6 @@ class Trainer:
             }
             wandb_run = start_wandb(self.args.wandb_project, run.name, settings, self.args.save_dir, self.wandb_id)
             self.wandb_id = wandb_run.id
-        if self.processes.is_main and run.state is None:
-            run.metrics_path.unlink(missing_ok=True)  # the curve of this run, not of the one before
         metrics_path = run.metrics_path if self.processes.is_main else None
         return Progress(self.total_steps, self.step, self.args.log_interval, metrics_path, wandb_run)
 
@@ -185,9 +187,19 @@ class Trainer:
         progress.say(f"next: {following[self.run.stage.name]}")
 
     def _save(self, progress: Progress):
-        """Writes the weights and, after them, the state to go on from."""
+        """Writes the weights and, after them, the state to go on from.
+
+        Raises:
+            UsageError: If the weights are not finite any more; what was saved before is kept.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
+            raise UsageError(
+                f"the weights became NaN or infinite by step {self.step}, so they are not saved: a lower --learning_rate "
+                f"than {self.args.learning_rate:g} or a lower --grad_clip than {self.args.grad_clip:g} may help"
+            )
         if self.processes.is_main:
             run = self.run
+            progress.begin_file()
             sidecar = checkpoint.describe(
                 self.model.config, run.stage.name, self.args.assets, run.tokenizer_sha256, vars(self.args)
             )
@@ -214,6 +226,7 @@ class Trainer:
                 "data": self.data.fingerprint,
                 "tokenizer": self.run.tokenizer_sha256,
                 "rows": len(self.data),
+                "seed": self.args.seed,
             },
             "wandb_id": self.wandb_id,
             "skipped_pictures": self.skipped_pictures,
@@ -221,6 +234,7 @@ class Trainer:
 
     def _restore(self, state: dict):
         here = {"data": self.data.fingerprint, "tokenizer": self.run.tokenizer_sha256, "rows": len(self.data)}
+        here["seed"] = self.args.seed  # another order would skip samples and repeat others
         for name, value in state["fingerprint"].items():
             if here[name] != value:
                 raise UsageError(

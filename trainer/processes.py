@@ -84,13 +84,14 @@ class Processes:
     def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor):
         """Sums the parameters' gradients, and `extra` (a vector of float32), over all ranks, in place.
 
-        A rank without a gradient for a parameter (its batch had no picture, or nothing to learn) adds zero.
+        A rank without a gradient for a parameter (its batch had no picture, or nothing to learn) adds zero; so does a
+        single process, since the optimizer takes a zero as another thing than no gradient.
         """
-        if self.world_size == 1:
-            return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.world_size == 1:
+            return
         parts = [parameter.grad for parameter in parameters] + [extra]
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
@@ -115,8 +116,12 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: no CUDA GPU is visible to torch {torch.__version__}")
         index = local_rank if world_size > 1 else device.index or 0
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: GPU {index} is asked for, but there are {torch.cuda.device_count()}")
+        # Every rank counts those of its machine, so that all find the same.
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else index + 1
+        if needed > torch.cuda.device_count():
+            raise UsageError(
+                f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}"
+            )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this torch sees no Apple GPU")

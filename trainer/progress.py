@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.assets import UsageError
+from trainer.checkpoint import write_atomically
 
 
 class Progress:
@@ -16,7 +17,8 @@ class Progress:
     Args:
         total_steps, done_steps: Optimizer steps of the whole run, and those done before.
         log_interval: Steps between reports.
-        metrics_path: The jsonl that each report is appended to, or None for silence.
+        metrics_path: The jsonl that each report is appended to, or None for silence. It keeps the reports of the steps
+            that were done before, and no others.
         wandb_run: A wandb run, or None.
     """
 
@@ -24,6 +26,7 @@ class Progress:
         self.total_steps, self.done_steps, self.log_interval = total_steps, done_steps, log_interval
         self.metrics_path, self.wandb_run = metrics_path, wandb_run
         self.started = time.perf_counter()
+        self.has_begun = False
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -66,12 +69,24 @@ class Progress:
         }
         if self.metrics_path is not None:
             self._show(record)
+            self.begin_file()
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({f"train/{key}": value for key, value in record.items() if key != "step"}, step=step)
         self._reset()
         return record
+
+    def begin_file(self):
+        """Leaves in metrics_path the steps done before; called no sooner than there is something to report or save.
+
+        So a run that fails at its first loss leaves the curve of the one before as it was.
+        """
+        if self.metrics_path is None or self.has_begun:
+            return
+        kept = "".join(line + "\n" for line in reports_until(self.metrics_path, self.done_steps))
+        write_atomically(self.metrics_path, lambda file: file.write(kept.encode("utf-8")))
+        self.has_begun = True
 
     def _show(self, record: dict):
         words = {
@@ -103,6 +118,20 @@ class Progress:
             self.bar.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
+
+
+def reports_until(path: Path, step: int) -> list[str]:
+    """The lines of a metrics file up to a step: a run that was stopped may have reported more than it saved."""
+    if step == 0 or not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off while it was written
+    return kept
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,204 @@
+"""eval_vlm.py, run as its users run it: pictures of a folder, pictures of your own, weights of every kind."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT
+
+from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer import checkpoint
+
+pytest_plugins = ["tiny"]
+
+SPEED = re.compile(r"^    \d+ tokens, \d+ tokens/s$", re.MULTILINE)
+UNTRAINED = "the projection is untrained"
+
+
+@pytest.fixture(scope="module")
+def out(world, tmp_path_factory):
+    """A --save_dir after both stages."""
+    out = world.copy_of_out(tmp_path_factory.mktemp("eval") / "out")
+    flags = ["--epochs", 1, "--learning_rate", 1e-3, "--batch_size", 13]
+    world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
+    world.run(SFT, *world.files("sft", out), *flags).passed()
+    return out
+
+
+def answers(result) -> list[tuple[str, str]]:
+    """(heading, answer) of each answer that was printed with its speed."""
+    parts = SPEED.split(result.passed().out)
+    assert len(parts) > 1, result.out
+    headings = [re.findall(r"^(.*\.jpg): (.*)$", part, re.MULTILINE)[-1] for part in parts[:-1]]
+    return [(name, asked) for name, asked in headings]
+
+
+def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
+    """Typed in a folder of the user's own, with paths relative to it."""
+    (tmp_path / "notes.txt").write_text("no picture")
+    pictures = os.path.relpath(world.images, tmp_path)
+    script, save_dir = os.path.relpath(EVAL, tmp_path), os.path.relpath(out, tmp_path)
+    # Tokenizer and tower: those that the weights were trained with.
+    result = world.start(script, "--save_dir", save_dir, "--image_dir", pictures, "--max_new_tokens", 4, cwd=tmp_path)
+    asked = answers(result)
+    assert sorted(name for name, _ in asked) == sorted(f"{number}.jpg" for number in range(PICTURES))
+    assert "sft_vlm_32.pth" in result.out
+    assert str(world.tower) in result.out
+    assert UNTRAINED not in result.out
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_all_ways_to_start_it_give_the_same(world, out, tmp_path):
+    flags = [*world.eval_files(out), "--image", world.images / "0.jpg"]
+    texts = [world.run(EVAL, *flags, cwd=cwd).passed().out for cwd in (ROOT, ROOT / "trainer", tmp_path)]
+    texts = [SPEED.sub("", text) for text in texts]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_question_about_one_picture_and_about_several(world, out):
+    flags = [*world.eval_files(out), "--prompt", "有几个？"]
+    assert answers(world.run(EVAL, *flags, "--image", "0.jpg", cwd=world.images)) == [("0.jpg", "有几个？")]
+    result = world.run(EVAL, *flags, "--image", "0.jpg", "1.jpg", "2.jpg", cwd=world.images)
+    assert answers(result) == [("0.jpg, 1.jpg, 2.jpg", "有几个？")]
+
+
+def test_the_pictures_matter(world, out):
+    """Weights that say nothing but what they see: the answer changes with the picture, and with the pictures' order."""
+
+    def said(*pictures: str) -> str:
+        flags = ["--temperature", 0, "--max_new_tokens", 12, "--image", *pictures]
+        result = world.run(EVAL, *world.eval_files(loud(world, out)), *flags, cwd=world.images).passed()
+        return result.out.split(".jpg: ", 1)[1].split("tokens,")[0]
+
+    assert said("0.jpg") == said("0.jpg")
+    assert said("0.jpg") != said("1.jpg")
+    assert said("0.jpg", "1.jpg") != said("1.jpg", "0.jpg")
+
+
+def loud(world, out):
+    """The weights with the random projection and layers made large, so that pictures outweigh the words."""
+    folder = out.parent / "loud"
+    if not folder.exists():
+        folder.mkdir()
+        torch.manual_seed(0)
+        weights = torch.load(out / "sft_vlm_32.pth", weights_only=True)
+        loud = {name: torch.randn(tensor.shape).half() * 0.5 for name, tensor in weights.items() if tensor.dim() == 2}
+        torch.save(weights | loud | {"lm_head.weight": loud["model.embed_tokens.weight"]}, folder / "sft_vlm_32.pth")
+    return folder
+
+
+def test_the_seed_decides_what_is_drawn(world, out):
+    def said(*flags) -> str:
+        files = [*world.eval_files(loud(world, out)), "--image", world.images / "0.jpg", "--temperature", 5]
+        return SPEED.sub("", world.run(EVAL, *files, "--max_new_tokens", 8, *flags).passed().out)
+
+    assert said() == said() == said("--seed", 42) != said("--seed", 43)
+
+
+def test_a_language_model_answers_with_an_untrained_projection_and_that_is_said(world, out):
+    result = world.run(EVAL, *world.eval_files(out), "--weight", "llm", "--image", world.images / "0.jpg").passed()
+    assert result.out.count(UNTRAINED) == 1
+    assert "llm_32.pth" in result.out
+    assert SPEED.search(result.out)
+    for weight in ("pretrain_vlm", "sft_vlm"):
+        flags = ["--weight", weight, "--image", world.images / "0.jpg"]
+        assert UNTRAINED not in world.run(EVAL, *world.eval_files(out), *flags).passed().out
+
+
+def test_a_path_and_a_size_choose_the_weights_too(world, out, tmp_path):
+    picture = ["--image", world.images / "0.jpg"]
+    result = world.run(EVAL, *world.eval_files(tmp_path), *picture, "--weight", "pretrain_vlm_32.pth", cwd=out).passed()
+    assert "pretrain_vlm_32.pth" in result.out
+    result = world.run(EVAL, *world.eval_files(out), *picture, "--hidden_size", 32, "--load_from", "model").passed()
+    assert "hidden_size" not in result.err
+    world.run(EVAL, *world.eval_files(out), *picture, "--hidden_size", 768).refused(
+        "sft_vlm_768.pth", "there: sft_vlm_32.pth"
+    )
+    world.run(EVAL, *world.eval_files(out), *picture, "--num_hidden_layers", 8).refused(
+        "--num_hidden_layers 8 contradicts"
+    )
+    world.run(EVAL, *world.eval_files(tmp_path), *picture).refused("no weight file sft_vlm_*.pth", "Train it first")
+
+
+@pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])
+def test_load_from_a_transformers_folder(world, out, tmp_path, form):
+    """Its name begins with `model`, and holds one of four heads: config.json decides, not the published number."""
+    weights = checkpoint.read_weights(out / "sft_vlm_32.pth")
+    folder = tmp_path / "model_of_mine"
+    if form == "saved":
+        model = MiniMindVLM(VLMConfig(**weights.sidecar["config"]))
+        checkpoint.load_into(model, weights)
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(weights.sidecar["config"]))
+        tensors = {name: tensor for name, tensor in weights.tensors.items() if name != "lm_head.weight"}
+        tensors["vision_encoder.vision_model.embeddings.class_embedding"] = torch.zeros(32)
+        if form == "pytorch_model.bin":
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, folder / "model.safetensors")
+    flags = ["--temperature", 0, "--image", world.images / "0.jpg"]
+    files = world.eval_files(out)
+    from_folder = world.run(EVAL, *files, "--load_from", "model_of_mine", *flags, cwd=tmp_path).passed().out
+    from_file = world.run(EVAL, *files, *flags, cwd=tmp_path).passed().out
+    assert "model_of_mine" in from_folder
+    assert UNTRAINED not in from_folder
+    assert SPEED.sub("", from_folder).splitlines()[1:] == SPEED.sub("", from_file).splitlines()[1:]
+
+
+def test_a_load_from_that_is_no_transformers_folder_is_refused(world, out, tmp_path):
+    flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--load_from"]
+    world.run(EVAL, *flags, "nowhere").refused("--load_from nowhere", "config.json and model.safetensors")
+    (tmp_path / "config.json").write_text('{"hidden_size": 30}')
+    (tmp_path / "model.safetensors").write_bytes(b"garbled")
+    world.run(EVAL, *flags, tmp_path).refused("cannot be read")
+    torch.save(torch.load(out / "sft_vlm_32.pth", weights_only=True), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    world.run(EVAL, *flags, tmp_path).refused("is no MiniMind weight file", "hidden_size 30")
+    (tmp_path / "config.json").write_text("[")
+    world.run(EVAL, *flags, tmp_path).refused("cannot be read")
+
+
+def test_a_picture_that_cannot_be_read_is_skipped_and_reported(world, out, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"no picture")
+    (folder / "b.jpg").write_bytes((world.images / "0.jpg").read_bytes())
+    (folder / "c.png").write_bytes((world.images / "1.jpg").read_bytes()[:200])
+    result = world.run(EVAL, *world.eval_files(out), "--image_dir", folder)
+    result.refused("2 picture(s) could not be read")
+    assert len(SPEED.findall(result.out)) == 1
+    assert re.search(r"skipped: .*a\.jpg: not a picture", result.out)
+    assert re.search(r"skipped: .*c\.png: ", result.out)
+
+
+def test_pictures_that_are_not_there_are_refused(world, out, tmp_path):
+    files = world.eval_files(out)
+    world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("no folder", "nowhere", "--image")
+    world.run(EVAL, *files, "--image_dir", tmp_path).refused("no pictures in", ".jpg")
+    world.run(EVAL, *files, "--image", "nowhere.jpg").refused("nowhere.jpg: no such file")
+
+
+def test_a_prompt_with_the_wrong_number_of_places_for_pictures_is_refused(world, out):
+    files = [*world.eval_files(out), "--image", "0.jpg", "1.jpg", "--prompt"]
+    world.run(EVAL, *files, "<image>在哪里？", cwd=world.images).refused("1 <image>", "2 picture(s)")
+    world.run(EVAL, *files, "左<image>右<image>", cwd=world.images).passed()
+    folder = [*world.eval_files(out), "--image_dir", world.images, "--prompt", "<image><image>"]
+    world.run(EVAL, *folder).refused("2 <image>", "1 picture(s)")
+
+
+def test_weights_and_tokenizer_must_belong_together(world, out, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((world.tokenizer / name).read_bytes())
+    other = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    other["model"]["merges"] = other["model"]["merges"][:-1]
+    (folder / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
+    flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--tokenizer_path", folder]
+    world.run(EVAL, *flags).refused("was trained with another tokenizer", "--tokenizer_path")

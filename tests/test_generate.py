@@ -1,0 +1,129 @@
+"""transformers' own generate() with pictures: every way to call it gives what each prompt by itself gives."""
+
+import pytest
+import torch
+from tiny_models import AT, IMAGE, IMAGES, PROMPTS, batch, pictures, prompt, save_tower, tiny_vlm
+
+from model.model_vlm import MiniMindVLM
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])
+def any_vlm(request):
+    return tiny_vlm(use_moe=request.param)
+
+
+def alone(model, index, **how) -> torch.Tensor:
+    """What generate() gives for one prompt by itself, new tokens only."""
+    (ids, starts), before = PROMPTS[index], sum(IMAGES[:index])
+    own = pictures(sum(IMAGES))[before : before + len(starts)] if starts else None
+    return model.generate(torch.tensor([ids]), pixel_values=own, **GREEDY | how)[:, len(ids) :]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(any_vlm):
+    return torch.cat([alone(any_vlm, index) for index in range(len(PROMPTS))]).tolist()
+
+
+def test_the_pictures_matter_to_the_answers(any_vlm, one_by_one):
+    ids = torch.tensor([PROMPTS[3][0]])
+    other = any_vlm.generate(ids, pixel_values=pictures(2, seed=7), **GREEDY)[0, ids.shape[1] :]
+    assert other.tolist() != one_by_one[3]
+
+
+def test_greedy_with_the_cache_is_greedy_without(any_vlm, one_by_one):
+    assert [alone(any_vlm, index, use_cache=False)[0].tolist() for index in range(len(PROMPTS))] == one_by_one
+
+
+WAYS = [{}, {"use_cache": False}, {"cache_implementation": "static"}]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("given_starts", [False, True])
+def test_a_left_padded_batch_is_one_by_one(any_vlm, one_by_one, how, given_starts):
+    inputs = batch(PROMPTS, pad="left")
+    if not given_starts:
+        del inputs["image_starts"]
+    together = any_vlm.generate(**inputs, pixel_values=pictures(sum(IMAGES)), **how, **GREEDY)
+    assert together[:, inputs["input_ids"].shape[1] :].tolist() == one_by_one
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("given_starts", [False, True])
+def test_beams_and_several_answers_keep_their_pictures(any_vlm, how, given_starts):
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    expected = torch.cat([alone(any_vlm, index, **beams) for index in range(len(PROMPTS))])
+    inputs = batch(PROMPTS, pad="left")
+    if not given_starts:
+        del inputs["image_starts"]
+    together = any_vlm.generate(**inputs, pixel_values=pictures(sum(IMAGES)), **GREEDY | beams, **how)
+    assert together[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
+
+
+def test_several_samples_drawn_from_one_prompt(any_vlm, one_by_one):
+    inputs = batch(PROMPTS[2:4], pad="left")
+    per_sample = pictures(sum(IMAGES))[1:].unflatten(0, (2, 2))
+    drawn = any_vlm.generate(
+        **inputs, pixel_values=per_sample, do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=8
+    )
+    assert drawn[:, inputs["input_ids"].shape[1] :].tolist() == [row for row in one_by_one[2:4] for _ in range(3)]
+
+
+def test_a_users_own_placeholder_beside_an_image_in_generate(any_vlm):
+    """Exactly placed by image_starts at every step, with the cache and without."""
+    inputs = batch([prompt([1, AT], IMAGE, [5]), prompt([1, 7, 8, 9, 10], IMAGE)], pad="left")
+    with_cache = any_vlm.generate(**inputs, pixel_values=pictures(2), **GREEDY)
+    without = any_vlm.generate(**inputs, pixel_values=pictures(2), use_cache=False, **GREEDY)
+    assert with_cache.tolist() == without.tolist()
+    first = any_vlm(**inputs, pixel_values=pictures(2)).logits[:, -1].argmax(-1)
+    assert with_cache[:, -8].tolist() == first.tolist()
+
+
+def test_several_tokens_into_a_filled_cache(any_vlm):
+    inputs = batch(PROMPTS[1:4], pad="left")
+    pixel_values, mask = pictures(sum(IMAGES[1:4])), inputs["attention_mask"]
+    more = torch.randint(3, 30, (3, 6), generator=torch.Generator().manual_seed(0))
+    ids, longer_mask = torch.cat((inputs["input_ids"], more), 1), torch.cat((mask, torch.ones_like(more)), 1)
+    whole = any_vlm(ids, attention_mask=longer_mask, pixel_values=pixel_values).logits
+    filled = any_vlm(**inputs, pixel_values=pixel_values, use_cache=True).past_key_values
+    pieces = [
+        any_vlm(piece, attention_mask=longer_mask[:, :end], past_key_values=filled).logits
+        for piece, end in zip(more.split([4, 1, 1], 1), (-2, -1, None), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, -6:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [[5, 6, 7], [5, *[AT] * 196, 7]], ids=["text", "a new picture"])
+def test_a_conversation_goes_on_from_its_cache(any_vlm, asked):
+    ids = torch.tensor([PROMPTS[1][0]])
+    first = any_vlm.generate(ids, pixel_values=pictures(1), return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat((first.sequences, torch.tensor([asked])), dim=1)
+    new = pictures(2)[1:] if AT in asked else None
+    continued = any_vlm.generate(longer, pixel_values=new, past_key_values=first.past_key_values, **GREEDY)
+    both = pictures(2 if AT in asked else 1)
+    both[0] = pictures(1)[0]
+    assert continued.tolist() == any_vlm.generate(longer, pixel_values=both, **GREEDY).tolist()
+
+
+def test_the_prompt_costs_the_logits_of_its_last_token_only_and_pictures_are_encoded_once(monkeypatch):
+    vlm = tiny_vlm()
+    lengths, encoded, encode = [], [], vlm.encode_images
+    monkeypatch.setattr(vlm, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    hook = vlm.lm_head.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+    inputs = batch(PROMPTS, pad="left")
+    vlm.generate(**inputs, pixel_values=pictures(sum(IMAGES)), **GREEDY)
+    hook.remove()
+    assert lengths == [1] * 8
+    assert encoded == [sum(IMAGES)]
+
+
+def test_a_saved_folder_is_loaded_with_its_tower(any_vlm, tmp_path):
+    any_vlm.save_pretrained(tmp_path / "saved")
+    tower = save_tower(tmp_path / "tower")
+    inputs = batch(PROMPTS) | {"pixel_values": pictures(sum(IMAGES))}
+    loaded = MiniMindVLM.from_pretrained(tmp_path / "saved", vision_model_path=tower).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, any_vlm(**inputs).logits)
+    half = MiniMindVLM.from_pretrained(tmp_path / "saved", vision_model_path=tower, dtype=torch.bfloat16)
+    assert half(**inputs).logits.dtype == torch.bfloat16
+    assert torch.equal(half.model.rotary_frequencies, any_vlm.model.rotary_frequencies)

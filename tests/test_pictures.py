@@ -1,0 +1,221 @@
+"""A picture's file to uint8 pixels: the same as transformers' own, and every broken file a PictureError."""
+
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.pictures import PictureError, load_picture, preprocess_image
+
+try:
+    from transformers import CLIPImageProcessorPil
+
+    LAYS_TRANSPARENCY_ON_WHITE = True
+except ImportError:  # the first releases of transformers 5 have it by this name, and let transparent pixels show
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
+    LAYS_TRANSPARENCY_ON_WHITE = False
+
+MODES = ["RGB", "L", "P", "CMYK", "I;16", "1", "YCbCr", "I", "F"]
+TRANSPARENT_MODES = ["RGBA", "LA", "PA", "P one colour", "P levels", "L one level", "RGB one colour"]
+SIZES = [(1, 1), (224, 224), (128, 128), (500, 30), (30, 500), (333, 101), (225, 223), (223, 226), (3, 2), (640, 480)]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return CLIPImageProcessorPil()
+
+
+def drawn(mode, size):
+    """Noise, so that a pixel out of place shows."""
+    width, height = size
+    rng = np.random.default_rng(width * 1000 + height)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    base, _, transparency = mode.partition(" ")
+    if base in ("P", "PA"):
+        image = image.convert("RGB").quantize(17).convert(base)
+    image = image.convert(base)
+    if transparency:
+        image.info["transparency"] = {"P one colour": 3, "P levels": bytes(range(0, 255, 15)), "L one level": 7}.get(
+            mode, image.getpixel((0, 0))
+        )
+    return image
+
+
+def expected(processor, image):
+    pixels = processor(
+        image, do_rescale=False, do_normalize=False, return_tensors="np", input_data_format="channels_last"
+    )["pixel_values"][0]
+    assert pixels.dtype == np.uint8
+    return pixels
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_are_those_of_transformers(processor, mode, size):
+    image = drawn(mode, size)
+    pixels = preprocess_image(image)
+    assert (pixels.shape, pixels.dtype) == ((3, 224, 224), np.uint8)
+    np.testing.assert_array_equal(pixels, expected(processor, image))
+
+
+@pytest.mark.skipif(not LAYS_TRANSPARENCY_ON_WHITE, reason="this release of transformers has no CLIPImageProcessorPil")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", TRANSPARENT_MODES)
+def test_transparent_pixels_are_those_of_transformers(processor, mode, size):
+    image = drawn(mode, size)
+    np.testing.assert_array_equal(preprocess_image(image), expected(processor, image))
+
+
+def test_what_is_transparent_is_white():
+    image = Image.new("RGBA", (50, 50), (255, 0, 0, 0))
+    assert (preprocess_image(image) == 255).all()
+
+
+@settings(max_examples=60, deadline=None, database=None)  # no database: nothing is written into the project
+@given(width=st.integers(1, 300), height=st.integers(1, 300))
+def test_pixels_are_those_of_transformers_at_any_size(processor, width, height):
+    image = drawn("RGB", (width, height))
+    np.testing.assert_array_equal(preprocess_image(image), expected(processor, image))
+
+
+def as_file(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_load_picture_takes_a_path_and_bytes(tmp_path):
+    image = drawn("RGB", (90, 70))
+    path = tmp_path / "图.png"
+    path.write_bytes(as_file(image, "PNG"))
+    pixels = torch.from_numpy(preprocess_image(image).copy())
+    for source in (path, str(path), path.read_bytes()):
+        loaded = load_picture(source, "a name")
+        assert (loaded.shape, loaded.dtype) == ((3, 224, 224), torch.uint8)
+        assert torch.equal(loaded, pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "stored_by"),
+    [
+        (1, None),
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (6, Image.Transpose.ROTATE_90),
+        (8, Image.Transpose.ROTATE_270),
+    ],
+)
+def test_a_picture_is_upright_by_its_exif_orientation(kind, orientation, stored_by):
+    upright = Image.new("RGB", (40, 60), "red")
+    upright.paste("blue", (0, 0, 40, 20))
+    stored = upright if stored_by is None else upright.transpose(stored_by)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    loaded = load_picture(as_file(stored, kind, exif=exif), "rotated")
+    difference = loaded.int() - torch.from_numpy(preprocess_image(upright).astype(np.int32))
+    assert difference.abs().float().mean() < 3  # JPEG is not exact
+
+
+def png_of_size(width, height):
+    """A PNG that is small on disk whatever it says its size is."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * min(height * (width + 1), 10**6))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def replaced(data, position, value):
+    return data[:position] + value + data[position + len(value) :]
+
+
+NOISE = drawn("RGB", (64, 48))
+BROKEN = {
+    "cut off.jpg": (as_file(NOISE, "JPEG")[:-500], "truncated"),
+    "cut off.png": (as_file(NOISE, "PNG")[:-500], "truncated"),
+    "only a header.jpg": (as_file(NOISE, "JPEG")[:20], "."),
+    "zero bytes.jpg": (b"", "not a picture"),
+    "text.jpg": ("描述这张图片".encode(), "not a picture"),
+    "page.jpg": (b"<html>404</html>", "not a picture"),
+    "bomb.png": (png_of_size(20_000, 20_000), "decompression bomb"),
+    "thin.png": (png_of_size(1, 100_000), "1 x 100000 pixels is too long and thin"),
+    "wide.png": (png_of_size(2000, 1), "2000 x 1 pixels is too long and thin"),
+    "no pixels.png": (png_of_size(0, 0), "."),
+    # The format is that of the bytes, whatever the name says, so Pillow's rarer decoders are reached too.
+    "dds.jpg": (replaced(as_file(NOISE, "DDS"), 80, b"\0\0\0\0"), "pixel format"),
+    "blp.jpg": (replaced(as_file(NOISE.quantize(), "BLP"), 8, b"\x09"), "encoding"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_picture_is_a_picture_error(tmp_path, name):
+    content, reason = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    for source, called in ((path, str(path)), (content, name)):
+        with pytest.raises(PictureError, match=f"(?s){name}: .*{reason}") as error:
+            load_picture(source, None if source is path else name)
+        assert error.value.name == called
+        assert str(error.value) == f"{called}: {error.value.reason}"
+
+
+def test_a_missing_picture_and_a_folder_are_picture_errors(tmp_path):
+    with pytest.raises(PictureError, match=r"a\.jpg: no such file") as error:
+        load_picture(tmp_path / "a.jpg", "a.jpg")
+    assert (error.value.name, error.value.reason) == ("a.jpg", "no such file")
+    for path in (tmp_path, f"{tmp_path}/a\0b.jpg", tmp_path / ("a" * 5000)):
+        with pytest.raises(PictureError, match=": ."):
+            load_picture(path)
+
+
+def with_exif(kind):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    exif[0x10E] = "text"
+    return as_file(NOISE, kind, exif=exif)
+
+
+FILES = [with_exif(kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF")] + [
+    as_file(NOISE.quantize(), "PNG", transparency=3),
+    as_file(drawn("I;16", (20, 10)), "PNG"),
+    as_file(NOISE.quantize(), "GIF"),
+    as_file(NOISE.convert("CMYK"), "JPEG"),
+    as_file(NOISE, "TIFF", compression="tiff_lzw"),
+    as_file(NOISE, "BMP"),
+]
+
+
+# Pillow warns of sizes and tags that a changed byte makes up; that is not what is tested here.
+@pytest.mark.filterwarnings("ignore:::PIL")
+@settings(max_examples=200, deadline=None, database=None)
+@given(data=st.data())
+def test_a_damaged_file_gives_pixels_or_a_picture_error(data):
+    damaged = data.draw(st.sampled_from(FILES))
+    places = st.integers(0, len(damaged) - 1) | st.integers(0, 60)
+    for position in data.draw(st.lists(places, min_size=1, max_size=4)):
+        damaged = replaced(damaged, position, data.draw(st.sampled_from([b"\0", b"\xff", b"\xff\xff", b"\x7f", b"\1"])))
+    damaged = damaged[: data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))]
+    try:
+        assert load_picture(damaged, "damaged").shape == (3, 224, 224)
+    except PictureError as error:
+        assert error.name == "damaged"
+        assert error.reason
+
+
+def test_a_picture_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(PictureError("a.jpg", "no such file")))
+    assert isinstance(error, PictureError)
+    assert (str(error), error.name, error.reason) == ("a.jpg: no such file", "a.jpg", "no such file")

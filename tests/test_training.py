@@ -1,0 +1,324 @@
+"""The two training scripts, run as their users run them: what they print, what they write, what they learn."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result, read_jsonl, sft_row, write_jsonl
+
+from dataset.lm_dataset import tokenizer_hash
+from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer.loop import cosine_learning_rate
+from trainer.setup import count_parameters, freeze, load_tokenizer
+
+pytest_plugins = ["tiny"]
+
+BATCH = 8
+STEPS = math.ceil(PRETRAIN_ROWS / BATCH)  # of an epoch
+SFT_FLAGS = ["--epochs", 1, "--learning_rate", 1e-3, "--log_interval", 1]
+
+
+class Ran:
+    """A finished run of a script: what it printed, and the files it left."""
+
+    def __init__(self, result: Result, out: Path, name: str):
+        self.result, self.out = result.passed(), out
+        self.weights = torch.load(out / f"{name}.pth", weights_only=True)
+        self.sidecar = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        self.state = torch.load(out / f"{name}_resume.pth", weights_only=True)
+        self.metrics = read_jsonl(out / f"{name}.metrics.jsonl")
+        self.lines = result.out.splitlines()
+
+
+def everything_in(folder: Path) -> set[Path]:
+    """All files but those that Python and git write by themselves."""
+    return {path for path in folder.rglob("*") if not {"__pycache__", ".git"}.intersection(path.parts)}
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, tmp_path_factory) -> Ran:
+    """Stage 1 as typed in the repository's root, two epochs; the files are named relative to it."""
+    out = world.copy_of_out(tmp_path_factory.mktemp("trained") / "out")
+    flags = ["--epochs", 2, "--batch_size", BATCH, "--log_interval", 3, "--save_interval", 100]
+    before = everything_in(ROOT / "out")
+    result = world.start("trainer/train_pretrain_vlm.py", *world.files("pretrain", out, cwd=ROOT), *flags, cwd=ROOT)
+    assert everything_in(ROOT / "out") == before
+    return Ran(result, out, "pretrain_vlm_32")
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(world, pretrained) -> Ran:
+    """Stage 2 after it, as typed inside trainer/; the files are named relative to that."""
+    cwd = ROOT / "trainer"
+    files = world.files("sft", pretrained.out, cwd=cwd)
+    result = world.start("train_sft_vlm.py", *files, "--batch_size", BATCH, *SFT_FLAGS, cwd=cwd)
+    return Ran(result, pretrained.out, "sft_vlm_32")
+
+
+@pytest.fixture(scope="module")
+def fine_tuned_by_two(world, pretrained, tmp_path_factory) -> Ran:
+    """The same by torchrun with two processes, from a folder of the user's own."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    out = cwd / "my" / "out"
+    start = ["--from_weight", os.path.relpath(pretrained.out / "pretrain_vlm_32.pth", cwd)]
+    files = world.files("sft", out, cwd=cwd)
+    script = os.path.relpath(SFT, cwd)
+    result = world.torchrun(script, *files, *start, "--batch_size", BATCH // 2, *SFT_FLAGS, cwd=cwd)
+    assert {path.name for path in cwd.iterdir()} == {"my"}
+    return Ran(result, out, "sft_vlm_32")
+
+
+def test_all_files_land_in_save_dir_and_nothing_else_is_left_there(pretrained, fine_tuned, fine_tuned_by_two):
+    endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl")
+    sft = {f"sft_vlm_32{ending}" for ending in endings}
+    both = {f"pretrain_vlm_32{ending}" for ending in endings} | sft | {"llm_32.pth"}
+    assert {path.name for path in pretrained.out.iterdir()} == both
+    assert {path.name for path in fine_tuned_by_two.out.iterdir()} == sft
+
+
+@pytest.mark.parametrize("stage", ["pretrained", "fine_tuned", "fine_tuned_by_two"])
+def test_weights_are_a_plain_state_dict_in_half_precision(stage, request):
+    weights = request.getfixturevalue(stage).weights
+    names = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2, vision_hidden_size=32)).state_dict().keys()
+    assert type(weights) is dict
+    assert weights.keys() == names
+    assert not any("vision_encoder" in name for name in names)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+
+
+def test_the_sidecar_says_what_the_weights_are(pretrained, fine_tuned):
+    for ran, stage, rows in ((pretrained, "pretrain", 2 * PRETRAIN_ROWS), (fine_tuned, "sft", SFT_ROWS)):
+        sidecar = ran.sidecar
+        assert sidecar["config"]["hidden_size"] == 32
+        assert sidecar["config"]["num_hidden_layers"] == 2
+        assert sidecar["config"]["vision_hidden_size"] == 32
+        assert sidecar["tokenizer_sha256"] == tokenizer_hash(load_tokenizer(TOKENIZER))
+        assert sidecar["stage"] == stage
+        assert sidecar["arguments"]["batch_size"] == BATCH
+        assert sidecar["arguments"]["tokenizer_path"] == "model/tokenizer"
+        assert sidecar["arguments"]["save_dir"] == str(ran.out)
+        assert sidecar["versions"]["torch"] == torch.__version__
+        assert {"python", "transformers", "datasets"} <= sidecar["versions"].keys()
+        assert sidecar["step"] == math.ceil(rows / BATCH) + (stage == "pretrain")
+
+
+def test_the_sidecar_names_the_commit(fine_tuned):
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode:
+        assert fine_tuned.sidecar["git_commit"] is None
+    else:
+        assert fine_tuned.sidecar["git_commit"].rstrip("+") == git.stdout.strip()
+
+
+def test_the_header_says_what_the_run_will_do(pretrained, fine_tuned_by_two):
+    total, learned = count_parameters(tiny_model(freeze_mode=1))
+    header = pretrained.result.out
+    for part in (
+        "stage 1, pretraining",
+        "llm_32.pth (a language model: the projection starts untrained)",
+        f"{PRETRAIN_ROWS} rows, {PRETRAIN_ROWS} pictures",
+        f"hidden_size 32, 2 layers: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
+        "epochs 2, batch_size 8, learning_rate 0.0004",
+        "max_seq_len 640, freeze_llm 1",
+        f"steps        {2 * STEPS} of 8 samples ({STEPS} an epoch)",
+        "CPU, 1 process(es), float32",
+    ):
+        assert part in header, header
+    header = fine_tuned_by_two.result.out
+    for part in ("stage 2, fine-tuning", f"{SFT_ROWS} rows", "4 of 8 samples", "CPU, 2 process(es)"):
+        assert header.count(part) == 1, header  # one of the two processes says it
+    assert "untrained" not in header
+
+
+def test_log_lines_hold_all_that_is_asked_for_and_the_last_step_of_each_epoch(pretrained):
+    pattern = re.compile(
+        r"epoch (\d)  step (\d+)/8  loss (\d+\.\d{4})  lr \d\.\d\de-\d\d  samples/s [\d.,]+  tokens/s [\d,]+  "
+        r"data wait \d+\.\d%  ETA \d+:\d\d"
+    )
+    logged = [match.groups() for line in pretrained.lines if (match := pattern.fullmatch(line))]
+    assert [(int(epoch), int(step)) for epoch, step, _ in logged] == [(1, 3), (1, 4), (2, 6), (2, 8)]
+    metrics = pretrained.metrics
+    assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 3), (1, 4), (2, 6), (2, 8)]
+    assert [f"{record['loss']:.4f}" for record in metrics] == [loss for _, _, loss in logged]
+    fields = "learning_rate samples_per_second tokens_per_second data_wait learned_tokens skipped_pictures seconds"
+    assert all(set(fields.split()) <= record.keys() for record in metrics)
+    # Every row is learned from once an epoch, those of the epoch's smaller last step too.
+    assert metrics[0]["learned_tokens"] + metrics[1]["learned_tokens"] == int(learned_tokens_of(pretrained))
+    assert metrics[2]["learned_tokens"] + metrics[3]["learned_tokens"] == int(learned_tokens_of(pretrained))
+
+
+def learned_tokens_of(ran: Ran) -> str:
+    return re.search(r"([\d,]+) learned tokens", ran.result.out)[1].replace(",", "")
+
+
+def test_the_last_step_is_saved(pretrained):
+    assert pretrained.state["step"] == pretrained.sidecar["step"] == 2 * STEPS
+    assert (pretrained.state["epoch"], pretrained.state["sample"]) == (2, 0)
+    for name, tensor in pretrained.state["learned"].items():
+        assert torch.equal(tensor.half(), pretrained.weights[name]), name
+
+
+def test_the_learning_rate_starts_as_asked_and_ends_at_a_tenth(pretrained, fine_tuned):
+    assert cosine_learning_rate(4e-4, 0.0) == 4e-4
+    assert cosine_learning_rate(4e-4, 0.5) == pytest.approx(2.2e-4)
+    assert cosine_learning_rate(4e-4, 1.0) == pytest.approx(4e-5)
+    rates = [record["learning_rate"] for record in fine_tuned.metrics]
+    assert rates[0] == 1e-3
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(1e-4)
+    assert pretrained.metrics[-1]["learning_rate"] == pytest.approx(4e-5)
+
+
+def test_pretraining_changes_the_projection_and_nothing_else(world, pretrained):
+    before = torch.load(world.out / "llm_32.pth", weights_only=True)
+    changed = {name for name, tensor in pretrained.weights.items() if not torch.equal(tensor, before.get(name, tensor))}
+    assert changed == set()
+    learned = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
+    assert pretrained.weights.keys() - before.keys() == learned == pretrained.state["learned"].keys()
+    torch.manual_seed(42)
+    untrained = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower).state_dict()
+    assert all(not torch.equal(pretrained.weights[name], untrained[name].half()) for name in learned)
+
+
+def test_fine_tuning_changes_everything_but_the_tower(world, pretrained, fine_tuned):
+    before = pretrained.weights
+    assert fine_tuned.weights.keys() == before.keys()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in fine_tuned.weights.items())
+    assert not any("vision_encoder" in name for name in fine_tuned.state["learned"])
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(fine_tuned, fine_tuned_by_two):
+    """25 rows in steps of 8: the last step has one row, so one of the processes has none."""
+    one, two = fine_tuned.metrics, fine_tuned_by_two.metrics
+    assert len(one) == len(two) == math.ceil(SFT_ROWS / BATCH)
+    for alone, together in zip(one, two, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["learned_tokens"] == alone["learned_tokens"]
+    assert fine_tuned_by_two.state["step"] == fine_tuned.state["step"]
+
+
+def tiny_model(freeze_mode: int) -> MiniMindVLM:
+    model = MiniMindVLM(
+        VLMConfig(hidden_size=32, num_hidden_layers=3 if freeze_mode == 2 else 2, vision_hidden_size=32)
+    )
+    freeze(model, freeze_mode)
+    return model
+
+
+def test_freeze_modes():
+    def learned(mode: int) -> set[str]:
+        return {name for name, parameter in tiny_model(mode).named_parameters() if parameter.requires_grad}
+
+    projection = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
+    assert learned(0) == {name for name, _ in tiny_model(0).named_parameters()}
+    assert learned(1) == projection
+    prefixes = ("model.layers.0.", "model.layers.2.")
+    outer = {name for name, _ in tiny_model(2).named_parameters() if name.startswith(prefixes)}
+    assert len(outer) == 18
+    assert learned(2) == projection | outer
+
+
+def test_the_projection_of_the_published_size_has_394_thousand_parameters():
+    model = MiniMindVLM(VLMConfig(hidden_size=512, num_hidden_layers=1))
+    freeze(model, 1)
+    assert count_parameters(model)[1] == 768 * 512 + 512 == 393_728
+
+
+def test_a_terminal_gets_a_bar(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    flags = ["--epochs", 1, "--batch_size", BATCH, "--log_interval", 1]
+    result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, terminal=True).passed()
+    assert f"| {STEPS}/{STEPS} [" in result.out
+    last = result.out[result.out.rindex("100%|") :]
+    for part in ("loss=", "lr=", "samples/s=", "tokens/s=", "data wait="):
+        assert part in last, last
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", last)  # time taken < ETA
+    assert "epoch 1  step" not in result.out  # no plain lines beside it
+    assert len(read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")) == STEPS
+
+
+def test_the_samples_order_is_the_seeds(world, tmp_path):
+    def losses(seed: int) -> list[float]:
+        out = world.copy_of_out(tmp_path / f"{seed}_{len(list(tmp_path.iterdir()))}")
+        flags = ["--epochs", 1, "--batch_size", BATCH, "--log_interval", 1, "--seed", seed]
+        world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
+        return [record["loss"] for record in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")]
+
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_a_new_run_begins_a_new_curve(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    for _ in range(2):
+        flags = ["--epochs", 1, "--batch_size", BATCH, "--log_interval", 1]
+        world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
+    assert [record["step"] for record in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_pictures_are_named_and_counted_and_the_run_goes_on(world, tmp_path, workers):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in world.images.iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "1.jpg").write_bytes(b"no picture")
+    (images / "2.jpg").write_bytes((images / "2.jpg").read_bytes()[:300])
+    rows = [sft_row(2) | {"image": f"{number}.jpg"} for number in range(6)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = world.copy_of_out(tmp_path / "out")
+    # One sample a step: the steps of the two broken pictures have nothing to learn from.
+    flags = ["--batch_size", 1, "--epochs", 1, "--log_interval", 1, "--from_weight", "llm", "--num_workers", workers]
+    files = [*world.files("sft", out), "--data_path", data, "--images_path", images]
+    result = world.run(SFT, *files, *flags).passed()
+    for name in ("1.jpg", "2.jpg"):
+        assert len(re.findall(rf"skipped a sample, its picture cannot be read: {name}: .+", result.out)) == 1, (
+            result.out
+        )
+    assert "2 sample(s) were skipped because a picture could not be read" in result.out
+    metrics = read_jsonl(out / "sft_vlm_32.metrics.jsonl")
+    assert len(metrics) == 6
+    assert sum(record["learned_tokens"] == 0 for record in metrics) == 2
+    assert metrics[-1]["skipped_pictures"] == 2
+    weights = torch.load(out / "sft_vlm_32.pth", weights_only=True)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_a_row_cut_by_max_seq_len_is_told(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    flags = ["--batch_size", 32, "--epochs", 1, "--from_weight", "llm", "--max_seq_len", 440]
+    assert "rows are cut at max_seq_len" in world.run(SFT, *world.files("sft", out), *flags).passed().out
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_offline_gets_the_same_metrics(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    flags = ["--epochs", 1, "--batch_size", BATCH, "--log_interval", 1, "--use_wandb", "--wandb_project", "tiny"]
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    world.run(PRETRAIN, *world.files("pretrain", out), *flags, env=environment, cwd=tmp_path).passed()
+    (run,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    assert not (tmp_path / "wandb").exists()
+    written = run.read_bytes()
+    for record in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl"):
+        assert json.dumps(record["loss"]).encode() in written
+    assert b"train/tokens_per_second" in written
+    state = torch.load(out / "pretrain_vlm_32_resume.pth", weights_only=True)
+    assert state["wandb_id"] in run.name
+
+
+def test_help_tells_every_flag(world):
+    for script in (PRETRAIN, SFT):
+        text = world.run(script, "--help", cwd=ROOT.anchor).passed().out
+        flags = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
+        published = (
+            "save_dir save_weight epochs batch_size learning_rate device dtype num_workers accumulation_steps grad_clip "
+            "log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path images_path "
+            "from_weight from_resume freeze_llm use_wandb wandb_project"
+        )
+        assert {f"--{name}" for name in published.split()} <= flags

@@ -1,0 +1,242 @@
+"""The vision tower: what of a checkpoint is read, that it stays frozen and apart, and what is said when it is not there."""
+
+import copy
+import gc
+import json
+import os
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
+
+from model.model_vlm import MiniMindVLM, TowerError, VLMConfig, load_vision_tower
+
+TEXT_WIDTH, TEXT_VOCABULARY = 24, 101
+DELETED = object()
+
+
+@pytest.fixture(scope="module")
+def whole_clip(tmp_path_factory):
+    """A whole CLIP checkpoint in both forms, a picture and what the vision half makes of it."""
+    text = {"hidden_size": TEXT_WIDTH, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": TEXT_VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    vision = tiny_models.TOWER_SHAPE | {"hidden_size": 32, "intermediate_size": 48}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    safe, pickled = (tmp_path_factory.mktemp(form) for form in ("safetensors", "bin"))
+    clip.save_pretrained(safe)
+    tensors = load_file(safe / "model.safetensors")
+    # The published file holds these two as well, though they are no weights.
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(197)[None]
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_bytes((safe / "config.json").read_bytes())
+    picture = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        features = clip.vision_model(pixel_values=picture).last_hidden_state
+    return {
+        "safetensors": safe,
+        "bin": pickled,
+        "picture": picture,
+        "features": features,
+        "vision_parameters": sum(parameter.numel() for parameter in clip.vision_model.parameters()),
+    }
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_only_the_vision_half_of_a_whole_clip_is_read(whole_clip, form, capfd):
+    tower = load_vision_tower(whole_clip[form])
+    torch.testing.assert_close(tower(pixel_values=whole_clip["picture"]).last_hidden_state, whole_clip["features"])
+    assert sum(parameter.numel() for parameter in tower.parameters()) == whole_clip["vision_parameters"]
+    gc.collect()
+    shapes = {tuple(thing.shape) for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)}
+    assert (TEXT_VOCABULARY, TEXT_WIDTH) not in shapes
+    # Leaving the text half on disk is nothing to warn of.
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_model_takes_the_features_before_the_final_norm_without_the_class_token(whole_clip):
+    model = tiny_models.tiny_vlm(whole_clip["safetensors"])
+    torch.testing.assert_close(model.encode_images(whole_clip["picture"]), whole_clip["features"][:, 1:])
+
+
+@pytest.mark.parametrize("form", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tower_is_float32_whatever_its_file_is(tmp_path, form):
+    folder = tiny_models.save_tower(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(form) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    tower = load_vision_tower(folder)
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, tensors["vision_model." + name.removeprefix("vision_model.")].to(form).float())
+
+
+def test_names_with_and_without_the_prefix_are_read_alike(tmp_path):
+    """transformers' releases save a tower alone in the one way or the other."""
+    prefixed, bare = load_vision_tower(tiny_models.save_tower(tmp_path / "a")), tmp_path / "b"
+    for name, tensor in load_vision_tower(tiny_models.save_tower(bare, prefix="")).state_dict().items():
+        assert torch.equal(tensor, prefixed.state_dict()[name])
+    prefixed.save_pretrained(tmp_path / "c")
+    assert torch.equal(next(load_vision_tower(tmp_path / "c").parameters()), next(prefixed.parameters()))
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_the_projection_takes_the_towers_width(tmp_path, width):
+    model = MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1), tiny_models.save_tower(tmp_path, width))
+    assert model.vision_proj.vision_proj[0].weight.shape == (64, width)
+    assert model.config.vision_hidden_size == width
+
+
+def test_trainable_parameters_are_the_decoders_and_the_projections():
+    model = MiniMindVLM(VLMConfig(hidden_size=512, num_hidden_layers=1))
+    assert sum(parameter.numel() for parameter in model.vision_proj.parameters()) == 393_728
+    assert list(model.vision_proj.state_dict()) == ["vision_proj.0.weight", "vision_proj.0.bias"]
+
+
+def test_the_tower_is_frozen_and_no_part_of_what_is_saved_or_trained():
+    model, without = tiny_models.tiny_vlm(), MiniMindVLM(tiny_models.tiny_vlm().config)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in without.named_parameters()}
+    assert set(model.state_dict()) == set(without.state_dict())
+    assert not any("vision_encoder" in name for name, _ in model.named_modules())
+    model.train().requires_grad_(True)
+    assert model.training
+    assert not any(module.training for module in model.vision_encoder.modules())
+    assert not any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
+    before = copy.deepcopy(model.vision_encoder.state_dict())
+    inputs = tiny_models.batch([tiny_models.prompt([1], tiny_models.IMAGE, [5, 6])])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 34, -100)
+    model(**inputs, pixel_values=tiny_models.pictures(1), labels=labels).loss.backward()
+    assert model.vision_proj.vision_proj[0].weight.grad.abs().max() > 0
+    optimizer.step()
+    for name, tensor in model.vision_encoder.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_tower_goes_where_the_model_goes():
+    model = tiny_models.tiny_vlm().to(torch.float64)
+    assert {parameter.dtype for parameter in model.vision_encoder.parameters()} == {torch.float64}
+    assert model.vision_encoder.pixel_mean.dtype == torch.float64
+    model.to("meta")
+    assert {tensor.device.type for tensor in model.vision_encoder.parameters()} == {"meta"}
+    assert {tensor.device.type for tensor in model.vision_encoder.buffers()} == {"meta"}
+
+
+def test_the_towers_own_mean_and_std(tmp_path):
+    folder = tiny_models.save_tower(tmp_path)
+    clips_own = load_vision_tower(folder)
+    assert clips_own.pixel_mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert clips_own.pixel_std.flatten().tolist() == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+    settings_file = folder / "preprocessor_config.json"
+    settings_file.write_text(json.dumps({"image_mean": [0.5, 0.25, 0], "image_std": [0.5, 1, 2], "size": 224}))
+    model = MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1), folder)
+    bytes_in = tiny_models.pictures(2)
+    mean, std = torch.tensor([0.5, 0.25, 0]).view(3, 1, 1), torch.tensor([0.5, 1, 2]).view(3, 1, 1)
+    by_hand = torch.stack([(picture / 255 - mean) / std for picture in bytes_in.float()])
+    torch.testing.assert_close(model.encode_images(bytes_in), model.encode_images(by_hand))
+
+
+def test_a_model_without_a_tower_says_so_when_it_gets_a_picture():
+    model = MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1))
+    inputs = tiny_models.batch([tiny_models.prompt([1], tiny_models.IMAGE)])
+    assert model(torch.tensor([[1, 5, 34]])).logits.shape == (1, 3, 6400)
+    with pytest.raises(TowerError, match="vision_model_path"):
+        model(**inputs, pixel_values=tiny_models.pictures(1))
+
+
+# ---- a folder that holds no tower
+
+
+def assert_tower_error(folder, *words):
+    with pytest.raises(TowerError) as caught:
+        load_vision_tower(folder)
+    message = str(caught.value)
+    for word in (str(folder), "scripts/download.py tower", *words):
+        assert word in message
+    assert "\n" not in message
+    assert "weights_only" not in message
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not DELETED}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_tensor(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def replace_by(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def as_bin(content):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return damage
+
+
+LAST_WEIGHT = "vision_model.encoder.layers.1.mlp.fc2.weight"
+DAMAGES = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "garbage weights": (replace_by("model.safetensors", b"garbage" * 99), "cannot be read"),
+    "empty weights": (replace_by("model.safetensors", b""), "cannot be read"),
+    "a web page for weights": (as_bin(b"<!DOCTYPE html><html>404"), "cannot be read"),
+    "empty bin": (as_bin(b""), "cannot be read"),
+    "broken JSON": (replace_by("config.json", b'{"hidden_size": 32,'), "config.json"),
+    "config of bytes": (replace_by("config.json", b"\xff\xfe\x00"), "config.json"),
+    "config is a list": (replace_by("config.json", b"[]"), "cannot be read"),
+    "config is null": (replace_by("config.json", b"null"), "cannot be read"),
+    "broken preprocessor": (replace_by("preprocessor_config.json", b"{"), "cannot be read"),
+    "two means": (replace_by("preprocessor_config.json", b'{"image_mean": [1, 2]}'), "cannot be read"),
+    "patch 32": (lambda folder: edit_config(folder, patch_size=32), "49 patches of a 224 px picture"),
+    "patch 0": (lambda folder: edit_config(folder, patch_size=0), "cannot be read"),
+    "patch a word": (lambda folder: edit_config(folder, patch_size="sixteen"), "cannot be read"),
+    "no patch size": (lambda folder: edit_config(folder, patch_size=DELETED), "49 patches"),
+    "336 px": (lambda folder: edit_config(folder, image_size=336, patch_size=24), "of a 336 px picture"),
+    "heads do not divide": (lambda folder: edit_config(folder, num_attention_heads=5), "cannot be read"),
+    "a wider tower": (lambda folder: edit_config(folder, hidden_size=64), "does not fit its config.json"),
+    "a deeper tower": (lambda folder: edit_config(folder, num_hidden_layers=3), "16 tensor(s)", "layers.2."),
+    "a shallower tower": (lambda folder: edit_config(folder, num_hidden_layers=1), "16 tensor(s)", "layers.1."),
+    "a tensor less": (lambda folder: without_tensor(folder, LAST_WEIGHT), "1 tensor(s)", "mlp.fc2.weight"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tower_is_named_with_its_remedy(tmp_path, damage):
+    change, *words = DAMAGES[damage]
+    change(tiny_models.save_tower(tmp_path))
+    assert_tower_error(tmp_path, *words)
+
+
+def test_no_folder_is_named_with_its_remedy(tmp_path):
+    assert_tower_error(tmp_path / "nowhere", "config.json is missing")
+    with pytest.raises(TowerError, match="nowhere"):
+        MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1), vision_model_path=tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    """A tower's folder and the bytes of its two files; a test may write over them."""
+    folder = tiny_models.save_tower(tmp_path_factory.mktemp("tower"))
+    return folder, {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fraction=st.floats(0, 1, exclude_max=True))
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_cut_file_is_a_tower_error(intact, name, fraction):
+    folder, contents = intact
+    for other, content in contents.items():
+        (folder / other).write_bytes(content)
+    os.truncate(folder / name, int(len(contents[name].rstrip(b"}\n ")) * fraction))
+    assert_tower_error(folder)

@@ -1,0 +1,339 @@
+"""A tiny world for the tests of the scripts - tower, language model, pictures, rows - and ways to run a script in it.
+
+A script runs either as its user types it (`World.start`, `World.torchrun`: 5 to 20 seconds of imports), or in a process
+forked from one that has done the imports and nothing else (`World.run`: the same script, arguments, current folder,
+output and exit status in a second).
+
+PYTEST_DONT_REWRITE (the tests import this file before pytest takes its fixture from it)
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import fcntl
+import gc
+import json
+import os
+import pty
+import random
+import runpy
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "model" / "tokenizer"
+PRETRAIN, SFT, EVAL = ROOT / "trainer/train_pretrain_vlm.py", ROOT / "trainer/train_sft_vlm.py", ROOT / "eval_vlm.py"
+SECONDS = 240  # after which a script that hangs is ended
+PICTURES = 12
+PRETRAIN_ROWS, SFT_ROWS = 26, 25  # no multiples of the batch sizes in use: the last step of an epoch is smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a script ended, and what it printed (in a terminal all of it is `out`)."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+    def passed(self) -> "Result":
+        assert self.code == 0, f"exit status {self.code}\n{self.text}"
+        return self
+
+    def refused(self, *parts: str) -> str:
+        """The one message a user's mistake ends in, which must hold `parts`: status 1 and no traceback."""
+        assert self.code == 1, f"exit status {self.code}\n{self.text}"
+        assert "Traceback" not in self.text, self.text
+        assert self.err.count("error: ") == 1, self.text
+        message = self.err[self.err.index("error: ") :]
+        for part in parts:
+            assert part in message, f"{part!r} is not in: {message}"
+        return message
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class World:
+    """The folder: tower/, images/, pretrain.jsonl, sft.jsonl, out/llm_32.pth (as the original's: without a sidecar)."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+            "HF_DATASETS_CACHE": str(root / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUTF8": "1",
+        }
+        self.tower, self.tokenizer, self.images, self.out = root / "tower", TOKENIZER, root / "images", root / "out"
+        self._build()
+        command = [sys.executable, "-W", "ignore", __file__]
+        self.launcher = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, cwd=root, text=True
+        )
+        self.runs = 0
+
+    def close(self):
+        self.launcher.communicate(timeout=SECONDS)
+
+    def files(self, stage: str, out: Path, cwd: Path | None = None) -> list[str]:
+        """The flags that name this world's files; relative to `cwd` where it is given."""
+        paths = {
+            "--data_path": self.root / f"{stage}.jsonl",
+            "--images_path": self.images,
+            "--tokenizer_path": TOKENIZER,
+            "--vision_model_path": self.tower,
+            "--save_dir": out,
+        }
+        flags = [[flag, os.path.relpath(path, cwd) if cwd else str(path)] for flag, path in paths.items()]
+        return [*(word for pair in flags for word in pair), "--num_workers", "0", "--device", "cpu"]
+
+    def eval_files(self, out: Path) -> list[str]:
+        paths = {"--save_dir": out, "--tokenizer_path": TOKENIZER, "--vision_model_path": self.tower}
+        return [*(str(word) for pair in paths.items() for word in pair), "--device", "cpu", "--max_new_tokens", "4"]
+
+    def copy_of_out(self, folder: Path) -> Path:
+        """A --save_dir with nothing but the language model."""
+        folder.mkdir(parents=True)
+        shutil.copy(self.out / "llm_32.pth", folder)
+        return folder
+
+    def run(self, script: Path, *arguments, cwd=None, env=None, ranks: int = 1, hook="", terminal=False) -> Result:
+        """Runs a script in forked processes, `ranks` of them as torchrun would, and returns what came of rank 0.
+
+        Args:
+            hook: Python to execute before the script.
+            terminal: Whether it writes to a terminal.
+        """
+        self.runs += 1
+        port, jobs = str(free_port()), []
+        with contextlib.ExitStack() as stack:
+            reader = stack.enter_context(Terminal()) if terminal else None
+            for rank in range(ranks):
+                of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                of_rank |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                jobs.append(
+                    {
+                        "argv": [str(script), *map(str, arguments)],
+                        "cwd": str(cwd or self.root),
+                        "env": (env or {}) | (of_rank if ranks > 1 else {}),
+                        "hook": hook,
+                        "files": [str(self.root / f"run_{self.runs}_{rank}.{name}") for name in ("out", "err")],
+                        "terminal": reader.name if reader else None,
+                    }
+                )
+            self.launcher.stdin.write(json.dumps(jobs) + "\n")
+            self.launcher.stdin.flush()
+            typed = reader.read() if reader else None
+            codes = json.loads(self.launcher.stdout.readline())
+        if terminal:
+            return Result(codes[0], typed, "")
+        texts = [Path(name).read_text(encoding="utf-8") for name in jobs[0]["files"]]
+        assert ranks == 1 or len(set(codes)) == 1, f"the ranks ended differently: {codes}\n{''.join(texts)}"
+        return Result(codes[0], *texts)
+
+    def start(self, *command, cwd: Path) -> Result:
+        """Runs `python *command` as it is typed."""
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *map(str, command)],
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=SECONDS,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def torchrun(self, *command, cwd: Path) -> Result:
+        """Runs `torchrun --nproc_per_node 2 *command` (on a free port, so that other runs are not in the way)."""
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        return self.start(*torchrun, *command, cwd=cwd)
+
+    def _build(self):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        tower = CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=16, image_size=224))
+        tower.save_pretrained(self.tower)
+        draw_pictures(self.images)
+        write_jsonl(self.root / "pretrain.jsonl", [pretrain_row(number) for number in range(PRETRAIN_ROWS)])
+        write_jsonl(self.root / "sft.jsonl", [sft_row(number) for number in range(SFT_ROWS)])
+        self.out.mkdir()
+        torch.save(language_model(), self.out / "llm_32.pth")
+
+
+class Terminal:
+    """A pseudo-terminal that a process may write to; `name` is its device."""
+
+    def __enter__(self):
+        self.ours, self.theirs = pty.openpty()
+        self.name = os.ttyname(self.theirs)
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # lines, columns, pixels
+        return self
+
+    def __exit__(self, *exception):
+        os.close(self.ours)
+
+    def read(self) -> str:
+        """All that is written, until nobody has it open."""
+        read, parts = True, []
+        # The process opens it by name; what keeps it open until then is our own end.
+        while read:
+            try:
+                read = os.read(self.ours, 65536)
+            except OSError:  # how Linux says that the other end was closed
+                break
+            parts.append(read)
+            if self.theirs is not None:
+                os.close(self.theirs)
+                self.theirs = None
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_pictures(folder: Path) -> Path:
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    for number in range(PICTURES):
+        noise = Image.frombytes("RGB", (4, 3), rng.randbytes(36))
+        noise.resize((64, 48), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+    return folder
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def pretrain_row(number: int) -> dict:
+    answer = "红色的圆形，" * (1 + number % 4) + f"第{number}张。"
+    asked = turn("user", "描述这张图片\n<image>")
+    return {"conversations": [asked, turn("assistant", answer)], "image": f"{number % PICTURES}.jpg"}
+
+
+def sft_row(number: int) -> dict:
+    """Rows of very different lengths, without a picture (every fifth), with one and with two, of one turn and of two."""
+    pictures = (0, 2, 1, 1, 1)[number % 5]
+    names = ", ".join(f"{(number + offset) % PICTURES}.jpg" for offset in range(pictures))
+    tags = "<image>" * pictures if number % 2 else "\n<image>" * pictures
+    turns = [turn("user", f"图中有什么？{tags}"), turn("assistant", "蓝色的方形" * (1 + number * 7 % 11) + "。")]
+    if number % 3 == 0:
+        turns += [turn("user", "在哪里？" * (1 + number % 7)), turn("assistant", "在左边。" * (1 + number % 13))]
+    return {"conversations": turns} | ({"image": names} if pictures else {})
+
+
+def language_model(steps: int = 20, **shape) -> dict:
+    """A decoder that has read the rows' answers for so many steps: 20 bring its loss well below that of guessing."""
+    from transformers import AutoTokenizer
+
+    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    rows = [sft_row(number) for number in range(10)] + [pretrain_row(number) for number in range(10)]
+    texts = [spoken["content"] + "<|im_end|>\n" for row in rows for spoken in row["conversations"][1::2]]
+    ids = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")["input_ids"]
+    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(**{"hidden_size": 32, "num_hidden_layers": 2} | shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    return {name: tensor.half() for name, tensor in model.state_dict().items()}
+
+
+def serve():
+    """Forks a process for each job of each line of jobs (JSON) on standard input; answers with their exit statuses."""
+    for module in ("trainer.loop", "dataset.scenes", "transformers", "pyarrow.parquet"):
+        __import__(module)
+    gc.freeze()  # so that a collection in a forked process does not touch, and so copy, all that was imported
+    for line in sys.stdin:
+        processes = []
+        for job in json.loads(line):
+            process = os.fork()
+            if process == 0:
+                signal.alarm(SECONDS)
+                code = run_job(job)
+                atexit._run_exitfuncs()
+                sys.stdout.flush()
+                os._exit(code)  # without the half second that taking all modules apart takes
+            processes.append(process)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        print(json.dumps(codes), flush=True)
+
+
+def run_job(job: dict) -> int:
+    """Runs the job's script in this process as if it had been started by its command; returns the exit status."""
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    if job["terminal"]:
+        os.setsid()
+        targets = [os.open(job["terminal"], os.O_RDWR)] * 2
+    else:
+        targets = [os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in job["files"]]
+    for source, target in zip([os.open(os.devnull, os.O_RDONLY), *targets], range(3), strict=True):
+        os.dup2(source, target)
+    for source in set(targets):
+        os.close(source)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.argv, script = job["argv"], job["argv"][0]
+    sys.path.insert(0, str(Path(script).parent))
+    exec(job["hook"], {})
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+            return 1
+        return ending.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    """Built once; a test that writes does so into a folder of its own (`copy_of_out`)."""
+    world = World(tmp_path_factory.mktemp("tiny"))
+    yield world
+    world.close()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,88 @@
+"""Tiny vision towers and models for tests, and prompts with images in them."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import plain_model
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from model.model_vlm import MiniMindVLM, VLMConfig
+
+TOWER_SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": 224}
+IMAGE = "image"
+AT = plain_model.PLACEHOLDER
+
+
+def save_tower(folder: Path, width: int = 32, prefix: str = "vision_model.", **shape) -> Path:
+    """Writes a tower with the published names and the weights that the formula of the recorded figures gives."""
+    shape = TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width} | shape
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape))
+    plain_model.fill_tower(tower)
+    tower.config.save_pretrained(folder)
+    tensors = {prefix + name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tiny_vlm(tower: Path | None = None, **shape) -> MiniMindVLM:
+    """Two layers of width 32, far from ties between tokens; it never ends by itself, and its tower is read and gone."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128} | shape
+    folder = Path(tempfile.mkdtemp())
+    try:
+        model = MiniMindVLM(VLMConfig(eos_token_id=127, **shape), vision_model_path=tower or save_tower(folder)).eval()
+    finally:
+        shutil.rmtree(folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(*parts) -> tuple[list[int], list[int]]:
+    """Token ids and image starts of a prompt given in parts: lists of ids, and IMAGE."""
+    ids, starts = [], []
+    for part in parts:
+        if part == IMAGE:
+            starts.append(len(ids))
+            part = [AT] * plain_model.PATCHES
+        ids += part
+    return ids, starts
+
+
+def batch(prompts, pad="right") -> dict[str, torch.Tensor]:
+    """Prompts of `prompt` as input_ids, attention_mask (both (B, L)) and image_starts (images, 2)."""
+    longest = max(len(ids) for ids, _ in prompts)
+    rows, masks, image_starts = [], [], []
+    for sample, (ids, starts) in enumerate(prompts):
+        pads = longest - len(ids)
+        before, after = (pads, 0) if pad == "left" else (0, pads)
+        rows.append([0] * before + ids + [0] * after)
+        masks.append([0] * before + [1] * len(ids) + [0] * after)
+        image_starts += [[sample, before + start] for start in starts]
+    return {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor(masks),
+        "image_starts": torch.tensor(image_starts, dtype=torch.long).view(-1, 2),
+    }
+
+
+def pictures(number: int, seed: int = 0) -> torch.Tensor:
+    """(number, 3, 224, 224) uint8 noise, each picture of another brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 100, (number, 3, 224, 224), generator=generator)
+    return (noise + torch.randint(0, 156, (number, 3, 1, 1), generator=generator)).to(torch.uint8)
+
+
+# Lengths and numbers of images differ; a user's own @ stands before, between and after images.
+PROMPTS = [
+    prompt([1, 50, 60, 70]),
+    prompt([1, 5, AT, 7], IMAGE, [9, 8]),
+    prompt([1], IMAGE, IMAGE, [6, AT]),
+    prompt([1, 77], IMAGE, [3, AT, 4], IMAGE, [50, 51, 52]),
+    prompt([AT]),
+]
+IMAGES = [len(starts) for _, starts in PROMPTS]
