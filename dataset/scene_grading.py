@@ -92,7 +92,11 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
 def _grade(told: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
     candidates = told[:4] + [{}] * len(objects)  # {}: an object of which nothing was said
     right = max(
-        sum(said.get(key) == getattr(thing, key) for said, thing in zip(order, objects, strict=True) for key in ATTRIBUTES)
+        sum(
+            said.get(key) == getattr(thing, key)
+            for said, thing in zip(order, objects, strict=True)
+            for key in ATTRIBUTES
+        )
         for order in permutations(candidates, len(objects))
     )
     right += len(told) == len(objects)

@@ -22,19 +22,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset import scene_language as language  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
+from dataset.lm_dataset import tokenizer_hash  # noqa: E402
 from dataset.scene_language import Facts  # noqa: E402
 from dataset.scenes import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
-from scripts.build_tower import learning_rate  # noqa: E402
+from model.model_minimind import MiniMindForCausalLM  # noqa: E402
+from model.model_vlm import VLMConfig  # noqa: E402
+from scripts import build_tower  # noqa: E402
+from trainer.checkpoint import describe, save_weights, weight_name  # noqa: E402
 
-CONFIG = MiniMindConfig(hidden_size=128, num_hidden_layers=4)
+CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 EMPTY_WORD = "空"
 # As captions spell them, each a single token: copying from the grid is then all that a caption takes.
 GRID_WORDS = (EMPTY_WORD, *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
@@ -242,18 +245,12 @@ def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: Tensor) -> 
     return {"tokens": round(float(torch.cat(tokens).mean()), 4), "captions": round(float(torch.cat(whole).mean()), 4)}
 
 
-def save(model: MiniMindForCausalLM, folder: Path, result: dict) -> None:
-    """Writes llm_128.pth (a plain state dict in half precision) and what made it beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"llm_{CONFIG.hidden_size}.pth"
-    torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, path)
-    about = {
-        "config": {"hidden_size": CONFIG.hidden_size, "num_hidden_layers": CONFIG.num_hidden_layers},
-        "stage": "llm",
-        "command": "python " + " ".join(["scripts/build_llm.py", *sys.argv[1:]]),
-        "result": result,
-    }
-    path.with_suffix(".json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, result: dict) -> None:
+    """Writes the weights and their sidecar, which also says what this command gave."""
+    command = "python " + " ".join(["scripts/build_llm.py", *sys.argv[1:]])
+    sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), {"command": command})
+    path = args.out_dir / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
+    save_weights(path, model, sidecar | {"result": result})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -274,7 +271,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(args.tokenizer_path))
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
+    encoder = ChatEncoder(tokenizer)
     words = grid_word_ids(encoder)
     model = MiniMindForCausalLM(CONFIG)
     initialise(model)
@@ -283,7 +281,7 @@ def main() -> None:
     print(f"decoder of {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps")
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(step, args.steps, args.learning_rate)
+            group["lr"] = group["factor"] * build_tower.learning_rate(step, args.steps, args.learning_rate)
         batch = batches.draw(step / args.steps)
         loss = training_loss(model, batch, words)
         optimizer.zero_grad()
@@ -297,7 +295,7 @@ def main() -> None:
             recent.clear()
         if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
             result = measure(model, encoder, words)
-            save(model, args.out_dir, result)
+            save(model, tokenizer, args, result)
             print(f"held-out scenes: {json.dumps(result)}", flush=True)
 
 

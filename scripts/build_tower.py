@@ -106,7 +106,9 @@ def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcess
     For each group, over objects (the mean over the patches that an object covers); `whole` where all four groups are
     right; `patch` for objects told from background, over patches.
     """
-    told = torch.cat([head(features(tower, pixels(scenes[at : at + 50], processor))) for at in range(0, len(scenes), 50)])
+    told = torch.cat(
+        [head(features(tower, pixels(scenes[at : at + 50], processor))) for at in range(0, len(scenes), 50)]
+    )
     targets, learned = patch_targets(scenes)
     right: dict[str, list[bool]] = {name: [] for name in (*GROUPS, "whole")}
     for row, scene in enumerate(scenes):
@@ -152,7 +154,9 @@ def save(tower: CLIPVisionModel, processor: CLIPImageProcessorPil, folder: Path)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Builds the small built-in vision tower.")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "model" / "builtin" / "tower", help="where it is written")
+    parser.add_argument(
+        "--out_dir", type=Path, default=ROOT / "model" / "builtin" / "tower", help="where it is written"
+    )
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step, each drawn anew")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="the peak")
@@ -172,8 +176,12 @@ def main() -> None:
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     scenes, started, recent = heldout_scenes(), time.time(), []
-    print(f"tower of {sum(p.numel() for p in tower.parameters()):,} parameters, {args.steps} steps of {args.batch_size}")
-    for step, (pixel_values, targets, learned) in zip(range(args.steps), batches(args.batch_size, processor), strict=False):
+    print(
+        f"tower of {sum(p.numel() for p in tower.parameters()):,} parameters, {args.steps} steps of {args.batch_size}"
+    )
+    for step, (pixel_values, targets, learned) in zip(
+        range(args.steps), batches(args.batch_size, processor), strict=False
+    ):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.learning_rate)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -124,7 +124,7 @@ def test_a_path_and_a_size_choose_the_weights_too(world, out, tmp_path):
 
 @pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])
 def test_load_from_a_transformers_folder(world, out, tmp_path, form):
-    """Its name begins with `model`, and holds one of four heads: config.json decides, not the published number."""
+    """Its name begins with `model`, which is no reason to look for weight files."""
     weights = checkpoint.read_weights(out / "sft_vlm_32.pth")
     folder = tmp_path / "model_of_mine"
     if form == "saved":
@@ -149,6 +149,15 @@ def test_load_from_a_transformers_folder(world, out, tmp_path, form):
     assert "model_of_mine" in from_folder
     assert UNTRAINED not in from_folder
     assert SPEED.sub("", from_folder).splitlines()[1:] == SPEED.sub("", from_file).splitlines()[1:]
+
+
+def test_the_folders_config_json_decides_what_its_tensors_do_not_tell(tmp_path):
+    config = VLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=0.1
+    )
+    MiniMindVLM(config).save_pretrained(tmp_path)
+    found = checkpoint.read_folder(tmp_path).config
+    assert (found.num_attention_heads, found.num_key_value_heads, found.rms_norm_eps) == (4, 4, 0.1)
 
 
 def test_a_load_from_that_is_no_transformers_folder_is_refused(world, out, tmp_path):

@@ -74,7 +74,9 @@ def test_rows_are_well_formed(drawn, name):
     assert len(rows) == {"pretrain": TRAINING, "sft": TRAINING, "heldout": scenes.HELDOUT_SCENES}[name]
     folder = drawn / ("heldout_images" if name == "heldout" else "images")
     for row in rows:
-        assert [turn["role"] for turn in row["conversations"]] == ["user", "assistant"] * (len(row["conversations"]) // 2)
+        assert [turn["role"] for turn in row["conversations"]] == ["user", "assistant"] * (
+            len(row["conversations"]) // 2
+        )
         assert all(turn["content"] for turn in row["conversations"])
         pictures = row["image"].split(", ") if "image" in row else []
         placeholders = [turn["content"].count("<image>") for turn in row["conversations"]]

@@ -18,10 +18,11 @@ BUILTIN_DATASET_DIR = DATASET_DIR / "builtin"
 BUILTIN_HIDDEN_SIZE = 128
 # What teaches the small built-in model; the published settings are for one 16 and more times its size.
 BUILTIN_RECIPE = {
-    "pretrain": {"epochs": 2, "batch_size": 16, "learning_rate": 4e-3},
-    "sft": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3},
+    "pretrain": {"epochs": 1, "batch_size": 16, "learning_rate": 4e-3},
+    "sft": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
 }
 
+TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
 MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
 
@@ -37,6 +38,11 @@ class PublishedFile:
     what: str
     path: Path
     command: str
+    contains: tuple[str, ...] = ()  # one of these must be in the folder, or its download was interrupted
+
+    @property
+    def is_complete(self) -> bool:
+        return any((self.path / name).is_file() for name in self.contains) if self.contains else self.path.exists()
 
     def __str__(self):
         return f"{self.what}: {shown(self.path)} ({self.command})"
@@ -58,8 +64,10 @@ def published_files(stage: str, from_weight: str, hidden_size: int | None, save_
     """What the stage needs of the published files, by the flag that would name another."""
     data_path, images_path = published_data(stage)
     files = {
-        "vision_model_path": PublishedFile("vision tower", TOWER_DIR, "python scripts/download.py tower"),
-        "tokenizer_path": PublishedFile("tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer"),
+        "vision_model_path": PublishedFile("vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS),
+        "tokenizer_path": PublishedFile(
+            "tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer", ("tokenizer.json",)
+        ),
         "data_path": PublishedFile("data", data_path, f"python scripts/download.py {stage}"),
         "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {stage}"),
     }
@@ -93,20 +101,24 @@ def choose_assets(args, stage: str) -> str:
         files.pop("images_path", None)
     if has_any_weight(Path(args.save_dir), args.from_weight):
         files.pop("from_weight", None)  # whether one of them fits is said when it is looked for
-    missing = [file for flag, file in files.items() if flag not in given and not file.path.exists()]
+    missing = [file for flag, file in files.items() if flag not in given and not file.is_complete]
     if missing:
-        raise UsageError(
-            "some of the files are there and some are not. Missing:\n"
-            + "\n".join(f"  {file}" for file in missing)
-            + "\nFetch them, or name your own with "
-            + ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
-            + f". (With none of these files and none of these flags, the small built-in set is used; there now: "
-            f"{', '.join([shown(files[flag].path) for flag in there if flag in files] + ['--' + flag for flag in given]) or 'nothing'}.)"
-        )
+        present = [shown(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
+        raise UsageError(missing_message(missing, present))
     for flag, file in files.items():
         if flag != "from_weight" and flag not in given:
             setattr(args, flag, file.path)
     return "published"
+
+
+def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
+    flags = ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
+    return (
+        "some of the files are there and some are not. Missing:\n"
+        + "".join(f"  {file}\n" for file in missing)
+        + f"Fetch them, or name your own with {flags}. (With none of these files and none of these flags, the small "
+        f"built-in set is used; there now: {', '.join(present) or 'nothing'}.)"
+    )
 
 
 def has_any_weight(save_dir: Path, name: str) -> bool:
