@@ -257,6 +257,7 @@ def test_parquet_needs_no_folder_of_pictures(place):
         ([PUBLISHED_TOKENIZER, *DATA], ["vision tower", "language model"]),
         ([TOWER, PUBLISHED_TOKENIZER, *DATA], ["language model"]),
         (["out/llm_512.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
+        (["out/llm_768.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
         ([DATA[0], TOWER, PUBLISHED_TOKENIZER, "out/llm_512.pth"], ["pictures"]),
         # Folders that a download left when it was stopped.
         (

@@ -177,6 +177,7 @@ def test_files_that_are_no_weights_are_refused(world, tmp_path):
             assert path.read_bytes() == content
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_whatever_the_damage_it_is_a_usage_error(tmp_path):
     """Bytes flipped, cut out and repeated anywhere: the file is refused with a message, or still holds tensors."""
     path = tmp_path / "llm_16.pth"
@@ -365,11 +366,11 @@ def test_a_full_disk_ends_in_a_message_and_leaves_what_was_saved(world, with_sid
 
 def test_weights_that_became_nan_do_not_replace_good_ones(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
+    (out / "sft_vlm_32.pth").write_bytes(b"good weights")
     flags = ["--epochs", 1, "--learning_rate", 1e30, "--save_interval", 1, "--from_weight", "llm"]
     result = world.run(SFT, *world.files("sft", out), *flags)
-    result.refused("the weights became NaN or infinite by step", "--learning_rate")
-    saved = out / "sft_vlm_32.pth"
-    assert not saved.exists() or all(bool(tensor.isfinite().all()) for tensor in load(saved).values())
+    result.refused("the weights became NaN or larger than 65504 by step 1,", "--learning_rate")
+    assert {path.read_bytes() for path in out.glob("sft_vlm_32.pth*")} == {b"good weights"}
 
 
 def test_what_is_written_is_what_was_in_memory(world, with_sidecar):

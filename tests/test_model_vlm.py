@@ -103,6 +103,7 @@ def test_any_mix_of_samples_is_spliced_exactly(vlm, samples):
 RUNS = st.lists(st.tuples(st.sampled_from([0, 1, 2, 195, 196, 197, 391, 392, 393]), st.integers(0, 3)), max_size=4)
 
 
+@settings(max_examples=50, deadline=None)
 @given(samples=st.lists(RUNS, min_size=1, max_size=3))
 def test_image_starts_are_those_of_a_plain_walk(samples):
     rows = [sum(([AT] * run + [5] * text for run, text in runs), []) for runs in samples]

@@ -64,7 +64,9 @@ def published_files(stage: str, from_weight: str, hidden_size: int | None, save_
     """What the stage needs of the published files, by the flag that would name another."""
     data_path, images_path = published_data(stage)
     files = {
-        "vision_model_path": PublishedFile("vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS),
+        "vision_model_path": PublishedFile(
+            "vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS
+        ),
         "tokenizer_path": PublishedFile(
             "tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer", ("tokenizer.json",)
         ),
@@ -92,6 +94,8 @@ def choose_assets(args, stage: str) -> str:
     files = published_files(stage, args.from_weight, args.hidden_size, Path(args.save_dir))
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
     there = [flag for flag, file in files.items() if file.path.exists()]
+    if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
+        there.append("from_weight")  # of another size than the first guess
     other_size = args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE)
     if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
         args.vision_model_path, args.tokenizer_path = BUILTIN_TOWER_DIR, BUILTIN_TOKENIZER_DIR

@@ -190,12 +190,13 @@ class Trainer:
         """Writes the weights and, after them, the state to go on from.
 
         Raises:
-            UsageError: If the weights are not finite any more; what was saved before is kept.
+            UsageError: If half precision cannot hold the weights any more; what was saved before is kept.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
+        largest = torch.finfo(torch.float16).max
+        if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in self.parameters.values()):
             raise UsageError(
-                f"the weights became NaN or infinite by step {self.step}, so they are not saved: a lower --learning_rate "
-                f"than {self.args.learning_rate:g} or a lower --grad_clip than {self.args.grad_clip:g} may help"
+                f"the weights became NaN or larger than {largest:g} by step {self.step}, so they are not saved: a lower "
+                f"--learning_rate than {self.args.learning_rate:g} or a lower --grad_clip than {self.args.grad_clip:g} may help"
             )
         if self.processes.is_main:
             run = self.run
