@@ -1,6 +1,6 @@
 """Builds the small vision tower that stands in for CLIP's where nothing was downloaded (scripts/BUILTIN.md).
 
-    python scripts/build_tower.py                   # about 20 minutes on one core, into model/builtin/tower
+    python scripts/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
     python scripts/build_tower.py --steps 50 --out_dir /tmp/tower
 
 The tower is trained once on pictures of training scenes, then frozen for good, like the real one. A single linear
@@ -157,13 +157,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out_dir", type=Path, default=ROOT / "model" / "builtin" / "tower", help="where it is written"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step, each drawn anew")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="the peak")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--log_interval", type=int, default=100, help="steps between printed lines")
-    parser.add_argument("--save_interval", type=int, default=500, help="steps between measured and saved states")
+    parser.add_argument("--save_interval", type=int, default=300, help="steps between measured and saved states")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """An optimizer step's gradient is that of the mean loss over all its learned tokens, however they are divided.
 
-The scripts are run with a learning rate that moves nothing, so that both steps see the same weights; AdamW's first moment
-in the saved state is then 0.1 * (0.9 * first gradient + second gradient), which unlike the weights is linear in them.
+The scripts are run with a learning rate that moves nothing, so that both steps see the same weights; AdamW's first
+moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient), which unlike the weights is linear in them.
 """
 
 import math
@@ -67,7 +67,7 @@ def runs(world, rows, tmp_path_factory):
 
 
 def start_weights(use_moe: bool) -> dict[str, torch.Tensor]:
-    """Random weights: in trained ones some expert is never chosen. The router's are large, so that it does not waver."""
+    """Random weights: in trained ones some expert is never chosen. The router's are large, lest it waver."""
     weights = language_model(steps=0, use_moe=use_moe)
     for name, tensor in weights.items():
         if name.endswith("mlp.gate.weight"):

@@ -194,7 +194,7 @@ def test_fine_tuning_changes_everything_but_the_tower(world, pretrained, fine_tu
     assert not any("vision_encoder" in name for name in fine_tuned.state["learned"])
 
 
-def test_two_processes_give_the_losses_and_weights_of_one(fine_tuned, fine_tuned_by_two):
+def test_two_processes_give_the_losses_of_one(fine_tuned, fine_tuned_by_two):
     """25 rows in steps of 8: the last step has one row, so one of the processes has none."""
     one, two = fine_tuned.metrics, fine_tuned_by_two.metrics
     assert len(one) == len(two) == math.ceil(SFT_ROWS / BATCH)
@@ -317,8 +317,8 @@ def test_help_tells_every_flag(world):
         text = world.run(script, "--help", cwd=ROOT.anchor).passed().out
         flags = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
         published = (
-            "save_dir save_weight epochs batch_size learning_rate device dtype num_workers accumulation_steps grad_clip "
-            "log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path images_path "
+            "save_dir save_weight epochs batch_size learning_rate device dtype num_workers accumulation_steps "
+            "grad_clip log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path images_path "
             "from_weight from_resume freeze_llm use_wandb wandb_project"
         )
         assert {f"--{name}" for name in published.split()} <= flags

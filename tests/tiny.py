@@ -237,7 +237,7 @@ def pretrain_row(number: int) -> dict:
 
 
 def sft_row(number: int) -> dict:
-    """Rows of very different lengths, without a picture (every fifth), with one and with two, of one turn and of two."""
+    """Rows of very different lengths, with no picture (every fifth), with one and with two, of one turn and of two."""
     pictures = (0, 2, 1, 1, 1)[number % 5]
     names = ", ".join(f"{(number + offset) % PICTURES}.jpg" for offset in range(pictures))
     tags = "<image>" * pictures if number % 2 else "\n<image>" * pictures
