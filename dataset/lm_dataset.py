@@ -27,7 +27,8 @@ from dataset.chat import (
     parse_conversation,
     parse_picture_names,
 )
-from dataset.pictures import PictureError, load_picture
+from dataset.feature_cache import TOKENS_PER_IMAGE, FeatureCache, picture_digest
+from dataset.pictures import PictureError, load_picture, read_picture_file
 
 # Part of the cache's name: raise it when the same row must give other tokens than before.
 ENCODING_VERSION = 1
@@ -109,8 +110,24 @@ class VLMDataset(Dataset):
             self._check_pictures_exist(good, lines)
         self.left_out = np.flatnonzero(~good)
         self.cut_rows = int((self._of_good_rows(self.rows.data.column("cut_tokens")) > 0).sum())
-        image_counts = pc.list_value_length(self.rows.data.column("image_starts"))
-        self.picture_count = int(self._of_good_rows(image_counts).sum())
+        self.picture_count = int(self._of_good_rows(self._image_counts()).sum())
+        self.feature_cache: FeatureCache | None = None
+
+    def _image_counts(self) -> pa.ChunkedArray:
+        return pc.list_value_length(self.rows.data.column("image_starts"))
+
+    def use_feature_cache(self, folder: Path, tower_sha256: str, width: int) -> FeatureCache:
+        """Lets samples come with the tower's features where a cache holds them.
+
+        `dataset[i]` then has "image_features" (found, 196, width) float16, "pixel_values" of the other pictures only, and
+        "slots", each picture's (slot, digest, whether it was found) in reading order.
+
+        Raises:
+            FeatureCacheError: If there is no room for the cache.
+        """
+        counts = self._image_counts().to_numpy()
+        self.feature_cache = FeatureCache(folder, self.fingerprint, tower_sha256, counts, width)
+        return self.feature_cache
 
     # Computed when asked for, not kept: each of a loader's workers may get a copy of all that is kept here.
     @property
@@ -176,23 +193,54 @@ class VLMDataset(Dataset):
         labels = torch.full_like(input_ids, -100)
         for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
             labels[start:end] = input_ids[start:end]
-        pictures = self._pictures(position, row)
+        sources = self._picture_sources(position, row)
+        if self.feature_cache is None:
+            pictures = {"pixel_values": stack_pictures([load_picture(*source) for source in sources])}
+        else:
+            pictures = self._cached_pictures(position, sources)
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "pixel_values": torch.stack(pictures) if pictures else torch.zeros(0, 3, 224, 224, dtype=torch.uint8),
+            **pictures,
             "image_starts": torch.tensor(row["image_starts"], dtype=torch.int64),
         }
 
-    def _pictures(self, position: int, row: dict) -> list[torch.Tensor]:
+    def _picture_sources(self, position: int, row: dict) -> list[tuple[Path | bytes, str]]:
+        """Each picture's path or bytes, and what errors call it."""
         if not self.is_parquet:
-            return [load_picture(self.images_path / name, name) for name in row["pictures"]]
+            return [(self.images_path / name, name) for name in row["pictures"]]
         if not row["image_starts"]:
             return []
         files = self.image_bytes[position]["image_bytes"]
         files = files if isinstance(files, list) else [files]
         files = [file for file in files if file is not None]
-        return [load_picture(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+        return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+
+    def _cached_pictures(self, position: int, sources: list[tuple[Path | bytes, str]]) -> dict:
+        """What the cache holds as features, the rest as pixels with the slots where their features belong."""
+        features, pixels, slots = [], [], []
+        first_slot = int(self.feature_cache.first_slots[position])
+        for slot, (source, name) in enumerate(sources, start=first_slot):
+            file = read_picture_file(source, name)
+            digest = picture_digest(file)
+            found = self.feature_cache.get(slot, digest)
+            if found is None:
+                pixels.append(load_picture(file, name))
+            else:
+                features.append(found)
+            slots.append((slot, digest, found is not None))
+        width = self.feature_cache.width
+        empty = torch.zeros(0, TOKENS_PER_IMAGE, width, dtype=torch.float16)
+        return {
+            "pixel_values": stack_pictures(pixels),
+            "image_features": torch.stack(features) if features else empty,
+            "slots": slots,
+        }
+
+
+def stack_pictures(pictures: list[torch.Tensor]) -> torch.Tensor:
+    """uint8 (pictures, 3, 224, 224)."""
+    return torch.stack(pictures) if pictures else torch.zeros(0, 3, 224, 224, dtype=torch.uint8)
 
 
 def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dataset:
@@ -349,7 +397,7 @@ class VLMCollator:
 
         input_ids, labels (B, L); pixel_values uint8 (all images, 3, 224, 224) in reading order; image_starts (all
         images, 2) sample and column; learned_positions (N,) where labels.flatten() is learned; skipped: the
-        PictureErrors of samples left out.
+        PictureErrors of samples left out. With a feature cache, image_features and slots are joined likewise.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -365,7 +413,11 @@ class VLMCollator:
             columns = sample["image_starts"]
             starts.append(torch.stack((torch.full_like(columns, row), columns), dim=1))
         pictures = [sample["pixel_values"] for sample in samples]
-        return {
+        cached = {}
+        if samples and "slots" in samples[0]:
+            cached["image_features"] = torch.cat([sample["image_features"] for sample in samples])
+            cached["slots"] = [slot for sample in samples for slot in sample["slots"]]
+        return cached | {
             "input_ids": input_ids,
             "labels": labels,
             "pixel_values": torch.cat(pictures) if pictures else torch.zeros(0, 3, 224, 224, dtype=torch.uint8),

@@ -215,10 +215,10 @@ class MiniMindVLM(MiniMindForCausalLM):
             pixel_values = (pixel_values.float() / 255 - tower.pixel_mean.float()) / tower.pixel_std.float()
         return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]
 
-    def splice_images(self, inputs_embeds, pixel_values, image_starts) -> torch.Tensor:
-        """Writes the projected patches of (N, 3, 224, 224) over the placeholders of (B, L, D) that begin at (N, 2)."""
-        # The tower stays in float32 where only the rest was loaded in half precision.
-        projected = self.vision_proj(self.encode_images(pixel_values).to(inputs_embeds.dtype))
+    def splice_images(self, inputs_embeds, image_features, image_starts) -> torch.Tensor:
+        """Writes the projected (N, 196, vision width) over the placeholders of (B, L, D) that begin at (N, 2)."""
+        # The features may be in another precision than the rest: the tower's own, or a cache's.
+        projected = self.vision_proj(image_features.to(inputs_embeds.dtype))
         first = image_starts[:, 0] * inputs_embeds.shape[1] + image_starts[:, 1]
         positions = first[:, None] + torch.arange(TOKENS_PER_IMAGE, device=first.device)
         flat = inputs_embeds.flatten(0, 1)
@@ -236,6 +236,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ):
         """One pass over text and pictures; see `MiniMindForCausalLM.forward` for the rest of the arguments.
@@ -248,21 +249,18 @@ class MiniMindVLM(MiniMindForCausalLM):
                 float as already normalised.
             image_starts: (all images, 2) sample and column of each image's first placeholder, as the collate function
                 gives it. Without it they are looked for in input_ids, which on a GPU waits for the device.
+            image_features: (all images, 196, vision_hidden_size), what `encode_images` made of the pictures before; with
+                it come image_starts, and no pixel_values.
 
         Raises:
             ValueError: If the placeholders of a sample do not match its pictures.
         """
         if inputs_embeds is None:
+            if image_features is None:
+                image_features, image_starts = self.look_at(input_ids, pixel_values, image_starts)
             inputs_embeds = self.embed(input_ids)
-            if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= TOKENS_PER_IMAGE):
-                image_starts = find_image_starts(input_ids, self.config.image_token_id)
-                self.check_images(input_ids, pixel_values, image_starts)
-            elif image_starts is not None and len(image_starts) != count_images(pixel_values):
-                self.check_images(input_ids, pixel_values, image_starts)
-            if pixel_values is not None and pixel_values.numel():
-                if pixel_values.dim() == 5:
-                    pixel_values = pixel_values.flatten(0, 1)
-                inputs_embeds = self.splice_images(inputs_embeds, pixel_values, image_starts)
+            if image_features is not None and len(image_features):
+                inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -273,6 +271,18 @@ class MiniMindVLM(MiniMindForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def look_at(self, input_ids, pixel_values, image_starts):
+        """The pictures' features (None where there are none) and where they belong, after checking that they match."""
+        if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= TOKENS_PER_IMAGE):
+            image_starts = find_image_starts(input_ids, self.config.image_token_id)
+            self.check_images(input_ids, pixel_values, image_starts)
+        elif image_starts is not None and len(image_starts) != count_images(pixel_values):
+            self.check_images(input_ids, pixel_values, image_starts)
+        if count_images(pixel_values) == 0:
+            return None, image_starts
+        pixel_values = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
+        return self.encode_images(pixel_values), image_starts
 
     def check_images(self, input_ids, pixel_values, image_starts):
         """Raises ValueError, naming the sample, where placeholders and pictures do not match."""

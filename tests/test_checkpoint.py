@@ -215,7 +215,7 @@ def test_weights_of_another_tokenizer_are_refused_by_their_first_loss(world, tmp
     flags = ["--epochs", 1, "--batch_size", 13, "--log_interval", 1]
     result = world.run(PRETRAIN, *world.files("pretrain", out), *flags)
     result.refused("the first loss is", "ln 6400 = 8.76", "llm_32.pth", "--tokenizer_path", "--ignore_high_loss")
-    assert {path.name for path in out.iterdir()} == {"llm_32.pth", *written_before}
+    assert {path.name for path in out.iterdir()} == {"llm_32.pth", "vision_features", *written_before}
     assert all((out / name).read_bytes() == content for name, content in written_before.items())
     result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--ignore_high_loss").passed()
     assert result.out.count("warning: the first loss is") == 1

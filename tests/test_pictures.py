@@ -155,8 +155,8 @@ BROKEN = {
     "wide.png": (png_of_size(2000, 1), "2000 x 1 pixels is too long and thin"),
     "no pixels.png": (png_of_size(0, 0), "."),
     # The format is that of the bytes, whatever the name says, so Pillow's rarer decoders are reached too.
-    "dds.jpg": (replaced(as_file(NOISE, "DDS"), 80, b"\0\0\0\0"), "pixel format"),
-    "blp.jpg": (replaced(as_file(NOISE.quantize(), "BLP"), 8, b"\x09"), "encoding"),
+    "dds.jpg": (replaced(as_file(NOISE, "DDS"), 80, b"\0\0\0\0"), "known format"),
+    "blp.jpg": (replaced(as_file(NOISE.quantize(), "BLP"), 8, b"\x09"), "known format"),
 }
 
 
@@ -219,3 +219,16 @@ def test_a_picture_error_survives_pickling():
     error = pickle.loads(pickle.dumps(PictureError("a.jpg", "no such file")))
     assert isinstance(error, PictureError)
     assert (str(error), error.name, error.reason) == ("a.jpg: no such file", "a.jpg", "no such file")
+
+
+def test_a_large_jpeg_is_decoded_at_part_of_its_size_and_looks_the_same(tmp_path):
+    columns, rows = np.meshgrid(np.linspace(0, 6, 1600), np.linspace(0, 4, 1200))
+    waves = np.stack([np.sin(columns), np.cos(rows), np.sin(columns + rows)], axis=-1)
+    picture = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    picture.save(tmp_path / "large.jpg", quality=95)
+    found = load_picture(tmp_path / "large.jpg").int()
+    with Image.open(tmp_path / "large.jpg") as image:
+        image.draft("RGB", (448, 448))
+        assert image.size == (800, 600)  # what was decoded
+    expected = preprocess_image(picture).astype(int)
+    assert np.abs(found.numpy() - expected).max() <= 6

@@ -11,22 +11,22 @@ pytest_plugins = ["tiny"]
 BATCH, STEPS = 4, 7  # 25 rows
 RESUMED = ["--from_weight", "llm", "--batch_size", BATCH, "--epochs", 2, "--learning_rate", 1e-3, "--grad_clip", 0.5]
 RESUMED += ["--save_interval", 3, "--log_interval", 1, "--num_workers", 1]
-# Ends the process, as a power cut does, where the N-th file would be renamed into its place.
-KILLED_AT_RENAME = """
+# Ends the process, as a power cut does, where the N-th save would rename this file into its place.
+KILLED_AT = """
 import os, signal
-rename, renames = os.replace, []
-def replace(*paths):
-    renames.append(paths)
-    if len(renames) == {count}:
+rename, renamed = os.replace, []
+def replace(source, target):
+    renamed.append(os.path.basename(target))
+    if renamed[-1] == "{file}" and renamed.count("{file}") == {save}:
         os.kill(os.getpid(), signal.SIGKILL)
-    rename(*paths)
+    rename(source, target)
 os.replace = replace
 """
 
 
 @pytest.fixture(scope="module")
 def in_one_go(world, tmp_path_factory):
-    """14 steps without a stop: 3 saves an epoch, at the steps 3, 6 and 7."""
+    """14 steps without a stop, saved at the steps 3, 6, 7, 9, 12 and 14."""
     out = world.copy_of_out(tmp_path_factory.mktemp("whole") / "out")
     world.run(SFT, *world.files("sft", out), *RESUMED).passed()
     return out
@@ -45,11 +45,14 @@ def assert_same_end(out, other):
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-# A save renames weights, sidecar and state. Renames: the curve's new file, then steps 3 (2-4), 6 (5-7), 7, 10, ...
-@pytest.mark.parametrize(("renames", "saved"), [(7, 3), (8, 6), (13, 7)], ids=["in a save", "between saves", "epoch 2"])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(world, tmp_path, in_one_go, renames, saved):
+# A save writes weights, sidecar and state, in this order.
+@pytest.mark.parametrize(
+    ("file", "save", "saved"),
+    [("sft_vlm_32_resume.pth", 2, 3), ("sft_vlm_32.pth", 3, 6), ("sft_vlm_32.json", 4, 7)],
+)
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(world, tmp_path, in_one_go, file, save, saved):
     out = world.copy_of_out(tmp_path / "out")
-    killed = world.run(SFT, *world.files("sft", out), *RESUMED, hook=KILLED_AT_RENAME.format(count=renames))
+    killed = world.run(SFT, *world.files("sft", out), *RESUMED, hook=KILLED_AT.format(file=file, save=save))
     assert killed.code == -9
     assert load(out / "sft_vlm_32_resume.pth")["step"] == saved
     reported = [record["step"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")]
@@ -65,7 +68,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(world, tmp_path, in
 
 def test_a_run_of_one_process_goes_on_in_two(world, tmp_path, in_one_go):
     out = world.copy_of_out(tmp_path / "out")
-    world.run(SFT, *world.files("sft", out), *RESUMED, hook=KILLED_AT_RENAME.format(count=8))
+    world.run(SFT, *world.files("sft", out), *RESUMED, hook=KILLED_AT.format(file="sft_vlm_32.pth", save=3))
     flags = [*RESUMED, "--from_resume", 1, "--batch_size", BATCH // 2]
     world.run(SFT, *world.files("sft", out), *flags, ranks=2).passed()
     metrics, expected = (read_jsonl(folder / "sft_vlm_32.metrics.jsonl") for folder in (out, in_one_go))

@@ -77,7 +77,7 @@ def trained(tmp_path_factory):
 def assert_form(folder, vocab_size):
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    assert list(model["vocab"][token] for token in tokens) == list(range(vocab_size))
+    assert [model["vocab"][token] for token in tokens] == list(range(vocab_size))
     assert tokens[:3] == SPECIAL_TOKENS
     assert tokens[3:259] == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert [token for token in tokens if "@" in token] == ["@"] and tokens[34] == "@"

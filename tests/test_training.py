@@ -76,7 +76,7 @@ def fine_tuned_by_two(world, pretrained, tmp_path_factory) -> Ran:
 
 def test_all_files_land_in_save_dir_and_nothing_else_is_left_there(pretrained, fine_tuned, fine_tuned_by_two):
     endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl")
-    sft = {f"sft_vlm_32{ending}" for ending in endings}
+    sft = {f"sft_vlm_32{ending}" for ending in endings} | {"vision_features"}
     both = {f"pretrain_vlm_32{ending}" for ending in endings} | sft | {"llm_32.pth"}
     assert {path.name for path in pretrained.out.iterdir()} == both
     assert {path.name for path in fine_tuned_by_two.out.iterdir()} == sft

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.feature_cache import FeatureCacheError
 from dataset.lm_dataset import DataError
 from model.model_vlm import TowerError
 from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, UsageError, choose_assets, shown
@@ -67,6 +68,9 @@ def add_file_flags(add, stage: Stage):
     what = "where weights, states and metrics are written"
     add("--save_dir", type=Path, default=SAVE_DIR, help=f"{what} (default: {shown(SAVE_DIR)})")
     add("--save_weight", default=stage.defaults["save_weight"], help="their name (default: %(default)s)")
+    what = "keep the tower's features in this folder, so that a picture is encoded once; or: off"
+    tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
+    add("--cache_vision", metavar="DIR", help=f"{what} (default: {tenth})")
     what = "leave out up to so many rows that cannot be learned from"
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
 
@@ -156,7 +160,7 @@ def run_script(main: Callable[[], None]):
     """Runs `main`; a mistake the user can put right ends in a message and status 1, not in a traceback."""
     try:
         main()
-    except (UsageError, DataError, TowerError) as error:
+    except (UsageError, DataError, FeatureCacheError, TowerError) as error:
         # With torchrun every rank finds the same mistake; one of each machine says it.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.feature_cache import TOKENS_PER_IMAGE
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
@@ -16,7 +17,7 @@ from trainer.assets import UsageError, shown
 from trainer.progress import Progress, clock, start_wandb
 from trainer.setup import Run
 
-MODEL_INPUTS = ("input_ids", "labels", "pixel_values", "image_starts", "learned_positions")
+MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 
 def cosine_learning_rate(peak: float, done: float) -> float:
@@ -33,6 +34,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset):
     Raises:
         UsageError: If the first loss says that weights and tokenizer do not belong together.
     """
+    run.cache_features(model, data)
     Trainer(run, model, data).train()
 
 
@@ -41,7 +43,9 @@ class Trainer:
         args, processes = run.args, run.processes
         self.run, self.model, self.data, self.args, self.processes = run, model, data, args, processes
         self.parameters = checkpoint.learned_parameters(model)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=args.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=args.learning_rate, fused=run.device.type in ("cpu", "cuda")
+        )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.sampler = BatchSampler(
             data.lengths,
@@ -119,7 +123,8 @@ class Trainer:
                 continue
             inputs = {name: batch[name].to(device, non_blocking=True) for name in MODEL_INPUTS}
             with torch.autocast(device.type, self.run.dtype, enabled=self.run.dtype != torch.float32):
-                output = self.model(**inputs, num_items_in_batch=learned)
+                features = self._image_features(batch)
+                output = self.model(**inputs, image_features=features, num_items_in_batch=learned)
             loss = output.loss
             loss_sum += loss.detach() * learned
             if output.aux_loss is not None:
@@ -139,6 +144,41 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum
+
+    def _image_features(self, batch: dict) -> torch.Tensor:
+        """The tower's features of the batch's pictures, (images, 196, width), from the cache where it has them."""
+        device, cache = self.run.device, self.data.feature_cache
+        pixels = batch["pixel_values"]
+        if cache is None:
+            return self.model.encode_images(pixels.to(device, non_blocking=True))
+        # Rounded to the cache's precision in the first epoch too, so that a resumed run learns from the same numbers.
+        features = torch.empty(len(batch["slots"]), TOKENS_PER_IMAGE, cache.width, dtype=torch.float16)
+        found = torch.tensor([is_found for _, _, is_found in batch["slots"]], dtype=torch.bool)
+        features[found] = batch["image_features"]
+        # A worker looked some batches ahead: since then a picture may have been encoded.
+        missing = []
+        for place, pixel in zip((~found).nonzero()[:, 0].tolist(), pixels, strict=True):
+            since = cache.get(*batch["slots"][place][:2])
+            if since is None:
+                missing.append((place, pixel))
+            else:
+                features[place] = since
+        self._encode_and_keep(batch["slots"], missing, features)
+        return features.to(device)
+
+    def _encode_and_keep(self, slots: list, missing: list[tuple[int, torch.Tensor]], features: torch.Tensor):
+        """Fills the features of the missing (place, pixels), and puts them into the cache.
+
+        Off CUDA each picture is encoded by itself, at little cost: pictures encoded together change each other's last
+        bits, which rounding to half precision would make a thousand times larger.
+        """
+        together = max(1, len(missing)) if self.run.device.type == "cuda" else 1
+        for start in range(0, len(missing), together):
+            part = missing[start : start + together]
+            encoded = self.model.encode_images(torch.stack([pixel for _, pixel in part]).to(self.run.device))
+            for (place, _), of_one in zip(part, encoded.to("cpu", torch.float16), strict=True):
+                features[place] = of_one
+                self.data.feature_cache.put(*slots[place][:2], of_one)
 
     def _check_first_loss(self, loss: float):
         uniform = math.log(self.model.config.vocab_size)

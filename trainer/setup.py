@@ -1,7 +1,9 @@
 """What comes before the first step: files found and checked, data and model loaded, and the header that says so."""
 
 import math
+import shutil
 import time
+from pathlib import Path
 
 import datasets
 import torch
@@ -9,6 +11,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.chat import ChatEncoder
+from dataset.feature_cache import FeatureCacheError, cache_bytes, tower_sha256
 from dataset.lm_dataset import DataError, VLMDataset, tokenizer_hash
 from dataset.scenes import draw_builtin_dataset
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -200,6 +203,27 @@ class Run:
             checkpoint.load_learned(model, self.state["learned"], self.state_path)
         return model.to(self.device).train()
 
+    def cache_features(self, model: MiniMindVLM, data: VLMDataset):
+        """Lets the data set keep the tower's features on disk, where --cache_vision or its default says so.
+
+        Raises:
+            FeatureCacheError: If a folder was named, and has no room for them.
+        """
+        wish, width = self.args.cache_vision, model.config.vision_hidden_size
+        folder = self.args.save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
+        if wish == "off" or data.picture_count == 0 or (wish is None and self.device.type == "cuda"):
+            return
+        size = cache_bytes(len(data.rows), data.picture_count, width)
+        if wish is None and size > shutil.disk_usage(self.args.save_dir).free / 10:
+            return
+        try:
+            with self.processes.main_first():
+                data.use_feature_cache(folder, tower_sha256(model.vision_encoder), width)
+        except FeatureCacheError as error:
+            if wish is not None:
+                raise
+            self.say(f"the tower's features are not kept: {error}")
+
     def header(self, model: MiniMindVLM, data: VLMDataset, steps: int):
         """Prints what this run is about to do."""
         args, builtin = self.args, self.args.assets == "built-in"
@@ -222,6 +246,9 @@ class Run:
             "data": f"{shown(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
             f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
             "tower": f"{shown(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
+            "features": "computed anew every epoch"
+            if data.feature_cache is None
+            else f"kept in {shown(data.feature_cache.path)} ({data.feature_cache.size / 1e9:.2f} GB; --cache_vision off does without)",
             "model": f"hidden_size {self.config.hidden_size}, {self.config.num_hidden_layers} layers"
             f"{', experts' if self.config.use_moe else ''}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
             "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}{recipe}; "
