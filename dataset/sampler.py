@@ -23,8 +23,7 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    # A power of two, so that the usual batch sizes divide it and no batch mixes two chunks of different lengths.
-    chunk = min(MAX_CHUNK, 1 << max(0, (len(lengths) // CHUNKS_PER_WINDOW).bit_length() - 1))
+    chunk = int(np.clip(len(lengths) // CHUNKS_PER_WINDOW, 16, MAX_CHUNK))
     result = []
     for start in range(0, len(order), chunk * CHUNKS_PER_WINDOW):
         window = order[start : start + chunk * CHUNKS_PER_WINDOW]

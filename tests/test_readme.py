@@ -19,7 +19,12 @@ TORCHRUN_FLAGS_WITH_VALUE = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "
 def commands() -> list[str]:
     """Every `python ...` and `torchrun ...` of the indented blocks."""
     lines = [line.strip() for line in README.splitlines() if line.startswith("    ")]
-    return [part.split("  #")[0].strip() for line in lines for part in line.split(" && ") if re.match(r"python|torchrun", part)]
+    return [
+        part.split("  #")[0].strip()
+        for line in lines
+        for part in line.split(" && ")
+        if re.match(r"python|torchrun", part)
+    ]
 
 
 def script_and_flags(command: str) -> tuple[str, list[str]]:
@@ -35,7 +40,10 @@ def test_command_is_understood(command):
     if script == "pytest":
         return
     assert (ROOT / script).is_file()
-    stages = {"trainer/train_pretrain_vlm.py": train_pretrain_vlm.STAGE, "trainer/train_sft_vlm.py": train_sft_vlm.STAGE}
+    stages = {
+        "trainer/train_pretrain_vlm.py": train_pretrain_vlm.STAGE,
+        "trainer/train_sft_vlm.py": train_sft_vlm.STAGE,
+    }
     if script in stages:
         build_parser(stages[script], "").parse_args(flags)
     elif script == "eval_vlm.py":
