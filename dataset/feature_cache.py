@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-TOKENS_PER_IMAGE = 196
+from dataset.chat import TOKENS_PER_IMAGE
+
 HEADER_BYTES = 4096
 INDEX_ENTRY = np.dtype([("picture", "V16"), ("checksum", "<u4")])
 PREPROCESSING = (

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import (
+    TOKENS_PER_IMAGE,
     ChatEncoder,
     RowError,
     check_images,
     parse_conversation,
     parse_picture_names,
 )
-from dataset.feature_cache import TOKENS_PER_IMAGE, FeatureCache, picture_digest
+from dataset.feature_cache import FeatureCache, picture_digest
 from dataset.pictures import PictureError, load_picture, read_picture_file
 
 # Part of the cache's name: raise it when the same row must give other tokens than before.
