@@ -153,6 +153,9 @@ class Assistant:
         """The answers' token ids (B, new tokens)."""
         batch = prompt_batch(self.encoder, conversations, pictures)
         batch = {name: value.to(self.device) for name, value in batch.items() if value is not None}
+        if self.device.type == "cuda":
+            # With a cache of fixed size transformers compiles the step of one token, once for a length of prompt.
+            settings["cache_implementation"] = "static"
         return self.model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
 
     def answer(self, prompt: str, paths: list[Path]):

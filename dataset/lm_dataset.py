@@ -111,7 +111,7 @@ class VLMDataset(Dataset):
             self._check_pictures_exist(good, lines)
         self.left_out = np.flatnonzero(~good)
         self.cut_rows = int((self._of_good_rows(self.rows.data.column("cut_tokens")) > 0).sum())
-        self.picture_count = int(self._of_good_rows(self._image_counts()).sum())
+        self.picture_count = int(self.image_counts.sum())
         self.feature_cache: FeatureCache | None = None
 
     def _image_counts(self) -> pa.ChunkedArray:
@@ -135,6 +135,11 @@ class VLMDataset(Dataset):
     def lengths(self) -> np.ndarray:
         """(samples,) tokens of each sample."""
         return self._of_good_rows(pc.list_value_length(self.rows.data.column("input_ids")))
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(samples,) pictures of each sample."""
+        return self._of_good_rows(self._image_counts())
 
     @property
     def learned_tokens(self) -> np.ndarray:
@@ -397,8 +402,9 @@ class VLMCollator:
         """Returns the batch.
 
         input_ids, labels (B, L); pixel_values uint8 (all images, 3, 224, 224) in reading order; image_starts (all
-        images, 2) sample and column; learned_positions (N,) where labels.flatten() is learned; skipped: the
-        PictureErrors of samples left out. With a feature cache, image_features and slots are joined likewise.
+        images, 2) sample and column; learned_positions (N,) where labels.flatten() is learned; tokens: how many there are
+        without padding; skipped: the PictureErrors of samples left out. With a feature cache, image_features and slots
+        are joined likewise.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -424,5 +430,6 @@ class VLMCollator:
             "pixel_values": torch.cat(pictures) if pictures else torch.zeros(0, 3, 224, 224, dtype=torch.uint8),
             "image_starts": torch.cat(starts),
             "learned_positions": (labels.flatten() != -100).nonzero()[:, 0],
+            "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }

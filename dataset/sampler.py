@@ -5,15 +5,18 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-MAX_CHUNK = 1024
+MIN_CHUNK, MAX_CHUNK = 16, 1024
 CHUNKS_PER_WINDOW = 64
+JITTER = 0.01
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """A shuffled order in which neighbours are of similar length.
 
-    All samples are shuffled and cut into large windows; each window is sorted by length, cut into chunks, and its
-    chunks are shuffled. Window and chunk depend on the number of samples alone, never on batch size or processes.
+    All samples are shuffled and cut into large windows; each window is sorted by length and cut into chunks. The chunks
+    are shuffled, in each chunk its quarters, in each quarter its quarters, and so on: batches of any size up to a
+    chunk's are of similar length and in random order. Nothing here depends on batch size or processes; a chunk is a
+    power of two, so that batches of the usual sizes do not lie across two of them.
 
     Args:
         lengths: (samples,) tokens of each sample.
@@ -23,14 +26,29 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    chunk = int(np.clip(len(lengths) // CHUNKS_PER_WINDOW, 16, MAX_CHUNK))
+    chunk = 2 ** int(np.log2(np.clip(len(lengths) // CHUNKS_PER_WINDOW, MIN_CHUNK, MAX_CHUNK)))
     result = []
     for start in range(0, len(order), chunk * CHUNKS_PER_WINDOW):
         window = order[start : start + chunk * CHUNKS_PER_WINDOW]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        chunks = np.split(window, range(chunk, len(window), chunk))
-        result += [chunks[i] for i in rng.permutation(len(chunks))]
+        # Blurred a little: sharply sorted, a small file's neighbours would be the same in every epoch.
+        window = window[np.argsort(lengths[window] * rng.uniform(1 - JITTER, 1 + JITTER, len(window)))]
+        # What fills no chunk is of similar length too, of a random one, and comes last.
+        rest = len(window) % chunk
+        cut = int(rng.integers(len(window) // chunk + 1)) * chunk
+        result += [shuffled_in_chunks(np.delete(window, slice(cut, cut + rest)), chunk, rng)]
+        result += [rng.permutation(window[cut : cut + rest])]
     return np.concatenate(result) if result else order
+
+
+def shuffled_in_chunks(values: np.ndarray, chunk: int, rng: np.random.Generator) -> np.ndarray:
+    """Shuffles the chunks of (n * chunk,) values, in each chunk its quarters, and so on down to single values."""
+    size, blocks = chunk, values[None]
+    while blocks.shape[1] > 1:
+        parts = blocks.reshape(len(blocks), -1, size)
+        places = rng.random(parts.shape[:2]).argsort(axis=1)
+        blocks = np.take_along_axis(parts, places[:, :, None], axis=1).reshape(-1, size)
+        size = max(1, size // 4)
+    return blocks.flatten()
 
 
 class BatchSampler(Sampler):

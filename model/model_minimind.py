@@ -134,13 +134,16 @@ def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (B, heads, L, E) by (B or 1, 1, L, E); the first half of a head pairs with the second.
+    """Rotates (B, heads, L, E); the first half of a head pairs with the second.
+
+    Cosines and sines are (B or 1, 1, L, E), the sines of the first half negative: (a, b) becomes (a cos - b sin,
+    b cos + a sin).
 
     Computed in float32 whatever the states' type: at position 1000 a bfloat16 angle is off by more than a radian.
     """
     first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (states * cos + rotated * sin).to(states.dtype)
+    swapped = torch.cat((second, first), dim=-1)
+    return torch.addcmul(states * cos, swapped, sin).to(states.dtype)
 
 
 class Attention(nn.Module):
@@ -174,8 +177,9 @@ class Attention(nn.Module):
             v_BKLE,
             attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0,
-            # One new token sees all keys; several tokens with keys before them come with a mask.
-            is_causal=attention_mask is None and length > 1,
+            # One new token sees all keys; several tokens with keys before them come with a mask. (A condition, which
+            # torch.compile decides once, where it would hand a comparison of symbols on as it is.)
+            is_causal=False if attention_mask is not None or length == 1 else True,
             enable_gqa=True,
         )
         return self.o_proj(out_BHLE.transpose(1, 2).reshape(batch, length, -1))
@@ -336,8 +340,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, cache_position)
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
-        angles_BLE = (position_ids[..., None].float() * self.rotary_frequencies.float()).repeat(1, 1, 2)
-        rotary = tuple((f(angles_BLE) * self.rotary_scale)[:, None] for f in (torch.cos, torch.sin))
+        rotary = self.rotary(position_ids)
 
         hidden_states = self.dropout(inputs_embeds)
         aux_losses = []
@@ -347,6 +350,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
             )
             aux_losses.append(aux_loss)
         return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
+
+    def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, float32, of positions (B or 1, L)."""
+        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies.float()
+        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def positions_from_mask(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:

@@ -211,6 +211,9 @@ class MiniMindVLM(MiniMindForCausalLM):
         if self.vision_encoder is None:
             raise TowerError("pictures were given, but this model was built without a vision tower (vision_model_path)")
         tower = self.vision_encoder
+        if len(pixel_values) == 0:
+            shape = 0, TOKENS_PER_IMAGE, tower.config.hidden_size
+            return torch.empty(shape, dtype=tower.dtype, device=pixel_values.device)
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values.float() / 255 - tower.pixel_mean.float()) / tower.pixel_std.float()
         return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]

@@ -26,7 +26,7 @@ from trainer.setup import Run, freeze
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN
 from trainer.train_sft_vlm import STAGE as SFT
 
-WARM_UP = 1
+WARM_UP = {False: 1, True: 5}  # steps, off CUDA and on it
 ROWS_A_BATCH = 40  # so many batches' rows there are: enough for neighbours to be of similar length
 
 
@@ -39,6 +39,7 @@ class Technique:
     learned_logits: bool = False
     tower_at_once: bool = False
     trainer: bool = False
+    compiled: bool = False
     cached_features: bool = False
     cuda_only: bool = False
 
@@ -49,8 +50,9 @@ TECHNIQUES = {
     "+ batches of similar length": Technique(True, True),
     "+ logits at learned positions": Technique(True, True, True),
     "+ tower once, token cache, uint8": Technique(True, True, True, True),
-    "this project, first epoch": Technique(True, True, True, True, True),
-    "this project, cached features": Technique(True, True, True, True, True, True),
+    "this project, not compiled": Technique(True, True, True, True, True, cuda_only=True),
+    "this project, first epoch": Technique(True, True, True, True, True, True),
+    "this project, cached features": Technique(True, True, True, True, True, True, True),
 }
 
 
@@ -61,8 +63,8 @@ class PlainData(Dataset):
         self.rows = world.data_path.read_text(encoding="utf-8").splitlines()
         self.world, self.pad_to = world, pad_to
         self.encoder = ChatEncoder(world.tokenizer)
-        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-        self.processor = processor()
+        name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+        self.processor = getattr(transformers, name)()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -169,6 +171,7 @@ class ProjectTraining:
             **{"batch_size": args.batch_size, "epochs": 100, "device": args.device, "num_workers": args.num_workers},
             **{"max_seq_len": args.max_seq_len, "save_interval": 10**9, "log_interval": 10**9},
             "cache_vision": "off" if args.device.startswith("cuda") and self.fresh else folder,
+            "compile": int(technique.compiled and args.device.startswith("cuda")),
         }
         argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         run = Run(stage, parse_arguments(stage, "", [*argv, "--ignore_high_loss"]))
@@ -176,13 +179,13 @@ class ProjectTraining:
         data, model = run.load_data(), run.load_model()
         run.cache_features(model, data)
         self.trainer = Trainer(run, model, data)
-        self.batches, self.steps = iter(self.trainer._loader()), self.trainer.sampler.steps()
+        self.batches, self.steps = self.trainer._batches(), self.trainer.sampler.steps()
         if technique.cached_features:
             collate = VLMCollator()
             order = self.trainer.sampler
-            for _, indices in zip(range(WARM_UP + args.steps), order, strict=False):
-                self.trainer._image_features(collate(data.__getitems__(indices)))
-            self.batches = iter(self.trainer._loader())  # one that finds them
+            for _, indices in zip(range(WARM_UP[args.device.startswith("cuda")] + args.steps), order, strict=False):
+                self.trainer.image_features(collate(data.__getitems__(indices)))
+            self.batches = self.trainer._batches()  # one that finds them
 
     def step(self) -> dict:
         """One optimizer step; returns its counts and the seconds it waited for data."""
@@ -199,14 +202,17 @@ class ProjectTraining:
 
 
 def counts(batch: dict) -> dict:
-    """Samples, useful and computed tokens, learned tokens, and the sum of squared lengths (for attention's FLOPs)."""
+    """Samples, useful and computed tokens, learned tokens, and the sum of squared lengths (for attention's FLOPs).
+
+    Some are tensors, not yet waited for.
+    """
     lengths = (batch["input_ids"] != 0).sum(dim=1)
     return {
         "samples": len(lengths),
-        "useful": int(lengths.sum()),
+        "useful": lengths.sum(),
         "computed": batch["input_ids"].numel(),
-        "learned": int((batch["labels"] != -100).sum()),
-        "squares": int((lengths**2).sum()),
+        "learned": (batch["labels"] != -100).sum(),
+        "squares": (lengths**2).sum(),
     }
 
 
@@ -258,7 +264,7 @@ def measure_training(args, name: str) -> dict:
     world = World(args.stage, args.hidden_size, ROWS_A_BATCH * args.batch_size)
     training = (ProjectTraining if technique.trainer else PlainTraining)(args, world, technique)
     product = matrix_product_flops(device)
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP[device.type == "cuda"]):
         training.step()
     synchronise(device)
     started, total = time.perf_counter(), {}
@@ -267,6 +273,7 @@ def measure_training(args, name: str) -> dict:
             total[key] = total.get(key, 0) + value
     synchronise(device)
     seconds = time.perf_counter() - started
+    total = {key: float(value) for key, value in total.items()}
     if technique.trainer:
         training.close()
     return {

@@ -267,7 +267,7 @@ def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, r
     command = "python " + " ".join(["scripts/build_llm.py", *sys.argv[1:]])
     sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), {"command": command})
     path = args.out_dir / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
-    save_weights(path, model, sidecar | {"result": result})
+    save_weights(path, model, {}, sidecar | {"result": result})
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import AT, IMAGE, IMAGES, PROMPTS, batch, pictures, prompt, save_tower, tiny_vlm
+from transformers import CompileConfig
 
 from model.model_vlm import MiniMindVLM
 
@@ -116,6 +117,22 @@ def test_the_prompt_costs_the_logits_of_its_last_token_only_and_pictures_are_enc
     hook.remove()
     assert lengths == [1] * 8
     assert encoded == [sum(IMAGES)]
+
+
+def test_the_compiled_step_is_one_graph_and_gives_the_same():
+    """What transformers does on CUDA with a static cache, here with a compiler that runs on the CPU."""
+    torch._dynamo.reset()
+    vlm, inputs = tiny_vlm(), batch(PROMPTS, pad="left") | {"pixel_values": pictures(sum(IMAGES))}
+    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiling._compile_all_devices = True  # transformers' own switch, for its tests
+    static = GREEDY | {"cache_implementation": "static", "compile_config": compiling}
+    expected = vlm.generate(**inputs, **GREEDY)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(vlm.generate(**inputs, **static), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(vlm.generate(**inputs, **static), expected)
+    torch._dynamo.reset()
 
 
 def test_a_saved_folder_is_loaded_with_its_tower(any_vlm, tmp_path):

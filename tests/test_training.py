@@ -15,7 +15,7 @@ from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result
 from dataset.lm_dataset import tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.loop import cosine_learning_rate
-from trainer.setup import count_parameters, freeze, load_tokenizer
+from trainer.setup import count_parameters, freeze, hold_frozen_in, load_tokenizer
 
 pytest_plugins = ["tiny"]
 
@@ -185,6 +185,35 @@ def test_pretraining_changes_the_projection_and_nothing_else(world, pretrained):
     torch.manual_seed(42)
     untrained = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower).state_dict()
     assert all(not torch.equal(pretrained.weights[name], untrained[name].half()) for name in learned)
+
+
+@pytest.mark.parametrize("freeze_llm", [1, 2])
+def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze_llm):
+    """Frozen weights are rounded for the run only; those that learn stay in float32."""
+    out = world.copy_of_out(tmp_path / "out")
+    flags = ["--dtype", "bfloat16", "--freeze_llm", freeze_llm, "--epochs", 1, "--batch_size", BATCH]
+    world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
+    before = torch.load(out / "llm_32.pth", weights_only=True)
+    after = torch.load(out / "pretrain_vlm_32.pth", weights_only=True)
+    learned = torch.load(out / "pretrain_vlm_32_resume.pth", weights_only=True)["learned"]
+    assert {tensor.dtype for tensor in learned.values()} == {torch.float32}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == learned.keys() & before.keys()
+    assert any(not torch.equal(tensor, tensor.bfloat16().half()) for tensor in before.values())
+    assert after["lm_head.weight"].data_ptr() == after["model.embed_tokens.weight"].data_ptr()
+
+
+def test_what_is_frozen_is_held_in_half_precision_and_what_learns_is_not(world):
+    model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=3, use_moe=True), vision_model_path=world.tower)
+    freeze(model, 2)
+    hold_frozen_in(model, torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert kinds["model.embed_tokens.weight"] == kinds["model.layers.1.self_attn.q_proj.weight"] == torch.bfloat16
+    assert kinds["model.layers.1.mlp.gate.weight"] == kinds["model.layers.1.input_layernorm.weight"] == torch.float32
+    assert {kinds[name] for name in kinds if "layers.0" in name or "vision_proj" in name} == {torch.float32}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {weight.dtype for weight in model.vision_encoder.parameters()} == {torch.bfloat16}
+    assert model.vision_encoder.pixel_mean.dtype == torch.float32  # a mean rounded to 8 bits shifts every picture
 
 
 def test_fine_tuning_changes_everything_but_the_tower(world, pretrained, fine_tuned):

@@ -93,6 +93,8 @@ def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "of matrix products (default: bfloat16 where a GPU computes in it, float16 on other CUDA GPUs, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
+    what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
+    add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, else 0)")
     add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 8)")
 
 

@@ -338,14 +338,24 @@ def write_atomically(path: Path, write):
             os.close(folder)
 
 
-def save_weights(path: Path, model: MiniMindVLM, sidecar: dict):
-    """Writes the weights in half precision, and the sidecar beside them."""
+def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as float16 on the CPU; those that are one (the embedding and the tied head) stay one."""
     halves = {}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        # The tied head stays one tensor with the embedding in the file.
-        key = tensor.data_ptr()
-        tensors[name] = halves.setdefault(key, tensor.detach().to("cpu", torch.float16))
+    return {
+        name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16))
+        for name, tensor in named.items()
+    }
+
+
+def save_weights(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict):
+    """Writes the weights in half precision, and the sidecar beside them.
+
+    Args:
+        frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
+    """
+    state = model.state_dict()
+    learned = in_half_precision({name: tensor for name, tensor in state.items() if name not in frozen})
+    tensors = {name: frozen[name] if name in frozen else learned[name] for name in state}
     text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str)
     write_atomically(path, lambda file: torch.save(tensors, file))
     write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode("utf-8")))

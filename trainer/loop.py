@@ -3,17 +3,20 @@
 import math
 import os
 import time
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.chat import TOKENS_PER_IMAGE
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
 from trainer import checkpoint
 from trainer.assets import UsageError, shown
+from trainer.compilation import LENGTH_MULTIPLE, CompiledVLM, extreme_shapes
+from trainer.features import PictureFeatures
+from trainer.prefetch import on_device
 from trainer.progress import Progress, clock, start_wandb
 from trainer.setup import Run
 
@@ -47,6 +50,8 @@ class Trainer:
             self.parameters.values(), lr=args.learning_rate, fused=run.device.type in ("cpu", "cuda")
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.forward = self._compiled() if args.compile else model
+        self.image_features = PictureFeatures(self.forward.encode_images, data.feature_cache, run.device)
         self.sampler = BatchSampler(
             data.lengths,
             args.batch_size,
@@ -72,7 +77,7 @@ class Trainer:
     def train(self):
         """Runs all steps that are left."""
         progress = self._start_progress()
-        batches = iter(self._loader())
+        batches = self._batches()
         try:
             for epoch, first_sample in self.sampler.steps():
                 self._one_step(progress, batches, epoch, first_sample)
@@ -106,7 +111,7 @@ class Trainer:
         counts = self.processes.sum(
             sum(len(batch["learned_positions"]) for batch in micro_batches),
             sum(len(batch["input_ids"]) for batch in micro_batches),
-            sum(int((batch["input_ids"] != self.model.config.pad_token_id).sum()) for batch in micro_batches),
+            sum(batch["tokens"] for batch in micro_batches),
             sum(len(batch["skipped"]) for batch in micro_batches),
         )
         self.skipped_pictures += int(counts[3])
@@ -121,12 +126,12 @@ class Trainer:
         for batch in micro_batches:
             if len(batch["learned_positions"]) == 0:
                 continue
-            inputs = {name: batch[name].to(device, non_blocking=True) for name in MODEL_INPUTS}
+            inputs = {name: batch[name] for name in MODEL_INPUTS}
+            inputs["image_features"] = self.image_features(batch)  # in the precision that the tower is held in
             with torch.autocast(device.type, self.run.dtype, enabled=self.run.dtype != torch.float32):
-                features = self._image_features(batch)
-                output = self.model(**inputs, image_features=features, num_items_in_batch=learned)
-            loss = output.loss
-            loss_sum += loss.detach() * learned
+                output = self.forward(**inputs, num_items_in_batch=1)
+            loss_sum += output.loss.detach()
+            loss = output.loss / learned
             if output.aux_loss is not None:
                 loss = loss + output.aux_loss * (len(batch["input_ids"]) / samples)
             if loss.requires_grad:  # not so where only the projection learns and the batch has no picture
@@ -145,41 +150,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum
 
-    def _image_features(self, batch: dict) -> torch.Tensor:
-        """The tower's features of the batch's pictures, (images, 196, width), from the cache where it has them."""
-        device, cache = self.run.device, self.data.feature_cache
-        pixels = batch["pixel_values"]
-        if cache is None:
-            return self.model.encode_images(pixels.to(device, non_blocking=True))
-        # Rounded to the cache's precision in the first epoch too, so that a resumed run learns from the same numbers.
-        features = torch.empty(len(batch["slots"]), TOKENS_PER_IMAGE, cache.width, dtype=torch.float16)
-        found = torch.tensor([is_found for _, _, is_found in batch["slots"]], dtype=torch.bool)
-        features[found] = batch["image_features"]
-        # A worker looked some batches ahead: since then a picture may have been encoded.
-        missing = []
-        for place, pixel in zip((~found).nonzero()[:, 0].tolist(), pixels, strict=True):
-            since = cache.get(*batch["slots"][place][:2])
-            if since is None:
-                missing.append((place, pixel))
-            else:
-                features[place] = since
-        self._encode_and_keep(batch["slots"], missing, features)
-        return features.to(device)
-
-    def _encode_and_keep(self, slots: list, missing: list[tuple[int, torch.Tensor]], features: torch.Tensor):
-        """Fills the features of the missing (place, pixels), and puts them into the cache.
-
-        Off CUDA each picture is encoded by itself, at little cost: pictures encoded together change each other's last
-        bits, which rounding to half precision would make a thousand times larger.
-        """
-        together = max(1, len(missing)) if self.run.device.type == "cuda" else 1
-        for start in range(0, len(missing), together):
-            part = missing[start : start + together]
-            encoded = self.model.encode_images(torch.stack([pixel for _, pixel in part]).to(self.run.device))
-            for (place, _), of_one in zip(part, encoded.to("cpu", torch.float16), strict=True):
-                features[place] = of_one
-                self.data.feature_cache.put(*slots[place][:2], of_one)
-
     def _check_first_loss(self, loss: float):
         uniform = math.log(self.model.config.vocab_size)
         if self.run.weights is None or loss < uniform:
@@ -193,16 +163,39 @@ class Trainer:
             raise UsageError(f"{message}, or go on all the same with --ignore_high_loss")
         self.run.say(f"warning: {message}")
 
-    def _loader(self) -> DataLoader:
-        workers = self.args.num_workers
-        return DataLoader(
+    def _compiled(self) -> CompiledVLM | MiniMindVLM:
+        """The compiled model, or the model where that does not work here."""
+        run, compiled = self.run, CompiledVLM(self.model, self.args.batch_size)
+        run.say("compiling tower and decoder ... (--compile 0 does without)")
+        try:
+            compiled.warm_up(extreme_shapes(self.data, self.args.batch_size), run.device, run.dtype)
+        except torch.OutOfMemoryError as error:
+            longest = int(max(self.data.lengths))
+            raise UsageError(
+                f"{run.device} has too little memory for a batch of {self.args.batch_size} samples of the longest row's "
+                f"{longest} tokens: a smaller --batch_size with more --accumulation_steps computes the same"
+            ) from error
+        except RuntimeError as error:
+            self.args.compile = False
+            reason = str(error).strip().splitlines()[0]
+            run.say(f"warning: torch.compile does not work here, so this run goes on without it ({reason})")
+            return self.model
+        return compiled
+
+    def _batches(self) -> Iterator[dict]:
+        """This process's batches, on the device."""
+        is_cuda, workers = self.run.device.type == "cuda", self.args.num_workers
+        loader = DataLoader(
             self.data,
             batch_sampler=self.sampler,
-            collate_fn=VLMCollator(self.model.config.pad_token_id),
+            collate_fn=VLMCollator(self.model.config.pad_token_id, LENGTH_MULTIPLE if self.args.compile else 1),
             num_workers=workers,
-            pin_memory=self.run.device.type == "cuda",
+            pin_memory=is_cuda,
             prefetch_factor=4 if workers else None,
         )
+        # With a cache the pixels are not wanted on the device, but for those that it lacks.
+        names = MODEL_INPUTS if self.data.feature_cache is not None else (*MODEL_INPUTS, "pixel_values")
+        return on_device(loader, self.run.device, names)
 
     def _start_progress(self) -> Progress:
         run, wandb_run = self.run, None
@@ -244,7 +237,7 @@ class Trainer:
             sidecar = checkpoint.describe(
                 self.model.config, run.stage.name, self.args.assets, run.tokenizer_sha256, vars(self.args)
             )
-            checkpoint.save_weights(run.weights_path, self.model, sidecar | {"step": self.step})
+            checkpoint.save_weights(run.weights_path, self.model, run.frozen_weights, sidecar | {"step": self.step})
             checkpoint.write_atomically(run.state_path, lambda file: torch.save(self._state(), file))
         self.processes.barrier()
 

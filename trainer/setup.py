@@ -87,6 +87,11 @@ class Run:
         self.metrics_path = args.save_dir / f"{self.name}.metrics.jsonl"
         self.state = self._read_state()
         self._prepare_save_dir()
+        # Which expert a token goes to is known only when it is computed: such a model is no single graph.
+        if args.compile and self.config.use_moe:
+            self.say("--compile 1: a model with experts cannot be compiled, so this one is not")
+        wanted = self.device.type == "cuda" if args.compile is None else bool(args.compile)
+        args.compile = wanted and not self.config.use_moe
 
     def __enter__(self):
         return self
@@ -190,6 +195,8 @@ class Run:
     def load_model(self) -> MiniMindVLM:
         """Tower, projection and decoder on the device, with the weights in, frozen as --freeze_llm says.
 
+        `self.frozen_weights` then has what of the weights does not learn, as it goes into the weight files.
+
         Raises:
             UsageError: If the weights do not fit.
         """
@@ -201,6 +208,11 @@ class Run:
         freeze(model, self.args.freeze_llm)
         if self.state is not None:
             checkpoint.load_learned(model, self.state["learned"], self.state_path)
+        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.frozen_weights = checkpoint.in_half_precision(
+            {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor in frozen}
+        )
+        hold_frozen_in(model, self.dtype)
         return model.to(self.device).train()
 
     def cache_features(self, model: MiniMindVLM, data: VLMDataset):
@@ -256,7 +268,7 @@ class Run:
             f"freeze_llm {args.freeze_llm}, seed {args.seed}",
             "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
             "device": f"{device_name(self.device)}, {self.processes.world_size} process(es), "
-            f"{str(self.dtype).removeprefix('torch.')}, {args.num_workers} worker(s) each",
+            f"{str(self.dtype).removeprefix('torch.')}{', compiled' if args.compile else ''}, {args.num_workers} worker(s) each",
         }
         for name, value in rows.items():
             self.say(f"  {name:<12} {value}")
@@ -272,6 +284,16 @@ def freeze(model: MiniMindVLM, mode: int):
     if mode == 2:
         model.model.layers[0].requires_grad_(True)
         model.model.layers[-1].requires_grad_(True)
+
+
+def hold_frozen_in(model: MiniMindVLM, dtype: torch.dtype):
+    """Rounds the tower, and the decoder's frozen matrices (not its norms), to what they are multiplied in."""
+    for parameter in model.vision_encoder.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        # Not the experts' router either, which decides between near-equal scores.
+        if not parameter.requires_grad and parameter.dim() > 1 and not name.endswith(".mlp.gate.weight"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
