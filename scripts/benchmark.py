@@ -100,7 +100,7 @@ def main():
         results["data"] = measure_rounds(args, ["loader, plain", "loader"])
         print_loader(args, results["data"])
     if "generate" in args.what:
-        results["generate"] = measure_rounds(args, ["generate, transformers' Llama", "generate"])
+        results["generate"] = measure_rounds(args, ["generate"])["generate"]
         print_generate(args, results["generate"])
     if args.json:
         args.json.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")

@@ -47,15 +47,14 @@ def print_loader(args, results: dict[str, dict]):
     print()
 
 
-def print_generate(args, results: dict[str, dict]):
-    print(f"generation, 64 tokens after a prompt of 32: {conditions(args)}")
-    llama = results["generate, transformers' Llama"]
-    for name, row in results.items():
-        cells = "".join(
-            f"{speed:>12,.0f} tokens/s (x {speed / llama[key]:.2f}) {key.removeprefix('tokens_per_second_').replace('_', ' ')}"
-            for key, speed in row.items()
+def print_generate(args, figures: dict[str, float]):
+    print(f"generation, 64 tokens after a prompt of 230: {conditions(args)}")
+    for batch in (1, 16):
+        ours, llama = figures[f"this_project_batch_{batch}"], figures[f"llama_batch_{batch}"]
+        print(
+            f"  batch {batch:<3} this project {ours:>8,.0f} tokens/s, transformers' Llama of the same size {llama:>8,.0f} "
+            f"tokens/s, in turns {figures[f'ratio_batch_{batch}']:.2f} x"
         )
-        print(f"  {name:<34}{cells}")
     print()
 
 

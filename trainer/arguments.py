@@ -95,7 +95,7 @@ def add_device_flags(add):
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, else 0)")
-    add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 8)")
+    add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 16)")
 
 
 def add_saving_flags(add):

@@ -73,7 +73,7 @@ class Run:
         if self.dtype == torch.float32 and self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if args.num_workers is None:
-            args.num_workers = min(8, max(1, cores() // self.processes.world_size))
+            args.num_workers = min(16, max(1, cores() // self.processes.world_size))
         if args.assets == "built-in":
             with self.processes.main_first():
                 draw_builtin_dataset()
