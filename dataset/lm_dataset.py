@@ -4,6 +4,7 @@ A row is tokenised once; the result is kept as memory-mapped Arrow by the `datas
 memory grows with the file, and a loader's worker has only pictures to decode.
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -127,7 +128,7 @@ class VLMDataset(Dataset):
             FeatureCacheError: If there is no room for the cache.
         """
         counts = self._image_counts().to_numpy()
-        self.feature_cache = FeatureCache(folder, self.fingerprint, tower_sha256, counts, width)
+        self.feature_cache = FeatureCache(folder, self.content_sha256, tower_sha256, counts, width)
         return self.feature_cache
 
     # Computed when asked for, not kept: each of a loader's workers may get a copy of all that is kept here.
@@ -145,6 +146,20 @@ class VLMDataset(Dataset):
     def learned_tokens(self) -> np.ndarray:
         """(samples,) learned tokens of each sample."""
         return self._of_good_rows(self.rows.data.column("learned_tokens"))
+
+    @functools.cached_property
+    def content_sha256(self) -> str:
+        """SHA-256 (hex) of the samples' tokens and pictures' names: wherever the file lies and whenever it was written."""
+        digest = hashlib.sha256(self.left_out.tobytes())
+        for name in ("input_ids", "learned", "image_starts", "pictures"):
+            column = self.rows.data.column(name)
+            digest.update(pc.list_value_length(column).to_numpy().tobytes())
+            for chunk in column.chunks:
+                values = chunk.flatten()
+                is_text = pa.types.is_string(values.type)
+                names = "".join(f"{value}\0" for value in values.to_pylist()) if is_text else ""
+                digest.update(names.encode() if is_text else values.to_numpy())
+        return digest.hexdigest()
 
     def _of_good_rows(self, column: pa.ChunkedArray) -> np.ndarray:
         return np.delete(column.to_numpy(), self.left_out)

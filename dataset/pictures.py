@@ -52,6 +52,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def in_8_bits(image: Image.Image, kind: str) -> Image.Image:
+    """A picture of 16 bits of grey in 8 (Pillow would make white of all above 255); others as they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # before Pillow 11 a PNG's is "I"
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
 def preprocess_image(image: Image.Image) -> np.ndarray:
     """CLIP's preprocessing up to normalisation: RGB, shortest edge to 224 bicubic, centre crop.
 
@@ -113,7 +120,7 @@ def load_picture(source: str | Path | bytes, name: str | None = None) -> torch.T
             if min(image.size) >= DRAFT_FROM:
                 # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast; never below this.
                 image.draft("RGB", (DRAFT_FROM // 2, DRAFT_FROM // 2))
-            pixels = preprocess_image(ImageOps.exif_transpose(image))
+            pixels = preprocess_image(in_8_bits(ImageOps.exif_transpose(image), image.format))
     except FileNotFoundError as error:
         raise PictureError(name, "no such file") from error
     except DECODING_ERRORS as error:

@@ -123,6 +123,8 @@ def load_vision_tower(path: str | Path) -> CLIPVisionModel:
     except DAMAGED_FILE_ERRORS as error:
         # The first sentence: what follows it is advice to programmers, some of it unsafe (to load any pickle).
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+            reason = "it holds something else than tensors, which could run code when loaded"
         raise TowerError(f"the vision tower in {path} cannot be read ({reason}). {remedy}") from error
     if patches != TOKENS_PER_IMAGE or config.image_size != IMAGE_SIZE:
         raise TowerError(

@@ -37,7 +37,8 @@ from dataset.scenes import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_covera
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
 from scripts import build_tower  # noqa: E402
-from trainer.checkpoint import describe, save_weights, weight_name  # noqa: E402
+from trainer.checkpoint import describe, weight_files, weight_name  # noqa: E402
+from trainer.files import write_together  # noqa: E402
 
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 EMPTY_WORD = "空"
@@ -267,7 +268,7 @@ def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, r
     command = "python " + " ".join(["scripts/build_llm.py", *sys.argv[1:]])
     sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), {"command": command})
     path = args.out_dir / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
-    save_weights(path, model, {}, sidecar | {"result": result})
+    write_together(weight_files(path, model, {}, sidecar | {"result": result}))
 
 
 def parse_arguments() -> argparse.Namespace:

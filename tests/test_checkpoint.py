@@ -9,7 +9,7 @@ import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl
 
 from model.model_vlm import VLMConfig
-from trainer import checkpoint
+from trainer import checkpoint, files
 from trainer.assets import UsageError
 
 pytest_plugins = ["tiny"]
@@ -241,10 +241,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     with pytest.raises(
         UsageError if isinstance(error, OSError) else type(error), match="weights.pth.*No space|torch|^$"
     ):
-        checkpoint.write_atomically(path, write)
+        files.write_atomically(path, write)
     assert path.read_bytes() == b"the old ones"
     assert list(tmp_path.iterdir()) == [path]
-    checkpoint.write_atomically(path, lambda file: file.write(b"the new ones"))
+    files.write_atomically(path, lambda file: file.write(b"the new ones"))
     assert path.read_bytes() == b"the new ones"
     assert list(tmp_path.iterdir()) == [path]
 

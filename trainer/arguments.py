@@ -12,6 +12,8 @@ from dataset.feature_cache import FeatureCacheError
 from dataset.lm_dataset import DataError
 from model.model_vlm import TowerError
 from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, UsageError, choose_assets, shown
+from trainer.processes import RankError
+from trainer.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "of matrix products (default: bfloat16 where a GPU computes in it, float16 on other CUDA GPUs, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
+    what = "minutes after which a process of several that does not answer is given up"
+    add("--timeout_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, else 0)")
     add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 16)")
@@ -100,6 +104,8 @@ def add_device_flags(add):
 
 def add_saving_flags(add):
     add("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
+    what = "minutes after which it is saved in any case"
+    add("--save_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1: go on from the last save, if there is one")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
@@ -151,8 +157,10 @@ def flag_problems(args) -> list[str]:
         for name, value in values.items()
         if value is not None and not value >= LEAST[name]  # so that NaN is refused too
     ]
-    if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
-        problems.append(f"--learning_rate {args.learning_rate}: must be above 0")
+    for name in ("learning_rate", "save_minutes", "timeout_minutes"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value > 0):
+            problems.append(f"--{name} {value}: must be above 0")
     if not args.save_weight or any(character in args.save_weight for character in "/\\"):
         problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
     return problems
@@ -162,10 +170,26 @@ def run_script(main: Callable[[], None]):
     """Runs `main`; a mistake the user can put right ends in a message and status 1, not in a traceback."""
     try:
         main()
+    except RankError as error:
+        rank = os.environ.get("RANK")
+        print(f"error{'' if rank is None else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
+        leave(1)
     except (UsageError, DataError, FeatureCacheError, TowerError) as error:
         # With torchrun every rank finds the same mistake; one of each machine says it.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def leave(status: int):
+    """Ends this process without waiting for the others of its run, who may never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

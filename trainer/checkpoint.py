@@ -6,11 +6,8 @@ A weight file is a plain state dict in half precision without the tower, as the 
 
 import datetime
 import json
-import os
-import pickle
 import platform
 import re
-import struct
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,23 +20,23 @@ from safetensors.torch import load_file as load_safetensors
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.assets import ROOT, UsageError, shown
+from trainer.files import load_file
 
-# What a file that is cut off, garbled, or no weight file at all makes torch.load raise.
-LOADING_ERRORS = (
-    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
-    *(AttributeError, struct.error, pickle.UnpicklingError),
-)
 # What settings that no model can have make VLMConfig raise.
 CONFIG_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-STATE_KEYS = set("learned optimizer scaler epoch sample step random arguments fingerprint wandb_id".split())
+STATE_KEYS = {
+    *("learned", "optimizer", "scaler", "epoch", "sample", "step", "random", "arguments", "processes", "fingerprint"),
+    *("wandb_id", "skipped_pictures", "bad_steps", "progress"),
+}
 CONFIG_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "dropout"),
     *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha"),
     *("image_token_id", "vision_hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+SIDECAR_KINDS = {"tokenizer_sha256": str, "arguments": dict}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -89,7 +86,7 @@ def find_weights(
         for path, match in found.items()
         if (hidden_size is None or int(match[1]) == hidden_size)
         and (use_moe is None or bool(match[2]) == use_moe)
-        and (builtin is None or is_builtin(path) == builtin)
+        and (builtin is None or (glance_at_sidecar(path).get("assets") == "built-in") == builtin)
     ]
     if not fitting:
         wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
@@ -102,27 +99,13 @@ def find_weights(
     return newest
 
 
-def is_builtin(path: Path) -> bool:
-    """Whether the sidecar says that a weight file was trained on the built-in set."""
+def glance_at_sidecar(path: Path) -> dict:
+    """What the JSON beside a weight file says, {} where it is missing or unreadable (`read_weights` tells why)."""
     try:
-        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("assets") == "built-in"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def load_file(path: Path) -> dict:
-    """torch.load without running code from the file.
-
-    Raises:
-        UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except LOADING_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-            reason = "it holds something else than tensors, which could run code when loaded"
-        raise UsageError(f"{shown(path)} cannot be read: {reason}. Delete it, and copy or train it again.") from error
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def read_weights(path: Path) -> Weights:
@@ -143,6 +126,9 @@ def read_weights(path: Path) -> Weights:
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
         config = VLMConfig(**sidecar["config"])
+        for field, kind in SIDECAR_KINDS.items():
+            if not isinstance(sidecar.get(field, kind()), kind):
+                raise TypeError(f"{field} is {sidecar[field]!r}")
     except (OSError, *CONFIG_ERRORS) as error:
         raise UsageError(
             f"{shown(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the weights are "
@@ -309,35 +295,6 @@ def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Pat
             parameter.copy_(learned[name])
 
 
-def write_atomically(path: Path, write):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
-
-    Raises:
-        UsageError: If that fails (the disk is full); the file is then as it was before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own tells no cause
-        if not isinstance(reason, OSError):
-            raise
-        raise UsageError(f"{shown(path)} cannot be written: {reason.strerror or reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as float16 on the CPU; those that are one (the embedding and the tied head) stay one."""
     halves = {}
@@ -347,8 +304,8 @@ def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     }
 
 
-def save_weights(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict):
-    """Writes the weights in half precision, and the sidecar beside them.
+def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict) -> dict:
+    """The weights in half precision, and the sidecar beside them, for `write_together`.
 
     Args:
         frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
@@ -356,9 +313,8 @@ def save_weights(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
     state = model.state_dict()
     learned = in_half_precision({name: tensor for name, tensor in state.items() if name not in frozen})
     tensors = {name: frozen[name] if name in frozen else learned[name] for name in state}
-    text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str)
-    write_atomically(path, lambda file: torch.save(tensors, file))
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode("utf-8")))
+    text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
+    return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
 
 
 def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict) -> dict:

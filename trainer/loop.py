@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -17,9 +18,13 @@ from trainer.assets import UsageError, shown
 from trainer.compilation import LENGTH_MULTIPLE, CompiledVLM, extreme_shapes
 from trainer.features import PictureFeatures
 from trainer.prefetch import on_device
+from trainer.processes import RankError
 from trainer.progress import Progress, clock, start_wandb
+from trainer.saving import Saver, changes, restore, state_of
 from trainer.setup import Run
+from trainer.stopping import Stopped, StopSignals, ignore_in_worker
 
+BAD_STEPS_IN_A_ROW = 10
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 
@@ -63,26 +68,51 @@ class Trainer:
         )
         # The first sample of the run's last step, counted through all epochs.
         self.last_first = (args.epochs - 1) * len(data) + (self.sampler.steps_per_epoch - 1) * self.sampler.group
-        self.step = self.skipped_pictures = 0
+        self.step, self.position, self.skipped_pictures, self.wandb_id = 0, (0, 0), 0, None
+        # Steps skipped because their loss or gradient was not finite: all, in a row, and the most in a row.
+        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=run.device)
+        self.bad_steps_told = 0
         self.first_loss_seen = run.state is not None
-        self.wandb_id = None
+        self.pending = None
+        torch.manual_seed(args.seed + processes.rank)  # from here on (dropout) every rank draws its own
+        self.saver = Saver(run, model) if processes.is_main else None
+        self.fingerprint = run.fingerprint(data)
         if run.state is not None:
-            self._restore(run.state)
+            restore(self, run.state)
         remaining = len(self.sampler) // args.accumulation_steps
         self.total_steps = self.step + remaining
         run.header(model, data, self.total_steps)
         if run.state is not None:
-            run.say(f"  goes on      after step {self.step:,}, {remaining:,} to go")
+            run.say(
+                f"  goes on      after step {self.step:,}, {remaining:,} to go{changes(run.state, args, processes)}"
+            )
 
     def train(self):
-        """Runs all steps that are left."""
+        """Runs all steps that are left.
+
+        Raises:
+            Stopped: If a signal asked for it; the run is saved then.
+            UsageError: If it cannot go on, as where the last save fails.
+        """
         progress = self._start_progress()
         batches = self._batches()
         try:
-            for epoch, first_sample in self.sampler.steps():
-                self._one_step(progress, batches, epoch, first_sample)
+            with StopSignals(speaks=self.processes.is_main) as signals:
+                for epoch, first_sample in self.sampler.steps():
+                    self._one_step(progress, batches, epoch, first_sample)
+                    self._save_if_due(progress, signals)
             self._finish(progress)
+        except RuntimeError as error:
+            # torch raises it wherever this process is when a worker ends.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RankError(
+                f"a worker process that reads pictures was ended from outside ({str(error).splitlines()[0].strip()}), most "
+                f"likely because memory ran out: use fewer than --num_workers {self.args.num_workers}. What was saved "
+                "is kept: the same command with --from_resume 1 goes on from there"
+            ) from error
         finally:
+            batches.close()
             progress.close()
 
     def _one_step(self, progress: Progress, batches, epoch: int, first_sample: int):
@@ -92,16 +122,18 @@ class Trainer:
         learned, samples, tokens = self._count(micro_batches)
         done = (epoch * len(self.data) + first_sample) / max(1, self.last_first)
         learning_rate = cosine_learning_rate(self.args.learning_rate, done)
-        loss_sum = self._learn(micro_batches, learned, samples, learning_rate)
+        learned_from = self._learn(micro_batches, learned, samples, learning_rate)
         self.step += 1
         next_sample = min(first_sample + self.sampler.group, len(self.data))
         epoch_ends = next_sample == len(self.data)
         self.position = (epoch + 1, 0) if epoch_ends else (epoch, next_sample)
-        progress.add(loss_sum, learned, samples, tokens, data_seconds)
-        if progress.due(self.step, epoch_ends):
-            progress.report(self.step, epoch + 1, learning_rate, self.skipped_pictures)
-        if self.step % self.args.save_interval == 0 or epoch_ends:
-            self._save(progress)
+        progress.add(learned_from, samples, tokens, data_seconds)
+        is_due = progress.due(self.step, epoch_ends)
+        if is_due or self.run.device.type != "cuda":  # to read them there is to wait for the device
+            self._check_bad_steps(progress)
+        if is_due:
+            counts = {"skipped_pictures": self.skipped_pictures, "skipped_steps": self.bad_steps_told}
+            progress.report(self.step, epoch + 1, learning_rate, counts)
 
     def _count(self, micro_batches: list[dict]) -> tuple[int, int, int]:
         """Learned tokens, samples and tokens of this step over all ranks; broken pictures are named here."""
@@ -118,11 +150,11 @@ class Trainer:
         return int(counts[0]), int(counts[1]), int(counts[2])
 
     def _learn(self, micro_batches: list[dict], learned: int, samples: int, learning_rate: float) -> torch.Tensor:
-        """One optimizer step. Returns the sum of the losses of its learned tokens over all ranks."""
+        """One optimizer step. Returns (2,): the summed loss of its learned tokens over all ranks, and their number."""
         device = self.run.device
         loss_sum = torch.zeros(1, device=device)
         if learned == 0:
-            return loss_sum  # nothing to learn: no step, since even a zero gradient would move AdamW's weights
+            return torch.zeros(2, device=device)  # no step: even a zero gradient would move AdamW's weights
         for batch in micro_batches:
             if len(batch["learned_positions"]) == 0:
                 continue
@@ -139,18 +171,60 @@ class Trainer:
         self.processes.sum_gradients(list(self.parameters.values()), loss_sum)
         if not self.first_loss_seen:
             self._check_first_loss(float(loss_sum) / learned)
-            self.first_loss_seen = True
+        is_bad = self._step_unless_bad(loss_sum, learning_rate)
+        return torch.where(is_bad, 0.0, torch.cat((loss_sum, torch.full_like(loss_sum, learned))))
+
+    def _step_unless_bad(self, loss_sum: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """Moves the weights, unless the loss or the gradient is not finite. Returns whether it is so, unread."""
+        weights = list(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
         if self.args.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.grad_clip)
+            torch.nn.utils.clip_grads_with_norm_(weights, self.args.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        is_bad = ~loss_sum.isfinite().all()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # leaves steps out by itself: overflow is how it finds its scale
+            self.scaler.update()
+        else:
+            is_bad = is_bad | ~norm.isfinite()
+            if self.optimizer.defaults["fused"]:
+                self.optimizer.found_inf = is_bad.float()  # where it is 1, the kernel changes nothing
+                self.optimizer.step()
+            elif not is_bad:
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum
+        total, in_a_row, most = self.bad_steps
+        in_a_row = (in_a_row + 1) * is_bad
+        self.bad_steps = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
+        return is_bad
+
+    def _check_bad_steps(self, progress: Progress):
+        """Tells of steps that were skipped.
+
+        Raises:
+            UsageError: If there were too many in a row.
+        """
+        total, in_a_row, most = self.bad_steps.tolist()
+        if total > self.bad_steps_told:
+            progress.say(
+                f"by step {self.step} the loss or the gradient was not finite in {total - self.bad_steps_told} step(s) more: "
+                f"skipped, the weights are as before ({total} so far)"
+            )
+            self.bad_steps_told = total
+        if most >= BAD_STEPS_IN_A_ROW:
+            raise UsageError(
+                f"{most} steps in a row, up to step {self.step}, had a loss or a gradient that is not finite, so the run ends; "
+                f"the weights saved last are finite. What may help: a lower --learning_rate than {self.args.learning_rate:g}, "
+                f"a lower --grad_clip than {self.args.grad_clip:g}, --dtype float32, and a look at the data "
+                f"(python -m dataset.check {shown(self.args.data_path)})"
+            )
 
     def _check_first_loss(self, loss: float):
+        if not math.isfinite(loss):
+            return  # such a step is skipped; the next one tells
+        self.first_loss_seen = True
         uniform = math.log(self.model.config.vocab_size)
         if self.run.weights is None or loss < uniform:
             return
@@ -192,6 +266,8 @@ class Trainer:
             num_workers=workers,
             pin_memory=is_cuda,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=ignore_in_worker,
+            generator=torch.Generator(),  # its own: the loader's draws would be missing from a resumed run's
         )
         # With a cache the pixels are not wanted on the device, but for those that it lacks.
         names = MODEL_INPUTS if self.data.feature_cache is not None else (*MODEL_INPUTS, "pixel_values")
@@ -206,7 +282,7 @@ class Trainer:
             wandb_run = start_wandb(self.args.wandb_project, run.name, settings, self.args.save_dir, self.wandb_id)
             self.wandb_id = wandb_run.id
         metrics_path = run.metrics_path if self.processes.is_main else None
-        return Progress(self.total_steps, self.step, self.args.log_interval, metrics_path, wandb_run)
+        return Progress(self.total_steps, self.step, self.args.log_interval, metrics_path, wandb_run, self.pending)
 
     def _finish(self, progress: Progress):
         seconds = time.perf_counter() - self.run.started
@@ -219,67 +295,43 @@ class Trainer:
         }
         progress.say(f"next: {following[self.run.stage.name]}")
 
-    def _save(self, progress: Progress):
-        """Writes the weights and, after them, the state to go on from.
+    def _save_if_due(self, progress: Progress, signals: StopSignals):
+        """Saves at --save_interval, after --save_minutes, at an epoch's end, and where a signal came.
 
         Raises:
-            UsageError: If half precision cannot hold the weights any more; what was saved before is kept.
+            Stopped: If one came, to whichever process.
+            UsageError: If the run's last save fails.
         """
+        # All processes decide the same: by the main process's clock, and by everybody's signals.
+        minutes_are_up, asked = self.processes.sum(
+            self.saver is not None and self.saver.is_due(), signals.asked is not None
+        )
+        is_last = self.step == self.total_steps
+        if self.step % self.args.save_interval == 0 or self.position[1] == 0 or minutes_are_up or asked:
+            error = self._save(progress)
+            if error is not None and (asked or is_last):
+                raise error
+            if error is not None:
+                progress.say(f"warning: step {self.step} could not be saved, training goes on: {error}")
+        if asked and not is_last:
+            progress.say(
+                f"stopped after step {self.step:,} of {self.total_steps:,}, which is saved: the same command with "
+                "--from_resume 1 goes on from there"
+            )
+            raise Stopped(signals.asked or signal.SIGTERM)
+
+    def _save(self, progress: Progress) -> UsageError | None:
+        """Writes weights and state; what was saved before is kept where that fails. Returns what went wrong."""
         largest = torch.finfo(torch.float16).max
         if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in self.parameters.values()):
             raise UsageError(
                 f"the weights became NaN or larger than {largest:g} by step {self.step}, so they are not saved: a lower "
                 f"--learning_rate than {self.args.learning_rate:g} or a lower --grad_clip than {self.args.grad_clip:g} may help"
             )
-        if self.processes.is_main:
-            run = self.run
-            progress.begin_file()
-            sidecar = checkpoint.describe(
-                self.model.config, run.stage.name, self.args.assets, run.tokenizer_sha256, vars(self.args)
-            )
-            checkpoint.save_weights(run.weights_path, self.model, run.frozen_weights, sidecar | {"step": self.step})
-            checkpoint.write_atomically(run.state_path, lambda file: torch.save(self._state(), file))
+        is_cuda, error = self.run.device.type == "cuda", None
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.run.device) if is_cuda else None}
+        of_all = self.processes.gather(random)
+        if self.saver is not None:
+            error = self.saver.save(state_of(self, progress) | {"random": of_all})
         self.processes.barrier()
-
-    def _state(self) -> dict:
-        epoch, sample = self.position
-        device = self.run.device
-        return {
-            "learned": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
-            "sample": sample,
-            "step": self.step,
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            },
-            "arguments": {key: str(value) for key, value in vars(self.args).items()},
-            "fingerprint": {
-                "data": self.data.fingerprint,
-                "tokenizer": self.run.tokenizer_sha256,
-                "rows": len(self.data),
-                "seed": self.args.seed,
-            },
-            "wandb_id": self.wandb_id,
-            "skipped_pictures": self.skipped_pictures,
-        }
-
-    def _restore(self, state: dict):
-        here = {"data": self.data.fingerprint, "tokenizer": self.run.tokenizer_sha256, "rows": len(self.data)}
-        here["seed"] = self.args.seed  # another order would skip samples and repeat others
-        for name, value in state["fingerprint"].items():
-            if here[name] != value:
-                raise UsageError(
-                    f"{shown(self.run.state_path)} is of a run with other {name} ({value}; now {here[name]}): repeat that "
-                    "run's flags, or leave --from_resume out to begin anew"
-                )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.skipped_pictures = state.get("skipped_pictures", 0)
-        self.sampler.start_at(state["epoch"], state["sample"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"] is not None and self.run.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.run.device)
+        return error

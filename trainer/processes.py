@@ -7,10 +7,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.assets import UsageError
 
-TIMEOUT = datetime.timedelta(minutes=30)
+# The main process tokenises while the others wait: that may take long. Later nobody is far behind.
+SETUP_TIMEOUT = datetime.timedelta(hours=6)
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+class RankError(UsageError):
+    """What one process alone has met, so that it must say it itself, whichever it is."""
+
+
+class PeerError(RankError):
+    """Another process of the run has ended or does not answer."""
 
 
 @dataclass
@@ -20,19 +31,22 @@ class Processes:
     Attributes:
         device: Where this process computes.
         host_group: Ranks' group for numbers on the host, so that agreeing on one never waits for a GPU.
+        setup_group: The same with more patience.
     """
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None
+    setup_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def start(cls, device: str | None) -> "Processes":
+    def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
         """Joins the other ranks where torchrun started this one.
 
         Args:
             device: As typed (cpu, cuda, cuda:1, mps), or None for the best there is.
+            timeout_minutes: How long to wait for a process that does not answer.
 
         Raises:
             UsageError: If the device is not there.
@@ -45,9 +59,14 @@ class Processes:
             raise UsageError("torchrun with several processes needs CUDA or the CPU: MPS has one device")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        return cls(rank, world_size, device, host_group)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        # Where torchrun starts all anew after a failure, its store still has the addresses of those that are gone.
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        kind = BACKENDS[device.type]
+        dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        groups = [dist.new_group(backend="gloo", timeout=patience) for patience in (timeout, SETUP_TIMEOUT)]
+        return cls(rank, world_size, device, *groups)
 
     @property
     def is_main(self) -> bool:
@@ -60,26 +79,42 @@ class Processes:
 
     def barrier(self):
         if self.world_size > 1:
-            dist.barrier(group=self.host_group)
+            with others_may_be_gone():
+                dist.barrier(group=self.host_group)
 
     @contextlib.contextmanager
     def main_first(self):
         """The main process does what is inside before the others (who then find it in a cache)."""
         if not self.is_main:
-            self.barrier()
+            self._setup_barrier()
         try:
             yield
         finally:
             if self.is_main:
-                self.barrier()
+                self._setup_barrier()
+
+    def _setup_barrier(self):
+        if self.world_size > 1:
+            with others_may_be_gone():
+                dist.barrier(group=self.setup_group)
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number's sum over all ranks."""
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host_group)
+        with others_may_be_gone():
+            dist.all_reduce(total, group=self.host_group)
         return total.tolist()
+
+    def gather(self, value) -> list:
+        """Every rank's value, in their order, on the main process; [] on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        with others_may_be_gone():
+            dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values or []
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor):
         """Sums the parameters' gradients, and `extra` (a vector of float32), over all ranks, in place.
@@ -94,9 +129,23 @@ class Processes:
             return
         parts = [parameter.grad for parameter in parameters] + [extra]
         flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat)
+        with others_may_be_gone():
+            dist.all_reduce(flat)
         for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(summed.view_as(part))
+
+
+@contextlib.contextmanager
+def others_may_be_gone():
+    """Turns the error of a collective that cannot be completed into a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PeerError(
+            f"another process of this run has ended or does not answer ({reason}), so this one ends too; what was saved "
+            "is kept: the same command with --from_resume 1 goes on from there"
+        ) from error
 
 
 def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:

@@ -1,14 +1,19 @@
 """What a run tells: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb where asked."""
 
+import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from trainer.assets import UsageError
-from trainer.checkpoint import write_atomically
+from trainer.assets import UsageError, shown
+from trainer.files import write_atomically
+
+INIT_SECONDS = 10
 
 
 class Progress:
@@ -20,9 +25,10 @@ class Progress:
         metrics_path: The jsonl that each report is appended to, or None for silence. It keeps the reports of the steps
             that were done before, and no others.
         wandb_run: A wandb run, or None.
+        pending: What a saved run had learned since its last report (`Progress.pending`).
     """
 
-    def __init__(self, total_steps: int, done_steps: int, log_interval: int, metrics_path: Path | None, wandb_run=None):
+    def __init__(self, total_steps, done_steps, log_interval, metrics_path: Path | None, wandb_run=None, pending=None):
         self.total_steps, self.done_steps, self.log_interval = total_steps, done_steps, log_interval
         self.metrics_path, self.wandb_run = metrics_path, wandb_run
         self.started = time.perf_counter()
@@ -30,52 +36,75 @@ class Progress:
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self.can_write = True
         self._reset()
+        if pending is not None:
+            self.learned_from = torch.tensor(pending["learned_from"])
+            self.samples, self.tokens, self.seconds_before = (
+                pending[name] for name in ("samples", "tokens", "seconds_before")
+            )
+            self.data_seconds = pending["data_seconds"]
 
     def _reset(self):
         self.interval_started = time.perf_counter()
-        self.samples = self.tokens = self.learned = self.data_seconds = self.steps = 0
-        self.loss = 0.0
+        self.samples = self.tokens = self.data_seconds = self.seconds_before = 0
+        self.learned_from = torch.zeros(2)
 
-    def add(self, loss_sum, learned: int, samples: int, tokens: int, data_seconds: float):
-        """One optimizer step: the sum of its losses over all ranks (a tensor, not yet waited for), and its counts."""
-        self.loss = self.loss + loss_sum
-        self.learned += learned
+    def pending(self) -> dict:
+        """What was learned since the last report, for a run that goes on from here to report it."""
+        return {
+            "learned_from": self.learned_from.tolist(),
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "data_seconds": self.data_seconds,
+            "seconds_before": self.seconds_before + time.perf_counter() - self.interval_started,
+        }
+
+    def add(self, learned_from: torch.Tensor, samples: int, tokens: int, data_seconds: float):
+        """One optimizer step: (2,) sum of its losses over all ranks and learned tokens, not yet waited for; its counts."""
+        self.learned_from = self.learned_from.to(learned_from.device) + learned_from
         self.samples += samples
         self.tokens += tokens
         self.data_seconds += data_seconds
-        self.steps += 1
         if self.bar is not None:
             self.bar.update(1)
 
     def due(self, step: int, epoch_ends: bool) -> bool:
         return step % self.log_interval == 0 or epoch_ends
 
-    def report(self, step: int, epoch: int, learning_rate: float, skipped_pictures: int) -> dict:
+    def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
         """Reports the interval that ends here and begins the next. Returns what was reported."""
-        loss = float(self.loss) / max(1, self.learned)  # waits for the device
-        seconds = max(1e-9, time.perf_counter() - self.interval_started)
+        loss_sum, learned = self.learned_from.tolist()  # waits for the device
+        seconds = max(1e-9, self.seconds_before + time.perf_counter() - self.interval_started)
         record = {
             "step": step,
             "epoch": epoch,
-            "loss": round(loss, 6),
+            "loss": round(loss_sum / learned, 6) if learned else None,
             "learning_rate": learning_rate,
             "samples_per_second": round(self.samples / seconds, 2),
             "tokens_per_second": round(self.tokens / seconds, 1),
             "data_wait": round(self.data_seconds / seconds, 4),
-            "learned_tokens": int(self.learned),
-            "skipped_pictures": skipped_pictures,
+            "learned_tokens": int(learned),
+            **counts,
             "seconds": round(time.perf_counter() - self.started, 3),
         }
         if self.metrics_path is not None:
             self._show(record)
-            self.begin_file()
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._append(record)
         if self.wandb_run is not None:
             self.wandb_run.log({f"train/{key}": value for key, value in record.items() if key != "step"}, step=step)
         self._reset()
         return record
+
+    def _append(self, record: dict):
+        try:
+            self.begin_file()
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except (OSError, UsageError) as error:
+            if self.can_write:  # said once, not at every report
+                self.say(f"warning: {shown(self.metrics_path)} cannot be written, training goes on: {error}")
+            self.can_write = False
 
     def begin_file(self):
         """Leaves in metrics_path the steps done before; called no sooner than there is something to report or save.
@@ -90,7 +119,7 @@ class Progress:
 
     def _show(self, record: dict):
         words = {
-            "loss": f"{record['loss']:.4f}",
+            "loss": "none" if record["loss"] is None else f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
             "samples/s": f"{record['samples_per_second']:.1f}",
             "tokens/s": f"{record['tokens_per_second']:,.0f}",
@@ -142,16 +171,27 @@ def clock(seconds: float) -> str:
 
 
 def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str | None):
-    """A wandb run, the one that was begun before where its id is given.
+    """A wandb run, the one that was begun before where its id is given; one kept on disk where wandb cannot be reached.
 
     Raises:
-        UsageError: If wandb cannot start.
+        UsageError: If wandb cannot start for another reason, as a wrong key.
     """
     import wandb  # only here: it is slow to load and most runs do without
 
+    start = functools.partial(wandb.init, project=project, name=name, config=config, dir=folder, id=run_id)
+    # wandb itself waits for 90 seconds; WANDB_INIT_TIMEOUT is its own way to say another time.
+    wait = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_SECONDS}
     try:
-        return wandb.init(project=project, name=name, config=config, dir=folder, id=run_id, resume="allow")
+        return start(resume="allow", settings=wandb.Settings(**wait))
     except (wandb.errors.Error, OSError) as error:
-        raise UsageError(
-            f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network"
-        ) from error
+        if not isinstance(error, wandb.errors.CommError) or isinstance(error, wandb.errors.AuthenticationError):
+            raise UsageError(
+                f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network"
+            ) from error
+        reason = " ".join(str(error).split())
+    tqdm.write(
+        f"warning: --use_wandb: wandb cannot be reached, so this run is logged offline (`wandb sync` sends it later; "
+        f"metrics.jsonl beside the weights has the same): {reason}"
+    )
+    wandb.teardown()  # forgets the attempt, which has the run's id
+    return start(mode="offline")

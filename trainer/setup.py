@@ -1,5 +1,6 @@
 """What comes before the first step: files found and checked, data and model loaded, and the header that says so."""
 
+import hashlib
 import math
 import shutil
 import time
@@ -15,10 +16,10 @@ from dataset.feature_cache import FeatureCacheError, cache_bytes, tower_sha256
 from dataset.lm_dataset import DataError, VLMDataset, tokenizer_hash
 from dataset.scenes import draw_builtin_dataset
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer import checkpoint
+from trainer import checkpoint, files
 from trainer.arguments import Stage
 from trainer.assets import BUILTIN_DIR, BUILTIN_HIDDEN_SIZE, UsageError, shown
-from trainer.processes import Processes, cores, pick_dtype
+from trainer.processes import Processes, RankError, cores, pick_dtype
 
 SHOWN_BAD_ROWS = 20
 HINTS = {
@@ -39,10 +40,12 @@ def load_tokenizer(path) -> PreTrainedTokenizerBase:
             f"no tokenizer in {shown(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         ChatEncoder(tokenizer)
     except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
-        raise UsageError(f"the tokenizer in {shown(path)} cannot be used: {error}") from error
+        has_code = "trust_remote_code" in str(error)  # else transformers would advise to run it
+        reason = "it brings code of its own, which is never run" if has_code else error
+        raise UsageError(f"the tokenizer in {shown(path)} cannot be used: {reason}") from error
     return tokenizer
 
 
@@ -67,7 +70,7 @@ class Run:
     def __init__(self, stage: Stage, args):
         self.stage, self.args = stage, args
         self.started = time.perf_counter()
-        self.processes = Processes.start(args.device)
+        self.processes = Processes.start(args.device, args.timeout_minutes)
         quiet_libraries(self.processes.is_main)
         self.device, self.dtype = self.processes.device, pick_dtype(args.dtype, self.processes.device)
         if self.dtype == torch.float32 and self.device.type == "cuda":
@@ -96,8 +99,9 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.processes.stop()
+    def __exit__(self, kind, *exception):
+        if kind is None or not issubclass(kind, RankError):  # where another one is gone, leaving might wait for it
+            self.processes.stop()
 
     def say(self, message: str = ""):
         """A line from the main process."""
@@ -110,6 +114,8 @@ class Run:
             probe = self.args.save_dir / f".writable.{self.processes.rank}"
             probe.touch()
             probe.unlink()
+            if self.processes.is_main:
+                files.remove_temporaries(self.args.save_dir, self.name)
         except OSError as error:
             raise UsageError(f"--save_dir {self.args.save_dir} cannot be written to: {error.strerror}") from error
 
@@ -158,9 +164,11 @@ class Run:
         if not self.state_path.is_file():
             self.say(f"--from_resume 1: no {shown(self.state_path)} yet, so this run starts from the beginning")
             return None
-        state = checkpoint.load_file(self.state_path)
+        state = files.load_file(self.state_path)
         if not isinstance(state, dict) or not checkpoint.STATE_KEYS <= state.keys():
-            raise UsageError(f"{shown(self.state_path)} is no training state of this project; leave --from_resume out")
+            raise UsageError(
+                f"{shown(self.state_path)} is no training state of this version of the project; leave --from_resume out"
+            )
         return state
 
     def load_data(self) -> VLMDataset:
@@ -195,7 +203,8 @@ class Run:
     def load_model(self) -> MiniMindVLM:
         """Tower, projection and decoder on the device, with the weights in, frozen as --freeze_llm says.
 
-        `self.frozen_weights` then has what of the weights does not learn, as it goes into the weight files.
+        `self.frozen_weights` then has what of the weights does not learn, as it goes into the weight files, and
+        `self.tower_sha256` the tower's hash.
 
         Raises:
             UsageError: If the weights do not fit.
@@ -212,8 +221,24 @@ class Run:
         self.frozen_weights = checkpoint.in_half_precision(
             {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor in frozen}
         )
+        self.tower_sha256 = tower_sha256(model.vision_encoder)
         hold_frozen_in(model, self.dtype)
         return model.to(self.device).train()
+
+    def fingerprint(self, data: VLMDataset) -> dict[str, str]:
+        """What must be the same for a run to go on: with anything else its samples or its model would be others."""
+        frozen = files.sha256_of(self.frozen_weights)[:12] if self.frozen_weights else "none"
+        config = self.config
+        return {
+            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} and "
+            f"{config.num_key_value_heads} heads, {config.vocab_size} tokens{', experts' if config.use_moe else ''}",
+            "max_seq_len": str(self.args.max_seq_len),
+            "seed": str(self.args.seed),
+            "tokenizer": self.tokenizer_sha256[:12],
+            "data": f"{len(data):,} rows, {data.content_sha256[:12]}",
+            "vision tower": self.tower_sha256[:12],
+            "frozen weights": frozen,
+        }
 
     def cache_features(self, model: MiniMindVLM, data: VLMDataset):
         """Lets the data set keep the tower's features on disk, where --cache_vision or its default says so.
@@ -230,7 +255,9 @@ class Run:
             return
         try:
             with self.processes.main_first():
-                data.use_feature_cache(folder, tower_sha256(model.vision_encoder), width)
+                # A tower that was rounded gives other features, which lie in a file of their own.
+                kind = "" if self.dtype == torch.float32 else str(self.dtype)
+                data.use_feature_cache(folder, hashlib.sha256(f"{self.tower_sha256}{kind}".encode()).hexdigest(), width)
         except FeatureCacheError as error:
             if wish is not None:
                 raise
