@@ -4,12 +4,16 @@
     python eval_vlm.py --image cat.jpg --prompt "图中有什么？"              your own question
     python eval_vlm.py --image a.jpg b.jpg --prompt "描述这两张图片"        about several pictures
     python eval_vlm.py --weight llm                                       the language model before any picture
+    python eval_vlm.py --chat                                             a talk: type, add pictures by their path
+    python eval_vlm.py --eval_data val.jsonl --images_path pictures       loss, perplexity, grounding gap, exact match
+    torchrun --nproc_per_node 2 eval_vlm.py --eval_data val.jsonl --images_path pictures --json result.json
 
 With weights of the built-in set it also prints how many of 200 scenes, whose combinations of colour, shape and place
 were never trained on, it describes correctly.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -20,12 +24,11 @@ import torch  # noqa: E402
 from transformers import TextStreamer, set_seed  # noqa: E402
 
 from dataset.chat import ChatEncoder  # noqa: E402
-from dataset.lm_dataset import tokenizer_hash  # noqa: E402
+from dataset.lm_dataset import VLMDataset, tokenizer_hash  # noqa: E402
 from dataset.pictures import PictureError, load_picture  # noqa: E402
 from dataset.prompts import prompt_batch, with_images  # noqa: E402
-from dataset.scene_grading import chance, score  # noqa: E402
 from dataset.scene_language import DESCRIBE  # noqa: E402
-from dataset.scenes import draw, draw_builtin_dataset, heldout_scenes  # noqa: E402
+from dataset.scenes import draw, heldout_scenes  # noqa: E402
 from model.model_vlm import MiniMindVLM  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.arguments import run_script  # noqa: E402
@@ -41,13 +44,13 @@ from trainer.assets import (  # noqa: E402
     UsageError,
     shown,
 )
-from trainer.processes import pick_device  # noqa: E402
+from trainer.evaluation import Evaluator, exact_match, perplexity  # noqa: E402
+from trainer.processes import Processes  # noqa: E402
+from trainer.scene_table import scene_table  # noqa: E402
 from trainer.setup import HINTS, load_tokenizer, quiet_libraries  # noqa: E402
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DRAWN_EVAL_IMAGES = 8
-GRADED_BATCH = 50
-GRADED_TOKENS = 64
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -65,6 +68,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--tokenizer_path", type=Path, help="the tokenizer's folder (default: what the weights were trained with)")
     add("--vision_model_path", type=Path, help="the CLIP tower's folder (default: what the weights were trained with)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    add = parser.add_argument_group("a talk, or a measurement").add_argument
+    add(
+        "--chat", action="store_true", help="talk with it; a line that is a picture's path adds it to the next question"
+    )
+    add("--eval_data", type=Path, help="rows to measure on, jsonl or parquet as for training")
+    add("--images_path", type=Path, help="folder of the jsonl's pictures")
+    add("--batch_size", type=int, default=16, help="rows per process and forward pass (default: %(default)s)")
+    what = "tokens a row is cut at"
+    add("--max_seq_len", type=int, default=1536, help=f"{what} (default: %(default)s)")
+    what = "answers of at most so many tokens are also asked for, and compared to the letter; 0 asks nothing"
+    add("--short_answer", type=int, default=16, help=f"{what} (default: %(default)s)")
+    add("--json", type=Path, help="write what was measured there")
     add = parser.add_argument_group("pictures and question").add_argument
     what = "folder whose pictures are described, one by one"
     add("--image_dir", type=Path, help=f"{what} (default: {shown(EVAL_IMAGES_DIR)})")
@@ -89,8 +104,14 @@ def check_flags(args):
         problems.append(f"--temperature {args.temperature}: must not be negative")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
-    if args.image and args.image_dir:
-        problems.append("--image and --image_dir: give one of them")
+    chosen = [name for name in ("image", "image_dir", "chat", "eval_data") if getattr(args, name)]
+    if len(chosen) > 1:
+        problems.append(f"{' and '.join(f'--{name}' for name in chosen)}: give one of them")
+    for name, least in (("batch_size", 1), ("max_seq_len", 8), ("short_answer", 0)):
+        if getattr(args, name) < least:
+            problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.json and not args.eval_data:
+        problems.append("--json: there is something to write with --eval_data only")
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -123,8 +144,8 @@ def choose_path(flag: Path | None, weights: checkpoint.Weights, name: str, built
 class Assistant:
     """A model, its tokenizer, and how it is to answer."""
 
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, processes: Processes):
+        self.args, self.processes = args, processes
         weights = find_weights(args)
         self.is_builtin = weights.sidecar.get("assets") == "built-in"
         own_tokenizer = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
@@ -135,11 +156,13 @@ class Assistant:
         self.tokenizer = load_tokenizer(tokenizer_path)
         checkpoint.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
         self.encoder = ChatEncoder(self.tokenizer)
-        self.device = pick_device(args.device, 0, 1)
+        self.device = processes.device
         torch.manual_seed(args.seed)
         model = MiniMindVLM(weights.config, vision_model_path=tower_path)
         checkpoint.load_into(model, weights)
         self.model = model.to(self.device).eval()
+        if not processes.is_main:
+            return
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{shown(weights.path)}: {parameters / 1e6:.3f} M parameters, {weights.config.num_hidden_layers} layers; "
               f"tower {shown(tower_path)}, tokenizer {shown(tokenizer_path)}, {self.device}")  # fmt: skip
@@ -160,9 +183,12 @@ class Assistant:
 
     def answer(self, prompt: str, paths: list[Path]):
         """Prints the answer as it is generated, then its speed."""
-        args = self.args
         pictures = [load_picture(path) for path in paths]
-        conversation = [{"role": "user", "content": with_images(prompt, len(pictures))}]
+        self.say([{"role": "user", "content": with_images(prompt, len(pictures))}], pictures)
+
+    def say(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
+        """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
+        args = self.args
         sampling = {"do_sample": False}
         if args.temperature > 0:
             sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
@@ -172,19 +198,77 @@ class Assistant:
             [conversation], [pictures], max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling
         )
         seconds = time.perf_counter() - started
-        print(f"    {ids.shape[1]} tokens, {ids.shape[1] / seconds:.0f} tokens/s\n")
+        print(f"    {ids.shape[1]} tokens, {ids.shape[1] / seconds:.0f} tokens/s\n", flush=True)
+        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
-    def describe_batch(self, pictures: list[torch.Tensor]) -> list[str]:
-        """Greedy descriptions of pictures, many at a time."""
-        texts = []
-        conversation = [{"role": "user", "content": with_images(DESCRIBE, 1)}]
-        for start in range(0, len(pictures), GRADED_BATCH):
-            part = pictures[start : start + GRADED_BATCH]
-            ids = self.generate(
-                [conversation] * len(part), [[one] for one in part], max_new_tokens=GRADED_TOKENS, do_sample=False
-            )
-            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
+
+def chat(assistant: Assistant):
+    """A conversation at the terminal, until an empty line or the end of input."""
+    print("Type a question. A picture's path on a line of its own adds it to your next question. An empty line ends.\n")
+    turns, pictures, added = [], [], []
+    while line := ask("you> "):
+        path = Path(line.strip("'\"")).expanduser()
+        if path.suffix.lower() in PICTURE_ENDINGS:
+            try:
+                added.append(load_picture(path))
+                print(f"    added {path.name}: ask about it")
+            except PictureError as error:
+                print(f"    not added: {error}")
+            continue
+        try:
+            turn = {"role": "user", "content": with_images(line, len(added))}
+            reply = assistant.say([*turns, turn], [*pictures, *added])
+        except ValueError as error:
+            print(f"    {error}")
+            continue
+        turns += [turn, {"role": "assistant", "content": reply}]
+        pictures, added = [*pictures, *added], []
+
+
+def ask(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def measure(assistant: Assistant):
+    """Prints (and writes, with --json) how well the model tells the rows of --eval_data."""
+    args, processes = assistant.args, assistant.processes
+    with processes.main_first():
+        data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len)
+    if len(data) == 0:
+        raise UsageError(f"{args.eval_data} has no row to measure on")
+    shows = processes.is_main and sys.stderr.isatty()
+    evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
+    held_out = evaluator.measure(shows)
+    right, asked = (
+        exact_match(evaluator, assistant.tokenizer, args.short_answer, shows) if args.short_answer else (0, 0)
+    )
+    for error in evaluator.skipped:
+        print(f"left out, its picture cannot be read: {error}")
+    if not processes.is_main:
+        return
+    result = held_out.as_dict() | {"perplexity": perplexity(held_out.loss)}
+    result |= {"short_answers": asked, "exact_match": right / asked if asked else None}
+    result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
+    lines = {
+        "rows": f"{held_out.samples:,} with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s",
+        "loss": f"{held_out.loss:.4f} nats per token (perplexity {result['perplexity']:.3f})",
+        "with other rows' pictures": as_gap(held_out.loss_shuffled, held_out.gap_shuffled),
+        "without pictures": as_gap(held_out.loss_blind, held_out.gap_blind),
+        "short answers": f"{right / asked:.1%} of {asked:,} to the letter" if asked else "none asked",
+    }
+    if data.bad_rows:
+        lines["left out"] = f"{len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)"
+    for name, value in lines.items():
+        print(f"  {name:<26} {value}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def as_gap(loss: float | None, gap: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}: a grounding gap of {gap:.4f}"
 
 
 def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
@@ -208,42 +292,42 @@ def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
 
 def print_scene_table(assistant: Assistant):
     """How many attributes and whole captions of the held-out scenes are right, beside shuffled pictures and chance."""
-    root = draw_builtin_dataset()
-    scenes = heldout_scenes()
-    facts = [scene.facts for scene in scenes]
-    names = sorted((root / "heldout_images").iterdir())
-    pictures = [load_picture(path) for path in names]
     started = time.perf_counter()
-    right = score(assistant.describe_batch(pictures), facts)
+    rows = scene_table(assistant.model, assistant.tokenizer)
     seconds = time.perf_counter() - started
-    # Each scene gets the picture of another: half the set away, so that none keeps its own.
-    half = len(pictures) // 2
-    shuffled = score(assistant.describe_batch(pictures[half:] + pictures[:half]), facts)
-    random_caption, constant_caption = chance(facts)
-    rows = [
-        ("right pictures", right),
-        ("shuffled pictures", shuffled),
-        ("chance: another scene's caption", random_caption),
-        ("chance: best single caption", constant_caption),
-    ]
-    print(f"{len(scenes)} held-out scenes, combinations of colour, shape and place never trained on ({seconds:.0f} s):")
+    print(
+        f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on ({seconds:.0f} s):"
+    )
     print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
-    for name, of in rows:
-        print(f"  {name:<34}{of.attributes:>12.1%}{of.captions:>16.1%}")
+    for row in rows:
+        print(f"  {row['name']:<34}{row['attributes']:>12.1%}{row['captions']:>16.1%}")
 
 
 def main():
     args = parse_arguments()
-    quiet_libraries(is_main=True)
+    processes = Processes.start(args.device)
+    quiet_libraries(processes.is_main)
+    if processes.world_size > 1 and not args.eval_data:
+        raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
     set_seed(args.seed)
-    assistant = Assistant(args)
-    if args.image:
+    assistant = Assistant(args, processes)
+    if args.eval_data:
+        measure(assistant)
+    elif args.chat:
+        chat(assistant)
+    elif args.image:
         print(f"{', '.join(map(str, args.image))}: {args.prompt}")
         try:
             assistant.answer(args.prompt, args.image)
         except (PictureError, ValueError) as error:
             raise UsageError(str(error)) from error
-        return
+    else:
+        describe_folder(args, assistant)
+    processes.stop()
+
+
+def describe_folder(args, assistant: Assistant):
+    """Describes every picture of --image_dir; for the built-in set it also grades the held-out scenes."""
     unreadable = 0
     for path in pictures_to_describe(args, assistant.is_builtin):
         print(f"{path.name}: {args.prompt}")

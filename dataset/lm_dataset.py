@@ -4,6 +4,7 @@ A row is tokenised once; the result is kept as memory-mapped Arrow by the `datas
 memory grows with the file, and a loader's worker has only pictures to decode.
 """
 
+import copy
 import functools
 import glob
 import hashlib
@@ -149,8 +150,8 @@ class VLMDataset(Dataset):
 
     @functools.cached_property
     def content_sha256(self) -> str:
-        """SHA-256 (hex) of the samples' tokens and pictures' names: wherever the file lies and whenever it was written."""
-        digest = hashlib.sha256(self.left_out.tobytes())
+        """SHA-256 (hex) of the rows' tokens and pictures' names: wherever the file lies and whenever it was written."""
+        digest = hashlib.sha256()
         for name in ("input_ids", "learned", "image_starts", "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
@@ -160,6 +161,32 @@ class VLMDataset(Dataset):
                 names = "".join(f"{value}\0" for value in values.to_pylist()) if is_text else ""
                 digest.update(names.encode() if is_text else values.to_numpy())
         return digest.hexdigest()
+
+    def hold_out(self, share: float = 0.01, most: int = 512) -> "VLMDataset | None":
+        """Takes some rows out, to measure on: those whose hash is smallest, whatever the file's order.
+
+        Rows that show the same picture are taken together; where there are pictures, rows without one are not taken.
+
+        Returns:
+            The rows taken out, at most `share` of all and about `most`; None where that is none.
+        """
+        wanted = min(most, int(share * len(self)))
+        good = np.delete(np.arange(len(self.rows)), self.left_out)
+        if self.picture_count:
+            good = good[self.image_counts > 0]
+        if wanted == 0 or wanted >= len(good):
+            return None
+        hashes = row_hashes(self.rows.data)[good]
+        taken = good[hashes <= np.partition(hashes, wanted - 1)[wanted - 1]]
+        if len(taken) > 2 * wanted:  # a picture in so many rows that they cannot all be spared
+            taken = good[np.argsort(hashes, kind="stable")[:wanted]]
+        held_out = copy.copy(self)
+        held_out.left_out = np.delete(np.arange(len(self.rows)), taken)
+        self.left_out = np.union1d(self.left_out, taken)
+        for dataset in (self, held_out):
+            dataset.picture_count = int(dataset.image_counts.sum())
+            dataset.cut_rows = int((dataset._of_good_rows(dataset.rows.data.column("cut_tokens")) > 0).sum())
+        return held_out
 
     def _of_good_rows(self, column: pa.ChunkedArray) -> np.ndarray:
         return np.delete(column.to_numpy(), self.left_out)
@@ -332,6 +359,32 @@ def count_valid(lists: pa.ListArray) -> np.ndarray:
     before = np.concatenate(([0], np.cumsum(lists.values.is_valid())))
     offsets = lists.offsets.to_numpy()
     return np.where(lists.is_valid(), before[offsets[1:]] - before[offsets[:-1]], 0)
+
+
+def row_hashes(table: pa.Table) -> np.ndarray:
+    """(rows,) uint64: of the first picture's name, or of the tokens where no picture has a name."""
+    batches = table.select(["input_ids", "pictures"]).to_batches()
+    return np.concatenate([batch_hashes(batch) for batch in batches])
+
+
+def batch_hashes(batch: pa.RecordBatch) -> np.ndarray:
+    lists, names = batch.column("input_ids"), batch.column("pictures").to_pylist()
+    lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    values, ends = lists.flatten().to_numpy().astype(np.uint64), np.cumsum(lengths)
+    within = (np.arange(len(values)) - np.repeat(ends - lengths, lengths)).astype(np.uint64)
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mixed(values * np.uint64(1 << 32) + within))))
+    hashes = mixed(sums[ends] - sums[ends - lengths])
+    for index, of_row in enumerate(names):
+        if of_row:
+            hashes[index] = int.from_bytes(hashlib.blake2b(of_row[0].encode(), digest_size=8).digest(), "little")
+    return hashes
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """uint64 whose every bit depends on all bits of the given ones (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class RowTokeniser:

@@ -144,7 +144,9 @@ def test_bad_rows_are_listed_and_refused_and_left_out_where_that_is_allowed(worl
         assert "--max_bad_rows" in message
         for line, reason in expected.items():
             assert f"line {line}: {reason}" in message
-    result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7).passed()
+    result = world.run(
+        PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7, "--eval_data", "none"
+    ).passed()
     assert "They are left out." in result.out
     assert ": 100 rows, 100 pictures" in result.out
     report = (out / "pretrain_vlm_32.bad_rows.txt").read_text(encoding="utf-8")
@@ -209,7 +211,8 @@ class Place:
         return self
 
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
-        args = dict.fromkeys(("data_path", "images_path", "tokenizer_path", "vision_model_path", "hidden_size"))
+        names = ("data_path", "images_path", "eval_data", "tokenizer_path", "vision_model_path", "hidden_size")
+        args = dict.fromkeys(names)
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
         args.assets = choose_assets(args, stage)
         return args

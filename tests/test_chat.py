@@ -21,6 +21,7 @@ from dataset.chat import (
     parse_conversation,
     parse_picture_names,
 )
+from dataset.lm_dataset import RowTokeniser
 from dataset.prompts import prompt_batch, with_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,6 +295,49 @@ def test_learned_and_image_positions_whatever_is_said(tokenizer, encoder, texts,
     assert cut.input_ids == chat.input_ids[:max_length]
     assert [position for start, end in cut.learned for position in range(start, end)] == learned
     assert cut.image_starts == chat.image_starts
+
+
+ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "tool", "", "User"])
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    turns=st.lists(st.tuples(ROLES, TEXTS), max_size=5),
+    pictures=st.lists(st.sampled_from(["a.jpg", "b c.png", "子/图.webp", "../x.jpg", ""]), max_size=3),
+    as_text=st.booleans(),
+    max_length=st.integers(1, 900),
+)
+@example([("user", "<image>@<image>"), ("assistant", "两张。")], ["a.jpg", "a.jpg"], True, 640)
+@example([("system", "@"), ("user", LOOK_ALIKES), ("assistant", LOOK_ALIKES)], [], False, 640)
+@example([("user", "<image>"), ("assistant", "一"), ("user", "二"), ("assistant", "三")], ["a.jpg"], True, 640)
+def test_a_row_is_refused_with_a_reason_or_learned_as_it_should(
+    tokenizer, encoder, turns, pictures, as_text, max_length
+):
+    """Any mix of roles and pictures: learned are exactly the assistant's turns, and a run of 196 stands for each picture."""
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    names = ", ".join(pictures) if as_text else pictures
+    row = json.dumps({"conversations": conversation, "image": names}, ensure_ascii=False)
+    columns = RowTokeniser(encoder, max_length, None)([row], [7])
+    [ids], [edges], [starts], [reason] = (columns[k] for k in ("input_ids", "learned", "image_starts", "reason"))
+    assert columns["line"] == [8]
+    spoken = [role for role, _ in turns[turns[:1] != [] and turns[0][0] == "system" :]]
+    alternate = len(spoken) >= 2 and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(spoken))
+    tags = sum(content.count("<image>") for role, content in turns if role == "user")
+    if reason:
+        assert not (ids or edges or starts)
+        assert len(reason.strip()) > 10
+        return
+    assert alternate
+    assert len(starts) == tags == len(columns["pictures"][0])
+    assert all(ids[start : start + 196] == [34] * 196 for start in starts)
+    assert len(ids) <= max_length
+    learned = [tokenizer.decode(ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    answers = [f"{content}<|im_end|>\n" for role, content in turns if role == "assistant"]
+    if columns["cut_tokens"] == [0]:
+        assert learned == answers
+    else:
+        assert 1 <= len(learned) <= len(answers)
+        assert learned[:-1] == answers[: len(learned) - 1]
 
 
 def test_prompt_batch_is_padded_at_the_left(encoder):

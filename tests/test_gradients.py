@@ -165,7 +165,7 @@ class StandIn:
 
 class Args:
     batch_size, accumulation_steps, epochs, seed, learning_rate, grad_clip = 2, 1, 1, SEED, 1e-2, 1.0
-    num_workers, compile = 0, False
+    num_workers, compile, eval_interval = 0, False, 1
 
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:

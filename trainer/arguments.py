@@ -73,6 +73,10 @@ def add_file_flags(add, stage: Stage):
     what = "keep the tower's features in this folder, so that a picture is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
     add("--cache_vision", metavar="DIR", help=f"{what} (default: {tenth})")
+    what = "rows to measure on, jsonl or parquet, or: none"
+    held_out = "1 %% of the training rows, at most 512, which then are not trained on"
+    add("--eval_data", metavar="FILE", help=f"{what} (default: {held_out})")
+    add("--eval_images_path", type=Path, help="folder of their pictures (default: --images_path)")
     what = "leave out up to so many rows that cannot be learned from"
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
 
@@ -108,6 +112,8 @@ def add_saving_flags(add):
     add("--save_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1: go on from the last save, if there is one")
     add("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
+    what = "optimizer steps between measurements on held-out rows"
+    add("--eval_interval", type=int, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
     add("--wandb_project", default="MiniMind-V", help="its project there (default: %(default)s)")
     what = "go on where the first loss says that weights and tokenizer do not belong together"
@@ -124,7 +130,7 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
         UsageError: With everything that is wrong with the flags in one message.
     """
     args = build_parser(stage, description).parse_args(argv)
-    for name in ("data_path", "images_path", "tokenizer_path", "vision_model_path", "save_dir"):
+    for name in ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "save_dir"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).expanduser().resolve())
     problems = []
@@ -143,7 +149,9 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
 
 
 LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"), 1),
+    **dict.fromkeys(
+        ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"), 1
+    ),
     **dict.fromkeys(("num_workers", "max_bad_rows", "grad_clip", "seed"), 0),
     **{"max_seq_len": 8, "hidden_size": 8, "num_hidden_layers": 1},
 }

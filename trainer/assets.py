@@ -100,6 +100,9 @@ def choose_assets(args, stage: str) -> str:
     if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
         args.vision_model_path, args.tokenizer_path = BUILTIN_TOWER_DIR, BUILTIN_TOKENIZER_DIR
         args.data_path, args.images_path = BUILTIN_DATASET_DIR / f"{stage}.jsonl", BUILTIN_DATASET_DIR / "images"
+        if args.eval_data is None:  # scenes that are in no training set
+            args.eval_data = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
+            args.eval_images_path = BUILTIN_DATASET_DIR / "heldout_images"
         return "built-in"
     if args.data_path is not None and args.images_path is None and Path(args.data_path).suffix == ".parquet":
         files.pop("images_path", None)

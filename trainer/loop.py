@@ -23,6 +23,7 @@ from trainer.progress import Progress, clock, start_wandb
 from trainer.saving import Saver, changes, restore, state_of
 from trainer.setup import Run
 from trainer.stopping import Stopped, StopSignals, ignore_in_worker
+from trainer.watch import Watch
 
 BAD_STEPS_IN_A_ROW = 10
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
@@ -33,8 +34,8 @@ def cosine_learning_rate(peak: float, done: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(run: Run, model: MiniMindVLM, data: VLMDataset):
-    """Trains what is not frozen, and writes weights, state and metrics as it goes.
+def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
+    """Trains what is not frozen, and writes weights, state and metrics as it goes; measures on `heldout` now and then.
 
     An optimizer step takes batch_size x accumulation_steps x processes samples, and its gradient is that of the mean loss
     over all their learned tokens, however they are divided.
@@ -43,11 +44,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset):
         UsageError: If the first loss says that weights and tokenizer do not belong together.
     """
     run.cache_features(model, data)
-    Trainer(run, model, data).train()
+    Trainer(run, model, data, heldout).train()
 
 
 class Trainer:
-    def __init__(self, run: Run, model: MiniMindVLM, data: VLMDataset):
+    def __init__(self, run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
         args, processes = run.args, run.processes
         self.run, self.model, self.data, self.args, self.processes = run, model, data, args, processes
         self.parameters = checkpoint.learned_parameters(model)
@@ -81,7 +82,10 @@ class Trainer:
             restore(self, run.state)
         remaining = len(self.sampler) // args.accumulation_steps
         self.total_steps = self.step + remaining
-        run.header(model, data, self.total_steps)
+        if args.eval_interval is None:
+            args.eval_interval = max(1, self.total_steps // 10)
+        self.watch = None if heldout is None else Watch(run, model, heldout, self.step)
+        run.header(model, data, heldout, self.total_steps)
         if run.state is not None:
             run.say(
                 f"  goes on      after step {self.step:,}, {remaining:,} to go{changes(run.state, args, processes)}"
@@ -134,6 +138,8 @@ class Trainer:
         if is_due:
             counts = {"skipped_pictures": self.skipped_pictures, "skipped_steps": self.bad_steps_told}
             progress.report(self.step, epoch + 1, learning_rate, counts)
+        if self.watch is not None and (self.step % self.args.eval_interval == 0 or self.step == self.total_steps):
+            self.watch.look(progress, self.step, epoch + 1)
 
     def _count(self, micro_batches: list[dict]) -> tuple[int, int, int]:
         """Learned tokens, samples and tokens of this step over all ranks; broken pictures are named here."""
@@ -288,6 +294,8 @@ class Trainer:
         seconds = time.perf_counter() - self.run.started
         if self.skipped_pictures:
             progress.say(f"{self.skipped_pictures} sample(s) were skipped because a picture could not be read")
+        if self.watch is not None:
+            self.watch.finish(progress, self.step)
         progress.say(f"done in {clock(seconds)}: {shown(self.run.weights_path)}")
         following = {
             "pretrain": "python trainer/train_sft_vlm.py",

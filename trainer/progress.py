@@ -36,7 +36,7 @@ class Progress:
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.can_write = True
+        self.can_write, self.words, self.words_kept = True, {}, {}
         self._reset()
         if pending is not None:
             self.learned_from = torch.tensor(pending["learned_from"])
@@ -96,6 +96,29 @@ class Progress:
         self._reset()
         return record
 
+    def report_heldout(self, step: int, epoch: int, held_out: dict, words: dict[str, str], message: str):
+        """Reports a measurement on held-out rows: `message` as a line of its own, `words` in the bar from now on."""
+        self.words_kept = words
+        self._set_postfix()
+        self.say(message)
+        if self.metrics_path is not None:
+            self._append({"step": step, "epoch": epoch, "eval": held_out})
+        if self.wandb_run is not None:
+            self.wandb_run.log({f"eval/{key}": value for key, value in held_out.items()}, step=step)
+        # The time it took is not the training's.
+        self.interval_started += held_out["seconds"]
+
+    def log_samples(self, step: int, said: list[dict], folder: Path):
+        """Sends pictures and what was said about them to wandb, where it is used."""
+        if self.wandb_run is None or not said:
+            return
+        import wandb
+
+        columns = ["step", "picture", "prompt", "reference", "description"]
+        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in said])
+        pictures = [wandb.Image(str(folder / row["picture"]), caption=row["description"]) for row in said]
+        self.wandb_run.log({"eval/descriptions": table, "eval/pictures": pictures}, step=step)
+
     def _append(self, record: dict):
         try:
             self.begin_file()
@@ -126,12 +149,19 @@ class Progress:
             "data wait": f"{record['data_wait']:.1%}",
         }
         if self.bar is not None:
-            self.bar.set_postfix(words)
+            self.words = words
+            self._set_postfix()
             return
         done = max(1, record["step"] - self.done_steps)
         eta = record["seconds"] / done * (self.total_steps - record["step"])
         line = "  ".join(f"{name} {value}" for name, value in words.items())
         self.say(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}  ETA {clock(eta)}")
+
+    def _set_postfix(self):
+        """The losses first: a narrow terminal cuts the rest off."""
+        if self.bar is not None:
+            loss = {name: self.words[name] for name in ("loss",) if name in self.words}
+            self.bar.set_postfix(loss | self.words_kept | self.words)
 
     def say(self, message: str):
         """A line of its own, above the bar where there is one."""

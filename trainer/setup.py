@@ -73,6 +73,7 @@ class Run:
         self.processes = Processes.start(args.device, args.timeout_minutes)
         quiet_libraries(self.processes.is_main)
         self.device, self.dtype = self.processes.device, pick_dtype(args.dtype, self.processes.device)
+        args.device, args.dtype = str(self.device), str(self.dtype).removeprefix("torch.")  # for sidecar and state
         if self.dtype == torch.float32 and self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if args.num_workers is None:
@@ -200,6 +201,28 @@ class Run:
             raise DataError(f"{data.data_path} has no row to learn from")
         return data
 
+    def load_heldout(self, data: VLMDataset) -> VLMDataset | None:
+        """The rows to measure on: those of --eval_data, or some that are taken out of `data`; None for none.
+
+        Raises:
+            UsageError: If no row of --eval_data can be measured on.
+        """
+        args = self.args
+        if args.eval_data == "none":
+            return None
+        if args.eval_data is None:
+            return data.hold_out()
+        path, images = Path(args.eval_data).expanduser().resolve(), args.eval_images_path or args.images_path
+        with self.processes.main_first():
+            heldout = VLMDataset(path, images, self.tokenizer, args.max_seq_len)
+        if heldout.bad_rows:
+            first = heldout.bad_rows[0]
+            self.say(f"--eval_data {shown(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, the "
+                     f"first is {first.line}: {first.reason}")  # fmt: skip
+        if len(heldout) == 0:
+            raise UsageError(f"--eval_data {shown(path)} has no row to measure on")
+        return heldout
+
     def load_model(self) -> MiniMindVLM:
         """Tower, projection and decoder on the device, with the weights in, frozen as --freeze_llm says.
 
@@ -235,7 +258,7 @@ class Run:
             "max_seq_len": str(self.args.max_seq_len),
             "seed": str(self.args.seed),
             "tokenizer": self.tokenizer_sha256[:12],
-            "data": f"{len(data):,} rows, {data.content_sha256[:12]}",
+            "data": f"{len(data):,} rows, {hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]}",
             "vision tower": self.tower_sha256[:12],
             "frozen weights": frozen,
         }
@@ -263,7 +286,7 @@ class Run:
                 raise
             self.say(f"the tower's features are not kept: {error}")
 
-    def header(self, model: MiniMindVLM, data: VLMDataset, steps: int):
+    def header(self, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None, steps: int):
         """Prints what this run is about to do."""
         args, builtin = self.args, self.args.assets == "built-in"
         self.say(self.stage.story)
@@ -284,6 +307,9 @@ class Run:
             "writes": shown(self.weights_path),
             "data": f"{shown(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
             f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
+            "held out": "nothing: no loss is measured on rows that are not trained on"
+            if heldout is None
+            else f"{len(heldout):,} rows of {shown(heldout.data_path)}, measured every {args.eval_interval} steps",
             "tower": f"{shown(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
             "features": "computed anew every epoch"
             if data.feature_cache is None

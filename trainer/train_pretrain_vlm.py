@@ -35,8 +35,9 @@ def main():
     args = parse_arguments(STAGE, __doc__)
     with Run(STAGE, args) as run:
         data = run.load_data()  # conversations about pictures, as token ids
+        heldout = run.load_heldout(data)  # rows that are measured on, not trained on
         model = run.load_model()  # tower + projection + decoder; freeze_llm 1 leaves the projection to learn
-        train(run, model, data)
+        train(run, model, data, heldout)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def main():
     args = parse_arguments(STAGE, __doc__)
     with Run(STAGE, args) as run:
         data = run.load_data()  # dialogues about pictures, as token ids
+        heldout = run.load_heldout(data)  # rows that are measured on, not trained on
         model = run.load_model()  # tower + projection + decoder; freeze_llm 0 leaves all but the tower to learn
-        train(run, model, data)
+        train(run, model, data, heldout)
 
 
 if __name__ == "__main__":

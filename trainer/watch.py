@@ -1,0 +1,65 @@
+"""Watches a run learn: held-out loss, grounding gap, descriptions of a few pictures, and in the end a page of all of it."""
+
+import json
+
+from dataset.lm_dataset import VLMDataset
+from dataset.scenes import heldout_scenes
+from model.model_vlm import MiniMindVLM
+from scripts.report import write_report
+from trainer.assets import UsageError, shown
+from trainer.evaluation import Evaluator
+from trainer.files import write_atomically
+from trainer.progress import Progress
+from trainer.samples import Samples
+from trainer.scene_table import scene_table
+from trainer.setup import Run
+
+
+class Watch:
+    """Args:
+    run, model: What is watched; all processes take part.
+    heldout: Rows that are not trained on.
+    done_steps: Steps that a resumed run did before.
+    """
+
+    def __init__(self, run: Run, model: MiniMindVLM, heldout: VLMDataset, done_steps: int):
+        self.run, self.model = run, model
+        self.evaluator = Evaluator(heldout, model, run.processes, run.dtype, run.args.batch_size)
+        self.folder = run.args.save_dir / f"{run.name}_samples"
+        is_main = run.processes.is_main
+        self.samples = Samples(heldout, run.tokenizer, self.folder, done_steps) if is_main else None
+
+    def look(self, progress: Progress, step: int, epoch: int):
+        """Measures and describes, and reports both."""
+        held_out = self.evaluator.measure()
+        words = {"held out": f"{held_out.loss:.4f}"} if held_out.loss is not None else {}
+        if held_out.gap_shuffled is not None:
+            words["gap"] = f"{held_out.gap_shuffled:.3f}"
+        progress.report_heldout(step, epoch, held_out.as_dict(), words, f"step {step}  {held_out}")
+        for error in self.evaluator.skipped:
+            progress.say(f"left out of the held-out rows, its picture cannot be read: {error}")
+        self.evaluator.skipped = []
+        if self.samples is not None:
+            self._describe(progress, step)
+        self.run.processes.barrier()
+
+    def _describe(self, progress: Progress, step: int):
+        try:
+            said = self.samples.describe(self.model, step)
+        except (OSError, UsageError) as error:
+            progress.say(f"warning: the descriptions of step {step} cannot be written, training goes on: {error}")
+            return
+        progress.log_samples(step, said, self.folder)
+
+    def finish(self, progress: Progress, step: int):
+        """Writes the page of the run; for the built-in set with how many scenes are told right."""
+        if not self.run.processes.is_main:
+            return
+        try:
+            if self.run.args.assets == "built-in":
+                table = {"step": step, "scenes": len(heldout_scenes())}
+                text = json.dumps(table | {"rows": scene_table(self.model, self.run.tokenizer)}, indent=2)
+                write_atomically(self.folder / "scenes.json", lambda file: file.write(text.encode("utf-8")))
+            progress.say(f"its page: {shown(write_report(self.run.args.save_dir, self.run.name))}")
+        except (OSError, UsageError) as error:
+            progress.say(f"warning: the run's page cannot be written: {error}")
