@@ -245,7 +245,7 @@ def measure(assistant: Assistant):
     right, asked = (
         exact_match(evaluator, assistant.tokenizer, args.short_answer, shows) if args.short_answer else (0, 0)
     )
-    for error in evaluator.skipped:
+    for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
         return

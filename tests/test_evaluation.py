@@ -12,6 +12,7 @@ from tiny import EVAL, PRETRAIN, SECONDS, SFT, pretrain_row, read_jsonl, write_j
 
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer import evaluation
 from trainer.evaluation import Evaluator, perplexity, without_images
 from trainer.processes import Processes
 from trainer.samples import as_text, first_answer
@@ -113,12 +114,24 @@ def test_what_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
         assert "-" in str(held_out)
 
 
+def test_more_pictures_than_are_kept_give_the_same(world, tokenizer, model, monkeypatch):
+    data = rows_of(world, tokenizer)
+    kept = measured(data, model)
+    monkeypatch.setattr(evaluation, "KEPT_PICTURES", 3)
+    evaluator = Evaluator(data, model, CPU, torch.float32, 4)
+    again = evaluator.measure()
+    assert not evaluator.seen
+    for name in ("loss", "loss_shuffled", "loss_blind"):
+        assert getattr(again, name) == pytest.approx(getattr(kept, name), rel=1e-4)
+
+
 def test_a_broken_picture_is_left_out_and_named(world, tokenizer, model, tmp_path):
     for path in world.images.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes() if path.name != "3.jpg" else b"no picture")
     data = rows_of(world, tokenizer, "pretrain", tmp_path)
     evaluator = Evaluator(data, model, CPU, torch.float32, 4)
     assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
+    assert evaluator.measure().samples == len(data) - len(evaluator.skipped)
     assert {error.name for error in evaluator.skipped} == {"3.jpg"}
 
 

@@ -16,6 +16,9 @@ from trainer.features import PictureFeatures
 from trainer.processes import Processes
 from trainer.samples import first_answer, first_answers
 
+# So many pictures' features are kept in memory (301 kB each with CLIP), and so encoded once for all measurements.
+KEPT_PICTURES = 2048
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -83,7 +86,8 @@ class Evaluator:
         # Each row's other pictures are those of the row half the set away, among the rows that have any.
         pictured = np.flatnonzero(data.image_counts[self.order] > 0)
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
-        self.features: dict[int, torch.Tensor] | None = None
+        self.features = PictureFeatures(model.encode_images, None, processes.device)
+        self.seen: dict[int, tuple[dict, torch.Tensor] | None] = {}
         self.skipped: list[PictureError] = []
 
     def measure(self, show_progress: bool = False) -> HeldOut:
@@ -92,8 +96,6 @@ class Evaluator:
         self.model.eval()
         try:
             with torch.no_grad():
-                if self.features is None:
-                    self._look_once(show_progress)
                 sums = self._sums(show_progress)
         finally:
             self.model.train(was_training)
@@ -105,55 +107,60 @@ class Evaluator:
             losses[2] = None
         return HeldOut(*losses, samples=int(sums[4]), tokens=int(sums[3]), seconds=time.perf_counter() - started)
 
-    def _mine(self) -> np.ndarray:
+    def mine(self) -> list[int]:
         """Places in `order` that are this process's."""
-        return np.arange(self.processes.rank, len(self.order), self.processes.world_size)
-
-    def _look_once(self, show_progress: bool):
-        """The tower's features of all pictures that this process needs, kept in half precision in memory."""
-        mine = {int(place) for place in self._mine()}
-        places = sorted(mine | {self.partners[place] for place in mine if place in self.partners})
-        look = PictureFeatures(self.model.encode_images, self.data.feature_cache, self.processes.device)
-        self.features, self.samples = {}, {}
-        for start in tqdm(range(0, len(places), self.batch_size), "looking at pictures", disable=not show_progress):
-            part = places[start : start + self.batch_size]
-            samples = self.data.__getitems__([int(self.order[place]) for place in part])
-            batch = self.collate(samples)
-            features = look(batch).to("cpu", torch.float16)
-            self.skipped += batch["skipped"]
-            first = 0
-            for place, sample in zip(part, samples, strict=True):
-                if isinstance(sample, PictureError):
-                    continue
-                count = len(sample["image_starts"])
-                self.features[place] = features[first : first + count]
-                self.samples[place] = {name: sample[name] for name in ("input_ids", "labels", "image_starts")}
-                first += count
+        return list(range(self.processes.rank, len(self.order), self.processes.world_size))
 
     def _sums(self, show_progress: bool) -> list[float]:
         """Summed losses in the three ways, learned tokens, and rows, of this process."""
-        places = [int(place) for place in self._mine() if int(place) in self.samples]
-        sums = [0.0, 0.0, 0.0, 0, len(places)]
-        for start in tqdm(range(0, len(places), self.batch_size), "held-out loss", disable=not show_progress):
-            part = places[start : start + self.batch_size]
-            for way, samples, features in self._ways(part):
+        sums, mine = [0.0, 0.0, 0.0, 0, 0], self.mine()
+        keeps = self.data.picture_count <= KEPT_PICTURES
+        for start in tqdm(
+            range(0, len(mine), self.batch_size), "held-out loss", unit="batch", disable=not show_progress
+        ):
+            part = mine[start : start + self.batch_size]
+            seen = self.seen if keeps else {}
+            self._look({*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen)
+            part = [place for place in part if seen[place] is not None]
+            if not part:
+                continue
+            for way, (samples, features) in enumerate(self._ways(part, seen)):
                 loss, learned = self._loss(samples, features)
                 sums[way] += loss
-                if way == 0:
-                    sums[3] += learned
+            sums[3] += learned  # the same in all three ways
+            sums[4] += len(part)
         return sums
 
-    def _ways(self, places: list[int]) -> Iterator[tuple[int, list[dict], torch.Tensor]]:
-        samples = [self.samples[place] for place in places]
-        yield 0, samples, torch.cat([self.features[place] for place in places])
-        yield 1, samples, torch.cat([self._others(place) for place in places])
-        blind = [without_images(sample) for sample in samples]
-        yield 2, blind, torch.empty(0, TOKENS_PER_IMAGE, self.model.config.vision_hidden_size)
+    def _look(self, places: set[int], seen: dict):
+        """Puts the rows at these places, with the tower's features of their pictures, into `seen`; None for a broken one."""
+        for start in range(0, len(places), self.batch_size):
+            part = sorted(places)[start : start + self.batch_size]
+            samples = self.data.__getitems__([int(self.order[place]) for place in part])
+            batch, first = self.collate(samples), 0
+            features = self.features(batch).to("cpu", torch.float16)
+            for place, sample in zip(part, samples, strict=True):
+                if isinstance(sample, PictureError):
+                    self.skipped.append(sample)
+                    seen[place] = None
+                    continue
+                count = len(sample["image_starts"])
+                row = {name: sample[name] for name in ("input_ids", "labels", "image_starts")}
+                seen[place] = row, features[first : first + count]
+                first += count
 
-    def _others(self, place: int) -> torch.Tensor:
+    def _ways(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
+        """The rows with their own pictures, with others', and without."""
+        samples = [seen[place][0] for place in places]
+        yield samples, torch.cat([seen[place][1] for place in places])
+        yield samples, torch.cat([self._others(place, seen) for place in places])
+        blind = [without_images(sample) for sample in samples]
+        yield blind, torch.empty(0, TOKENS_PER_IMAGE, self.model.config.vision_hidden_size)
+
+    def _others(self, place: int, seen: dict) -> torch.Tensor:
         """As many of its partner's features as the row has pictures; its own where it has no partner, or a broken one."""
-        own = self.features[place]
-        other = self.features.get(self.partners.get(place), own)
+        own = seen[place][1]
+        partner = seen.get(self.partners.get(place))
+        other = own if partner is None else partner[1]
         return other.repeat(-(-len(own) // max(1, len(other))), 1, 1)[: len(own)]
 
     def _loss(self, samples: list[dict], features: torch.Tensor) -> tuple[float, int]:
@@ -197,7 +204,7 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bo
         Right, and asked.
     """
     data, size = evaluator.data, evaluator.batch_size
-    mine = [int(evaluator.order[place]) for place in evaluator._mine()]
+    mine = [int(evaluator.order[place]) for place in evaluator.mine()]
     right = asked = 0
     for start in tqdm(range(0, len(mine), size), "short answers", disable=not show_progress):
         rows = [row for row in data.__getitems__(mine[start : start + size]) if not isinstance(row, PictureError)]

@@ -255,7 +255,7 @@ class Trainer:
                 f"{run.device} has too little memory for a batch of {self.args.batch_size} samples of the longest row's "
                 f"{longest} tokens: a smaller --batch_size with more --accumulation_steps computes the same"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
             self.args.compile = False
             reason = str(error).strip().splitlines()[0]
             run.say(f"warning: torch.compile does not work here, so this run goes on without it ({reason})")

@@ -32,13 +32,12 @@ class Watch:
     def look(self, progress: Progress, step: int, epoch: int):
         """Measures and describes, and reports both."""
         held_out = self.evaluator.measure()
-        words = {"held out": f"{held_out.loss:.4f}"} if held_out.loss is not None else {}
-        if held_out.gap_shuffled is not None:
-            words["gap"] = f"{held_out.gap_shuffled:.3f}"
+        losses = {"held out": held_out.loss, "other pictures": held_out.loss_shuffled, "none": held_out.loss_blind}
+        words = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
         progress.report_heldout(step, epoch, held_out.as_dict(), words, f"step {step}  {held_out}")
-        for error in self.evaluator.skipped:
+        for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.say(f"left out of the held-out rows, its picture cannot be read: {error}")
-        self.evaluator.skipped = []
+        self.evaluator.skipped.clear()
         if self.samples is not None:
             self._describe(progress, step)
         self.run.processes.barrier()
