@@ -31,7 +31,7 @@ from dataset.pictures import PictureError, load_picture  # noqa: E402
 from trainer.arguments import LEAST, run_script  # noqa: E402
 from trainer.assets import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, UsageError, shown  # noqa: E402
 from trainer.processes import cores  # noqa: E402
-from trainer.setup import load_tokenizer, quiet_libraries  # noqa: E402
+from trainer.setup import bad_rows_limit, load_tokenizer, quiet_libraries  # noqa: E402
 
 WIDTH = 80
 BAR = 40
@@ -233,7 +233,7 @@ class Check:
     def refusal(self, max_bad_rows: int | None) -> str | None:
         """Why training would not start with this file, or None: the rule of `Run.load_data`."""
         data, bad = self.data, len(self.data.bad_rows)
-        limit = data.row_count // 100 if max_bad_rows is None else max_bad_rows
+        limit = bad_rows_limit(data, max_bad_rows)
         given = f"{limit:,} (1 % of the rows)" if max_bad_rows is None else f"--max_bad_rows {max_bad_rows}"
         if bad > limit:
             return f"{counted(bad, 'bad row')}, more than {given}"

@@ -346,22 +346,16 @@ def test_eval_measures_a_file_the_same_with_one_process_and_two(world, watched, 
     assert one["short_answers"] == two["short_answers"] > 0
 
 
-def test_eval_finds_exact_answers(world, tokenizer, watched, tmp_path):
-    """Rows whose answer is what the model says anyway."""
-    _, out = watched
-    said_last = [row for row in read_jsonl(out / "sft_vlm_32_samples" / "samples.jsonl") if row["step"] == 14]
-    rows = [pretrain_row(0) for _ in range(3)]
-    rows[0]["conversations"][1]["content"] = "绿"
-    flags = ["--images_path", world.images, "--json", tmp_path / "result.json", "--short_answer", 70]
-    answer = said_last[0]["description"]
-    if not answer:
-        pytest.skip("the tiny model says nothing")
-    for row in rows[1:]:
+def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model, monkeypatch, tmp_path):
+    rows = [pretrain_row(number) for number in range(5)]
+    for row, answer in zip(rows, ["红", "绿", "蓝", "黄", "长" * 60], strict=True):
         row["conversations"][1]["content"] = answer
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    world.run(EVAL, *world.eval_files(out), *flags, "--eval_data", data).passed()
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["short_answers"] == 3
+    data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, cache_dir=tmp_path)
+    said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
+    monkeypatch.setattr(evaluation, "first_answers", lambda model, tokenizer, rows, longest: [next(said) for _ in rows])
+    evaluator = Evaluator(data, model, CPU, torch.float32, 2)
+    assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
+    assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)
 
 
 @pytest.mark.parametrize(

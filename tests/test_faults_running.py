@@ -229,6 +229,12 @@ def torchrun(*flags) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *map(str, flags)]
 
 
+def started(world, cwd, *command) -> subprocess.Popen:
+    """Starts it at the head of a process group of its own, as a terminal does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command)], env=world.environment, cwd=cwd, start_new_session=True, **pipes)
+
+
 def test_torchrun_goes_on_by_itself_after_a_killed_rank(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)")
@@ -252,19 +258,11 @@ def test_torchrun_goes_on_by_itself_after_a_killed_rank(world, tmp_path):
 def test_ctrl_c_to_torchrun_saves(world, tmp_path):
     """It reaches the whole group: torchrun, which sends its processes a signal of its own, and the processes."""
     out = world.copy_of_out(tmp_path / "out")
-    what = "if len(calls) == 5: os.kill(os.getppid(), 0); os.killpg(0, signal.SIGINT)"
+    what = "if len(calls) == 5: os.killpg(0, signal.SIGINT)"
     script = wrapped(world, tmp_path, SFT, what)
     flags = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 2, "--learning_rate", 1e-3, "--log_interval", 1]
-    process = subprocess.Popen(
-        [*torchrun("--nproc_per_node", 2, "--master_port", free_port(), script), *world.files("sft", out)]
-        + [*map(str, flags), "--num_workers", "1"],
-        env=world.environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = torchrun("--nproc_per_node", 2, "--master_port", free_port(), script)
+    process = started(world, tmp_path, *command, *world.files("sft", out), *flags, "--num_workers", 1)
     printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
     assert "which is saved: the same command with --from_resume 1 goes on" in printed
@@ -278,18 +276,8 @@ def two_agents(world, tmp_path, out, script, *flags) -> list[subprocess.Popen]:
     port = free_port()
     meeting = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "tiny"]
     meeting += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
-    return [
-        subprocess.Popen(
-            [*torchrun(*meeting, script), *world.files("pretrain", out), *map(str, flags)],
-            env=world.environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for _ in range(2)
-    ]
+    command = [*torchrun(*meeting, script), *world.files("pretrain", out), *flags]
+    return [started(world, tmp_path, *command) for _ in range(2)]
 
 
 def test_two_agents_train_together(world, tmp_path):
@@ -310,9 +298,9 @@ def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_
     script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 3: os.kill(os.getpid(), signal.SIGSTOP)")
     # Which of the two agents has rank 1 is theirs to say; the timeout is 6 seconds.
     agents = two_agents(world, tmp_path, out, script, "--epochs", 2, "--batch_size", 2, "--timeout_minutes", 0.1)
-    started = time.monotonic()
+    since = time.monotonic()
     try:
-        while all(agent.poll() is None for agent in agents) and time.monotonic() - started < 90:
+        while all(agent.poll() is None for agent in agents) and time.monotonic() - since < 90:
             time.sleep(0.2)
         [ended] = [agent for agent in agents if agent.poll() is not None]
         printed, said = ended.communicate(timeout=10)

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from scripts import report
-from scripts.report import find_run, write_report
-from scripts.report_charts import Series, evenly, line_chart, log_ticks, thin, tick_label, ticks
+from scripts.report import find_run
 from trainer.assets import UsageError
+from trainer.report import write_report
+from trainer.report_charts import Series, evenly, line_chart, log_ticks, thin, tick_label, ticks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "sft_vlm_128"

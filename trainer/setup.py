@@ -182,7 +182,7 @@ class Run:
         with self.processes.main_first():
             data = VLMDataset(args.data_path, args.images_path, self.tokenizer, args.max_seq_len)
         report_path = args.save_dir / f"{self.name}.bad_rows.txt"
-        limit = data.row_count // 100 if args.max_bad_rows is None else args.max_bad_rows
+        limit = bad_rows_limit(data, args.max_bad_rows)
         if data.bad_rows:
             report = bad_rows_report(data)
             if self.processes.is_main:
@@ -353,6 +353,11 @@ def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
     """(all, learned) parameters of projection and decoder; the tied head counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
+    """How many bad rows are left out without refusing the file: as typed, else a hundredth of all rows."""
+    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
 
 
 def bad_rows_report(data: VLMDataset) -> list[str]:

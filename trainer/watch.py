@@ -5,11 +5,11 @@ import json
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes import heldout_scenes
 from model.model_vlm import MiniMindVLM
-from scripts.report import write_report
 from trainer.assets import UsageError, shown
 from trainer.evaluation import Evaluator
 from trainer.files import write_atomically
 from trainer.progress import Progress
+from trainer.report import write_report
 from trainer.samples import Samples
 from trainer.scene_table import scene_table
 from trainer.setup import Run
