@@ -29,22 +29,34 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         (all images, 2), or None where no conversation has a picture.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
-    longest = max(len(chat.input_ids) for chat in chats)
-    input_ids = torch.full((len(chats), longest), encoder.pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    starts = []
     for row, chat in enumerate(chats):
-        left = longest - len(chat.input_ids)
-        input_ids[row, left:] = torch.tensor(chat.input_ids)
-        attention_mask[row, left:] = 1
-        starts += [[row, left + start] for start in chat.image_starts]
-        if len(chat.image_starts) != len(pictures[row]):
-            tags, given = len(chat.image_starts), len(pictures[row])
+        tags, given = len(chat.image_starts), len(pictures[row])
+        if tags != given:
             raise ValueError(f"conversation {row + 1} has {tags} {IMAGE_TAG}, but {given} picture(s) were given")
+    batch = left_padded([chat.input_ids for chat in chats], [chat.image_starts for chat in chats], encoder.pad_id)
     flat = [picture for of_one in pictures for picture in of_one]
+    return batch | {"pixel_values": torch.stack(flat) if flat else None}
+
+
+def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
+    """Prompts of any lengths to one batch.
+
+    Args:
+        prompts: Each one's token ids.
+        image_starts: Each one's images' first positions.
+
+    Returns:
+        input_ids and attention_mask (B, L), and image_starts (all images, 2) or None where there is no image.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask, starts = torch.zeros_like(input_ids), []
+    for row, prompt in enumerate(prompts):
+        left = longest - len(prompt)
+        input_ids[row, left:], attention_mask[row, left:] = torch.as_tensor(prompt), 1
+        starts += [[row, left + start] for start in image_starts[row]]
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "pixel_values": torch.stack(flat) if flat else None,
-        "image_starts": torch.tensor(starts) if flat else None,
+        "image_starts": torch.tensor(starts) if starts else None,
     }

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import PictureError, VLMDataset
+from dataset.prompts import left_padded
 from model.model_vlm import MiniMindVLM
 from trainer.files import write_atomically
 
@@ -83,22 +84,18 @@ class Samples:
 def first_answers(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, rows: list[dict], longest: int) -> list[str]:
     """Greedy answers, of at most `longest` tokens, to the first question of each row (as `VLMDataset` gives them)."""
     prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), model.config.pad_token_id)
-    mask, starts, pixels = torch.zeros_like(input_ids), [], []
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        left = length - len(prompt)
-        input_ids[number, left:], mask[number, left:] = prompt, 1
-        asked = [start for start in row["image_starts"].tolist() if start < len(prompt)]
-        starts += [(number, left + start) for start in asked]
-        pixels.append(row["pixel_values"][: len(asked)])
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    if starts:
-        inputs |= {"pixel_values": torch.cat(pixels), "image_starts": torch.tensor(starts)}
+    asked = [
+        [start for start in row["image_starts"].tolist() if start < len(prompt)]
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    inputs = left_padded(prompts, asked, model.config.pad_token_id)
+    length = inputs["input_ids"].shape[1]
+    pixels = [row["pixel_values"][: len(starts)] for row, starts in zip(rows, asked, strict=True)]
+    inputs["pixel_values"] = torch.cat(pixels) if any(asked) else None
     was_training = model.training
     model.eval()
     try:
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
         ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     finally:
         model.train(was_training)
