@@ -144,8 +144,12 @@ def test_perplexity():
 
 
 def held_out_of(world, tokenizer, tmp_path, rows, name="rows.jsonl"):
-    path = write_jsonl(tmp_path / name, rows)
-    data = VLMDataset(path, world.images, tokenizer, 640, cache_dir=world.root / "cache")
+    path, images = write_jsonl(tmp_path / name, rows), tmp_path / "images"
+    images.mkdir(exist_ok=True)
+    for number, picture in enumerate({row["image"] for row in rows if "image" in row}):
+        if not (images / picture).exists():
+            (images / picture).symlink_to(world.images / f"{number % 12}.jpg")
+    data = VLMDataset(path, images, tokenizer, 640, cache_dir=world.root / "cache")
     return data, data.hold_out()
 
 
@@ -153,22 +157,19 @@ def said(data: VLMDataset, tokenizer) -> set[str]:
     return {tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in (data[i] for i in range(len(data)))}
 
 
-def many_rows(world, count: int, pictures: int | None = None) -> list[dict]:
-    """Rows that each say something else; each about a picture of its own (links to the tiny world's), or of a few."""
+def many_rows(count: int, pictures: int | None = None) -> list[dict]:
+    """Rows that each say something else; each about a picture of its own, or of a few."""
     rows = []
     for number in range(count):
         row = pretrain_row(number)
         row["conversations"][1]["content"] = f"第{number}张。"
         row["image"] = f"copy_{number if pictures is None else number % pictures}.jpg"
-        link = world.images / row["image"]
-        if not link.exists():
-            link.symlink_to(world.images / f"{number % 12}.jpg")
         rows.append(row)
     return rows
 
 
 def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, tokenizer, tmp_path):
-    rows = many_rows(world, 400)
+    rows = many_rows(400)
     data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
     assert (len(data), len(held_out)) == (396, 4)
     assert not said(data, tokenizer) & said(held_out, tokenizer)
@@ -179,7 +180,7 @@ def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, to
 
 
 def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(world, 400, pictures=100))
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
     assert len(held_out) == 4
     shown = [
         {
@@ -194,18 +195,18 @@ def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path
 
 
 def test_few_rows_are_all_trained_on(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(world, 99))
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(99))
     assert held_out is None
     assert len(data) == 99
 
 
 def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(world, 300, pictures=1))
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(300, pictures=1))
     assert (len(data), len(held_out)) == (297, 3)
 
 
 def test_rows_without_pictures_are_held_out_by_their_words(world, tokenizer, tmp_path):
-    rows = many_rows(world, 300)
+    rows = many_rows(300)
     for row in rows:
         del row["image"]
         row["conversations"][0]["content"] = "说。"
