@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import evaluation
 from trainer.evaluation import Evaluator, perplexity, without_images
 from trainer.processes import Processes
+from trainer.progress import Progress
 from trainer.samples import as_text, first_answer
 from trainer.setup import load_tokenizer
+from trainer.watch import Watch
 
 pytest_plugins = ["tiny"]
 
@@ -287,6 +290,29 @@ def test_the_descriptions_are_kept_step_by_step(watched):
     assert "| expected | 红色的圆形，第0张。 |" in page
     for row in rows:
         assert f"| {row['step']} | {as_text(row['description'])} |" in page
+
+
+def test_the_time_it_takes_is_in_no_speed(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def taking(seconds, result):
+        def call(*_):
+            now[0] += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(4, 0, 2, tmp_path / "metrics.jsonl")
+    run = SimpleNamespace(device=CPU.device, processes=CPU)
+    watch = Watch.__new__(Watch)
+    watch.run, watch.model, watch.folder = run, None, tmp_path
+    watch.evaluator = SimpleNamespace(measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 8, 80, 5.0)), skipped=[])
+    watch.samples = SimpleNamespace(describe=taking(7.0, []))
+    watch.look(progress, 1, 1)
+    taking(2.0, None)()
+    progress.add(torch.tensor([1.0, 1.0]), samples=10, tokens=100, data_seconds=0.0)
+    assert progress.report(2, 1, 1e-3, {})["samples_per_second"] == 5.0
 
 
 def test_the_run_ends_in_a_page(watched):

@@ -105,8 +105,10 @@ class Progress:
             self._append({"step": step, "epoch": epoch, "eval": held_out})
         if self.wandb_run is not None:
             self.wandb_run.log({f"eval/{key}": value for key, value in held_out.items()}, step=step)
-        # The time it took is not the training's.
-        self.interval_started += held_out["seconds"]
+
+    def leave_out(self, seconds: float):
+        """So much of the interval was not training: it counts in no samples/s."""
+        self.interval_started += seconds
 
     def log_samples(self, step: int, said: list[dict], folder: Path):
         """Sends pictures and what was said about them to wandb, where it is used."""

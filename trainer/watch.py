@@ -1,6 +1,9 @@
 """Watches a run learn: held-out loss, grounding gap, descriptions of a few pictures, and in the end a page of all of it."""
 
 import json
+import time
+
+import torch
 
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes import heldout_scenes
@@ -31,6 +34,9 @@ class Watch:
 
     def look(self, progress: Progress, step: int, epoch: int):
         """Measures and describes, and reports both."""
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)  # the time of steps still under way is training's
+        started = time.perf_counter()
         held_out = self.evaluator.measure()
         losses = {"held out": held_out.loss, "other pictures": held_out.loss_shuffled, "none": held_out.loss_blind}
         words = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
@@ -41,6 +47,7 @@ class Watch:
         if self.samples is not None:
             self._describe(progress, step)
         self.run.processes.barrier()
+        progress.leave_out(time.perf_counter() - started)
 
     def _describe(self, progress: Progress, step: int):
         try:
