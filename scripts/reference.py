@@ -64,28 +64,39 @@ def run_both(seed: int, folder: Path, *flags: str) -> dict:
     return {name: run_stage(stage, seed, folder, *cache, *flags) for name, stage in STAGES.items()}
 
 
-def run_quick(seed: int, folder: Path, *flags: str) -> dict:
-    """The curves of both stages on their first rows; leaves nothing in out/."""
+def first_rows(stage: str) -> list[str]:
+    """The lines that a quick run learns from."""
+    lines = (draw_builtin_dataset() / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return lines[: QUICK_ROWS[stage]]
+
+
+def quick_flags(stage: str, lines: list[str], folder: Path, **changed) -> list[str]:
+    """The flags of a run of one epoch on these lines, which leaves nothing in out/."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, weights, curves = draw_builtin_dataset(), BUILTIN_DIR / "llm_128.pth", {}
+    few = folder / f"{stage}.jsonl"
+    few.write_text("".join(lines), encoding="utf-8")
+    data = draw_builtin_dataset()
+    settings = BUILTIN_RECIPE[stage] | {
+        "epochs": 1,
+        "from_weight": BUILTIN_DIR / "llm_128.pth",
+        "data_path": few,
+        "images_path": data / "images",
+        "eval_data": data / "heldout.jsonl",
+        "eval_images_path": data / "heldout_images",
+        "eval_interval": 10**6,  # at the end
+        "tokenizer_path": BUILTIN_TOKENIZER_DIR,
+        "vision_model_path": BUILTIN_TOWER_DIR,
+    }
+    return [str(word) for name, value in (settings | changed).items() for word in (f"--{name}", value)]
+
+
+def run_quick(seed: int, folder: Path, *flags: str) -> dict:
+    """The curves of both stages on their first rows."""
+    curves, start = {}, {}
     for name, stage in STAGES.items():
-        rows = (data / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        few = folder / f"{stage}.jsonl"
-        few.write_text("".join(rows[: QUICK_ROWS[stage]]), encoding="utf-8")
-        settings = BUILTIN_RECIPE[stage] | {
-            "epochs": 1,
-            "from_weight": weights,
-            "data_path": few,
-            "images_path": data / "images",
-            "eval_data": data / "heldout.jsonl",
-            "eval_images_path": data / "heldout_images",
-            "eval_interval": 10**6,
-            "tokenizer_path": BUILTIN_TOKENIZER_DIR,
-            "vision_model_path": BUILTIN_TOWER_DIR,
-        }
-        words = [str(word) for setting, value in settings.items() for word in (f"--{setting}", value)]
-        curves[f"{name}, quick"] = run_stage(stage, seed, folder, *words, *flags)
-        weights = folder / f"{stage}_vlm_128.pth"
+        chosen = quick_flags(stage, first_rows(stage), folder, **start)
+        curves[f"{name}, quick"] = run_stage(stage, seed, folder, *chosen, *flags)
+        start = {"from_weight": folder / f"{stage}_vlm_128.pth"}
     return curves
 
 

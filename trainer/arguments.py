@@ -15,6 +15,8 @@ from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, U
 from trainer.processes import RankError
 from trainer.stopping import Stopped
 
+LOG_INTERVAL = 100
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -111,7 +113,8 @@ def add_saving_flags(add):
     what = "minutes after which it is saved in any case"
     add("--save_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1: go on from the last save, if there is one")
-    add("--log_interval", type=int, default=100, help="optimizer steps between log lines (default: %(default)s)")
+    what = "optimizer steps between log lines; the first comes after step 1"
+    add("--log_interval", type=int, help=f"{what} (default: {LOG_INTERVAL})")
     what = "optimizer steps between measurements on held-out rows"
     add("--eval_interval", type=int, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
@@ -138,7 +141,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
         args.assets = choose_assets(args, stage.name)
     except UsageError as error:  # said together with what is wrong with the flags
         args.assets, problems = "published", [str(error)]
-    recipe = stage.defaults | (BUILTIN_RECIPE[stage.name] if args.assets == "built-in" else {})
+    builtin = BUILTIN_RECIPE[stage.name] if args.assets == "built-in" else {}
+    recipe = {"log_interval": LOG_INTERVAL} | stage.defaults | builtin
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         total_steps, done_steps: Optimizer steps of the whole run, and those done before.
-        log_interval: Steps between reports.
+        log_interval: Steps between reports; the first is after step 1.
         metrics_path: The jsonl that each report is appended to, or None for silence. It keeps the reports of the steps
             that were done before, and no others.
         wandb_run: A wandb run, or None.
@@ -70,7 +70,7 @@ class Progress:
             self.bar.update(1)
 
     def due(self, step: int, epoch_ends: bool) -> bool:
-        return step % self.log_interval == 0 or epoch_ends
+        return step == 1 or step % self.log_interval == 0 or epoch_ends
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
         """Reports the interval that ends here and begins the next. Returns what was reported."""

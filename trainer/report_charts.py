@@ -58,7 +58,7 @@ footer { margin-top: 2.8rem; padding-top: 1rem; border-top: 1px solid var(--rule
 @media (max-width: 34rem) { body { padding: 1.4rem 1rem 2rem; } .picture { grid-template-columns: 104px 1fr; gap: .7rem 1rem; }
   .picture img, .missing { width: 104px; grid-row: auto; } .missing { height: 104px; } .picture p { align-self: end; }
   .picture ol { grid-column: 1 / -1; } .picture li { grid-template-columns: 4.6rem 1fr; gap: .4rem; }
-  th, td { padding: .35rem .45rem; } th, td:first-child { white-space: normal; } td i, td b { width: 5rem; } }
+  th, td { padding: .35rem .45rem; } th, td:first-child { white-space: normal; } th { overflow-wrap: normal; } td i, td b { width: 5rem; } }
 figure { margin: 0; min-width: 0; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 .9em; align-items: baseline; margin-bottom: .3em; font-size: .85rem;
   color: var(--quiet); }
