@@ -154,10 +154,11 @@ class Progress:
             self.words = words
             self._set_postfix()
             return
-        done = max(1, record["step"] - self.done_steps)
-        eta = record["seconds"] / done * (self.total_steps - record["step"])
+        if record["step"] > 1:  # the first step is slow: workers start, memory is taken
+            done = max(1, record["step"] - self.done_steps)
+            words["ETA"] = clock(record["seconds"] / done * (self.total_steps - record["step"]))
         line = "  ".join(f"{name} {value}" for name, value in words.items())
-        self.say(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}  ETA {clock(eta)}")
+        self.say(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}")
 
     def _set_postfix(self):
         """The losses first: a narrow terminal cuts the rest off."""
