@@ -28,6 +28,7 @@ from trainer.assets import (  # noqa: E402
     UsageError,
     shown,
 )
+from trainer.files import write_atomically  # noqa: E402
 
 RECORD = ROOT / "scripts" / "reference.json"
 SEEDS = (42, 1, 2)
@@ -59,7 +60,6 @@ def run_stage(stage: str, seed: int, folder: Path, *flags: str) -> list[list[flo
 
 def run_both(seed: int, folder: Path, *flags: str) -> dict:
     """The curves of both stages."""
-    folder.mkdir(parents=True, exist_ok=True)
     cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
     return {name: run_stage(stage, seed, folder, *cache, *flags) for name, stage in STAGES.items()}
 
@@ -72,9 +72,8 @@ def first_rows(stage: str) -> list[str]:
 
 def quick_flags(stage: str, lines: list[str], folder: Path, **changed) -> list[str]:
     """The flags of a run of one epoch on these lines, which leaves nothing in out/."""
-    folder.mkdir(parents=True, exist_ok=True)
     few = folder / f"{stage}.jsonl"
-    few.write_text("".join(lines), encoding="utf-8")
+    write_atomically(few, lambda file: file.write("".join(lines).encode("utf-8")))
     data = draw_builtin_dataset()
     settings = BUILTIN_RECIPE[stage] | {
         "epochs": 1,
@@ -144,7 +143,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared (default: %(default)s)")
     folder = SAVE_DIR / "reference"
     parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {shown(folder)})")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.folder = args.folder.expanduser().resolve()  # the runs are started from the project's folder
+    return args
 
 
 def main():

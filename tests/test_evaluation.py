@@ -250,6 +250,11 @@ def test_it_is_measured_at_the_interval_and_at_the_end(watched):
     assert "measured every 4 steps" in result.out
 
 
+def test_at_most_ten_times_a_run_where_no_interval_is_given(world, tmp_path):
+    _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", world.root / "pretrain.jsonl")
+    assert [row["step"] for row in evals(out)] == [2, 4, 6, 8, 10, 12, 14]
+
+
 def test_training_is_bit_identical_with_and_without_it(world, watched, tmp_path):
     _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
     a, b = (torch.load(folder / "sft_vlm_32_resume.pth", weights_only=True) for folder in (out, watched[1]))

@@ -42,6 +42,17 @@ def test_a_run_that_fails_is_told(tmp_path):
         reference.run_stage("pretrain", 0, tmp_path, "--no_such_flag", "1")
 
 
+def test_a_folder_is_taken_from_where_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert reference.parse_arguments(["--folder", "runs"]).folder == tmp_path / "runs"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file"):
+        reference.quick_flags("pretrain", [], tmp_path / "file" / "run")
+
+
 # ---- runs that go wrong on purpose
 
 

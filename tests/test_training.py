@@ -147,13 +147,7 @@ def test_log_lines_hold_all_that_is_asked_for_and_the_first_step_and_the_last_of
     metrics = pretrained.metrics
     assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 1), (1, 3), (1, 4), (2, 6), (2, 8)]
     assert [f"{record['loss']:.4f}" for record in metrics] == [loss for _, _, loss, _ in logged]
-    assert [eta is None for *_, eta in logged] == [
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]  # the first step says nothing of the rest
+    assert [eta is None for *_, eta in logged] == [True] + [False] * 4  # the first step says nothing of the rest
     fields = "learning_rate samples_per_second tokens_per_second data_wait learned_tokens skipped_pictures seconds"
     assert all(set(fields.split()) <= record.keys() for record in metrics)
     # Every row is learned from once an epoch, those of the epoch's smaller last step too.

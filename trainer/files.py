@@ -55,8 +55,8 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
             raise
         raise UsageError(f"{shown(path)} cannot be written: {reason.strerror or reason}") from error
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        for temporary in filter(Path.exists, temporaries.values()):
+            temporary.unlink()
 
 
 def flush_folder(folder: Path):

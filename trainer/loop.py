@@ -83,7 +83,7 @@ class Trainer:
         remaining = len(self.sampler) // args.accumulation_steps
         self.total_steps = self.step + remaining
         if args.eval_interval is None:
-            args.eval_interval = max(1, math.ceil(self.total_steps / 10))
+            args.eval_interval = math.ceil(self.total_steps / 10)
         self.watch = None if heldout is None else Watch(run, model, heldout, self.step)
         run.header(model, data, heldout, self.total_steps)
         if run.state is not None:
