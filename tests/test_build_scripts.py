@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build(script: str, out_dir: Path) -> str:
     flags = ["--steps", "1", "--batch_size", "2", "--threads", "1", "--out_dir", str(out_dir)]
-    command = [sys.executable, str(ROOT / "scripts" / script), *flags]
+    command = [sys.executable, str(ROOT / "scripts" / "builtin" / script), *flags]
     done = subprocess.run(
         command, cwd=out_dir.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
-"""Builds the small language model that stands in for MiniMind2 where nothing was downloaded (scripts/BUILTIN.md).
+"""Builds the small language model that stands in for MiniMind2 where nothing was downloaded (scripts/builtin/README.md).
 
-    python scripts/build_llm.py                     # about 25 minutes on one core, into model/builtin
-    python scripts/build_llm.py --steps 20 --out_dir /tmp/llm
+    python scripts/builtin/build_llm.py                     # about 25 minutes on one core, into model/builtin
+    python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
 
 It is trained on text only: the conversations of the built-in data set, with the scene told where the picture would
 stand. Some tell it in a sentence. The others tell it in a grid of words, a cell for each of the tower's patches: the
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset import scene_language as language  # noqa: E402
@@ -36,7 +36,7 @@ from dataset.scene_language import Facts  # noqa: E402
 from dataset.scenes import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
-from scripts import build_tower  # noqa: E402
+from scripts.builtin import build_tower  # noqa: E402
 from trainer.checkpoint import describe, weight_files, weight_name  # noqa: E402
 from trainer.files import write_together  # noqa: E402
 
@@ -265,7 +265,7 @@ def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: Tensor) -> 
 
 def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, result: dict) -> None:
     """Writes the weights and their sidecar, which also says what this command gave."""
-    command = "python " + " ".join(["scripts/build_llm.py", *sys.argv[1:]])
+    command = "python " + " ".join(["scripts/builtin/build_llm.py", *sys.argv[1:]])
     sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), {"command": command})
     path = args.out_dir / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
     write_together(weight_files(path, model, {}, sidecar | {"result": result}))

@@ -1,7 +1,7 @@
-"""Builds the small vision tower that stands in for CLIP's where nothing was downloaded (scripts/BUILTIN.md).
+"""Builds the small vision tower that stands in for CLIP's where nothing was downloaded (scripts/builtin/README.md).
 
-    python scripts/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
-    python scripts/build_tower.py --steps 50 --out_dir /tmp/tower
+    python scripts/builtin/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
+    python scripts/builtin/build_tower.py --steps 50 --out_dir /tmp/tower
 
 The tower is trained once on pictures of training scenes, then frozen for good, like the real one. A single linear
 layer must be able to turn its patch features into words, so that is what it is trained with: from each patch's
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset.scene_language import COLOURS, PLACES, SHAPES, SIZES  # noqa: E402
