@@ -23,17 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from transformers import TextStreamer, set_seed  # noqa: E402
 
-from dataset.chat import ChatEncoder  # noqa: E402
-from dataset.lm_dataset import VLMDataset, tokenizer_hash  # noqa: E402
-from dataset.pictures import PictureError, load_picture  # noqa: E402
-from dataset.prompts import prompt_batch, with_images  # noqa: E402
-from dataset.scene_language import DESCRIBE  # noqa: E402
-from dataset.scenes import draw, heldout_scenes  # noqa: E402
-from model.model_vlm import MiniMindVLM  # noqa: E402
-from trainer import checkpoint  # noqa: E402
-from trainer.arguments import run_script  # noqa: E402
-from trainer.assets import (  # noqa: E402
-    BUILTIN_DIR,
+from common.errors import (
+    UsageError,  # noqa: E402
+    run_script,  # noqa: E402
+)
+from common.paths import (  # noqa: E402
+    BUILTIN_MODEL_DIR,
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
     EVAL_IMAGES_DIR,
@@ -41,13 +36,20 @@ from trainer.assets import (  # noqa: E402
     SAVE_DIR,
     TOKENIZER_DIR,
     TOWER_DIR,
-    UsageError,
-    shown,
+    display_path,
 )
-from trainer.evaluation import Evaluator, exact_match, perplexity  # noqa: E402
-from trainer.processes import Processes  # noqa: E402
-from trainer.scene_table import scene_table  # noqa: E402
+from dataset.chat import ChatEncoder  # noqa: E402
+from dataset.lm_dataset import VLMDataset, tokenizer_hash  # noqa: E402
+from dataset.pictures import PictureError, load_picture  # noqa: E402
+from dataset.prompts import prompt_batch, with_images  # noqa: E402
+from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
+from dataset.scenes.language import DESCRIBE  # noqa: E402
+from model.model_vlm import MiniMindVLM  # noqa: E402
+from trainer import weights as checkpoint  # noqa: E402
 from trainer.setup import HINTS, load_tokenizer, quiet_libraries  # noqa: E402
+from trainer.support.processes import Processes  # noqa: E402
+from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
+from trainer.watch.scene_table import scene_table  # noqa: E402
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DRAWN_EVAL_IMAGES = 8
@@ -58,7 +60,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("the model").add_argument
     what = "model: the weight files in --save_dir; anything else: a transformers folder"
     add("--load_from", default="model", help=f"{what} (default: %(default)s)")
-    add("--save_dir", type=Path, default=SAVE_DIR, help=f"where the weight files lie (default: {shown(SAVE_DIR)})")
+    add("--save_dir", type=Path, default=SAVE_DIR, help=f"where the weight files lie (default: {display_path(SAVE_DIR)})")
     add(
         "--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth (default: %(default)s)"
     )
@@ -82,7 +84,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--json", type=Path, help="write what was measured there")
     add = parser.add_argument_group("pictures and question").add_argument
     what = "folder whose pictures are described, one by one"
-    add("--image_dir", type=Path, help=f"{what} (default: {shown(EVAL_IMAGES_DIR)})")
+    add("--image_dir", type=Path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
     add("--image", type=Path, nargs="+", help="pictures to ask about together")
     add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand (default: %(default)s)")
     add = parser.add_argument_group("generation").add_argument
@@ -124,7 +126,7 @@ def find_weights(args) -> checkpoint.Weights:
     else:
         save_dir = args.save_dir
         if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not TOWER_DIR.exists():
-            save_dir = BUILTIN_DIR
+            save_dir = BUILTIN_MODEL_DIR
         path = checkpoint.find_weights(save_dir, args.weight, args.hidden_size, use_moe, HINTS.get(args.weight, ""))
         weights = checkpoint.read_weights(path)
     checkpoint.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
@@ -164,8 +166,8 @@ class Assistant:
         if not processes.is_main:
             return
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{shown(weights.path)}: {parameters / 1e6:.3f} M parameters, {weights.config.num_hidden_layers} layers; "
-              f"tower {shown(tower_path)}, tokenizer {shown(tokenizer_path)}, {self.device}")  # fmt: skip
+        print(f"{display_path(weights.path)}: {parameters / 1e6:.3f} M parameters, {weights.config.num_hidden_layers} layers; "
+              f"tower {display_path(tower_path)}, tokenizer {display_path(tokenizer_path)}, {self.device}")  # fmt: skip
         if not weights.has_projection:
             print(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
@@ -283,10 +285,10 @@ def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
         for number, scene in enumerate(heldout_scenes()[:DRAWN_EVAL_IMAGES]):
             draw(scene).save(folder / f"scene_{number}.jpg", quality=92)
     if not folder.is_dir():
-        raise UsageError(f"no folder {shown(folder)}: put pictures there, or name some with --image or --image_dir")
+        raise UsageError(f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
     if not paths:
-        raise UsageError(f"no pictures in {shown(folder)} (endings: {' '.join(sorted(PICTURE_ENDINGS))})")
+        raise UsageError(f"no pictures in {display_path(folder)} (endings: {' '.join(sorted(PICTURE_ENDINGS))})")
     return paths
 
 

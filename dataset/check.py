@@ -25,13 +25,17 @@ import pyarrow.compute as pc  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
+from common.errors import (
+    UsageError,  # noqa: E402
+    run_script,  # noqa: E402
+)
+from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path
 from dataset.chat import TOKENS_PER_IMAGE, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import BadRow, RowTokeniser, VLMDataset, count_parquet_pictures, load_rows  # noqa: E402
 from dataset.pictures import PictureError, load_picture  # noqa: E402
-from trainer.arguments import LEAST, run_script  # noqa: E402
-from trainer.assets import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, UsageError, shown  # noqa: E402
-from trainer.processes import cores  # noqa: E402
+from trainer.flags import LEAST  # noqa: E402
 from trainer.setup import bad_rows_limit, load_tokenizer, quiet_libraries  # noqa: E402
+from trainer.support.processes import cores  # noqa: E402
 
 WIDTH = 80
 BAR = 40
@@ -54,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("data_path", metavar="FILE", type=Path, help="jsonl or parquet")
     add("--images_path", type=Path, help="folder of the jsonl's pictures")
-    what = f"default: {shown(TOKENIZER_DIR)}, or where it was not downloaded {shown(BUILTIN_TOKENIZER_DIR)}"
+    what = f"default: {display_path(TOKENIZER_DIR)}, or where it was not downloaded {display_path(BUILTIN_TOKENIZER_DIR)}"
     add("--tokenizer_path", type=Path, help=f"the tokenizer that training will use ({what})")
     what = "tokens a sample is cut at; pretraining takes 640, fine-tuning 1536, if they are not told otherwise"
     add("--max_seq_len", type=int, default=640, help=f"{what} (default: %(default)s)")
@@ -325,7 +329,7 @@ def main():
     which = {TOKENIZER_DIR: " (the published one)", BUILTIN_TOKENIZER_DIR: " (the built-in one)"}.get(path, "")
     tokenizer = load_tokenizer(path)
     check = Check(VLMDataset(args.data_path, args.images_path, tokenizer, args.max_seq_len), tokenizer)
-    sections = [[shown(args.data_path), *fact("tokenizer", shown(path) + which), *check.overview()]]
+    sections = [[display_path(args.data_path), *fact("tokenizer", display_path(path) + which), *check.overview()]]
     sections += [check.bad_rows(), check.histograms()]
     print("\n\n".join("\n".join(lines) for lines in sections if lines), flush=True)
     if args.pictures:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from common.errors import UsageError
 from dataset.chat import (
     TOKENS_PER_IMAGE,
     ChatEncoder,
@@ -30,7 +31,7 @@ from dataset.chat import (
     parse_conversation,
     parse_picture_names,
 )
-from dataset.feature_cache import FeatureCache, picture_digest
+from dataset.features import FeatureCache, picture_digest
 from dataset.pictures import PictureError, load_picture, read_picture_file
 
 # Part of the cache's name: raise it when the same row must give other tokens than before.
@@ -51,7 +52,7 @@ FEATURES = datasets.Features(
 )
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """A data file that is missing, unreadable, or has too many bad rows."""
 
 

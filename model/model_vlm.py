@@ -17,13 +17,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.initialization import no_init_weights
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from common.errors import UsageError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 TOKENS_PER_IMAGE = 196
 IMAGE_SIZE = 224
 
 
-class TowerError(OSError):
+class TowerError(UsageError):
     """The vision tower is missing or cannot be read."""
 
 

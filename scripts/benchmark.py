@@ -21,11 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.errors import (
+    UsageError,  # noqa: E402
+    run_script,  # noqa: E402
+)
 from scripts.benchmark_report import print_generate, print_loader, print_train, write_svg  # noqa: E402
 from scripts.benchmark_steps import TECHNIQUES, measure  # noqa: E402
-from trainer.arguments import run_script  # noqa: E402
-from trainer.assets import UsageError  # noqa: E402
-from trainer.processes import cores, pick_device  # noqa: E402
+from trainer.support.processes import cores, pick_device  # noqa: E402
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts.benchmark_world import LAYERS, World
-from trainer.arguments import parse_arguments
+from trainer.flags import parse_arguments
 from trainer.loop import Trainer
 from trainer.setup import Run, freeze
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from common.paths import BUILTIN_TOKENIZER_DIR
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.assets import BUILTIN_TOKENIZER_DIR
 from trainer.setup import load_tokenizer
 
 PICTURES = 64

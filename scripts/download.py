@@ -22,6 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.errors import UsageError  # noqa: E402
+from common.paths import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR
 from scripts.transfer import (  # noqa: E402
     RemoteFile,
     fetch,
@@ -32,7 +34,6 @@ from scripts.transfer import (  # noqa: E402
     space_for,
     unpack,
 )
-from trainer.assets import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, UsageError  # noqa: E402
 
 
 @dataclass(frozen=True)

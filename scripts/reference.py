@@ -17,18 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.scenes import draw_builtin_dataset  # noqa: E402
-from trainer.arguments import run_script  # noqa: E402
-from trainer.assets import (  # noqa: E402
-    BUILTIN_DIR,
-    BUILTIN_RECIPE,
-    BUILTIN_TOKENIZER_DIR,
-    BUILTIN_TOWER_DIR,
-    SAVE_DIR,
-    UsageError,
-    shown,
+from common.errors import (
+    UsageError,  # noqa: E402
+    run_script,  # noqa: E402
 )
-from trainer.files import write_atomically  # noqa: E402
+from common.files import write_atomically  # noqa: E402
+from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, SAVE_DIR, display_path  # noqa: E402
+from dataset.scenes.draw import draw_builtin_dataset  # noqa: E402
+from trainer.support.assets import BUILTIN_RECIPE  # noqa: E402
 
 RECORD = ROOT / "scripts" / "reference.json"
 SEEDS = (42, 1, 2)
@@ -77,7 +73,7 @@ def quick_flags(stage: str, lines: list[str], folder: Path, **changed) -> list[s
     data = draw_builtin_dataset()
     settings = BUILTIN_RECIPE[stage] | {
         "epochs": 1,
-        "from_weight": BUILTIN_DIR / "llm_128.pth",
+        "from_weight": BUILTIN_MODEL_DIR / "llm_128.pth",
         "data_path": few,
         "images_path": data / "images",
         "eval_data": data / "heldout.jsonl",
@@ -142,7 +138,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared (default: %(default)s)")
     folder = SAVE_DIR / "reference"
-    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {shown(folder)})")
+    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {display_path(folder)})")
     args = parser.parse_args(argv)
     args.folder = args.folder.expanduser().resolve()  # the runs are started from the project's folder
     return args

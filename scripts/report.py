@@ -13,9 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.arguments import run_script  # noqa: E402
-from trainer.assets import ROOT, SAVE_DIR, UsageError, shown  # noqa: E402
-from trainer.report import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
+from common.errors import (
+    UsageError,  # noqa: E402
+    run_script,  # noqa: E402
+)
+from common.paths import ROOT, SAVE_DIR, display_path
+from trainer.watch.page import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
 
 # What a run's files end in, so that any of them names the run.
 ENDINGS = (METRICS, REPORT, "_resume.pth", SAMPLES, f"{SAMPLES}.md", ".pth", ".json")
@@ -37,12 +40,12 @@ def find_run(given: Path) -> tuple[Path, str]:
             if len(names) == 1:
                 return path, names[0]
             if names:
-                commands = "".join(f"\n  python scripts/report.py {shown(path / name)}" for name in names)
-                raise UsageError(f"{shown(path)} holds {len(names)} runs; name one:{commands}")
+                commands = "".join(f"\n  python scripts/report.py {display_path(path / name)}" for name in names)
+                raise UsageError(f"{display_path(path)} holds {len(names)} runs; name one:{commands}")
     path = given.expanduser().resolve()
     wanted = path / f"*{METRICS}" if path.is_dir() else path.with_name(path.name + METRICS)
     raise UsageError(
-        f"{shown(path)} is no run: there is no {shown(wanted)}, which training writes as it goes. Name a run like "
+        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes as it goes. Name a run like "
         "out/sft_vlm_512, one of its files, or a folder that holds one run"
     )
 
@@ -50,8 +53,8 @@ def find_run(given: Path) -> tuple[Path, str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
-    parser.add_argument("run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {shown(SAVE_DIR)})")
-    print(f"wrote {shown(write_report(*find_run(parser.parse_args().run)))}")
+    parser.add_argument("run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})")
+    print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from trainer.assets import UsageError
+from common.errors import UsageError
 
 RETRIES = 4  # in a row without a new byte, after 1, 2, 4 and 8 seconds
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}

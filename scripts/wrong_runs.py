@@ -13,9 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.errors import run_script  # noqa: E402
+from common.paths import SAVE_DIR, display_path
 from scripts.reference import SEEDS, first_rows, quick_flags, run_stage  # noqa: E402
-from trainer.arguments import run_script  # noqa: E402
-from trainer.assets import BUILTIN_RECIPE, SAVE_DIR, shown  # noqa: E402
+from trainer.support.assets import BUILTIN_RECIPE  # noqa: E402
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
 RATE = BUILTIN_RECIPE["sft"]["learning_rate"]
@@ -71,7 +72,7 @@ def outcome(folder: Path) -> dict:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = SAVE_DIR / "wrong_runs"
-    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {shown(folder)})")
+    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {display_path(folder)})")
     return parser.parse_args(argv)
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT
 
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer import checkpoint
+from trainer import weights as checkpoint
 
 pytest_plugins = ["tiny"]
 

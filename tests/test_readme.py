@@ -10,7 +10,7 @@ import eval_vlm
 from dataset import check
 from scripts import download
 from trainer import train_pretrain_vlm, train_sft_vlm
-from trainer.arguments import build_parser
+from trainer.flags import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

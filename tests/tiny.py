@@ -270,7 +270,7 @@ def language_model(steps: int = 20, **shape) -> dict:
 
 def serve():
     """Forks a process for each job of each line of jobs (JSON) on standard input; answers with their exit statuses."""
-    for module in ("trainer.loop", "dataset.scenes", "transformers", "pyarrow.parquet"):
+    for module in ("trainer.loop", "dataset.scenes.draw", "transformers", "pyarrow.parquet"):
         __import__(module)
     gc.freeze()  # so that a collection in a forked process does not touch, and so copy, all that was imported
     for line in sys.stdin:

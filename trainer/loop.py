@@ -10,20 +10,20 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.errors import RankError, Stopped, UsageError
+from common.paths import display_path
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
-from trainer import checkpoint
-from trainer.assets import UsageError, shown
-from trainer.compilation import LENGTH_MULTIPLE, CompiledVLM, extreme_shapes
-from trainer.features import PictureFeatures
-from trainer.prefetch import on_device
-from trainer.processes import RankError
-from trainer.progress import Progress, clock, start_wandb
-from trainer.saving import Saver, changes, restore, state_of
+from trainer import weights as checkpoint
+from trainer.resume import Saver, changes, restore, state_of
 from trainer.setup import Run
-from trainer.stopping import Stopped, StopSignals, ignore_in_worker
-from trainer.watch import Watch
+from trainer.support.compilation import LENGTH_MULTIPLE, CompiledVLM, extreme_shapes
+from trainer.support.picture_features import PictureFeatures
+from trainer.support.prefetch import on_device
+from trainer.support.signals import StopSignals, ignore_in_worker
+from trainer.watch.progress import Progress, clock, start_wandb
+from trainer.watch.watcher import Watch
 
 BAD_STEPS_IN_A_ROW = 10
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
@@ -224,7 +224,7 @@ class Trainer:
                 f"{most} steps in a row, up to step {self.step}, had a loss or a gradient that is not finite, so the run ends; "
                 f"the weights saved last are finite. What may help: a lower --learning_rate than {self.args.learning_rate:g}, "
                 f"a lower --grad_clip than {self.args.grad_clip:g}, --dtype float32, and a look at the data "
-                f"(python -m dataset.check {shown(self.args.data_path)})"
+                f"(python -m dataset.check {display_path(self.args.data_path)})"
             )
 
     def _check_first_loss(self, loss: float):
@@ -236,8 +236,8 @@ class Trainer:
             return
         message = (
             f"the first loss is {loss:.2f}, no better than guessing (ln {self.model.config.vocab_size} = {uniform:.2f}), though "
-            f"training starts from {shown(self.run.weights.path)}. Most likely these weights and the tokenizer "
-            f"{shown(self.args.tokenizer_path)} do not belong together: name the right one with --tokenizer_path"
+            f"training starts from {display_path(self.run.weights.path)}. Most likely these weights and the tokenizer "
+            f"{display_path(self.args.tokenizer_path)} do not belong together: name the right one with --tokenizer_path"
         )
         if not self.args.ignore_high_loss:
             raise UsageError(f"{message}, or go on all the same with --ignore_high_loss")
@@ -296,7 +296,7 @@ class Trainer:
             progress.say(f"{self.skipped_pictures} sample(s) were skipped because a picture could not be read")
         if self.watch is not None:
             self.watch.finish(progress, self.step)
-        progress.say(f"done in {clock(seconds)}: {shown(self.run.weights_path)}")
+        progress.say(f"done in {clock(seconds)}: {display_path(self.run.weights_path)}")
         following = {
             "pretrain": "python trainer/train_sft_vlm.py",
             "sft": f"python eval_vlm.py --weight {self.args.save_weight}",

@@ -11,15 +11,18 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from common import files
+from common.errors import RankError, UsageError
+from common.paths import BUILTIN_MODEL_DIR, display_path
 from dataset.chat import ChatEncoder
-from dataset.feature_cache import FeatureCacheError, cache_bytes, tower_sha256
+from dataset.features import FeatureCacheError, cache_bytes, tower_sha256
 from dataset.lm_dataset import DataError, VLMDataset, tokenizer_hash
-from dataset.scenes import draw_builtin_dataset
+from dataset.scenes.draw import draw_builtin_dataset
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer import checkpoint, files
-from trainer.arguments import Stage
-from trainer.assets import BUILTIN_DIR, BUILTIN_HIDDEN_SIZE, UsageError, shown
-from trainer.processes import Processes, RankError, cores, pick_dtype
+from trainer import weights as checkpoint
+from trainer.flags import Stage
+from trainer.support.assets import BUILTIN_HIDDEN_SIZE
+from trainer.support.processes import Processes, cores, pick_dtype
 
 SHOWN_BAD_ROWS = 20
 HINTS = {
@@ -37,7 +40,7 @@ def load_tokenizer(path) -> PreTrainedTokenizerBase:
     """
     if not (path / "tokenizer.json").is_file():
         raise UsageError(
-            f"no tokenizer in {shown(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
+            f"no tokenizer in {display_path(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -45,7 +48,7 @@ def load_tokenizer(path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
         has_code = "trust_remote_code" in str(error)  # else transformers would advise to run it
         reason = "it brings code of its own, which is never run" if has_code else error
-        raise UsageError(f"the tokenizer in {shown(path)} cannot be used: {reason}") from error
+        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
     return tokenizer
 
 
@@ -125,7 +128,7 @@ class Run:
         if args.from_weight == "none":
             return None
         is_builtin = args.assets == "built-in"
-        save_dir = BUILTIN_DIR if is_builtin and args.from_weight == "llm" else args.save_dir
+        save_dir = BUILTIN_MODEL_DIR if is_builtin and args.from_weight == "llm" else args.save_dir
         use_moe = None if args.use_moe is None else bool(args.use_moe)
         hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
         hint = HINTS.get(args.from_weight, "")
@@ -163,12 +166,12 @@ class Run:
         if not self.args.from_resume:
             return None
         if not self.state_path.is_file():
-            self.say(f"--from_resume 1: no {shown(self.state_path)} yet, so this run starts from the beginning")
+            self.say(f"--from_resume 1: no {display_path(self.state_path)} yet, so this run starts from the beginning")
             return None
         state = files.load_file(self.state_path)
         if not isinstance(state, dict) or not checkpoint.STATE_KEYS <= state.keys():
             raise UsageError(
-                f"{shown(self.state_path)} is no training state of this version of the project; leave --from_resume out"
+                f"{display_path(self.state_path)} is no training state of this version of the project; leave --from_resume out"
             )
         return state
 
@@ -189,7 +192,7 @@ class Run:
                 report_path.write_text("\n".join(report) + "\n", encoding="utf-8")
             shown_rows = report[: SHOWN_BAD_ROWS + 1]
             if len(report) > len(shown_rows):
-                shown_rows.append(f"  ... and {len(report) - len(shown_rows)} more, all in {shown(report_path)}")
+                shown_rows.append(f"  ... and {len(report) - len(shown_rows)} more, all in {display_path(report_path)}")
             if len(data.bad_rows) > limit:
                 given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
                 shown_rows.append(f"More than {given}: training does not start. Mend them, or raise --max_bad_rows.")
@@ -217,10 +220,10 @@ class Run:
             heldout = VLMDataset(path, images, self.tokenizer, args.max_seq_len)
         if heldout.bad_rows:
             first = heldout.bad_rows[0]
-            self.say(f"--eval_data {shown(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, the "
+            self.say(f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, the "
                      f"first is {first.line}: {first.reason}")  # fmt: skip
         if len(heldout) == 0:
-            raise UsageError(f"--eval_data {shown(path)} has no row to measure on")
+            raise UsageError(f"--eval_data {display_path(path)} has no row to measure on")
         return heldout
 
     def load_model(self) -> MiniMindVLM:
@@ -297,23 +300,23 @@ class Run:
         total, learned = count_parameters(model)
         tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
         cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""
-        start = "random weights" if self.weights is None else shown(self.weights.path)
+        start = "random weights" if self.weights is None else display_path(self.weights.path)
         if self.weights is not None and not self.weights.has_projection:
             start += " (a language model: the projection starts untrained)"
         per_step = args.batch_size * args.accumulation_steps * self.processes.world_size
         recipe = " (the built-in set's own recipe)" if builtin else ""
         rows = {
             "starts from": start,
-            "writes": shown(self.weights_path),
-            "data": f"{shown(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
+            "writes": display_path(self.weights_path),
+            "data": f"{display_path(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
             f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
             "held out": "nothing: no loss is measured on rows that are not trained on"
             if heldout is None
-            else f"{len(heldout):,} rows of {shown(heldout.data_path)}, measured every {args.eval_interval} steps",
-            "tower": f"{shown(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
+            else f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {args.eval_interval} steps",
+            "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
             "features": "computed anew every epoch"
             if data.feature_cache is None
-            else f"kept in {shown(data.feature_cache.path)} ({data.feature_cache.size / 1e9:.2f} GB; --cache_vision off does without)",
+            else f"kept in {display_path(data.feature_cache.path)} ({data.feature_cache.size / 1e9:.2f} GB; --cache_vision off does without)",
             "model": f"hidden_size {self.config.hidden_size}, {self.config.num_hidden_layers} layers"
             f"{', experts' if self.config.use_moe else ''}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
             "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}{recipe}; "

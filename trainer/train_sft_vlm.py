@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.arguments import Stage, parse_arguments, run_script  # noqa: E402
+from common.errors import run_script  # noqa: E402
+from trainer.flags import Stage, parse_arguments  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.setup import Run  # noqa: E402
 

@@ -29,16 +29,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dataset import scene_language as language  # noqa: E402
+from common.files import write_together  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import tokenizer_hash  # noqa: E402
-from dataset.scene_language import Facts  # noqa: E402
-from dataset.scenes import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
+from dataset.scenes import language  # noqa: E402
+from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
+from dataset.scenes.language import Facts  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
 from scripts.builtin import build_tower  # noqa: E402
-from trainer.checkpoint import describe, weight_files, weight_name  # noqa: E402
-from trainer.files import write_together  # noqa: E402
+from trainer.weights import describe, weight_files, weight_name  # noqa: E402
 
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 EMPTY_WORD = "空"

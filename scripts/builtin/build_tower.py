@@ -28,8 +28,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dataset.scene_language import COLOURS, PLACES, SHAPES, SIZES  # noqa: E402
-from dataset.scenes import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene  # noqa: E402
+from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene  # noqa: E402
+from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES  # noqa: E402
 
 CONFIG = CLIPVisionConfig(
     hidden_size=128,

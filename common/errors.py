@@ -1,0 +1,45 @@
+"""Errors the user can fix, and how a script ends on one: a message and an exit status, no traceback."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """Something the person who typed the command can fix; the message says what is wrong and what to do."""
+
+
+class RankError(UsageError):
+    """An error only one rank sees, so that rank reports it itself."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after it was saved."""
+
+    def __init__(self, number: int):
+        self.number, self.name = number, signal.Signals(number).name
+        super().__init__(self.name)
+
+
+def run_script(main: Callable[[], None]):
+    """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status."""
+    try:
+        main()
+    except RankError as error:
+        rank = os.environ.get("RANK")
+        print(f"error{'' if rank is None else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
+    except UsageError as error:
+        # Under torchrun every rank sees the same mistake; one per machine reports it.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,114 @@
+"""Files written whole or not at all, and read without running what is in them."""
+
+import glob
+import hashlib
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from common.errors import UsageError
+from common.paths import display_path
+
+TEMPORARY = ".tmp"
+# What a file that is cut off, garbled, or no weight file at all makes torch.load raise.
+LOADING_ERRORS = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
+    *(AttributeError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError),
+)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
+    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
+
+    Raises:
+        UsageError: If that fails (the disk is full); the file is then as it was before.
+    """
+    write_together({path: write})
+
+
+def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
+    """As `write_atomically` for several files: none is renamed, in the order given, before all are on disk.
+
+    Raises:
+        UsageError: If that fails; all files are then as they were before.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}") for path in files}
+    try:
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporaries[path], "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+            flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own tells no cause
+        if not isinstance(reason, OSError):
+            raise
+        raise UsageError(f"{display_path(path)} cannot be written: {reason.strerror or reason}") from error
+    finally:
+        for temporary in filter(Path.exists, temporaries.values()):
+            temporary.unlink()
+
+
+def flush_folder(folder: Path):
+    """Brings a folder's names to disk, so that a renamed file is there after a power cut."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_temporaries(folder: Path, name: str):
+    """Removes what a run of this name left half written when it was killed."""
+    for path in folder.glob(f".{glob.escape(name)}*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def check_checksums(path: Path):
+    """Raises BadZipFile where a file is not as torch.save wrote it, which torch.load itself does not look at."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # of a torch before 1.6, whose files hold no checksums
+    if not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("it is damaged, most likely cut off")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"it is damaged: {damaged} in it does not fit its checksum")
+
+
+def load_file(path: Path) -> dict:
+    """torch.load without running code from the file.
+
+    Raises:
+        UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
+    """
+    try:
+        check_checksums(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+            reason = "it holds something else than tensors, which could run code when loaded"
+        raise UsageError(f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again.") from error
+
+
+def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) of named tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

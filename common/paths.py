@@ -1,0 +1,23 @@
+"""Where the project's files lie, whatever the current folder is."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAVE_DIR = ROOT / "out"
+
+TOWER_DIR = ROOT / "model" / "vision_model" / "clip-vit-base-patch16"
+TOKENIZER_DIR = ROOT / "model" / "tokenizer_minimind2"
+DATASET_DIR = ROOT / "dataset"
+EVAL_IMAGES_DIR = DATASET_DIR / "eval_images"
+
+BUILTIN_MODEL_DIR = ROOT / "model" / "builtin"
+BUILTIN_TOWER_DIR = BUILTIN_MODEL_DIR / "tower"
+BUILTIN_TOKENIZER_DIR = ROOT / "model" / "tokenizer"
+BUILTIN_DATASET_DIR = DATASET_DIR / "builtin"
+BUILTIN_HIDDEN_SIZE = 128
+
+
+def display_path(path: str | Path) -> str:
+    """Returns the path as a person reads it: relative to the project's folder where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,323 @@
+"""What the person who typed the command did wrong ends in one message that helps, exit status 1, and nothing lost."""
+
+import argparse
+import json
+import os
+import stat
+
+import pytest
+import torch
+from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
+
+from common.errors import UsageError
+from trainer.support import assets
+from trainer.support.assets import choose_assets
+from trainer.support.processes import pick_device, pick_dtype
+
+pytest_plugins = ["tiny"]
+
+
+@pytest.fixture
+def out(world, tmp_path):
+    return world.copy_of_out(tmp_path / "out")
+
+
+def refused(world, out, *flags, script=PRETRAIN, **how):
+    """Runs with these flags after all that is needed (the last of a kind counts), and returns the message."""
+
+    def kept() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.endswith("bad_rows.txt")}
+
+    before = kept()
+    message = world.run(script, *world.files("pretrain", out), *flags, **how).refused()
+    assert kept() == before
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "parts"),
+    [
+        ("--data_path", "nowhere.jsonl", ["no such data file", "nowhere.jsonl"]),
+        ("--data_path", "rows.csv", ["rows.csv is neither .jsonl nor .parquet"]),
+        ("--data_path", "empty.jsonl", ["empty.jsonl is empty"]),
+        ("--data_path", "garbled.parquet", ["garbled.parquet cannot be read"]),
+        ("--images_path", "nowhere", ["their folder is missing", "nowhere"]),
+        ("--vision_model_path", "nowhere", ["no vision tower in", "config.json", "download.py tower"]),
+        ("--vision_model_path", "folder", ["no vision tower in", "model.safetensors", "--vision_model_path"]),
+        ("--tokenizer_path", "nowhere", ["no tokenizer in", "tokenizer.json is missing", "download.py tokenizer"]),
+        ("--tokenizer_path", "folder", ["the tokenizer in", "cannot be used"]),
+        ("--device", "cuda", ["--device cuda: no CUDA GPU is visible"]),
+        ("--device", "tpu", ["--device tpu", "use cpu, cuda, cuda:N or mps"]),
+        ("--dtype", "float16", ["--dtype float16 needs a CUDA GPU"]),
+        ("--max_seq_len", 40_000, ["--max_seq_len 40000: the model has 32768 positions"]),
+        ("--max_seq_len", 100, ["26 of 26 rows cannot be learned from", "an image is cut off"]),
+    ],
+)
+def test_a_flag_that_names_what_is_not_there(world, out, tmp_path, flag, value, parts):
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "garbled.parquet").write_bytes(b"PAR1 and then nothing")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    message = refused(world, out, flag, value, cwd=tmp_path)
+    for part in parts:
+        assert part in message, message
+
+
+def test_all_that_is_wrong_with_the_flags_is_said_at_once(world, out):
+    wrong = ["--epochs", 0, "--batch_size", -1, "--accumulation_steps", 0, "--learning_rate", "nan", "--grad_clip", -1]
+    wrong += [
+        "--num_workers",
+        -1,
+        "--save_interval",
+        0,
+        "--log_interval",
+        0,
+        "--save_weight",
+        "a/b",
+        "--max_seq_len",
+        1,
+    ]
+    message = refused(world, out, *wrong)
+    for flag in wrong[::2]:
+        assert f"\n{flag} " in message.replace("error: ", "\n"), (flag, message)
+    # With what is missing too.
+    missing = world.run(PRETRAIN, "--data_path", "rows.jsonl", "--epochs", 0, "--save_dir", out).refused()
+    assert "--epochs 0" in missing
+    assert "download.py" in missing
+
+
+def test_a_shape_without_weights_that_no_model_can_have(world, out):
+    assert "--hidden_size 100" in refused(world, out, "--from_weight", "none", "--hidden_size", 100)
+
+
+def test_a_flag_that_there_is_not_is_refused_with_the_usage(world, out):
+    result = world.run(PRETRAIN, "--learning_rat", "x")
+    assert result.code == 2
+    assert "usage:" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_save_dir_that_cannot_be_written_to(world, out, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    start = ["--from_weight", out / "llm_32.pth"]
+    assert "file cannot be written to" in refused(world, out, *start, "--save_dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    if not os.access(locked, os.W_OK):  # root may write anywhere
+        assert "locked cannot be written to" in refused(world, out, *start, "--save_dir", locked)
+
+
+def bad_rows() -> list[dict]:
+    """A hundred good rows, then one of each kind of bad one: from line 101 on."""
+    good, asked = pretrain_row(0), [turn("user", "什么？\n<image>"), turn("assistant", "圆。")]
+    bad = [
+        good | {"image": "nowhere.jpg"},
+        good | {"image": "../tiny.py"},
+        {"conversations": asked},
+        {"conversations": asked[:1], "image": "0.jpg"},
+        {"conversations": [turn("assistant", "圆。")], "image": ""},
+        {"image": "0.jpg"},
+    ]
+    return [pretrain_row(number) for number in range(100)] + bad
+
+
+def test_bad_rows_are_listed_and_refused_and_left_out_where_that_is_allowed(world, out, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", bad_rows())
+    with data.open("a", encoding="utf-8") as file:
+        file.write("{this is not json\n")
+    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 50]
+    expected = {
+        101: "no such picture: nowhere.jpg",
+        102: "the picture's path leaves images_path",
+        103: "1 <image> in the text, but 0 picture(s)",
+        104: "nothing to learn: no assistant turn",
+        105: "turn 1 is of role 'assistant', expected 'user'",
+        106: "conversations is missing",
+        107: "not JSON",
+    }
+    for limit in ([], ["--max_bad_rows", 6]):
+        message = refused(world, out, *flags, *limit)
+        assert "7 of 107 rows cannot be learned from" in message
+        assert "--max_bad_rows" in message
+        for line, reason in expected.items():
+            assert f"line {line}: {reason}" in message
+    result = world.run(
+        PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7, "--eval_data", "none"
+    ).passed()
+    assert "They are left out." in result.out
+    assert ": 100 rows, 100 pictures" in result.out
+    report = (out / "pretrain_vlm_32.bad_rows.txt").read_text(encoding="utf-8")
+    assert all(f"line {line}: {reason}" in report for line, reason in expected.items())
+
+
+def test_one_percent_of_bad_rows_is_left_out_unasked(world, out, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", bad_rows()[:101])
+    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 100]
+    result = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
+    assert "line 101: no such picture: nowhere.jpg" in result.out
+
+
+def test_long_reports_are_cut_in_the_terminal_and_whole_in_the_file(world, out, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"conversations": []} for _ in range(30)])
+    message = refused(world, out, "--data_path", data)
+    assert message.count("  line ") == 20
+    assert "and 10 more, all in" in message
+    assert (out / "pretrain_vlm_32.bad_rows.txt").read_text(encoding="utf-8").count("  line ") == 30
+
+
+def test_with_two_processes_a_mistake_is_said_once_and_nobody_waits(world, out):
+    world.run(PRETRAIN, *world.files("pretrain", out), "--data_path", "nowhere.jsonl", ranks=2).refused("nowhere.jsonl")
+    world.run(SFT, *world.files("sft", out), "--max_seq_len", 400, "--from_weight", "llm", ranks=2).refused(
+        "5 of 25 rows"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_devices_that_are_not_there(monkeypatch):
+    with pytest.raises(UsageError, match="no Apple GPU"):
+        pick_device("mps", 0, 1)
+    assert pick_device(None, 0, 1).type in ("cpu", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1", 0, 1) == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match=r"3 GPU\(s\) are asked for, but there are 2"):
+        pick_device("cuda:2", 0, 1)
+    # Four processes on one machine with two GPUs: each of them must find it, not the third and fourth alone.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for local_rank in range(4):
+        with pytest.raises(UsageError, match=r"4 GPU\(s\) are asked for, but there are 2"):
+            pick_device("cuda", local_rank, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two machines
+    assert pick_device("cuda", 1, 4) == torch.device("cuda", 1)
+    assert pick_dtype(None, torch.device("cpu")) == torch.float32
+
+
+class Place:
+    """A project folder in which some of the published files are there."""
+
+    def __init__(self, root, monkeypatch):
+        self.root = root
+        for name in ("TOWER_DIR", "TOKENIZER_DIR", "DATASET_DIR", "BUILTIN_MODEL_DIR"):
+            monkeypatch.setattr(assets, name, root / getattr(assets, name).relative_to(ROOT))
+
+    def has(self, *names: str) -> "Place":
+        for name in names:
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch() if path.suffix else path.mkdir()
+        return self
+
+    def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
+        names = ("data_path", "images_path", "eval_data", "tokenizer_path", "vision_model_path", "hidden_size")
+        args = dict.fromkeys(names)
+        args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
+        args.assets = choose_assets(args, stage)
+        return args
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return Place(tmp_path, monkeypatch)
+
+
+TOWER = "model/vision_model/clip-vit-base-patch16/model.safetensors"
+PUBLISHED_TOKENIZER = "model/tokenizer_minimind2/tokenizer.json"
+DATA = ("dataset/pretrain_data.jsonl", "dataset/pretrain_images")
+
+
+def test_where_nothing_is_there_the_built_in_set_is_used(place):
+    args = place.choose()
+    assert args.assets == "built-in"
+    assert args.vision_model_path == assets.BUILTIN_TOWER_DIR
+    assert args.tokenizer_path == assets.BUILTIN_TOKENIZER_DIR
+    assert args.data_path == assets.BUILTIN_DATASET_DIR / "pretrain.jsonl"
+    assert place.choose("sft", "pretrain_vlm").data_path.name == "sft.jsonl"
+    # What an earlier run on the built-in set left is none of the published files.
+    assert place.has("out/pretrain_vlm_128.pth").choose("sft", "pretrain_vlm").assets == "built-in"
+
+
+def test_where_all_is_there_it_is_used(place):
+    args = place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_768.pth").choose()
+    assert args.assets == "published"
+    assert args.vision_model_path == (place.root / TOWER).parent
+    assert args.tokenizer_path == (place.root / PUBLISHED_TOKENIZER).parent
+    assert (args.data_path, args.images_path) == tuple(place.root / name for name in DATA)
+
+
+def test_parquet_needs_no_folder_of_pictures(place):
+    place.has(TOWER, PUBLISHED_TOKENIZER, "dataset/pretrain_data.parquet", "out/llm_512.pth")
+    assert place.choose().data_path == place.root / "dataset/pretrain_data.parquet"
+    place.choose(data_path=place.root / "mine.parquet")
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ([TOWER], ["tokenizer", "data", "pictures", "language model"]),
+        ([PUBLISHED_TOKENIZER, *DATA], ["vision tower", "language model"]),
+        ([TOWER, PUBLISHED_TOKENIZER, *DATA], ["language model"]),
+        (["out/llm_512.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
+        (["out/llm_768.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
+        ([DATA[0], TOWER, PUBLISHED_TOKENIZER, "out/llm_512.pth"], ["pictures"]),
+        # Folders that a download left when it was stopped.
+        (
+            ["model/vision_model/clip-vit-base-patch16/config.json", PUBLISHED_TOKENIZER, *DATA],
+            ["vision tower", "language model"],
+        ),
+        (["model/tokenizer_minimind2", TOWER, *DATA, "out/llm_512.pth"], ["tokenizer"]),
+    ],
+)
+def test_where_some_is_there_and_some_not_it_says_what_is_missing_and_how_to_get_it(place, there, missing):
+    commands = {
+        "vision tower": ("clip-vit-base-patch16", "python scripts/download.py tower"),
+        "tokenizer": ("tokenizer_minimind2", "python scripts/download.py tokenizer"),
+        "data": ("pretrain_data.jsonl", "python scripts/download.py pretrain"),
+        "pictures": ("pretrain_images", "python scripts/download.py pretrain"),
+        "language model": ("llm_512.pth", "python scripts/download.py llm --hidden_size 512"),
+    }
+    with pytest.raises(UsageError) as error:
+        place.has(*there).choose()
+    listed = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert [line.split(": ")[0] for line in listed] == missing
+    for line in listed:
+        name, command = commands[line.split(": ")[0]]
+        assert name in line
+        assert f"({command})" in line
+
+
+def test_the_built_in_set_is_not_mixed_with_paths_of_ones_own(place):
+    for flags in ({"data_path": place.root / "mine.jsonl"}, {"tokenizer_path": place.root}, {"hidden_size": 768}):
+        with pytest.raises(UsageError, match=r"download\.py tower"):
+            place.choose(**flags)
+    with pytest.raises(UsageError, match="--hidden_size 768"):
+        place.choose(hidden_size=768)
+
+
+def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):
+    place.has(TOWER, PUBLISHED_TOKENIZER, *DATA)
+    assert place.choose(from_weight="/some/where/llm_512.pth").assets == "published"
+    assert place.choose(from_weight="none").assets == "published"
+    with pytest.raises(UsageError, match="language model"):
+        place.choose()
+
+
+def test_eval_says_all_that_is_wrong_with_its_flags(world, out):
+    wrong = ["--max_new_tokens", 0, "--temperature", -1, "--top_p", 2, "--image", "a.jpg", "--image_dir", "b"]
+    world.run(EVAL, *world.eval_files(out), *wrong).refused(
+        "--max_new_tokens 0", "--temperature -1", "--top_p 2", "--image and"
+    )
+
+
+def test_a_garbled_tokenizer_is_refused(world, out, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((world.tokenizer / name).read_bytes())
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for content in ('{"model"', json.dumps(whole | {"model": whole["model"] | {"vocab": {"a": 1}, "merges": []}})):
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        assert "cannot be used" in refused(world, out, "--tokenizer_path", folder)

@@ -1,0 +1,314 @@
+"""What goes wrong while training: signals, full disks, losses that are not finite, processes that are gone."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl
+
+pytest_plugins = ["tiny"]
+
+STEPS = 14  # two epochs of 25 rows in steps of 4
+FLAGS = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 4, "--learning_rate", 1e-3, "--log_interval", 1]
+# Does something in the N-th forward pass.
+AT_FORWARD = """
+import os, signal, sys, threading, time, torch, model.model_vlm
+forward, calls = model.model_vlm.MiniMindVLM.forward, []
+def counted(*inputs, **named):
+    calls.append(1)
+    output = forward(*inputs, **named)
+    {what}
+    return output
+model.model_vlm.MiniMindVLM.forward = counted
+"""
+SIGNALLED = "if len(calls) == {call} and os.environ.get('RANK', '0') == '{rank}': os.kill(os.getpid(), signal.{name})"
+SPOILED = "if len(calls) in {calls}: output.loss = output.loss * float('{value}')"
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def run(world, out, *more, **how):
+    return world.run(SFT, *world.files("sft", out), *FLAGS, *more, **how)
+
+
+def losses(out, name="sft_vlm_32") -> list[float]:
+    return [row["loss"] for row in read_jsonl(out / f"{name}.metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    out = world.copy_of_out(tmp_path_factory.mktemp("undisturbed") / "out")
+    run(world, out).passed()
+    return out
+
+
+def assert_same_weights(out, other):
+    a, b = (load(folder / "sft_vlm_32.pth") for folder in (out, other))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed, name, status):
+    out = world.copy_of_out(tmp_path / "out")
+    hook = AT_FORWARD.format(what=SIGNALLED.format(call=5, rank=0, name=name))
+    stopped = run(world, out, "--num_workers", 1, hook=hook)
+    assert stopped.code == status
+    assert f"{name}: finishing this step and saving" in stopped.err
+    assert "stopped after step 5 of 14, which is saved: the same command with --from_resume 1 goes on" in stopped.out
+    assert "Traceback" not in stopped.text
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == 5
+    assert len(losses(out)) == 5
+    run(world, out, "--from_resume", 1).passed()
+    assert_same_weights(out, undisturbed)
+    assert losses(out) == losses(undisturbed)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    hook = AT_FORWARD.format(what=SIGNALLED.format(call=5, rank=1, name="SIGTERM"))
+    stopped = run(world, out, "--batch_size", 2, ranks=2, hook=hook)
+    assert stopped.code == 143
+    assert "stopped after step 5 of 14" in stopped.out
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == 5
+    run(world, out, "--batch_size", 2, "--from_resume", 1, ranks=2).passed()
+    assert len(losses(out)) == STEPS
+
+
+def test_a_second_signal_leaves_at_once(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    again = "threading.Timer(2.3, os.kill, (os.getpid(), signal.SIGINT)).start()"
+    what = f"if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM); {again}; time.sleep(60)"
+    started = time.monotonic()
+    left = run(world, out, "--save_interval", 2, hook=AT_FORWARD.format(what=what))
+    assert time.monotonic() - started < 30
+    assert left.code == 130
+    assert "left at once; what was saved before is kept" in left.err
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == 4
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    hook = "import trainer.setup\ndef interrupt(*a): raise KeyboardInterrupt\ntrainer.setup.Run.load_data = interrupt"
+    stopped = run(world, out, hook=hook)
+    assert (stopped.code, stopped.err) == (130, "interrupted\n")
+
+
+def test_it_is_saved_after_so_many_minutes(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    what = "if len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)"
+    flags = ["--save_interval", 1000, "--save_minutes", 0.00001]
+    assert run(world, out, *flags, hook=AT_FORWARD.format(what=what)).code == -9
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == 4
+    hook = AT_FORWARD.format(what=what)
+    assert run(world, out, "--save_interval", 1000, "--save_minutes", 5, "--save_weight", "later", hook=hook).code == -9
+    assert not list(out.glob("later*pth"))
+
+
+FULL_DISK = """
+import errno, os, trainer.weights
+flush, flushed = os.fsync, []
+def full(number):
+    flushed.append(number)
+    if len(flushed) in {fails}:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    flush(number)
+os.fsync = full
+"""
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path, undisturbed):
+    out = world.copy_of_out(tmp_path / "out")
+    # Each save of three files flushes them and, three times, their folder; two flushes are of metrics.jsonl before it.
+    done = run(world, out, "--save_interval", 3, hook=FULL_DISK.format(fails=range(9, 12))).passed()
+    assert "warning: step 6 could not be saved, training goes on: " in done.out
+    assert "cannot be written: No space left on device" in done.out
+    assert_same_weights(out, undisturbed)
+    assert not any(path.suffix == ".tmp" for path in out.iterdir())
+
+
+def test_a_last_save_that_fails_ends_in_an_error_and_keeps_the_one_before(world, tmp_path):
+    """The limit on a file's size is what a full disk is to these files: real, and raised by the kernel."""
+    out = world.copy_of_out(tmp_path / "out")
+    run(world, out, "--epochs", 1).passed()
+    before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))"
+    failed = run(world, out, "--cache_vision", "off", "--from_resume", 1, hook=limit)
+    failed.refused("cannot be written: File too large")
+    assert failed.out.count("could not be saved, training goes on") == 0  # the one at the end is the only one
+    after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+    assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
+    run(world, out, "--from_resume", 1).passed()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_bad_step_is_skipped_counted_and_told(world, tmp_path, value):
+    out = world.copy_of_out(tmp_path / "out")
+    done = run(world, out, hook=AT_FORWARD.format(what=SPOILED.format(calls=[1, 6], value=value))).passed()
+    assert "by step 1 the loss or the gradient was not finite in 1 step(s) more: skipped" in done.out
+    assert "by step 6 the loss or the gradient was not finite in 1 step(s) more: skipped" in done.out
+    rows = read_jsonl(out / "sft_vlm_32.metrics.jsonl")
+    assert [row["step"] for row in rows if row["loss"] is None] == [1, 6]
+    assert [row["skipped_steps"] for row in rows] == [1] * 5 + [2] * (STEPS - 5)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load(out / "sft_vlm_32.pth").values())
+    state = load(out / "sft_vlm_32_resume.pth")
+    assert {int(kept["step"]) for kept in state["optimizer"]["state"].values()} == {STEPS - 2}
+    assert (state["step"], state["bad_steps"]) == (STEPS, [2, 0, 1])
+    for line in (out / "sft_vlm_32.metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_bad_step_of_one_process_is_skipped_by_both(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    what = "if len(calls) == 2 and os.environ['RANK'] == '1': output.loss = output.loss * float('nan')"
+    run(world, out, "--batch_size", 2, ranks=2, hook=AT_FORWARD.format(what=what)).passed()
+    assert [row["skipped_steps"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl")][:3] == [0, 1, 1]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load(out / "sft_vlm_32.pth").values())
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    spoiled = SPOILED.format(calls=range(4, 99), value="nan")
+    ended = run(world, out, "--save_interval", 3, hook=AT_FORWARD.format(what=spoiled))
+    ended.refused("10 steps in a row, up to step 13", "--learning_rate", "--grad_clip", "dataset.check")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load(out / "sft_vlm_32.pth").values())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_gloo_give_the_losses_of_one_process(world, tmp_path, undisturbed, ranks):
+    """25 rows, a fifth of them without a picture, in steps of 4: the last step has one row, so others have none."""
+    out = world.copy_of_out(tmp_path / "out")
+    run(world, out, "--batch_size", 4 // ranks, ranks=ranks).passed()
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_a_rank_with_nothing_to_learn_gives_the_losses_of_one_process(world, tmp_path):
+    """A broken picture leaves its rank an empty batch: of two rows a step, a rank has one."""
+    rows = [row for row in read_jsonl(world.root / "sft.jsonl") if "," not in row.get("image", "")][:9]
+    bad = tmp_path / "images"
+    bad.mkdir()
+    for path in world.images.iterdir():
+        (bad / path.name).write_bytes(path.read_bytes() if path.name not in ("2.jpg", "4.jpg") else b"no picture")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    found = []
+    for ranks in (1, 2):
+        out = world.copy_of_out(tmp_path / f"out_{ranks}")
+        files = ["--data_path", data, "--images_path", bad, "--batch_size", 2 // ranks]
+        run(world, out, *files, ranks=ranks).passed()
+        metrics = read_jsonl(out / "sft_vlm_32.metrics.jsonl")
+        assert metrics[-1]["skipped_pictures"] >= 2
+        found.append([row["loss"] for row in metrics])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+# Under torchrun: a script that does something to itself, then is the training script.
+WRAPPED = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+rank, restart = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+if rank == "1" and restart == "0":
+    exec({hook!r}, {{}})
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def wrapped(world, tmp_path, script, what: str):
+    path = tmp_path / "wrapped.py"
+    root = str(script.parents[1])
+    path.write_text(WRAPPED.format(root=root, hook=AT_FORWARD.format(what=what), script=str(script)))
+    return path
+
+
+def torchrun(*flags) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *map(str, flags)]
+
+
+def started(world, cwd, *command) -> subprocess.Popen:
+    """Starts it at the head of a process group of its own, as a terminal does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command)], env=world.environment, cwd=cwd, start_new_session=True, **pipes)
+
+
+def test_torchrun_goes_on_by_itself_after_a_killed_rank(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)")
+    flags = ["--epochs", 2, "--batch_size", 2, "--save_interval", 2, "--log_interval", 1, "--from_resume", 1]
+    command = ["--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", 1, script]
+    done = subprocess.run(
+        [*torchrun(*command), *world.files("pretrain", out), *map(str, flags)],
+        env=world.environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "so this run starts from the beginning" in done.stdout
+    assert "goes on      after step 4, 10 to go" in done.stdout
+    assert "another process of this run has ended or does not answer" in done.stderr
+    assert [row["step"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == list(range(1, 15))
+
+
+def test_ctrl_c_to_torchrun_saves(world, tmp_path):
+    """It reaches the whole group: torchrun, which sends its processes a signal of its own, and the processes."""
+    out = world.copy_of_out(tmp_path / "out")
+    what = "if len(calls) == 5: os.killpg(0, signal.SIGINT)"
+    script = wrapped(world, tmp_path, SFT, what)
+    flags = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 2, "--learning_rate", 1e-3, "--log_interval", 1]
+    command = torchrun("--nproc_per_node", 2, "--master_port", free_port(), script)
+    process = started(world, tmp_path, *command, *world.files("sft", out), *flags, "--num_workers", 1)
+    printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert "which is saved: the same command with --from_resume 1 goes on" in printed
+    step = load(out / "sft_vlm_32_resume.pth")["step"]
+    assert 5 <= step < 14
+    assert len(losses(out)) == step
+
+
+def two_agents(world, tmp_path, out, script, *flags) -> list[subprocess.Popen]:
+    """Two torchrun agents that meet at an address, as on two machines."""
+    port = free_port()
+    meeting = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "tiny"]
+    meeting += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
+    command = [*torchrun(*meeting, script), *world.files("pretrain", out), *flags]
+    return [started(world, tmp_path, *command) for _ in range(2)]
+
+
+def test_two_agents_train_together(world, tmp_path):
+    flags = ["--epochs", 1, "--batch_size", 2, "--log_interval", 1]
+    together, alone = (world.copy_of_out(tmp_path / name / "out") for name in ("together", "alone"))
+    agents = two_agents(world, tmp_path, together, PRETRAIN, *flags)
+    texts = [agent.communicate(timeout=SECONDS) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], texts
+    assert sum("done in" in out for out, _ in texts) == 1
+    world.run(PRETRAIN, *world.files("pretrain", alone), "--epochs", 1, "--batch_size", 4, "--log_interval", 1).passed()
+    found, expected = (losses(out, "pretrain_vlm_32") for out in (together, alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_path):
+    """Stopped, not killed: its connection stays open, as that of a machine that lost its power."""
+    out = world.copy_of_out(tmp_path / "out")
+    script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 3: os.kill(os.getpid(), signal.SIGSTOP)")
+    # Which of the two agents has rank 1 is theirs to say; the timeout is 6 seconds.
+    agents = two_agents(world, tmp_path, out, script, "--epochs", 2, "--batch_size", 2, "--timeout_minutes", 0.1)
+    since = time.monotonic()
+    try:
+        while all(agent.poll() is None for agent in agents) and time.monotonic() - since < 90:
+            time.sleep(0.2)
+        [ended] = [agent for agent in agents if agent.poll() is not None]
+        printed, said = ended.communicate(timeout=10)
+        assert ended.returncode != 0
+        assert "error (process 0): another process of this run has ended or does not answer" in said
+        assert "--from_resume 1 goes on from there" in said
+    finally:
+        # The training processes lead groups of their own.
+        subprocess.run(["pkill", "-9", "-f", str(script)], check=False)
+        for agent in agents:
+            agent.communicate(timeout=10)

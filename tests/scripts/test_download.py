@@ -1,0 +1,376 @@
+"""scripts/download.py, run as a process against a stand-in of the hub: what lands where, and what goes wrong well."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from hub_stand_in import COMMIT, HubStandIn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UsageError
+from common.paths import ROOT
+from scripts import download, transfer
+
+TOWER, LLM = "models/openai/clip-vit-base-patch16", "models/jingyaogong/MiniMind2-V-PyTorch"
+TOKENIZER, DATA = "models/jingyaogong/MiniMind2-V", "datasets/jingyaogong/minimind-v_dataset"
+WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: enough for several reads of a socket
+TOWER_FOLDER = "model/vision_model/clip-vit-base-patch16"
+
+
+def make_zip(members: dict[str, bytes]) -> bytes:
+    """A zip of these members, names taken as they are."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return memory.getvalue()
+
+
+def repos() -> dict[str, dict[str, bytes]]:
+    """The four repositories with a few bytes in each file, and files that nobody asked for."""
+    row = json.dumps({"conversations": [], "image": "a.jpg"}).encode()
+    return {
+        TOWER: {
+            "config.json": b"{}",
+            "preprocessor_config.json": b'{"size": 224}',
+            "model.safetensors": WEIGHTS,
+            "pytorch_model.bin": b"bin",
+            "flax_model.msgpack": b"flax",
+            "tokenizer.json": b"not this one",
+        },
+        LLM: {"llm_512.pth": WEIGHTS[::-1], "llm_768.pth": b"768", "sft_vlm_512.pth": b"other"},
+        TOKENIZER: {"tokenizer.json": b'{"v": 6400}', "tokenizer_config.json": b"{ }", "model.safetensors": b"x"},
+        DATA: {
+            "README.md": b"read me",
+            "pretrain_data.jsonl": row,
+            "pretrain_images.zip": make_zip({"pretrain_images/": b"", "pretrain_images/a.jpg": b"A" * 5000}),
+            "sft_data.jsonl": row * 2,
+            "sft_images.zip": make_zip({"a.jpg": b"S", "more/b.jpg": b"B", "__MACOSX/._a.jpg": b"junk"}),
+            "sft_i2t.parquet": b"PAR1",
+        },
+    }
+
+
+@pytest.fixture
+def hub():
+    """The hub with everything on it."""
+    with HubStandIn(repos()) as server:
+        yield server
+
+
+@pytest.fixture
+def near_hub(hub, monkeypatch):
+    """The same for the script's functions called here: the real hub's address is read when they are imported."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return hub
+
+
+def command(endpoint: str, dest: Path, *arguments: str) -> dict:
+    """What to give to subprocess: the real script, from a folder that is not the project's."""
+    quiet = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(dest.parent / "hf"), "HF_HUB_OFFLINE": "0"}
+    environment = {**quiet, **hub, "HF_HUB_DOWNLOAD_TIMEOUT": "40"}  # seconds: the stand-in may have to wait for a core
+    return {
+        "args": [sys.executable, str(ROOT / "scripts" / "download.py"), "--dest", str(dest), *arguments],
+        "env": environment,
+        "cwd": dest.parent,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def run(endpoint: str, dest: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The script, to its end."""
+    return subprocess.run(**command(endpoint, dest, *arguments), timeout=60, check=False)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files under a folder with their contents."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """One line that says what is wrong, no traceback, status 1."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(hub, tmp_path):
+    dest = tmp_path / "project"
+    done = run(hub.endpoint, dest)
+    assert (done.returncode, done.stderr) == (0, "")
+    data = hub.repos[DATA]
+    assert tree(dest) == {
+        f"{TOWER_FOLDER}/config.json": b"{}",
+        f"{TOWER_FOLDER}/preprocessor_config.json": b'{"size": 224}',
+        f"{TOWER_FOLDER}/model.safetensors": WEIGHTS,
+        "out/llm_512.pth": WEIGHTS[::-1],
+        "model/tokenizer_minimind2/tokenizer.json": b'{"v": 6400}',
+        "model/tokenizer_minimind2/tokenizer_config.json": b"{ }",
+        "dataset/pretrain_data.jsonl": data["pretrain_data.jsonl"],
+        "dataset/pretrain_images/a.jpg": b"A" * 5000,
+        "dataset/sft_data.jsonl": data["sft_data.jsonl"],
+        "dataset/sft_images/a.jpg": b"S",
+        "dataset/sft_images/more/b.jpg": b"B",
+    }
+    assert "dataset/pretrain_data.jsonl + dataset/pretrain_images/" in done.stdout
+    assert str(Path("trainer/train_pretrain_vlm.py")) in done.stdout
+
+    hub.gets.clear()
+    again = run(hub.endpoint, dest)
+    assert (again.returncode, again.stderr, hub.gets) == (0, "", [])
+    assert again.stdout.count("already here") == 5
+
+
+def test_parts_can_be_chosen_and_other_forms_are_understood(hub, tmp_path):
+    del hub.repos[TOWER]["model.safetensors"]
+    data = hub.repos[DATA]
+    del data["sft_images.zip"]
+    data["pretrain_images.zip"] = make_zip({"a.jpg": b"A"})
+    done = run(hub.endpoint, tmp_path / "d", "tower", "llm", "pretrain", "sft", "--hidden_size", "768", "--keep_zip")
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "d") == {
+        f"{TOWER_FOLDER}/config.json": b"{}",
+        f"{TOWER_FOLDER}/preprocessor_config.json": b'{"size": 224}',
+        f"{TOWER_FOLDER}/pytorch_model.bin": b"bin",
+        "out/llm_768.pth": b"768",
+        "dataset/pretrain_data.jsonl": data["pretrain_data.jsonl"],
+        "dataset/pretrain_images/a.jpg": b"A",
+        "dataset/pretrain_images.zip": data["pretrain_images.zip"],
+        "dataset/sft_data.parquet": b"PAR1",
+    }
+    assert "sft_i2t.parquet" in done.stdout and "--hidden_size 768" in done.stdout
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_lost_connection_is_resumed_where_it_broke(hub, tmp_path, ranges):
+    hub.cut["llm_512.pth"], hub.ranges = 150_000, ranges
+    done = run(hub.endpoint, tmp_path / "d", "llm")
+    assert done.returncode == 0 and "trying again" in done.stderr
+    assert tree(tmp_path / "d") == {"out/llm_512.pth": WEIGHTS[::-1]}
+    assert hub.gets == [("llm_512.pth", None), ("llm_512.pth", "bytes=150000-")]
+
+
+def test_a_stopped_run_is_continued_by_the_next(hub, tmp_path):
+    hub.hold["llm_512.pth"] = 150_000
+    first = subprocess.Popen(**command(hub.endpoint, tmp_path / "d", "llm"))
+    try:
+        assert hub.holding.wait(60)
+        out = tmp_path / "d" / "out"
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in out.glob("*.part")) < 100_000 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        _, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 130 and "goes on from here" in errors and "Traceback" not in errors
+    assert not (out / "llm_512.pth").exists()
+    kept = sum(path.stat().st_size for path in out.glob("*.part"))
+
+    done = run(hub.endpoint, tmp_path / "d", "llm")
+    assert done.returncode == 0, done.stderr
+    assert hub.gets[-1] == ("llm_512.pth", f"bytes={kept}-") and kept >= 100_000
+    assert tree(tmp_path / "d") == {"out/llm_512.pth": WEIGHTS[::-1]}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "llm_512.pth"])
+def test_damage_on_the_way_is_noticed(hub, tmp_path, name):
+    hub.damage.add(name)
+    part = "llm" if name == "llm_512.pth" else "tokenizer"
+    refused(run(hub.endpoint, tmp_path / "d", part), name, "damaged")
+    assert name not in str(tree(tmp_path / "d").keys())
+    assert run(hub.endpoint, tmp_path / "d", part).returncode == 0
+
+
+def test_an_unreachable_hub_is_named_at_once(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        started = time.monotonic()
+        refused(run(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path / "d"), "cannot be reached", "HF_ENDPOINT")
+    assert time.monotonic() - started < 30
+    refused(run("mirror.example", tmp_path / "d"), "HF_ENDPOINT=mirror.example", "https://")
+
+
+def test_what_the_hub_lacks_is_named(hub, tmp_path):
+    del hub.repos[LLM]["llm_768.pth"], hub.repos[TOKENIZER]
+    refused(run(hub.endpoint, tmp_path / "d", "llm", "--hidden_size", "768"), "llm_768.pth", "sft_vlm_512.pth")
+    refused(run(hub.endpoint, tmp_path / "d"), "MiniMind2-V (")
+    assert hub.gets == [] and not (tmp_path / "d").exists()
+
+
+def test_a_file_of_the_users_own_is_not_overwritten(hub, tmp_path):
+    own = tmp_path / "d" / "dataset" / "pretrain_data.jsonl"
+    own.parent.mkdir(parents=True)
+    own.write_text("my own rows")
+    refused(run(hub.endpoint, tmp_path / "d"), "pretrain_data.jsonl", "Move or delete")
+    assert hub.gets == [] and own.read_text() == "my own rows"
+
+
+def test_an_unsafe_zip_is_refused_and_the_rest_stays(hub, tmp_path):
+    hub.repos[DATA]["sft_images.zip"] = make_zip({"a.jpg": b"A", "../evil": b"E"})
+    dest = tmp_path / "deep" / "project"
+    dest.mkdir(parents=True)
+    refused(run(hub.endpoint, dest, "pretrain", "sft"), "sft_images.zip", "../evil")
+    assert (dest / "dataset/pretrain_images/a.jpg").exists() and not (dest / "dataset/sft_images").exists()
+    assert not any("evil" in path.name for path in tmp_path.rglob("*"))
+
+
+def test_too_little_disk_is_refused_before_anything_is_fetched(near_hub, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    data = near_hub.repos[DATA]
+    needed = len(data["pretrain_data.jsonl"]) + round(len(data["pretrain_images.zip"]) * 2.6)
+    for free, status in [(needed - 5, 1), (needed + 5, 0)]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
+        monkeypatch.setattr(download, "fetch", lambda file: pytest.fail("must not be called"))
+        if status:
+            assert download.main(["pretrain", "--dest", str(tmp_path)]) == 1
+        else:
+            download.check_disk(download.plan(["pretrain"], 512, tmp_path))
+    output = capsys.readouterr()
+    assert "not enough disk" in output.err and "needed" in output.err and "free" in output.err
+    assert near_hub.gets == [] and list(tmp_path.iterdir()) == []
+
+
+def write_zip(folder: Path, content: bytes) -> Path:
+    """A zip on disk, where download.py would have put it."""
+    path = folder / "pretrain_images.zip"
+    path.write_bytes(content)
+    return path
+
+
+def test_unpacking_goes_on_where_it_stopped(tmp_path):
+    path = write_zip(tmp_path, make_zip({"pretrain_images/a.jpg": b"AAAA", "pretrain_images/b.jpg": b"BBBB"}))
+    half = tmp_path / "pretrain_images.part"
+    half.mkdir()
+    (half / "a.jpg").write_bytes(b"here")  # the right size: taken as done
+    (half / "b.jpg").write_bytes(b"B")
+    transfer.unpack(path, tmp_path / "pretrain_images")
+    assert tree(tmp_path / "pretrain_images") == {"a.jpg": b"here", "b.jpg": b"BBBB"}
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["pretrain_images", "pretrain_images.zip"]
+
+
+def link(name: str, target: bytes) -> bytes:
+    """A zip with a symbolic link."""
+    memory, info = io.BytesIO(), zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(memory, "w") as archive:
+        archive.writestr(info, target)
+    return memory.getvalue()
+
+
+def lying(declared: int) -> bytes:
+    """A zip whose member of 100,000 zeros is declared as another size, in both of its headers."""
+    content, size = make_zip({"a.jpg": bytes(100_000)}), (100_000).to_bytes(4, "little")
+    assert content.count(size) == 2
+    return content.replace(size, declared.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (make_zip({"/evil": b"E"}), "outside"),
+        (make_zip({"a/../../evil": b"E"}), "outside"),
+        (make_zip({"..\\evil": b"E"}), "outside"),
+        (make_zip({"C:evil": b"E"}), "outside"),
+        (link("evil", b"/etc/passwd"), "link"),
+        (make_zip({"a": b"E", "a/b": b"E"}), "same name"),
+        (make_zip({"a.jpg": b"E", "./a.jpg": b"E"}), "same name"),
+        (lying(50), "damaged"),
+        (lying(200_000), "damaged"),
+        (lying(4_000_000_000), "not enough disk"),
+        (make_zip({"a.jpg": b"E"})[:-9], "not a complete zip"),
+        (b"<html>", "not a complete zip"),
+    ],
+    ids=[
+        "absolute",
+        "dots",
+        "backslash",
+        "drive",
+        "link",
+        "file-folder",
+        "twice",
+        "short",
+        "long",
+        "bomb",
+        "cut",
+        "html",
+    ],
+)
+def test_bad_zips_are_refused(tmp_path, monkeypatch, content, word):
+    free = namedtuple("usage", "total used free")(0, 0, 1_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    inner = tmp_path / "in" / "side"
+    inner.mkdir(parents=True)
+    with pytest.raises(UsageError, match=word):
+        transfer.unpack(write_zip(inner, content), inner / "pretrain_images")
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert names <= {"in", "side", "pretrain_images.zip", "pretrain_images.part"}
+
+
+@settings(max_examples=80, deadline=None, database=None)
+@given(st.lists(st.text("./\\:ab~", min_size=1, max_size=7), min_size=1, max_size=3, unique=True))
+def test_no_name_leads_out_of_the_folder(tmp_path_factory, names):
+    outer = tmp_path_factory.mktemp("zip")
+    inner = outer / "1" / "2"
+    inner.mkdir(parents=True)
+    try:
+        transfer.unpack(write_zip(inner, make_zip(dict.fromkeys(names, b"x"))), inner / "pretrain_images")
+    except UsageError:
+        assert not (inner / "pretrain_images").exists()
+    allowed = ("1/2/pretrain_images/", "1/2/pretrain_images.part/", "1/2/pretrain_images.zip")
+    assert all(name.startswith(allowed) for name in tree(outer))
+
+
+def test_an_answer_that_is_no_hubs(near_hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hub_stand_in.describe", lambda *_: ["a login page"])
+    assert download.main(["llm", "--dest", str(tmp_path)]) == 1
+    assert "does not answer like a model hub" in capsys.readouterr().err
+
+
+def test_an_answer_that_ends_early_is_not_asked_for_ever(near_hub, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(transfer.time, "sleep", waits.append)
+    monkeypatch.setattr(
+        transfer, "hf_hub_url", lambda *_, **__: f"{near_hub.endpoint}/{LLM[7:]}/resolve/{COMMIT}/short"
+    )
+    near_hub.repos[LLM]["short"] = b"only this"
+    file = download.plan(["llm"], 512, tmp_path)[0]
+    with pytest.raises(UsageError, match="ends after 9 of 307,200 bytes"):
+        transfer.fetch(file)
+    assert waits == [1, 2, 4, 8]
+
+
+def test_a_disk_that_fills_up_meanwhile(near_hub, tmp_path, monkeypatch, capsys):
+    def fill_up(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "fetch", fill_up)
+    assert download.main(["llm", "--dest", str(tmp_path)]) == 1
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_inside_the_project_the_next_command_can_be_typed_as_shown(capsys, monkeypatch):
+    arguments = download.parse_args(["pretrain", "sft"])
+    monkeypatch.chdir(ROOT / "scripts")
+    download.report(arguments, [], ROOT)
+    lines = capsys.readouterr().out.splitlines()
+    expected = [Path("../trainer/train_pretrain_vlm.py"), Path("../trainer/train_sft_vlm.py")]
+    assert [line.split()[-1] for line in lines[-2:]] == [str(path) for path in expected]

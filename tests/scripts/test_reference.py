@@ -1,0 +1,86 @@
+"""Training on the built-in set learns as well as it did when scripts/reference.json was recorded."""
+
+import json
+import shutil
+
+import pytest
+
+from common.errors import UsageError
+from scripts import reference, wrong_runs
+
+
+def test_both_stages_on_their_first_rows_are_no_worse_than_recorded(tmp_path):
+    """The real scripts, on the built-in models; the whole of both stages is `python scripts/reference.py`."""
+    # The seed that learns best: what another processor rounds otherwise must not look like learning less.
+    curves = reference.run_quick(reference.SEEDS[-1], tmp_path / "run")
+    assert reference.compare(curves) == []
+    assert curves.keys() <= json.loads(reference.RECORD.read_text(encoding="utf-8")).keys()
+    for curve in curves.values():
+        assert curve[-1][2] > 0.5  # nats per token: it looks at the pictures
+
+
+def test_a_worse_run_is_found(tmp_path, monkeypatch):
+    recorded = {"stage 1": reference.summary({f"seed {s}": [[10, 0.5 + s / 10, 2.0]] for s in range(3)})}
+    assert (recorded["stage 1"]["held_out_loss"], recorded["stage 1"]["spread"]) == (0.6, 0.2)
+    (tmp_path / "reference.json").write_text(json.dumps(recorded))
+    monkeypatch.setattr(reference, "RECORD", tmp_path / "reference.json")
+    assert reference.compare({"stage 1": [[10, 0.8, 2.0]]}) == []
+    for loss in (0.81, float("nan")):
+        [line] = reference.compare({"stage 1": [[10, loss, 2.0]]})
+        assert "worse than 0.8000" in line
+
+
+def test_the_recorded_runs_look_at_the_pictures():
+    for recorded in json.loads(reference.RECORD.read_text(encoding="utf-8")).values():
+        assert len(recorded["curves"]) == len(reference.SEEDS)
+        assert recorded["grounding_gap"] > 1
+        assert recorded["spread"] < recorded["grounding_gap"] / 10
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    with pytest.raises(UsageError, match="failed"):
+        reference.run_stage("pretrain", 0, tmp_path, "--no_such_flag", "1")
+
+
+def test_a_folder_is_taken_from_where_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert reference.parse_arguments(["--folder", "runs"]).folder == tmp_path / "runs"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file"):
+        reference.quick_flags("pretrain", [], tmp_path / "file" / "run")
+
+
+# ---- runs that go wrong on purpose
+
+
+def test_captions_get_the_pictures_of_other_rows():
+    lines = [json.dumps({"conversations": [], "image": f"{number}.jpg"}) + "\n" for number in range(6)]
+    rows = [json.loads(line) for line in wrong_runs.with_other_pictures(lines)]
+    assert [row["image"] for row in rows] == ["3.jpg", "4.jpg", "5.jpg", "0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_wrong_runs_end_in_a_table(tmp_path, monkeypatch, capsys):
+    """Each on 32 rows of one epoch, by the real scripts' flags; the first and the last are run, the others copy the first."""
+    lines = {stage: reference.first_rows(stage)[:32] for stage in ("pretrain", "sft")}
+    monkeypatch.setattr(wrong_runs, "first_rows", lines.get)
+    monkeypatch.setattr(wrong_runs, "MANY_EPOCHS", 1)
+    monkeypatch.setattr("sys.argv", ["wrong_runs.py", "--folder", str(tmp_path)])
+    ran = []
+
+    def run_stage(stage, seed, folder, *flags):
+        ran.append((stage, folder.name, flags))
+        if len(ran) in (1, 9):
+            return reference.run_stage(stage, seed, folder, *flags)
+        return shutil.copytree(tmp_path / "1", folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(wrong_runs, "run_stage", run_stage)
+    wrong_runs.main()
+    table = capsys.readouterr().out.splitlines()[-11:]
+    assert table[0].split()[:4] == ["training", "held", "out", "gap"]
+    assert table[1].startswith("stage 1 as it should be") and table[9].startswith("--learning_rate 0.2")
+    assert table[1].split()[6:9] == table[2].split()[4:7]  # copied
+    assert table[10].split()[1] == "图中有一个物体：中间有一个小的绿色五角星。"
+    assert [stage for stage, _, _ in ran] == ["pretrain"] * 4 + ["sft"] * 5

@@ -1,0 +1,348 @@
+"""--from_resume 1: a run that was stopped, however roughly, goes on as if it had not been."""
+
+import dataclasses
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
+
+from dataset.lm_dataset import tokenizer_hash
+from model.model_vlm import VLMConfig
+from trainer.setup import load_tokenizer
+from trainer.weights import describe
+
+pytest_plugins = ["tiny"]
+
+EPOCHS, STEPS = 2, 7  # 25 or 26 rows in steps of 4
+# Ends the process, as a power cut does, where the N-th save would rename this file into its place.
+KILLED_AT_SAVE = """
+import os, signal
+rename, renamed = os.replace, []
+def replace(source, target):
+    renamed.append(os.path.basename(target))
+    if renamed[-1] == "{file}" and renamed.count("{file}") == {save}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.replace = replace
+"""
+# Ends it in the N-th forward pass.
+KILLED_AT_FORWARD = """
+import os, signal, model.model_vlm
+forward, calls = model.model_vlm.MiniMindVLM.forward, []
+def counted(*inputs, **named):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*inputs, **named)
+model.model_vlm.MiniMindVLM.forward = counted
+"""
+# Ends it after so many seconds, wherever it is.
+KILLED_AFTER = """
+import os, signal, threading
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to do the same 14 steps of 4 samples."""
+
+    script: Path
+    name: str
+    flags: tuple
+    ranks: int = 1
+    from_weight: str = "llm"
+
+    @property
+    def stage(self) -> str:
+        return "sft" if self.script == SFT else "pretrain"
+
+    def run(self, world, out, *more, **how):
+        flags = ["--from_weight", self.from_weight, "--epochs", EPOCHS, "--learning_rate", 1e-3, "--grad_clip", 0.5]
+        flags += ["--save_interval", 3, *self.flags, *more]
+        return world.run(self.script, *world.files(self.stage, out), *flags, **{"ranks": self.ranks} | how)
+
+
+BASE = Way(SFT, "sft_vlm_32", ("--batch_size", 4, "--log_interval", 1, "--num_workers", 1))
+WAYS = {
+    "sft, a worker, reports of two steps": Way(
+        SFT, "sft_vlm_32", ("--batch_size", 4, "--log_interval", 2, "--num_workers", 1)
+    ),
+    "sft, accumulation, dropout": Way(
+        SFT, "sft_vlm_32", ("--batch_size", 2, "--accumulation_steps", 2, "--log_interval", 5), from_weight="dropout"
+    ),
+    "pretrain, two ranks, a worker": Way(
+        PRETRAIN, "pretrain_vlm_32", ("--batch_size", 2, "--log_interval", 2, "--num_workers", 1), ranks=2
+    ),
+    "sft, two ranks, accumulation, dropout": Way(
+        SFT,
+        "sft_vlm_32",
+        ("--batch_size", 1, "--accumulation_steps", 2, "--log_interval", 3),
+        ranks=2,
+        from_weight="dropout",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def save_dir(world, tmp_path_factory):
+    """Makes a --save_dir with the language model, and with one that drops out a fifth of its activations."""
+    from_files = world.copy_of_out(tmp_path_factory.mktemp("start") / "out")
+    config = VLMConfig(hidden_size=32, num_hidden_layers=2, dropout=0.2, vision_hidden_size=32)
+    sidecar = describe(config, "llm", "own", tokenizer_hash(load_tokenizer(TOKENIZER)), {})
+    (from_files / "dropout_32.pth").write_bytes((from_files / "llm_32.pth").read_bytes())
+    (from_files / "dropout_32.json").write_text(json.dumps(sidecar))
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for file in from_files.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def in_one_go(world, save_dir, tmp_path_factory):
+    """14 steps without a stop, saved at the steps 3, 6, 7, 9, 12 and 14, for each way."""
+    cache = {}
+
+    def run(way: Way) -> Path:
+        if way not in cache:
+            cache[way] = save_dir(tmp_path_factory.mktemp("whole") / "out")
+            way.run(world, cache[way]).passed()
+        return cache[way]
+
+    return run
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def flat(value, path="") -> dict:
+    """Every tensor and number in a state, by where it stands."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for key, item in enumerate(value) for k, v in flat(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def assert_same_end(way: Way, out, other):
+    """Weights, optimizer, random states and metrics to the last bit."""
+    a, b = (load(folder / f"{way.name}_resume.pth") for folder in (out, other))
+    assert a["step"] == b["step"] == EPOCHS * STEPS
+    for part in ("learned", "optimizer", "random"):
+        found, expected = flat(a[part]), flat(b[part])
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            same = torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name]
+            assert same, name
+    a, b = (load(folder / f"{way.name}.pth") for folder in (out, other))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    metrics, expected = (read_jsonl(folder / f"{way.name}.metrics.jsonl") for folder in (out, other))
+    for field in ("step", "loss", "learning_rate", "epoch", "learned_tokens"):
+        assert [record[field] for record in metrics] == [record[field] for record in expected]
+
+
+# The 5th step follows a save at the 3rd, the 8th one at the end of the first epoch.
+@pytest.mark.parametrize(("step", "saved"), [(5, 3), (8, 7)], ids=["inside an epoch", "at its end"])
+@pytest.mark.parametrize("name", WAYS)
+def test_a_run_that_was_killed_in_a_step_goes_on_as_if_it_had_not_been(
+    world, save_dir, tmp_path, in_one_go, name, step, saved
+):
+    way, out = WAYS[name], save_dir(tmp_path / "out")
+    passes = way.flags[way.flags.index("--accumulation_steps") + 1] if "--accumulation_steps" in way.flags else 1
+    # In the last pass of the step: with accumulation the others of its group are done.
+    killed = way.run(world, out, hook=KILLED_AT_FORWARD.format(call=passes * step))
+    assert killed.code == -9
+    assert load(out / f"{way.name}_resume.pth")["step"] == saved
+    result = way.run(world, out, "--from_resume", 1).passed()
+    assert f"goes on      after step {saved}, {EPOCHS * STEPS - saved} to go\n" in result.out
+    assert_same_end(way, out, in_one_go(way))
+
+
+# A save renames state, weights and sidecar, in this order.
+@pytest.mark.parametrize(
+    ("file", "save", "saved"),
+    [("sft_vlm_32_resume.pth", 2, 3), ("sft_vlm_32.pth", 3, 7), ("sft_vlm_32.json", 4, 9)],
+)
+def test_a_run_that_was_killed_in_a_save_goes_on_as_if_it_had_not_been(
+    world, save_dir, tmp_path, in_one_go, file, save, saved
+):
+    out = save_dir(tmp_path / "out")
+    killed = BASE.run(world, out, hook=KILLED_AT_SAVE.format(file=file, save=save))
+    assert killed.code == -9
+    assert any(path.suffix == ".tmp" for path in out.iterdir())
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == saved
+    reported = [record["step"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")]
+    assert max(reported) >= saved
+    result = BASE.run(world, out, "--from_resume", 1).passed()
+    assert f"goes on      after step {saved}, {EPOCHS * STEPS - saved} to go" in result.out
+    assert_same_end(BASE, out, in_one_go(BASE))
+    assert not any(path.suffix == ".tmp" for path in out.iterdir())
+
+
+def test_weights_older_than_the_state_are_made_anew_of_it(world, save_dir, tmp_path, in_one_go):
+    """As a kill between the two renames leaves them; going on with nothing left to do mends them too."""
+    out = save_dir(tmp_path / "out")
+    BASE.run(world, out, hook=KILLED_AT_SAVE.format(file="sft_vlm_32.pth", save=6))  # of the last step
+    assert load(out / "sft_vlm_32_resume.pth")["step"] == EPOCHS * STEPS
+    before = (out / "sft_vlm_32.pth").read_bytes()
+    BASE.run(world, out, "--from_resume", 1).passed()
+    assert (out / "sft_vlm_32.pth").read_bytes() != before
+    assert_same_end(BASE, out, in_one_go(BASE))
+
+
+def test_thirty_kills_at_random_instants(world, save_dir, tmp_path, in_one_go):
+    """Each time the files load, and in the end the weights are those of a run that nobody killed."""
+    frequent = Way(SFT, "sft_vlm_32", ("--batch_size", 4, "--log_interval", 1, "--save_interval", 2))
+    rng, kills, runs = random.Random(0), 0, 0
+    expected = load(in_one_go(BASE) / "sft_vlm_32.pth")
+    while kills < 30:
+        out, runs = save_dir(tmp_path / f"out_{runs}"), runs + 1
+        while True:
+            hook = KILLED_AFTER.format(seconds=rng.uniform(0.1, 1.5)) if kills < 30 else ""
+            result = frequent.run(world, out, "--from_resume", 1, hook=hook)
+            for path in out.glob("sft_vlm_32*.pth"):
+                load(path)
+            if result.code == 0:
+                break
+            assert result.code == -9
+            kills += 1
+        weights = load(out / "sft_vlm_32.pth")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+        assert [row["step"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl")] == list(range(1, 2 * STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "said"),
+    [
+        (["--batch_size", 2], 2, "changed: batch_size 4 -> 2, processes 1 -> 2"),
+        (["--batch_size", 2, "--accumulation_steps", 2], 1, "changed: batch_size 4 -> 2, accumulation_steps 1 -> 2"),
+    ],
+)
+def test_a_run_goes_on_with_another_division_of_its_samples(world, save_dir, tmp_path, in_one_go, flags, ranks, said):
+    out = save_dir(tmp_path / "out")
+    BASE.run(world, out, hook=KILLED_AT_SAVE.format(file="sft_vlm_32.pth", save=3))
+    result = BASE.run(world, out, *flags, "--from_resume", 1, ranks=ranks).passed()
+    assert said in result.out
+    metrics, expected = (read_jsonl(folder / "sft_vlm_32.metrics.jsonl") for folder in (out, in_one_go(BASE)))
+    assert [row["learned_tokens"] for row in metrics] == [row["learned_tokens"] for row in expected]
+    assert [row["loss"] for row in metrics] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+
+
+def test_a_run_goes_on_with_batches_of_another_size_and_skips_and_repeats_nothing(world, save_dir, tmp_path, in_one_go):
+    out = save_dir(tmp_path / "out")
+    BASE.run(world, out, hook=KILLED_AT_FORWARD.format(call=5))  # saved after 12 samples
+    BASE.run(world, out, "--from_resume", 1, "--batch_size", 8).passed()
+    metrics, expected = (read_jsonl(folder / "sft_vlm_32.metrics.jsonl") for folder in (out, in_one_go(BASE)))
+    for epoch in (1, 2):
+        learned = [sum(row["learned_tokens"] for row in of if row["epoch"] == epoch) for of in (metrics, expected)]
+        assert learned[0] == learned[1]
+    assert [row["step"] for row in metrics] == list(range(1, 1 + 3 + 2 + 4))
+
+
+def test_more_epochs_and_another_learning_rate_are_allowed_and_said(world, save_dir, tmp_path):
+    out = save_dir(tmp_path / "out")
+    BASE.run(world, out).passed()
+    result = BASE.run(world, out, "--from_resume", 1, "--epochs", 3, "--learning_rate", 2e-3).passed()
+    assert "after step 14, 7 to go; changed: epochs 2 -> 3, learning_rate 0.001 -> 0.002" in result.out
+    rates = [row["learning_rate"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl")]
+    assert len(rates) == 21
+    assert rates[-1] == pytest.approx(2e-4)
+
+
+def test_from_resume_of_a_finished_run_has_nothing_to_do(world, in_one_go):
+    out = in_one_go(BASE)
+    result = BASE.run(world, out, "--from_resume", 1).passed()
+    assert f"after step {2 * STEPS}, 0 to go" in result.out
+    assert len(read_jsonl(out / "sft_vlm_32.metrics.jsonl")) == 2 * STEPS
+
+
+def test_from_resume_without_a_state_starts_from_the_beginning_and_says_so(world, save_dir, tmp_path, in_one_go):
+    out = save_dir(tmp_path / "out")
+    result = BASE.run(world, out, "--from_resume", 1).passed()
+    assert "sft_vlm_32_resume.pth yet, so this run starts from the beginning" in result.out
+    assert_same_end(BASE, out, in_one_go(BASE))
+
+
+def test_the_same_data_in_another_place_is_the_same_data(world, save_dir, tmp_path, in_one_go):
+    """On another machine, and newer: only what is in it counts."""
+    out = save_dir(tmp_path / "out")
+    BASE.run(world, out, hook=KILLED_AT_FORWARD.format(call=5))
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes((world.root / "sft.jsonl").read_bytes())
+    BASE.run(world, out, "--from_resume", 1, "--data_path", copy).passed()
+    assert_same_end(BASE, out, in_one_go(BASE))
+
+
+def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tmp_path):
+    out = in_one_go(BASE)
+    before = {path: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+    rows = read_jsonl(world.root / "sft.jsonl")
+    rows[7]["conversations"][1]["content"] = rows[7]["conversations"][1]["content"].replace("蓝", "红")
+    for flags, said in (
+        (["--seed", 5], "other seed (42; now 5)"),
+        (["--max_seq_len", 900], "other max_seq_len (1536; now 900)"),
+        (["--data_path", world.root / "pretrain.jsonl"], "other data (25 rows, "),
+        (["--data_path", write_jsonl(tmp_path / "one_word.jsonl", rows)], "other data (25 rows, "),
+        (["--freeze_llm", 1], "another run"),
+    ):
+        message = BASE.run(world, out, "--from_resume", 1, *flags)
+        message.refused("sft_vlm_32_resume.pth is of", said, "--from_resume out")
+    assert before == {path: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+
+
+def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path):
+    """In pretraining the state holds the projection only; what it was trained beside must be the same all the same."""
+    way = Way(PRETRAIN, "pretrain_vlm_32", ("--batch_size", 8))
+    out = save_dir(tmp_path / "out")
+    way.run(world, out).passed()
+    torch.save(language_model(num_hidden_layers=3), tmp_path / "deeper.pth")
+    torch.save(language_model(steps=21), tmp_path / "other.pth")
+    for weights, said in (
+        ("deeper.pth", "other model (hidden_size 32, 2 layers, 8 and 2 heads"),
+        ("other.pth", "other frozen weights ("),
+    ):
+        again = way.run(world, out, "--from_resume", 1, "--from_weight", tmp_path / weights)
+        again.refused("pretrain_vlm_32_resume.pth is of a run with", said, "; now ")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", pickle.dumps({"a": 1})])
+def test_a_garbled_state_is_refused(world, save_dir, tmp_path, content):
+    out = save_dir(tmp_path / "out")
+    (out / "sft_vlm_32_resume.pth").write_bytes(content)
+    BASE.run(world, out, "--from_resume", 1).refused("sft_vlm_32_resume.pth")
+
+
+def test_the_state_holds_neither_tower_nor_frozen_weights(world, save_dir, tmp_path):
+    out = save_dir(tmp_path / "out")
+    world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--freeze_llm", 2).passed()
+    state = load(out / "pretrain_vlm_32_resume.pth")
+    learned = {name.split(".")[0] + name.split(".")[1] for name in state["learned"]}
+    assert learned == {"modellayers", "vision_projvision_proj"}
+    assert len(state["optimizer"]["state"]) == len(state["learned"]) == 20
+    elements = sum(tensor.numel() for tensor in state["learned"].values())
+    # Float32 weights and two moments; the tower alone would be 160 kB, the frozen embedding 819 kB more.
+    assert (out / "pretrain_vlm_32_resume.pth").stat().st_size < 4 * 3 * elements + 40_000
+
+
+def test_the_state_of_pretraining_at_512_is_below_10_megabytes(world, save_dir, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shape = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=16, image_size=224)).save_pretrained(tmp_path / "tower")
+    rows = write_jsonl(tmp_path / "rows.jsonl", read_jsonl(world.root / "pretrain.jsonl")[:2])
+    flags = ["--from_weight", "none", "--hidden_size", 512, "--num_hidden_layers", 8, "--data_path", rows]
+    out = save_dir(tmp_path / "out")
+    files = [*world.files("pretrain", out), "--vision_model_path", tmp_path / "tower"]
+    world.run(PRETRAIN, *files, *flags, "--epochs", 1, "--batch_size", 1).passed()
+    size = (out / "pretrain_vlm_512_resume.pth").stat().st_size
+    assert 3 * 4 * 768 * 512 < size < 10_000_000
+    assert (out / "pretrain_vlm_512.pth").stat().st_size > 50_000_000

@@ -1,0 +1,218 @@
+"""The tokenizer that ships, and the script that trains one (run as a process, on a tiny corpus)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from common.paths import ROOT
+
+SCRIPT = ROOT / "trainer" / "train_tokenizer.py"
+SHIPPED = ROOT / "model" / "tokenizer"
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SCENE_WORDS = """
+红色 黄色 蓝色 绿色 紫色 橙色 黑色 白色 圆形 正方形 三角形 五角星 菱形 十字形
+左上角 上方 右上角 左边 中间 右边 左下角 下方 右下角 大 小 一个 两个 图中 图片 描述 物体 颜色 形状 位置
+""".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(str(SHIPPED))
+
+
+def run_script(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def assert_one_line_error(result, *words):
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert "error:" in last_line
+    for word in words:
+        assert word in last_line
+
+
+def write_corpus(folder):
+    """Chinese, English, image characters and a special token, in both kinds of file."""
+    text = folder / "corpus.txt"
+    text.write_text("图中有一个红色的圆形。\nThe red circle is here @@@@ a@b.com\n" * 50, encoding="utf-8")
+    rows = [
+        {"text": "两个蓝色的三角形 @home"},
+        {
+            "conversations": [
+                {"role": "user", "content": "描述@图片"},
+                {"role": "assistant", "content": "zzqqzzqq<|im_end|>"},
+            ]
+        },
+    ]
+    jsonl = folder / "corpus.jsonl"
+    jsonl.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows * 50) + "\n", encoding="utf-8")
+    return text, jsonl
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    saved = folder / "saved"
+    result = run_script("--data_path", *write_corpus(folder), "--save_dir", saved, "--vocab_size", 300)
+    assert result.returncode == 0, result.stderr
+    return folder, saved, result.stdout
+
+
+def assert_form(folder, vocab_size):
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    assert [model["vocab"][token] for token in tokens] == list(range(vocab_size))
+    assert tokens[:3] == SPECIAL_TOKENS
+    assert tokens[3:259] == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert [token for token in tokens if "@" in token] == ["@"] and tokens[34] == "@"
+    assert len(model["merges"]) == vocab_size - 259
+    assert max(map(len, tokens[3:])) <= 12  # one symbol a byte: no phrases
+
+
+def test_script_trains_the_form(trained):
+    _, saved, output = trained
+    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert_form(saved, vocab_size=300)
+    assert "vocabulary: 300" in output and "bytes per token" in output and str(saved) in output
+    tokenizer = AutoTokenizer.from_pretrained(str(saved))
+    assert len(tokenizer) == 300
+    assert len(tokenizer.encode("红色")) < 6  # learned from the .txt
+    assert len(tokenizer.encode("zzqq")) < 4  # learned from a turn of the .jsonl
+    assert len(tokenizer.encode("蓝色")) < 6  # learned from "text" of the .jsonl
+
+
+def test_script_twice_gives_identical_files(trained, tmp_path):
+    folder, saved, _ = trained
+    # Run from inside trainer/, as many do.
+    corpus = [folder / "corpus.txt", folder / "corpus.jsonl"]
+    result = run_script("--data_path", *corpus, "--save_dir", tmp_path, "--vocab_size", 300, cwd=SCRIPT.parent)
+    assert result.returncode == 0, result.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == (SHIPPED / "tokenizer_config.json").read_bytes()
+
+
+def test_script_says_that_the_corpus_is_too_small(trained, tmp_path):
+    result = run_script("--data_path", trained[0] / "corpus.txt", "--save_dir", tmp_path / "none")
+    assert_one_line_error(result, "too small", "6400", "--vocab_size")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.txt", None, ["absent.txt", "no such file"]),
+        ("table.csv", b"a,b", ["table.csv", ".jsonl"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "not valid JSON"]),
+        ("list.jsonl", b"[1]\n", ["list.jsonl, line 1", "conversations"]),
+        ("turns.jsonl", b'{"conversations": "hello"}\n', ["turns.jsonl, line 1", "conversations"]),
+        ("gbk.txt", "红色".encode("gbk"), ["gbk.txt", "UTF-8"]),
+    ],
+)
+def test_script_says_what_is_wrong_with_a_file(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = run_script("--data_path", tmp_path / name, "--save_dir", tmp_path / "saved", "--vocab_size", 260)
+    assert_one_line_error(result, *words)
+
+
+def test_script_says_what_is_wrong_with_a_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_script("--vocab_size", 258, "--save_dir", tmp_path / "file")
+    assert_one_line_error(result, "--vocab_size must be at least 259", "--save_dir")
+
+
+def test_script_names_the_package_that_the_built_in_corpus_needs(tmp_path):
+    (tmp_path / "jieba.py").write_text("")  # hides an installed jieba, and has no word list
+    result = run_script("--save_dir", tmp_path / "saved", PYTHONPATH=str(tmp_path))
+    assert_one_line_error(result, "pip install jieba==0.42.1", "--data_path")
+
+
+def test_shipped_form(tokenizer):
+    assert_form(SHIPPED, vocab_size=6400)
+    assert len(tokenizer) == 6400 and tokenizer.is_fast
+    assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == [0, 1, 2]
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 0)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.model_max_length == 32768
+    assert sorted(path.name for path in SHIPPED.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_shipped_adds_nothing_of_its_own(tokenizer):
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode(tokenizer.encode("a"), skip_special_tokens=False) == "a"
+
+
+def test_special_tokens_are_found_in_text_and_left_out_of_answers(tokenizer):
+    ids = tokenizer.encode("<|im_start|>user\n好<|im_end|>\n<|endoftext|>")
+    assert (ids[0], ids[-3], ids[-1]) == (1, 2, 0)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\n好\n"
+
+
+def test_an_image_is_196_tokens(tokenizer):
+    assert tokenizer.encode("@" * 196) == [34] * 196
+    assert tokenizer.encode("描述这张图片\n" + "@" * 392 + "\n好").count(34) == 392
+
+
+@pytest.mark.parametrize(
+    "text", ["a@b", " @", "@ ", "@@", "邮箱a@b.com", "图@图", "\n@\n", "@1", "。@，", "<@>", "@\u0301", "@'s"]
+)
+def test_the_image_character_is_always_a_token_of_its_own(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.count(34) == text.count("@")
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=300, deadline=None, database=None)  # no database: nothing is written into the project
+@given(text=st.text(alphabet=st.one_of(st.sampled_from("@ \n.'红，a"), st.characters(exclude_categories=["Cs"]))))
+@example(" a  ,  b . n't 's\r\n\t")
+@example("👩‍👩‍👧 e\u0301 \u00e9 \u3000　𠀀 \x00 \ufffd")
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.count(34) == text.count("@")
+
+
+@pytest.mark.parametrize("word", SCENE_WORDS)
+def test_scene_words_are_one_or_two_tokens(tokenizer, word):
+    assert len(tokenizer.encode(word)) <= 2
+    assert all(len(tokenizer.encode(character)) == 1 for character in word)
+
+
+def test_punctuation_digits_and_newline_are_single_tokens(tokenizer):
+    for character in "，。！？：；（）、“”,.!?:;()\n0123456789":
+        assert len(tokenizer.encode(character)) == 1, character
+
+
+def test_chat_template(tokenizer):
+    turns = [{"role": "user", "content": "描述\n@@"}, {"role": "assistant", "content": " 红色。\n"}]
+    system = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+    user = "<|im_start|>user\n描述\n@@<|im_end|>\n"
+    answer = "<|im_start|>assistant\n 红色。\n<|im_end|>\n"
+
+    def render(conversation, **options):
+        return tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+
+    assert render(turns) == system + user + answer
+    assert render(turns[:1], add_generation_prompt=True) == system + user + "<|im_start|>assistant\n"
+    assert render(turns + turns) == system + (user + answer) * 2
+    own_system = [{"role": "system", "content": "简短"}, *turns]
+    assert render(own_system) == "<|im_start|>system\n简短<|im_end|>\n" + user + answer
+    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert ids == tokenizer.encode(system + user + answer)

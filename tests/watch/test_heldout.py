@@ -1,0 +1,437 @@
+"""Held-out rows: which they are, what is measured on them, what the model says about them, and that training is the same."""
+
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import EVAL, PRETRAIN, SECONDS, SFT, pretrain_row, read_jsonl, write_jsonl
+
+from dataset.lm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer.setup import load_tokenizer
+from trainer.support.processes import Processes
+from trainer.watch import heldout as evaluation
+from trainer.watch.heldout import Evaluator, perplexity, without_images
+from trainer.watch.progress import Progress
+from trainer.watch.samples import as_text, first_answer
+from trainer.watch.watcher import Watch
+
+pytest_plugins = ["tiny"]
+
+FLAGS = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 4, "--learning_rate", 1e-3, "--log_interval", 2]
+CPU = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return load_tokenizer(world.tokenizer)
+
+
+def rows_of(world, tokenizer, stage="sft", images=None) -> VLMDataset:
+    cache = world.root / "cache"
+    return VLMDataset(world.root / f"{stage}.jsonl", images or world.images, tokenizer, 1536, cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    torch.manual_seed(0)
+    return MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower).train()
+
+
+def measured(data, model, batch_size=4):
+    return Evaluator(data, model, CPU, torch.float32, batch_size).measure()
+
+
+# ---- what is measured
+
+
+@torch.no_grad()
+def summed_loss(model, sample, pixel_values) -> tuple[float, int]:
+    """A row by itself, the model's own loss."""
+    learned = int((sample["labels"] != -100).sum())
+    starts = torch.stack((torch.zeros_like(sample["image_starts"]), sample["image_starts"]), dim=1)
+    inputs = {"input_ids": sample["input_ids"][None], "labels": sample["labels"][None]}
+    output = model(**inputs, pixel_values=pixel_values if len(starts) else None, image_starts=starts)
+    return output.loss.item() * learned, learned
+
+
+def test_the_three_losses_are_those_of_each_row_by_itself(world, tokenizer, model):
+    data = rows_of(world, tokenizer)
+    samples = [data[index] for index in np.argsort(data.lengths, kind="stable")]
+    pictured = [sample for sample in samples if len(sample["image_starts"])]
+    partners = pictured[len(pictured) // 2 :] + pictured[: len(pictured) // 2]
+    others = {id(sample): partner["pixel_values"] for sample, partner in zip(pictured, partners, strict=True)}
+    sums = np.zeros(3)
+    tokens = 0
+    for sample in samples:
+        own = sample["pixel_values"]
+        other = others.get(id(sample), own)
+        other = torch.cat([other, other])[: len(own)]
+        for way, (row, pixels) in enumerate(((sample, own), (sample, other), (without_images(sample), own[:0]))):
+            loss, learned = summed_loss(model, row, pixels)
+            sums[way] += loss
+        tokens += learned
+    held_out = measured(data, model)
+    found = [held_out.loss, held_out.loss_shuffled, held_out.loss_blind]
+    assert found == pytest.approx(sums / tokens, rel=1e-4)  # features are kept in half precision
+    assert (held_out.samples, held_out.tokens) == (len(data), tokens)
+    assert held_out.gap_shuffled == pytest.approx((sums[1] - sums[0]) / tokens, abs=1e-4)
+    assert held_out.gap_blind == pytest.approx((sums[2] - sums[0]) / tokens, abs=1e-4)
+    assert len(set(np.round(found, 5))) == 3
+
+
+def test_measuring_changes_nothing(world, tokenizer, model):
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    random = torch.get_rng_state()
+    first, second = (measured(rows_of(world, tokenizer), model) for _ in range(2))
+    assert first.loss == second.loss
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
+
+
+def test_a_model_that_ignores_the_pictures_has_no_gap(world, tokenizer, model):
+    blind = MiniMindVLM(model.config, vision_model_path=world.tower)
+    blind.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(blind.vision_proj.vision_proj[0].weight)
+    assert measured(rows_of(world, tokenizer), blind).gap_shuffled == pytest.approx(0, abs=1e-6)
+
+
+def test_what_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
+    for name, rows, blind_too in (
+        ("text", [{"conversations": pretrain_row(0)["conversations"]}], True),
+        ("one", [pretrain_row(0)], False),
+    ):
+        if blind_too:
+            rows[0]["conversations"][0]["content"] = "说。"
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        held_out = measured(VLMDataset(path, world.images, tokenizer, 640, cache_dir=world.root / "cache"), model)
+        assert held_out.loss > 0
+        assert held_out.loss_shuffled is held_out.gap_shuffled is None
+        assert (held_out.loss_blind is None) == blind_too
+        assert "-" in str(held_out)
+
+
+def test_more_pictures_than_are_kept_give_the_same(world, tokenizer, model, monkeypatch):
+    data = rows_of(world, tokenizer)
+    kept = measured(data, model)
+    monkeypatch.setattr(evaluation, "KEPT_PICTURES", 3)
+    evaluator = Evaluator(data, model, CPU, torch.float32, 4)
+    again = evaluator.measure()
+    assert not evaluator.seen
+    for name in ("loss", "loss_shuffled", "loss_blind"):
+        assert getattr(again, name) == pytest.approx(getattr(kept, name), rel=1e-4)
+
+
+def test_a_broken_picture_is_left_out_and_named(world, tokenizer, model, tmp_path):
+    for path in world.images.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes() if path.name != "3.jpg" else b"no picture")
+    data = rows_of(world, tokenizer, "pretrain", tmp_path)
+    evaluator = Evaluator(data, model, CPU, torch.float32, 4)
+    assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
+    assert evaluator.measure().samples == len(data) - len(evaluator.skipped)
+    assert {error.name for error in evaluator.skipped} == {"3.jpg"}
+
+
+def test_perplexity():
+    assert perplexity(math.log(6400)) == pytest.approx(6400)
+    assert perplexity(1e6) == math.inf
+
+
+# ---- which rows are held out
+
+
+def held_out_of(world, tokenizer, tmp_path, rows, name="rows.jsonl"):
+    path, images = write_jsonl(tmp_path / name, rows), tmp_path / "images"
+    images.mkdir(exist_ok=True)
+    for number, picture in enumerate({row["image"] for row in rows if "image" in row}):
+        if not (images / picture).exists():
+            (images / picture).symlink_to(world.images / f"{number % 12}.jpg")
+    data = VLMDataset(path, images, tokenizer, 640, cache_dir=world.root / "cache")
+    return data, data.hold_out()
+
+
+def said(data: VLMDataset, tokenizer) -> set[str]:
+    return {tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in (data[i] for i in range(len(data)))}
+
+
+def many_rows(count: int, pictures: int | None = None) -> list[dict]:
+    """Rows that each say something else; each about a picture of its own, or of a few."""
+    rows = []
+    for number in range(count):
+        row = pretrain_row(number)
+        row["conversations"][1]["content"] = f"第{number}张。"
+        row["image"] = f"copy_{number if pictures is None else number % pictures}.jpg"
+        rows.append(row)
+    return rows
+
+
+def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, tokenizer, tmp_path):
+    rows = many_rows(400)
+    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
+    assert (len(data), len(held_out)) == (396, 4)
+    assert not said(data, tokenizer) & said(held_out, tokenizer)
+    assert len(said(data, tokenizer) | said(held_out, tokenizer)) == 400
+    assert data.picture_count == 396
+    other, again = held_out_of(world, tokenizer, tmp_path, rows[::-1], "reversed.jsonl")
+    assert said(again, tokenizer) == said(held_out, tokenizer)
+
+
+def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
+    assert len(held_out) == 4
+    shown = [
+        {
+            name
+            for row in of.rows.with_format("arrow")[of._positions(range(len(of))).tolist()].to_pylist()
+            for name in row["pictures"]
+        }
+        for of in (data, held_out)
+    ]
+    assert len(shown[1]) == 1
+    assert not shown[0] & shown[1]
+
+
+def test_few_rows_are_all_trained_on(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(99))
+    assert held_out is None
+    assert len(data) == 99
+
+
+def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(300, pictures=1))
+    assert (len(data), len(held_out)) == (297, 3)
+
+
+def test_rows_without_pictures_are_held_out_by_their_words(world, tokenizer, tmp_path):
+    rows = many_rows(300)
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["content"] = "说。"
+    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
+    assert (len(data), len(held_out)) == (297, 3)
+
+
+# ---- in a run
+
+
+@pytest.fixture(scope="module")
+def watched(world, tmp_path_factory):
+    """A run that measures on the pretraining rows every four steps, by one process."""
+    return run(world, world.copy_of_out(tmp_path_factory.mktemp("watched") / "out"), *watching(world))
+
+
+def watching(world) -> list:
+    return ["--eval_data", world.root / "pretrain.jsonl", "--eval_interval", 4]
+
+
+def run(world, out, *flags, **how):
+    result = world.run(SFT, *world.files("sft", out), *FLAGS, *flags, **how).passed()
+    return result, out
+
+
+def evals(out) -> list[dict]:
+    return [row for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl") if "eval" in row]
+
+
+def test_it_is_measured_at_the_interval_and_at_the_end(watched):
+    result, out = watched
+    assert [row["step"] for row in evals(out)] == [4, 8, 12, 14]
+    last = evals(out)[-1]["eval"]
+    assert last["samples"] == 26
+    assert last["gap_shuffled"] == pytest.approx(last["loss_shuffled"] - last["loss"], abs=2e-6)
+    assert f"step 14  held out: loss {last['loss']:.4f}  other pictures {last['loss_shuffled']:.4f}" in result.out
+    assert "held out     26 rows of " in result.out
+    assert "measured every 4 steps" in result.out
+
+
+def test_at_most_ten_times_a_run_where_no_interval_is_given(world, tmp_path):
+    _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", world.root / "pretrain.jsonl")
+    assert [row["step"] for row in evals(out)] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_training_is_bit_identical_with_and_without_it(world, watched, tmp_path):
+    _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
+    a, b = (torch.load(folder / "sft_vlm_32_resume.pth", weights_only=True) for folder in (out, watched[1]))
+    assert all(torch.equal(tensor, b["learned"][name]) for name, tensor in a["learned"].items())
+    assert torch.equal(a["random"][0]["cpu"], b["random"][0]["cpu"])
+    assert not evals(out)
+    trained = [
+        [row["loss"] for row in read_jsonl(folder / "sft_vlm_32.metrics.jsonl") if "loss" in row]
+        for folder in (out, watched[1])
+    ]
+    assert trained[0] == trained[1]
+
+
+def test_two_processes_measure_the_same(world, watched, tmp_path):
+    _, out = run(world, world.copy_of_out(tmp_path / "out"), *watching(world), "--batch_size", 2, ranks=2)
+    for row, expected in zip(evals(out), evals(watched[1]), strict=True):
+        assert row["step"] == expected["step"]
+        for name in ("loss", "loss_shuffled", "loss_blind"):
+            assert row["eval"][name] == pytest.approx(expected["eval"][name], rel=1e-4)
+        assert row["eval"]["samples"] == expected["eval"]["samples"]
+
+
+def test_the_descriptions_are_kept_step_by_step(watched):
+    _, out = watched
+    folder = out / "sft_vlm_32_samples"
+    rows = read_jsonl(folder / "samples.jsonl")
+    assert [row["step"] for row in rows[::8]] == [4, 8, 12, 14]
+    assert len(rows) == 4 * 8
+    assert (
+        {row["picture"] for row in rows}
+        == {path.name for path in folder.glob("*.jpg")}
+        == {f"{n}.jpg" for n in range(8)}
+    )
+    assert rows[0]["prompt"] == "描述这张图片"
+    assert rows[0]["reference"] == pretrain_row(0)["conversations"][1]["content"]
+    page = (out / "sft_vlm_32_samples.md").read_text(encoding="utf-8")
+    assert page.count("![") == 8
+    assert "| expected | 红色的圆形，第0张。 |" in page
+    for row in rows:
+        assert f"| {row['step']} | {as_text(row['description'])} |" in page
+
+
+def test_the_time_it_takes_is_in_no_speed(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def taking(seconds, result):
+        def call(*_):
+            now[0] += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(4, 0, 2, tmp_path / "metrics.jsonl")
+    run = SimpleNamespace(device=CPU.device, processes=CPU)
+    watch = Watch.__new__(Watch)
+    watch.run, watch.model, watch.folder = run, None, tmp_path
+    watch.evaluator = SimpleNamespace(measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 8, 80, 5.0)), skipped=[])
+    watch.samples = SimpleNamespace(describe=taking(7.0, []))
+    watch.look(progress, 1, 1)
+    taking(2.0, None)()
+    progress.add(torch.tensor([1.0, 1.0]), samples=10, tokens=100, data_seconds=0.0)
+    assert progress.report(2, 1, 1e-3, {})["samples_per_second"] == 5.0
+
+
+def test_the_run_ends_in_a_page(watched):
+    result, out = watched
+    assert f"its page: {out / 'sft_vlm_32.report.html'}" in result.out
+    assert "grounding gap" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8").lower()
+
+
+def test_a_resumed_run_measures_and_describes_as_one_in_one_go(world, watched, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    killed = """
+import os, signal, model.model_vlm, trainer.loop
+step, calls = trainer.loop.Trainer._learn, []
+def counted(*inputs, **named):
+    calls.append(1)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*inputs, **named)
+trainer.loop.Trainer._learn = counted
+"""
+    flags = [*world.files("sft", out), *FLAGS, *watching(world), "--save_interval", 3]
+    assert world.run(SFT, *flags, hook=killed).code == -9
+    world.run(SFT, *flags, "--from_resume", 1).passed()
+
+    def without_seconds(folder):
+        return [row | {"eval": {k: v for k, v in row["eval"].items() if k != "seconds"}} for row in evals(folder)]
+
+    assert without_seconds(out) == without_seconds(watched[1])
+    samples = [(folder / "sft_vlm_32_samples" / "samples.jsonl").read_text() for folder in (out, watched[1])]
+    assert samples[0] == samples[1]
+
+
+def test_held_out_rows_that_are_not_there_are_told(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    flags = [*world.files("sft", out), *FLAGS, "--eval_data", "no_such.jsonl"]
+    world.run(SFT, *flags).refused("no such data file", "no_such.jsonl")
+
+
+# ---- eval_vlm.py
+
+
+def test_eval_measures_a_file_the_same_with_one_process_and_two(world, watched, tmp_path):
+    _, out = watched
+    results = []
+    for ranks in (1, 2):
+        path = tmp_path / f"{ranks}.json"
+        flags = ["--eval_data", world.root / "pretrain.jsonl", "--images_path", world.images, "--json", path]
+        done = world.run(EVAL, *world.eval_files(out), *flags, "--batch_size", 4, ranks=ranks).passed()
+        results.append(json.loads(path.read_text()))
+        assert f"(perplexity {results[-1]['perplexity']:.3f})" in done.out
+    one, two = results
+    last = evals(out)[-1]["eval"]
+    for name in ("loss", "loss_shuffled", "loss_blind"):
+        assert one[name] == pytest.approx(last[name], rel=2e-3)  # the weight file is in half precision
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+    assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+    assert one["exact_match"] == two["exact_match"]
+    assert one["short_answers"] == two["short_answers"] > 0
+
+
+def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model, monkeypatch, tmp_path):
+    rows = [pretrain_row(number) for number in range(5)]
+    for row, answer in zip(rows, ["红", "绿", "蓝", "黄", "长" * 60], strict=True):
+        row["conversations"][1]["content"] = answer
+    data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, cache_dir=tmp_path)
+    said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
+    monkeypatch.setattr(evaluation, "first_answers", lambda model, tokenizer, rows, longest: [next(said) for _ in rows])
+    evaluator = Evaluator(data, model, CPU, torch.float32, 2)
+    assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
+    assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--chat", "--image", "a.jpg"], "--image and --chat: give one of them"),
+        (["--json", "x.json"], "--eval_data only"),
+        (["--eval_data", "no_such.jsonl"], "no such data file"),
+    ],
+)
+def test_eval_flags_that_do_not_fit_are_told(world, watched, flags, said):
+    world.run(EVAL, *world.eval_files(watched[1]), *flags).refused(said)
+
+
+def test_a_talk_keeps_its_history_and_takes_pictures(world, watched):
+    lines = ["你好", str(world.images / "0.jpg"), str(world.images / "none.jpg"), "图中有什么？", "在哪里？", ""]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", EVAL, *world.eval_files(watched[1]), "--chat", "--temperature", "0"],
+        input="\n".join(lines),
+        env=world.environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 3
+    assert "added 0.jpg" in done.stdout
+    assert "not added: " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_first_answer():
+    labels = torch.tensor([-100, -100, 5, 6, -100, 7])
+    assert first_answer(labels) == (2, 4)
+    assert first_answer(labels[:4]) == (2, 4)
+
+
+def test_it_is_shown_in_the_bar_and_sent_to_wandb(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    files = [*world.files("pretrain", out), *watching(world), "--epochs", 1]
+    result = world.run(PRETRAIN, *files, "--use_wandb", env={"WANDB_MODE": "offline"}, terminal=True).passed()
+    assert "held out=" in result.out
+    [log] = out.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"gap_shuffled" in log.read_bytes()
+    [media] = out.glob("wandb/offline-run-*/files/media")
+    assert len(list(media.glob("images/eval/pictures_2_*"))) == 8
+    assert "描述这张图片" in next(media.glob("table/eval/descriptions_2_*")).read_text(encoding="utf-8")

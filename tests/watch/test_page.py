@@ -1,0 +1,328 @@
+"""The report of a run: one HTML file that needs nothing else, from whatever of the run's files there are."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from common.errors import UsageError
+from common.paths import ROOT
+from scripts import report
+from scripts.report import find_run
+from trainer.watch.charts import Series, evenly, line_chart, log_ticks, thin, tick_label, ticks
+from trainer.watch.page import write_report
+
+NAME = "sft_vlm_128"
+VOID = {"meta", "img", "br", "hr", "link"}
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed in its turn; keeps tags, attributes and text."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def training_row(step: int, **changed) -> dict:
+    row = {"step": step, "epoch": 1 + step // 50, "loss": 5 / (step + 1), "learning_rate": 4e-3, "data_wait": 0.01}
+    row |= {"samples_per_second": 31.5, "tokens_per_second": 900.0, "learned_tokens": 1000, "seconds": step * 2.0}
+    return row | {"skipped_pictures": 3, "skipped_steps": 0} | changed
+
+
+def evaluation_row(step: int, loss: float = 0.321, gap: float = 1.789) -> dict:
+    losses = {"loss": loss, "loss_shuffled": loss + gap, "loss_blind": loss + 2, "gap_shuffled": gap, "gap_blind": 2.0}
+    return {"step": step, "epoch": 1, "eval": losses | {"samples": 50, "tokens": 612, "seconds": 3.2}}
+
+
+def sample_row(step: int, description: str, **changed) -> dict:
+    row = {"step": step, "picture": "0.jpg", "prompt": "描述这张图片\n<image>", "reference": "一个红色圆形。"}
+    return row | {"description": description} | changed
+
+
+def write_jsonl(path: Path, rows: list):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_metrics(folder: Path, rows: list, name: str = NAME):
+    write_jsonl(folder / f"{name}.metrics.jsonl", rows)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """A run with all its files."""
+    write_metrics(
+        tmp_path, [training_row(step) for step in range(10, 110, 10)] + [evaluation_row(50), evaluation_row(100)]
+    )
+    sidecar = {"stage": "sft", "assets": "built-in", "versions": {"torch": "2.13.0"}, "git_commit": "abcdef0123456789+"}
+    sidecar |= {"config": {"hidden_size": 128, "vocab_size": 6400}, "written": "2026-11-21T21:52:51+00:00"}
+    sidecar |= {"arguments": {"epochs": 3, "learning_rate": 0.001, "log_interval": 77, "device": None}}
+    (tmp_path / f"{NAME}.json").write_text(json.dumps(sidecar), encoding="utf-8")
+    samples = tmp_path / f"{NAME}_samples"
+    rows = [sample_row(step, f"描述{step}") for step in range(0, 100, 10)] + [sample_row(100, "一个红色圆形。")]
+    write_jsonl(samples / "samples.jsonl", rows)
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(samples / "0.jpg")
+    table = [
+        {"name": "right pictures", "attributes": 0.966, "captions": 0.895},
+        {"name": "chance", "attributes": 0.284},
+    ]
+    (samples / "scenes.json").write_text(json.dumps({"step": 100, "scenes": 200, "rows": table}), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
+    path = write_report(out, NAME)
+    assert path == out / f"{NAME}.report.html"
+    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
+    page = Page(path)
+    assert "http:" not in page.source and "https:" not in page.source
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
+    assert not re.search(r"@import|url\(", page.source)
+    assert "prefers-color-scheme: dark" in page.source
+    assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
+    assert len(page.all("img")) == 1 and len(page.all("svg")) == 4
+    for told in (
+        "Held-out loss 0.321",
+        "grounding gap 1.789 nats",
+        "100 steps in 3:20",
+        "2026-11-21 21:52 UTC",
+        "2.110",
+    ):
+        assert told in page.text
+    for told in (
+        "96.6%",
+        "89.5%",
+        "28.4%",
+        "–",
+        "200 held-out scenes",
+        "10,000",
+        "31.5",
+        "log_interval",
+        "77",
+        "not given",
+    ):
+        assert told in page.text
+    for told in ("Fine-tuning · built-in files", "2.13.0", "abcdef012345 and changes", "描述这张图片", "✓", "0.001"):
+        assert told in page.text
+    assert "Left out" not in page.text and "ignored)" not in page.text
+
+
+def test_a_picture_is_described_at_six_steps_the_first_and_the_last_among_them(out):
+    page = Page(write_report(out, NAME))
+    assert re.findall(r"描述(\d+)", page.text) == ["0", "20", "40", "60", "80"]
+    assert page.text.count("一个红色圆形。") == 2  # the last description, and the reference
+    assert evenly(range(3), 6) == [0, 1, 2] and evenly(range(100), 3) == [0, 50, 99]
+
+
+def test_at_most_eight_pictures_and_the_later_of_two_descriptions_at_a_step(out):
+    rows = [sample_row(5, f"words of {i}", picture=f"{i}.jpg") for i in range(12)]
+    rows.append(sample_row(5, "said again", picture="3.jpg"))
+    write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
+    page = Page(write_report(out, NAME))
+    assert len(page.all("article")) == 8 and "said again" in page.text and "words of 3" not in page.text
+
+
+def test_only_metrics_are_needed_and_what_is_missing_is_said(tmp_path):
+    write_metrics(tmp_path, [training_row(10), training_row(20)])
+    page = Page(write_report(tmp_path, NAME))
+    assert "Training loss 0.238" in page.text and "20 steps in 0:40" in page.text
+    assert len(page.all("svg")) == 3
+    for path in (f"{NAME}.json", "samples.jsonl"):
+        assert re.search(rf"Left out: \S*{path} is not there", page.text)
+    assert "Left out: this run was not evaluated" in page.text
+    assert "Built-in scenes" not in page.text  # nothing says that this run was on the built-in set
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", '"text"', "\xff"])
+def test_damaged_optional_files_are_left_out(out, content):
+    for path in (
+        out / f"{NAME}.json",
+        out / f"{NAME}_samples" / "scenes.json",
+        out / f"{NAME}_samples" / "samples.jsonl",
+    ):
+        path.write_bytes(content.encode("latin-1"))
+    page = Page(write_report(out, NAME))
+    assert page.text.count("cannot be read") == 2 and "no picture was described" in page.text
+
+
+def test_parts_of_another_kind_than_expected_do_not_stop_the_page(out):
+    (out / f"{NAME}.json").write_text('{"arguments": [], "config": 5, "stage": {}, "written": 3, "assets": "built-in"}')
+    (out / f"{NAME}_samples" / "scenes.json").write_text('{"rows": 3}')
+    rows = [{"step": 1}, {"step": "2"}, {"step": True}, {"step": -1}, {"step": 10**400}, 7, None, sample_row(3, None)]
+    write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
+    write_metrics(
+        out,
+        [
+            {"step": 1},
+            {"step": 2, "loss": "x", "epoch": []},
+            {"step": 3, "eval": {"loss": True}},
+            {"step": 4, "eval": 5},
+        ],
+    )
+    page = Page(write_report(out, NAME))
+    assert "scenes.json holds no rows" in page.text and "Left out: the metrics hold none" in page.text
+
+
+def test_text_from_files_is_escaped(tmp_path):
+    hostile_name = "a<b>&c"
+    write_metrics(tmp_path, [training_row(1), evaluation_row(1)], hostile_name)
+    sidecar = dict.fromkeys(("stage", "assets", "git_commit", "written"), HOSTILE)
+    sidecar |= {part: {HOSTILE: HOSTILE, "hidden_size": HOSTILE} for part in ("config", "arguments", "versions")}
+    (tmp_path / f"{hostile_name}.json").write_text(json.dumps(sidecar))
+    samples = tmp_path / f"{hostile_name}_samples"
+    row = sample_row(1, HOSTILE + "\ud800", prompt=HOSTILE, reference=HOSTILE, picture=HOSTILE)
+    write_jsonl(samples / "samples.jsonl", [row])
+    scenes = {"step": HOSTILE, "scenes": HOSTILE, "rows": [{"name": HOSTILE, "attributes": HOSTILE}]}
+    (samples / "scenes.json").write_text(json.dumps(scenes))
+    page = Page(write_report(tmp_path, hostile_name))
+    assert not page.all("script") and not page.all("img") and not page.all("b")[2:]
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert page.text.count("alert(1)") > 10 and hostile_name in page.text
+
+
+def test_a_row_cannot_bring_another_file_onto_the_page(out):
+    Image.new("RGB", (8, 8)).save(out / "secret.jpg")
+    (out / f"{NAME}_samples" / "note.jpg").write_text("no picture")
+    names = ["../secret.jpg", str(out / "secret.jpg"), "..", ".", "", "note.jpg", "gone.jpg", "a\0b", "0.jpg"]
+    write_jsonl(
+        out / f"{NAME}_samples" / "samples.jsonl", [sample_row(1, "words", picture=name) for name in names[-8:]]
+    )
+    assert len(Page(write_report(out, NAME)).all("img")) == 1
+    write_jsonl(
+        out / f"{NAME}_samples" / "samples.jsonl", [sample_row(1, "words", picture=name) for name in names[:-1]]
+    )
+    page = Page(write_report(out, NAME))
+    assert not page.all("img") and page.text.count("cannot be shown") == 8
+
+
+def test_null_nan_and_infinity_make_gaps(tmp_path):
+    losses = [3.0, 2.0, None, float("nan"), 1.5, float("inf"), 1.2, 1.1]
+    write_metrics(tmp_path, [training_row(i, loss=loss) for i, loss in enumerate(losses)])
+    path = tmp_path / f"{NAME}.metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 9, "loss": 9.')  # cut off while it was written
+    page = Page(write_report(tmp_path, NAME))
+    loss = page.source[: page.source.index("Grounding gap")]
+    assert len(re.findall(r'class="curve" d="', loss)) == 2 and loss.count("<circle") == 1
+    assert not re.search(r"\bnan\b|\binf\b", page.source, re.IGNORECASE)
+    assert "Training loss 1.100" in page.text
+
+
+@pytest.mark.parametrize("loss", [None, 0.0, 2.5, -1.0, 1e30])
+def test_metrics_of_one_row(tmp_path, loss):
+    write_metrics(tmp_path, [training_row(1, loss=loss)])
+    page = Page(write_report(tmp_path, NAME))
+    assert len(page.all("circle")) == (2 if loss is None else 3)
+    assert ("Left out: the metrics hold none" in page.text) == (loss is None)
+
+
+def test_an_ignored_picture_and_a_resumed_run(tmp_path):
+    rows = [training_row(1, seconds=100.0), training_row(2, seconds=200.0), training_row(3, seconds=40.0)]
+    write_metrics(tmp_path, [*rows, evaluation_row(3, gap=0.002)])
+    text = Page(write_report(tmp_path, NAME)).text
+    assert "grounding gap 0.002 nats per token (the picture is ignored)" in text and "3 steps in 4:00" in text
+
+
+def test_thousands_of_points_keep_their_spikes():
+    values = [(step, 1.0) for step in range(10_000)]
+    values[4_321], values[7_777], values[5_000] = (4_321, 99.0), (7_777, -5.0), (5_000, None)
+    kept, bucket = thin(values)
+    assert len(kept) <= 500 and bucket > 1 and kept == sorted(kept, key=lambda point: point[0])
+    assert {values[0], values[-1], values[4_321], values[7_777], values[5_000]} <= set(kept)
+    assert thin(values[:500]) == (values[:500], 1)
+    assert thin([(step, None) for step in range(2_000)])[0][-1] == (1_999, None)
+    chart = line_chart("Loss", "nats", [Series("training", values)])
+    assert f"lowest and highest of each {bucket} of 10,000 reports" in chart
+
+
+def test_ticks_are_round_and_enclose_the_values():
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0, 0.001) == [0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001]
+    assert ticks(0, 3, least=1.0) == [0, 1, 2, 3]
+    assert ticks(-1.3, 2.2) == [-2, -1, 0, 1, 2, 3]
+    assert log_ticks(0.015, 2.5) == [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    assert 3 <= len(log_ticks(1e-9, 1e12)) <= 8
+    labels = [tick_label(value) for value in (0, 0.25, 4e-4, 1500, 20_000, 3e6, 2e12, -0.5)]
+    assert labels == ["0", "0.25", "4e-4", "1,500", "20k", "3M", "2e12", "-0.5"]
+
+
+def test_a_logarithmic_axis_is_said():
+    steep = [(1, 8.0), (2, 0.1), (3, 0.01)]
+    assert "log scale" in line_chart("Loss", "nats", [Series("training", steep)], may_be_log=True)
+    assert "log scale" not in line_chart("Loss", "nats", [Series("training", steep)])
+    assert "log scale" not in line_chart("Loss", "nats", [Series("training", [(1, 8.0), (2, 0.0)])], may_be_log=True)
+
+
+@pytest.mark.parametrize(
+    "ending", ["", ".pth", ".json", ".metrics.jsonl", ".report.html", "_resume.pth", "_samples", "_samples.md"]
+)
+def test_a_run_is_named_by_any_of_its_files(tmp_path, monkeypatch, ending):
+    write_metrics(tmp_path / "out", [training_row(1)])
+    assert find_run(tmp_path / "out" / f"{NAME}{ending}") == (tmp_path / "out", NAME)
+    monkeypatch.chdir(tmp_path)
+    assert find_run(Path("out") / f"{NAME}{ending}") == (tmp_path / "out", NAME)
+    monkeypatch.setattr(report, "ROOT", tmp_path)  # from another folder: as the project prints its paths
+    monkeypatch.chdir("/")
+    assert find_run(Path("out") / f"{NAME}{ending}") == (tmp_path / "out", NAME)
+
+
+def test_a_folder_names_the_one_run_in_it(tmp_path):
+    with pytest.raises(UsageError, match=r"is no run: there is no .*\*\.metrics\.jsonl"):
+        find_run(tmp_path)
+    write_metrics(tmp_path, [training_row(1)], "a")
+    assert find_run(tmp_path) == (tmp_path, "a")
+    write_metrics(tmp_path, [training_row(1)], "b")
+    with pytest.raises(
+        UsageError, match=rf"holds 2 runs; name one:\n.*report.py {tmp_path}/a\n.*report.py {tmp_path}/b"
+    ):
+        find_run(tmp_path)
+
+
+def test_metrics_that_are_missing_or_empty(tmp_path):
+    with pytest.raises(UsageError, match=rf"{NAME}.metrics.jsonl cannot be read: No such file"):
+        write_report(tmp_path, NAME)
+    write_metrics(tmp_path, [])
+    with pytest.raises(UsageError, match="holds no report of a training step"):
+        write_report(tmp_path, NAME)
+
+
+def test_the_command_from_another_folder(tmp_path):
+    write_metrics(tmp_path / "out", [training_row(1)])
+    shutil.copytree(tmp_path / "out", tmp_path / "two" / "out")
+    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
+    done = subprocess.run([*command, f"out/{NAME}.pth"], cwd=tmp_path / "two", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and f"{NAME}.report.html" in done.stdout
+    assert (tmp_path / "two" / "out" / f"{NAME}.report.html").is_file()
+    failed = subprocess.run([*command, "out/gone"], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+    assert "gone.metrics.jsonl" in failed.stderr

@@ -1,0 +1,121 @@
+"""Where every file lies, and which set of files a command uses: the published, the built-in, or your own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UsageError
+from common.paths import (
+    BUILTIN_DATASET_DIR,
+    BUILTIN_HIDDEN_SIZE,
+    BUILTIN_TOKENIZER_DIR,
+    BUILTIN_TOWER_DIR,
+    DATASET_DIR,
+    TOKENIZER_DIR,
+    TOWER_DIR,
+    display_path,
+)
+
+# What teaches the small built-in model; the published settings are for one 16 and more times its size.
+BUILTIN_RECIPE = {
+    "pretrain": {"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20},
+    "sft": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50},
+}
+
+TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+DATA_FLAGS = ("data_path", "images_path")
+MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One thing that a stage needs, where it lies by default, and the command that gets it."""
+
+    what: str
+    path: Path
+    command: str
+    contains: tuple[str, ...] = ()  # one of these must be in the folder, or its download was interrupted
+
+    @property
+    def is_complete(self) -> bool:
+        return any((self.path / name).is_file() for name in self.contains) if self.contains else self.path.exists()
+
+    def __str__(self):
+        return f"{self.what}: {display_path(self.path)} ({self.command})"
+
+
+def published_data(stage: str) -> tuple[Path, Path]:
+    """The stage's data file (jsonl, or parquet where only that is there) and its pictures' folder."""
+    jsonl, parquet = (DATASET_DIR / f"{stage}_data.{ending}" for ending in ("jsonl", "parquet"))
+    return (parquet if parquet.is_file() and not jsonl.is_file() else jsonl), DATASET_DIR / f"{stage}_images"
+
+
+def published_files(stage: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
+    """What the stage needs of the published files, by the flag that would name another."""
+    data_path, images_path = published_data(stage)
+    files = {
+        "vision_model_path": PublishedFile(
+            "vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS
+        ),
+        "tokenizer_path": PublishedFile(
+            "tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer", ("tokenizer.json",)
+        ),
+        "data_path": PublishedFile("data", data_path, f"python scripts/download.py {stage}"),
+        "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {stage}"),
+    }
+    if data_path.suffix == ".parquet":
+        del files["images_path"]
+    if from_weight == "llm":
+        size = hidden_size or 512
+        command = f"python scripts/download.py llm --hidden_size {size}"
+        files["from_weight"] = PublishedFile("language model", save_dir / f"llm_{size}.pth", command)
+    return files
+
+
+def choose_assets(args, stage: str) -> str:
+    """Fills the paths that were not given in `args`, from the published or the built-in files.
+
+    Returns:
+        "built-in" where nothing was downloaded and no path given; else "published" (which may be your own by flags).
+
+    Raises:
+        UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
+    """
+    files = published_files(stage, args.from_weight, args.hidden_size, Path(args.save_dir))
+    given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
+    there = [flag for flag, file in files.items() if file.path.exists()]
+    if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
+        there.append("from_weight")  # of another size than the first guess
+    other_size = args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE)
+    if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
+        args.vision_model_path, args.tokenizer_path = BUILTIN_TOWER_DIR, BUILTIN_TOKENIZER_DIR
+        args.data_path, args.images_path = BUILTIN_DATASET_DIR / f"{stage}.jsonl", BUILTIN_DATASET_DIR / "images"
+        if args.eval_data is None:  # scenes that are in no training set
+            args.eval_data = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
+            args.eval_images_path = BUILTIN_DATASET_DIR / "heldout_images"
+        return "built-in"
+    if args.data_path is not None and args.images_path is None and Path(args.data_path).suffix == ".parquet":
+        files.pop("images_path", None)
+    if has_any_weight(Path(args.save_dir), args.from_weight):
+        files.pop("from_weight", None)  # whether one of them fits is said when it is looked for
+    missing = [file for flag, file in files.items() if flag not in given and not file.is_complete]
+    if missing:
+        present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
+        raise UsageError(missing_message(missing, present))
+    for flag, file in files.items():
+        if flag != "from_weight" and flag not in given:
+            setattr(args, flag, file.path)
+    return "published"
+
+
+def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
+    flags = ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
+    return (
+        "some of the files are there and some are not. Missing:\n"
+        + "".join(f"  {file}\n" for file in missing)
+        + f"Fetch them, or name your own with {flags}. (With none of these files and none of these flags, the small "
+        f"built-in set is used; there now: {', '.join(present) or 'nothing'}.)"
+    )
+
+
+def has_any_weight(save_dir: Path, name: str) -> bool:
+    return any(path.name.startswith(f"{name}_") for path in save_dir.glob("*.pth"))

@@ -1,0 +1,199 @@
+"""One process or many: devices, ranks, and what is summed over ranks."""
+
+import contextlib
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from common.errors import RankError, UsageError
+
+# The main process tokenises while the others wait: that may take long. Later nobody is far behind.
+SETUP_TIMEOUT = datetime.timedelta(hours=6)
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+class PeerError(RankError):
+    """Another process of the run has ended or does not answer."""
+
+
+@dataclass
+class Processes:
+    """This process among all of the run (rank 0 of 1 without torchrun).
+
+    Attributes:
+        device: Where this process computes.
+        host_group: Ranks' group for numbers on the host, so that agreeing on one never waits for a GPU.
+        setup_group: The same with more patience.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None
+    setup_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
+        """Joins the other ranks where torchrun started this one.
+
+        Args:
+            device: As typed (cpu, cuda, cuda:1, mps), or None for the best there is.
+            timeout_minutes: How long to wait for a process that does not answer.
+
+        Raises:
+            UsageError: If the device is not there.
+        """
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+        if world_size == 1:
+            return cls(rank, world_size, device)
+        if device.type == "mps":
+            raise UsageError("torchrun with several processes needs CUDA or the CPU: MPS has one device")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        # Where torchrun starts all anew after a failure, its store still has the addresses of those that are gone.
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        kind = BACKENDS[device.type]
+        dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        groups = [dist.new_group(backend="gloo", timeout=patience) for patience in (timeout, SETUP_TIMEOUT)]
+        return cls(rank, world_size, device, *groups)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def stop(self):
+        """Leaves the group, after which no rank waits for another."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def barrier(self):
+        if self.world_size > 1:
+            with others_may_be_gone():
+                dist.barrier(group=self.host_group)
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process does what is inside before the others (who then find it in a cache)."""
+        if not self.is_main:
+            self._setup_barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self._setup_barrier()
+
+    def _setup_barrier(self):
+        if self.world_size > 1:
+            with others_may_be_gone():
+                dist.barrier(group=self.setup_group)
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number's sum over all ranks."""
+        if self.world_size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        with others_may_be_gone():
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """Every rank's value, in their order, on the main process; [] on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        with others_may_be_gone():
+            dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values or []
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor):
+        """Sums the parameters' gradients, and `extra` (a vector of float32), over all ranks, in place.
+
+        A rank without a gradient for a parameter (its batch had no picture, or nothing to learn) adds zero; so does a
+        single process, since the optimizer takes a zero as another thing than no gradient.
+        """
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size == 1:
+            return
+        parts = [parameter.grad for parameter in parameters] + [extra]
+        flat = torch.cat([part.flatten() for part in parts])
+        with others_may_be_gone():
+            dist.all_reduce(flat)
+        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+
+
+@contextlib.contextmanager
+def others_may_be_gone():
+    """Turns the error of a collective that cannot be completed into a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PeerError(
+            f"another process of this run has ended or does not answer ({reason}), so this one ends too; what was saved "
+            "is kept: the same command with --from_resume 1 goes on from there"
+        ) from error
+
+
+def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UsageError: If it is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if name == "mps" and world_size > 1 else name
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: no such kind of device; use cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA GPU is visible to torch {torch.__version__}")
+        index = local_rank if world_size > 1 else device.index or 0
+        # Every rank counts those of its machine, so that all find the same.
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else index + 1
+        if needed > torch.cuda.device_count():
+            raise UsageError(
+                f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this torch sees no Apple GPU")
+    if device.type not in ("cpu", "mps"):
+        raise UsageError(f"--device {name}: use cpu, cuda, cuda:N or mps")
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: as typed, else bfloat16 where the device computes in it.
+
+    Raises:
+        UsageError: If the device cannot compute in it.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = False  # on CPU and MPS float32 is as fast for these sizes, or faster
+    if name is None:
+        return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+        raise UsageError("--dtype bfloat16: this GPU does not compute in it; leave --dtype out, or say float16")
+    if name == "float16" and device.type != "cuda":
+        raise UsageError(f"--dtype float16 needs a CUDA GPU; on {device.type} leave --dtype out")
+    return getattr(torch, name)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

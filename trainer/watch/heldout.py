@@ -1,0 +1,221 @@
+"""Does the model look at the picture? Held-out loss with the right pictures, with others' pictures, and without any."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.chat import TOKENS_PER_IMAGE
+from dataset.lm_dataset import PictureError, VLMCollator, VLMDataset
+from model.model_vlm import MiniMindVLM
+from trainer.support.picture_features import PictureFeatures
+from trainer.support.processes import Processes
+from trainer.watch.samples import first_answer, first_answers
+
+# So many pictures' features are kept in memory (301 kB each with CLIP), and so encoded once for all measurements.
+KEPT_PICTURES = 2048
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss per learned token (nats) over held-out rows; None where there is nothing to measure.
+
+    Attributes:
+        loss: With the right pictures.
+        loss_shuffled: With each row's pictures taken from another row.
+        loss_blind: Without pictures: their placeholders are left out of the text.
+        samples, tokens: Rows and learned tokens measured.
+        seconds: It took.
+    """
+
+    loss: float | None
+    loss_shuffled: float | None
+    loss_blind: float | None
+    samples: int
+    tokens: int
+    seconds: float
+
+    @property
+    def gap_shuffled(self) -> float | None:
+        """The grounding gap: how much worse (nats per token) the rows are told from others' pictures."""
+        return self._gap(self.loss_shuffled)
+
+    @property
+    def gap_blind(self) -> float | None:
+        """How much worse they are told without pictures."""
+        return self._gap(self.loss_blind)
+
+    def _gap(self, other: float | None) -> float | None:
+        return None if other is None or self.loss is None else other - self.loss
+
+    def as_dict(self) -> dict:
+        """For metrics and wandb."""
+        values = vars(self) | {"gap_shuffled": self.gap_shuffled, "gap_blind": self.gap_blind}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+
+    def __str__(self):
+        def shown(value: float | None) -> str:
+            return "-" if value is None else f"{value:.4f}"
+
+        return (
+            f"held out: loss {shown(self.loss)}  other pictures {shown(self.loss_shuffled)}  no pictures {shown(self.loss_blind)}  "
+            f"grounding gap {shown(self.gap_shuffled)}"
+        )
+
+
+class Evaluator:
+    """Measures a model on held-out rows. Neither weights, random state nor the model's mode are changed.
+
+    Args:
+        data: The rows.
+        model: The model, on its device.
+        processes: Among whom the rows are divided.
+        dtype: What matrices are multiplied in.
+        batch_size: Rows of one process in one forward pass.
+    """
+
+    def __init__(self, data: VLMDataset, model: MiniMindVLM, processes: Processes, dtype: torch.dtype, batch_size: int):
+        self.data, self.model, self.processes, self.dtype = data, model, processes, dtype
+        self.batch_size = batch_size
+        self.collate = VLMCollator(model.config.pad_token_id)
+        self.order = np.argsort(data.lengths, kind="stable")  # by length, so that little is padded
+        # Each row's other pictures are those of the row half the set away, among the rows that have any.
+        pictured = np.flatnonzero(data.image_counts[self.order] > 0)
+        self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
+        self.features = PictureFeatures(model.encode_images, None, processes.device)
+        self.seen: dict[int, tuple[dict, torch.Tensor] | None] = {}
+        self.skipped: list[PictureError] = []
+
+    def measure(self, show_progress: bool = False) -> HeldOut:
+        """One measurement by all processes together (each gets it)."""
+        started, was_training = time.perf_counter(), self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                sums = self._sums(show_progress)
+        finally:
+            self.model.train(was_training)
+        sums = self.processes.sum(*sums)
+        losses = [sums[i] / sums[3] if sums[3] else None for i in range(3)]
+        if len(self.partners) < 2:  # nobody to take another picture from
+            losses[1] = None
+        if not self.partners:
+            losses[2] = None
+        return HeldOut(*losses, samples=int(sums[4]), tokens=int(sums[3]), seconds=time.perf_counter() - started)
+
+    def mine(self) -> list[int]:
+        """Places in `order` that are this process's."""
+        return list(range(self.processes.rank, len(self.order), self.processes.world_size))
+
+    def _sums(self, show_progress: bool) -> list[float]:
+        """Summed losses in the three ways, learned tokens, and rows, of this process."""
+        sums, mine = [0.0, 0.0, 0.0, 0, 0], self.mine()
+        keeps = self.data.picture_count <= KEPT_PICTURES
+        for start in tqdm(
+            range(0, len(mine), self.batch_size), "held-out loss", unit="batch", disable=not show_progress
+        ):
+            part = mine[start : start + self.batch_size]
+            seen = self.seen if keeps else {}
+            self._look({*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen)
+            part = [place for place in part if seen[place] is not None]
+            if not part:
+                continue
+            for way, (samples, features) in enumerate(self._ways(part, seen)):
+                loss, learned = self._loss(samples, features)
+                sums[way] += loss
+            sums[3] += learned  # the same in all three ways
+            sums[4] += len(part)
+        return sums
+
+    def _look(self, places: set[int], seen: dict):
+        """Puts the rows at these places, with the tower's features of their pictures, into `seen`; None for a broken one."""
+        for start in range(0, len(places), self.batch_size):
+            part = sorted(places)[start : start + self.batch_size]
+            samples = self.data.__getitems__([int(self.order[place]) for place in part])
+            batch, first = self.collate(samples), 0
+            features = self.features(batch).to("cpu", torch.float16)
+            for place, sample in zip(part, samples, strict=True):
+                if isinstance(sample, PictureError):
+                    self.skipped.append(sample)
+                    seen[place] = None
+                    continue
+                count = len(sample["image_starts"])
+                row = {name: sample[name] for name in ("input_ids", "labels", "image_starts")}
+                seen[place] = row, features[first : first + count]
+                first += count
+
+    def _ways(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
+        """The rows with their own pictures, with others', and without."""
+        samples = [seen[place][0] for place in places]
+        yield samples, torch.cat([seen[place][1] for place in places])
+        yield samples, torch.cat([self._others(place, seen) for place in places])
+        blind = [without_images(sample) for sample in samples]
+        yield blind, torch.empty(0, TOKENS_PER_IMAGE, self.model.config.vision_hidden_size)
+
+    def _others(self, place: int, seen: dict) -> torch.Tensor:
+        """As many of its partner's features as the row has pictures; its own where it has no partner, or a broken one."""
+        own = seen[place][1]
+        partner = seen.get(self.partners.get(place))
+        other = own if partner is None else partner[1]
+        return other.repeat(-(-len(own) // max(1, len(other))), 1, 1)[: len(own)]
+
+    def _loss(self, samples: list[dict], features: torch.Tensor) -> tuple[float, int]:
+        device = self.processes.device
+        empty = torch.zeros(0, 3, 224, 224, dtype=torch.uint8)
+        batch = self.collate([sample | {"pixel_values": empty} for sample in samples])
+        names = ("input_ids", "labels", "image_starts", "learned_positions")
+        inputs = {name: batch[name].to(device) for name in names}
+        if len(inputs["learned_positions"]) == 0:
+            return 0.0, 0
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.model(**inputs, image_features=features.to(device), num_items_in_batch=1)
+        return float(output.loss), len(inputs["learned_positions"])
+
+
+def without_images(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sample with its images' placeholders left out of the text."""
+    kept = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+    for start in sample["image_starts"].tolist():
+        kept[start : start + TOKENS_PER_IMAGE] = False
+    return {
+        "input_ids": sample["input_ids"][kept],
+        "labels": sample["labels"][kept],
+        "image_starts": sample["image_starts"][:0],
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp of the loss; infinity where no float holds it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bool = False) -> tuple[int, int]:
+    """How many short answers the model gives to the letter, over all processes.
+
+    Args:
+        evaluator: Says which rows, and among whom they are divided.
+        longest: Rows whose first answer has at most so many tokens are asked.
+
+    Returns:
+        Right, and asked.
+    """
+    data, size = evaluator.data, evaluator.batch_size
+    mine = [int(evaluator.order[place]) for place in evaluator.mine()]
+    right = asked = 0
+    for start in tqdm(range(0, len(mine), size), "short answers", disable=not show_progress):
+        rows = [row for row in data.__getitems__(mine[start : start + size]) if not isinstance(row, PictureError)]
+        spans = [first_answer(row["labels"]) for row in rows]
+        short = [(row, span) for row, span in zip(rows, spans, strict=True) if span[1] - span[0] <= longest]
+        if not short:
+            continue
+        told = first_answers(evaluator.model, tokenizer, [row for row, _ in short], longest)
+        for (row, (begin, end)), text in zip(short, told, strict=True):
+            expected = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True)
+            right += text.strip() == expected.strip()
+            asked += 1
+    right, asked = evaluator.processes.sum(right, asked)
+    return int(right), int(asked)

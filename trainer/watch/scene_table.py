@@ -1,0 +1,52 @@
+"""How many of the built-in set's held-out scenes a model describes correctly."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat import ChatEncoder
+from dataset.pictures import load_picture
+from dataset.prompts import prompt_batch, with_images
+from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.grading import chance, score
+from dataset.scenes.language import DESCRIBE
+from model.model_vlm import MiniMindVLM
+
+BATCH, TOKENS = 50, 64
+
+
+def describe(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor]) -> list[str]:
+    """Greedy descriptions of uint8 (3, 224, 224) pictures, many at a time."""
+    encoder, texts = ChatEncoder(tokenizer), []
+    question = [{"role": "user", "content": with_images(DESCRIBE, 1)}]
+    for start in range(0, len(pictures), BATCH):
+        part = pictures[start : start + BATCH]
+        inputs = prompt_batch(encoder, [question] * len(part), [[picture] for picture in part])
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """Shares of attributes and of whole captions that are right, beside shuffled pictures and chance.
+
+    Returns:
+        Rows {"name", "attributes", "captions"}; the first is of the right pictures.
+    """
+    was_training = model.training
+    model.eval()
+    root, scenes = draw_builtin_dataset(), heldout_scenes()
+    facts = [scene.facts for scene in scenes]
+    pictures = [load_picture(path) for path in sorted((root / "heldout_images").iterdir())]
+    # Each scene gets the picture of another: half the set away, so that none keeps its own.
+    half = len(pictures) // 2
+    random_caption, constant_caption = chance(facts)
+    rows = {
+        "right pictures": score(describe(model, tokenizer, pictures), facts),
+        "shuffled pictures": score(describe(model, tokenizer, pictures[half:] + pictures[:half]), facts),
+        "chance: another scene's caption": random_caption,
+        "chance: best single caption": constant_caption,
+    }
+    model.train(was_training)
+    return [{"name": name, "attributes": of.attributes, "captions": of.captions} for name, of in rows.items()]

@@ -1,0 +1,341 @@
+"""Weight files and training states: written whole or not at all, and read so that nothing is guessed.
+
+A weight file is a plain state dict in half precision without the tower, as the original's. Beside it lies a JSON (the
+"sidecar") that says what it is; a file without one is the original's, and its shape is read from its tensors.
+"""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
+
+from common.errors import UsageError
+from common.files import load_file
+from common.paths import ROOT, display_path
+from model.model_vlm import MiniMindVLM, VLMConfig
+
+# What settings that no model can have make VLMConfig raise.
+CONFIG_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError)
+ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
+SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
+STATE_KEYS = {
+    *("learned", "optimizer", "scaler", "epoch", "sample", "step", "random", "arguments", "processes", "fingerprint"),
+    *("wandb_id", "skipped_pictures", "bad_steps", "progress"),
+}
+CONFIG_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "dropout"),
+    *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha"),
+    *("image_token_id", "vision_hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+SIDECAR_KINDS = {"tokenizer_sha256": str, "arguments": dict}
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
+
+
+@dataclass
+class Weights:
+    """A weight file's content: tensors by name, the model's shape, and its sidecar ({} where there is none)."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    config: VLMConfig
+    sidecar: dict
+
+    def __post_init__(self):
+        self.has_projection = any(name.startswith("vision_proj.") for name in self.tensors)
+
+
+def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
+    """The file's name without its ending."""
+    return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+def find_weights(
+    save_dir: Path,
+    name: str,
+    hidden_size: int | None,
+    use_moe: bool | None,
+    hint: str = "",
+    builtin: bool | None = None,
+    say=print,
+) -> Path:
+    """The weight file of that name in `save_dir`; of several the newest. A name that ends in .pth is a path.
+
+    `builtin` True takes only weights trained on the built-in set, False only others, None any; `say` is told which of
+    several is taken.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if Path(name).suffix == ".pth":
+        if not Path(name).is_file():
+            raise UsageError(f"no weight file {name}")
+        return Path(name)
+    pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
+    found = {path: match for path in save_dir.glob("*.pth") if (match := pattern.fullmatch(path.name))}
+    fitting = [
+        path
+        for path, match in found.items()
+        if (hidden_size is None or int(match[1]) == hidden_size)
+        and (use_moe is None or bool(match[2]) == use_moe)
+        and (builtin is None or (glance_at_sidecar(path).get("assets") == "built-in") == builtin)
+    ]
+    if not fitting:
+        wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
+        others = ", ".join(sorted(path.name for path in found)) or "none of that name"
+        raise UsageError(f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint}".rstrip())
+    newest = max(fitting, key=lambda path: path.stat().st_mtime)
+    if len(fitting) > 1:
+        others = ", ".join(path.name for path in sorted(fitting) if path != newest)
+        say(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
+    return newest
+
+
+def glance_at_sidecar(path: Path) -> dict:
+    """What the JSON beside a weight file says, {} where it is missing or unreadable (`read_weights` tells why)."""
+    try:
+        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sidecar if isinstance(sidecar, dict) else {}
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a weight file and its sidecar.
+
+    Raises:
+        UsageError: If either is unreadable, or they contradict each other.
+    """
+    tensors = load_file(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
+        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
+    shape = shape_of(tensors, path)
+    sidecar_path = path.with_suffix(".json")
+    if not sidecar_path.is_file():
+        return Weights(path, tensors, build_config(shape, path), {})
+    try:
+        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+        config = VLMConfig(**sidecar["config"])
+        for field, kind in SIDECAR_KINDS.items():
+            if not isinstance(sidecar.get(field, kind()), kind):
+                raise TypeError(f"{field} is {sidecar[field]!r}")
+    except (OSError, *CONFIG_ERRORS) as error:
+        raise UsageError(
+            f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the weights are "
+            "the original project's (their shape is then read from the tensors), else restore it."
+        ) from error
+    for key, value in shape.items():
+        if key in SHAPE_KEYS and getattr(config, key) != value:
+            raise UsageError(
+                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {value}: they do not belong "
+                "together"
+            )
+    return Weights(path, tensors, config, sidecar)
+
+
+def read_folder(folder: Path) -> Weights:
+    """Reads a transformers folder: config.json, model.safetensors or pytorch_model.bin.
+
+    Raises:
+        UsageError: If it is missing or unreadable.
+    """
+    config_path = folder / "config.json"
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not config_path.is_file() or not files:
+        raise UsageError(
+            f"--load_from {folder}: `model` means the weight files in --save_dir; anything else must be a transformers folder "
+            "with config.json and model.safetensors or pytorch_model.bin"
+        )
+    try:
+        tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_file(files[0])
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        kept = {key: config[key] for key in CONFIG_FIELDS if key in config and not key.endswith("token_id")}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
+    # Such a folder may hold the tower too, and holds tied tensors once.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
+    if "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return Weights(files[0], tensors, build_config(shape_of(tensors, files[0]) | kept, files[0]), {})
+
+
+def build_config(shape: dict, path: Path) -> VLMConfig:
+    """The configuration of that shape.
+
+    Raises:
+        UsageError: If no model has such a shape.
+    """
+    try:
+        return VLMConfig(**shape)
+    except CONFIG_ERRORS as error:
+        raise UsageError(f"{display_path(path)} is no MiniMind weight file: {error}") from error
+
+
+def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
+    """The configuration that the tensors' names and shapes tell (8 heads, as all of the original's models).
+
+    Raises:
+        UsageError: If they are not a MiniMind model's.
+    """
+    layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    try:
+        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
+        use_moe = "model.layers.0.mlp.gate.weight" in tensors
+        feed_forward = "model.layers.0.mlp." + ("experts.0." if use_moe else "")
+        shape = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": max(layers) + 1,
+            "num_attention_heads": ORIGINAL_HEADS,
+            "num_key_value_heads": tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
+            // (hidden_size // ORIGINAL_HEADS),
+            "vocab_size": vocab_size,
+            "intermediate_size": tensors[f"{feed_forward}gate_proj.weight"].shape[0],
+            "use_moe": use_moe,
+        }
+        if use_moe:
+            shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
+            shape |= {
+                "n_routed_experts": tensors["model.layers.0.mlp.gate.weight"].shape[0],
+                "n_shared_experts": len(shared),
+            }
+        if "vision_proj.vision_proj.0.weight" in tensors:
+            shape["vision_hidden_size"] = tensors["vision_proj.vision_proj.0.weight"].shape[1]
+        return shape
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{display_path(path)} is no MiniMind weight file: {error} is missing or of another shape") from error
+
+
+def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe):
+    """Raises UsageError where a flag that was given contradicts the file."""
+    flags = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "use_moe": use_moe}
+    for flag, value in flags.items():
+        actual = getattr(weights.config, flag)
+        if value is not None and value != actual:
+            raise UsageError(
+                f"--{flag} {int(value)} contradicts {display_path(weights.path)}, which has {int(actual)}: leave it out"
+            )
+
+
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, vocab_size: int):
+    """Raises UsageError where the weights are known to be trained with another tokenizer, or have too few rows."""
+    expected = weights.sidecar.get("tokenizer_sha256")
+    if expected is not None and expected != tokenizer_sha256:
+        raise UsageError(
+            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
+            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
+        )
+    if vocab_size > weights.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer {display_path(tokenizer_path)} has {vocab_size} tokens, {display_path(weights.path)} only "
+            f"{weights.config.vocab_size}: they do not belong together"
+        )
+
+
+def load_into(model: MiniMindVLM, weights: Weights):
+    """Fills the model; every tensor must be found and fit. Only a language model may lack the projection.
+
+    Raises:
+        UsageError: If a tensor is missing, unknown, of another shape, or not finite.
+    """
+    expected, found = model.state_dict(), weights.tensors
+    missing = [name for name in expected if name not in found]
+    if not weights.has_projection:
+        missing = [name for name in missing if not name.startswith("vision_proj.")]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif not bool(torch.isfinite(found[name]).all()):
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        remedy = ""
+        if any(problem.startswith("vision_proj.") for problem in problems):
+            remedy = " The projection fits one vision tower: name the tower it was trained with by --vision_model_path."
+        raise UsageError(f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            if name in found:
+                tensor.copy_(found[name])
+
+
+def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
+    """The parameters that learn, by name; the tied head appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Path):
+    """Fills what learns from a training state.
+
+    Raises:
+        UsageError: If the state holds other tensors than those that learn now.
+    """
+    parameters = learned_parameters(model)
+    for name in sorted(parameters.keys() ^ learned.keys()):
+        where = "learns now but is not" if name in parameters else "does not learn now but is"
+        raise UsageError(
+            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != learned[name].shape:
+                shapes = f"{tuple(learned[name].shape)} there, {tuple(parameter.shape)} here"
+                raise UsageError(f"{display_path(path)} is of another model: {name} is {shapes}")
+            parameter.copy_(learned[name])
+
+
+def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as float16 on the CPU; those that are one (the embedding and the tied head) stay one."""
+    halves = {}
+    return {
+        name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16))
+        for name, tensor in named.items()
+    }
+
+
+def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict) -> dict:
+    """The weights in half precision, and the sidecar beside them, for `write_together`.
+
+    Args:
+        frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
+    """
+    state = model.state_dict()
+    learned = in_half_precision({name: tensor for name, tensor in state.items() if name not in frozen})
+    tensors = {name: frozen[name] if name in frozen else learned[name] for name in state}
+    text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
+    return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
+
+
+def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict) -> dict:
+    """The sidecar: what a weight file is, and how it came about."""
+    return {
+        "config": {field: getattr(config, field) for field in CONFIG_FIELDS},
+        "stage": stage,
+        "assets": assets,
+        "tokenizer_sha256": tokenizer_sha256,
+        "arguments": {key: display_path(value) if isinstance(value, Path) else value for key, value in arguments.items()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """The project's commit, with a + where files were changed since; None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
