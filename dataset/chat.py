@@ -1,4 +1,4 @@
-"""A conversation to token ids: the ChatML prompt, what is learned of it, and where its pictures stand."""
+"""A conversation to token ids: the ChatML prompt, which tokens are learned, and where its images stand."""
 
 import copy
 import json
@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerBase
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_TAG = "<image>"
 IMAGE_CHARACTER = "@"
-TOKENS_PER_IMAGE = 196
-IMAGE_PLACEHOLDERS = IMAGE_CHARACTER * TOKENS_PER_IMAGE
 
 
 class RowError(ValueError):
@@ -20,51 +18,38 @@ class RowError(ValueError):
 
 @dataclass
 class EncodedChat:
-    """Token ids, the half-open [start, end) stretches of them that are learned, and each image's first position."""
+    """Token ids, the half-open [start, end) spans of them that are learned, and each image's first position."""
 
     input_ids: list[int]
     learned: list[tuple[int, int]]
     image_starts: list[int]
 
-    def truncated(self, max_length: int) -> "EncodedChat":
-        """The first `max_length` tokens.
-
-        Raises:
-            RowError: If that cuts an image off, or leaves nothing to learn.
-        """
-        if self.image_starts and self.image_starts[-1] + TOKENS_PER_IMAGE > max_length:
-            end = self.image_starts[-1] + TOKENS_PER_IMAGE
-            raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
-        learned = [(start, min(end, max_length)) for start, end in self.learned if start < max_length]
-        if not learned:
-            raise RowError(f"nothing left to learn: no answer begins within max_seq_len {max_length}")
-        return EncodedChat(self.input_ids[:max_length], learned, self.image_starts)
-
 
 class ChatEncoder:
     """Turns conversations into token ids.
 
-    The text is tokenised turn by turn with special tokens switched off, so that `<|im_end|>` typed by a user is text
-    and ends nothing; the special tokens around the turns are set by their ids.
+    The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
+    and ends nothing; the special tokens around each turn are added by their ids.
 
     Args:
         tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own).
+        image_tokens: Placeholders that stand for one image (`VLMConfig.image_tokens`).
 
     Raises:
         ValueError: If the tokenizer is not of that form.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int):
         self.begin_id, self.end_id, self.pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.encode_special_tokens = True
-        self.backend.no_truncation()  # a tokenizer saved after such a use would cut texts unseen
+        self.backend.no_truncation()  # a tokenizer saved with truncation on would cut texts silently
         self.backend.no_padding()
+        self.image_tokens, self.placeholders = image_tokens, IMAGE_CHARACTER * image_tokens
         self.image_token_id = self.backend.token_to_id(IMAGE_CHARACTER)
-        if None in (self.begin_id, self.end_id, self.pad_id) or (
-            self.backend.encode(IMAGE_PLACEHOLDERS, add_special_tokens=False).ids
-            != [self.image_token_id] * TOKENS_PER_IMAGE
-        ):
+        placeholder_ids = self.backend.encode(self.placeholders, add_special_tokens=False).ids
+        special_ids = self.begin_id, self.end_id, self.pad_id
+        if None in special_ids or placeholder_ids != [self.image_token_id] * image_tokens:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
                 "tokens, and `@` as a token of its own that is part of no other"
@@ -73,69 +58,78 @@ class ChatEncoder:
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # lost on the way to another process
+        self.backend.encode_special_tokens = True  # pickling loses it
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
-        """Encodes conversations (lists of {"role", "content"} turns, as `check_conversation` lets pass)."""
-        texts = []  # of all conversations: one call is tokenised in parallel
-        for turns in conversations:
-            texts += [text for turn in with_system_turn(turns) for text in turn_texts(turn)]
+        """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted."""
+        conversations = [with_system_turn(turns) for turns in conversations]
+        texts = [text for turns in conversations for turn in turns for text in self._texts(turn)]
+        # One call for all of them: the tokenizer works on many texts in parallel.
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-        encoded = [self._join(with_system_turn(turns), encodings) for turns in conversations]
+        chats = [self._join(turns, encodings) for turns in conversations]
         if add_generation_prompt:
             header = [self.begin_id, *self.backend.encode("assistant\n", add_special_tokens=False).ids]
-            for chat in encoded:
+            for chat in chats:
                 chat.input_ids += header
-        return encoded
+        return chats
 
-    def _join(self, turns, encodings) -> EncodedChat:
+    def truncate(self, chat: EncodedChat, max_length: int) -> EncodedChat:
+        """Returns the first `max_length` tokens.
+
+        Raises:
+            RowError: If that cuts an image off, or leaves nothing to learn.
+        """
+        end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
+        if end > max_length:
+            raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
+        learned = [(start, min(end, max_length)) for start, end in chat.learned if start < max_length]
+        if not learned:
+            raise RowError(f"nothing left to learn: no answer begins within max_seq_len {max_length}")
+        return EncodedChat(chat.input_ids[:max_length], learned, chat.image_starts)
+
+    def _texts(self, turn: dict) -> list[str]:
+        # An answer is tokenised apart from its header: generation continues after the header, so no token that is
+        # learned may span the two.
+        if turn["role"] == "assistant":
+            return ["assistant\n", turn["content"]]
+        content = turn["content"]
+        if turn["role"] == "user":
+            content = content.replace(IMAGE_TAG, self.placeholders)
+        return [f"{turn['role']}\n{content}"]
+
+    def _join(self, turns: list[dict], encodings) -> EncodedChat:
         chat = EncodedChat([], [], [])
         ids = chat.input_ids
         for turn in turns:
             ids.append(self.begin_id)
-            for index, text in enumerate(turn_texts(turn)):
+            for index in range(len(self._texts(turn))):
                 encoding = next(encodings)
-                if index == 1:
+                if index == 1:  # the answer, its <|im_end|> and the newline after it
                     chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
-                for character in image_characters(turn, text):
+                for character in self._image_characters(turn):
                     chat.image_starts.append(len(ids) + encoding.char_to_token(character))
                 ids += encoding.ids
             ids += [self.end_id, *self.newline_ids]
         return chat
 
+    def _image_characters(self, turn: dict) -> list[int]:
+        """Where each image begins in the turn's expanded text; a user's own `@` beside it is not part of it."""
+        if turn["role"] != "user":
+            return []
+        positions, position = [], len("user\n")
+        for piece in turn["content"].split(IMAGE_TAG)[:-1]:
+            positions.append(position + len(piece))
+            position += len(piece) + self.image_tokens
+        return positions
+
 
 def with_system_turn(turns: list[dict]) -> list[dict]:
+    """Returns the turns, with the default system turn first where they have none."""
     return turns if turns[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
 
 
-def turn_texts(turn: dict) -> list[str]:
-    """The texts of a turn that are tokenised as one each.
-
-    An answer is apart from its header: it is generated after the header, so it must be learned after it too, with no
-    token across the border.
-    """
-    if turn["role"] == "assistant":
-        return ["assistant\n", turn["content"]]
-    content = turn["content"]
-    if turn["role"] == "user":
-        content = content.replace(IMAGE_TAG, IMAGE_PLACEHOLDERS)
-    return [f"{turn['role']}\n{content}"]
-
-
-def image_characters(turn: dict, text: str) -> list[int]:
-    """Where in the turn's expanded text each image begins (a user's own `@` beside it is not part of it)."""
-    if turn["role"] != "user" or IMAGE_TAG not in turn["content"]:
-        return []
-    positions, position = [], len("user\n")
-    for piece in turn["content"].split(IMAGE_TAG)[:-1]:
-        position += len(piece)
-        positions.append(position)
-        position += TOKENS_PER_IMAGE
-    return positions
-
-
 def parse_conversation(value: str | list) -> list[dict]:
-    """The turns of a row's `conversations` (JSON text or a list).
+    """Returns the turns of a row's `conversations` (JSON text or a list).
 
     Raises:
         RowError: If it is not a conversation that can be learned from.
@@ -159,7 +153,7 @@ def parse_conversation(value: str | list) -> list[dict]:
 
 
 def check_turns(turns: list[dict]):
-    """Raises RowError unless there is at most one system turn, first, then user and assistant in turn."""
+    """Raises RowError unless there is at most one system turn, first, and then user and assistant alternate."""
     spoken = turns[1:] if turns[0]["role"] == "system" else turns
     offset = len(turns) - len(spoken) + 1
     for index, turn in enumerate(spoken):
@@ -185,7 +179,7 @@ def check_characters(text: str, what: str):
 
 
 def parse_picture_names(value) -> list[str]:
-    """The names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
+    """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
 
     Raises:
         RowError: If it is something else, or a name leads out of the pictures' folder.

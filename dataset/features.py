@@ -1,97 +1,78 @@
-"""The frozen tower's features on disk, so that a picture is encoded once and not once an epoch.
+"""The frozen tower's features of every image, computed once before the first step and kept in one memory-mapped file.
 
-One memory-mapped file a data set and tower: a header that says what it was made with, each row's first slot, an index
-(the picture's hash and a checksum of its features), and the features in float16: 301 kB a picture at CLIP's width 768.
+The file holds a header that says what it was made from, an index with one entry per image (size and modification time
+of the image's file, and whether it could be read), and the features in float16: 301 kB an image at CLIP's width of 768.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import zlib
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from common.errors import UsageError
-from dataset.chat import TOKENS_PER_IMAGE
+from dataset.lm_dataset import VLMDataset
+from dataset.pictures import PictureError, load_picture
 
 HEADER_BYTES = 4096
-INDEX_ENTRY = np.dtype([("picture", "V16"), ("checksum", "<u4")])
-PREPROCESSING = (
-    "upright, rgb on white, shortest edge to 224 bicubic, centre crop 224; last hidden state, no class token"
-)
+INDEX_ENTRY = np.dtype([("size", "<i8"), ("modified", "<i8"), ("state", "u1")])
+MISSING, PRESENT, UNREADABLE = 0, 1, 2
+IMAGES_PER_FLUSH = 256
 
 
 class FeatureCacheError(UsageError):
-    """The cache cannot be made or belongs to something else."""
+    """The file of features cannot be made, or belongs to something else."""
 
 
-def picture_digest(file: bytes) -> bytes:
-    """16 bytes that stand for a picture's file."""
-    return hashlib.blake2b(file, digest_size=16).digest()
-
-
-def cache_bytes(rows: int, pictures: int, width: int) -> int:
-    """Size of a cache file, in bytes."""
-    return HEADER_BYTES + 8 * rows + pictures * (INDEX_ENTRY.itemsize + TOKENS_PER_IMAGE * width * 2)
-
-
-class FeatureCache:
-    """Features by slot (a picture's number in its data set), valid only for the picture they were made of.
-
-    Several processes may read and write at the same time: a slot's features are written before its index entry, and an
-    entry whose checksum does not fit its features counts as empty.
+class FeatureFile:
+    """Features by slot, an image's number among all images of the data file.
 
     Args:
-        folder: Where cache files lie.
-        data_fingerprint, tower_sha256: What the file is for; both are in its name and header.
-        image_counts: (rows,) pictures of each row of the data file.
-        width: Of the tower's features.
+        folder: Where such files lie.
+        data_sha256, tower_sha256: What the file is for; both are in its name and header.
+        shape: (images, patches, width).
 
     Raises:
-        FeatureCacheError: If the disk has no room for the whole file, or the file is another's.
+        FeatureCacheError: If the disk has no room for the whole file, or the file is for something else.
     """
 
-    def __init__(self, folder: Path, data_fingerprint: str, tower_sha256: str, image_counts: np.ndarray, width: int):
-        self.path = Path(folder) / f"{data_fingerprint[:12]}-{tower_sha256[:12]}.features"
-        self.rows, self.pictures, self.width = len(image_counts), int(image_counts.sum()), width
-        self.size = cache_bytes(self.rows, self.pictures, width)
-        header = {
-            "preprocessing": PREPROCESSING,
-            "tower_sha256": tower_sha256,
-            "data_fingerprint": data_fingerprint,
-            "pictures": self.pictures,
-            "width": width,
-        }
+    def __init__(self, folder: Path, data_sha256: str, tower_sha256: str, shape: tuple[int, int, int]):
+        self.path = Path(folder) / f"{data_sha256[:12]}-{tower_sha256[:12]}.features"
+        self.shape, self.size = shape, file_bytes(shape)
+        header = json.dumps({"version": 2, "data": data_sha256, "tower": tower_sha256, "shape": shape}).encode()
         try:
             if not self.path.is_file() or self.path.stat().st_size != self.size:
-                self._create(header, image_counts)
+                self._create(header)
             with open(self.path, "rb") as file:
                 found = file.read(HEADER_BYTES).rstrip(b"\0")
             self._map()
         except OSError as error:
             raise FeatureCacheError(f"{self.path}: {error.strerror or error}") from error
-        if found != json.dumps(header).encode():
-            raise FeatureCacheError(f"{self.path} was made with something else; delete it, and it is made anew")
+        if found != header:
+            raise FeatureCacheError(f"{self.path} was made from something else; delete it to have it made anew")
 
-    def _create(self, header: dict, image_counts: np.ndarray):
+    def _create(self, header: bytes):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path.parent).free
         if free < self.size:
             raise FeatureCacheError(
-                f"the features of {self.pictures:,} pictures take {self.size / 1e9:.1f} GB, and {self.path.parent} has "
+                f"the features of {self.shape[0]:,} pictures take {self.size / 1e9:.1f} GB, and {self.path.parent} has "
                 f"{free / 1e9:.1f} GB free: name another folder with --cache_vision, or say --cache_vision off"
             )
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                file.write(json.dumps(header).encode().ljust(HEADER_BYTES, b"\0"))
-                first_slots = np.cumsum(image_counts, dtype=np.int64) - image_counts
-                file.write(first_slots.astype("<i8").tobytes())
+                file.write(header.ljust(HEADER_BYTES, b"\0"))
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, self.size)  # so that the disk cannot fill up under the run
+                    os.posix_fallocate(file.fileno(), 0, self.size)  # a disk that fills up later would crash the run
                 else:
                     file.truncate(self.size)
             os.replace(temporary, self.path)
@@ -99,38 +80,140 @@ class FeatureCache:
             temporary.unlink(missing_ok=True)
 
     def _map(self):
-        offset = HEADER_BYTES
-        self.first_slots = np.memmap(self.path, "<i8", "r", offset, (self.rows,))
-        offset += 8 * self.rows
-        self.index = np.memmap(self.path, INDEX_ENTRY, "r+", offset, (self.pictures,))
-        offset += self.pictures * INDEX_ENTRY.itemsize
-        self.features = np.memmap(self.path, np.float16, "r+", offset, (self.pictures, TOKENS_PER_IMAGE, self.width))
+        images = self.shape[0]
+        self.index = np.memmap(self.path, INDEX_ENTRY, "r+", HEADER_BYTES, (images,))
+        offset = HEADER_BYTES + images * INDEX_ENTRY.itemsize
+        self.features = np.memmap(self.path, np.float16, "r+", offset, self.shape)
 
     def __getstate__(self):
-        # A loader's worker maps the file itself.
-        return {name: value for name, value in vars(self).items() if name not in ("first_slots", "index", "features")}
+        return {"path": self.path, "shape": self.shape, "size": self.size}  # each worker maps the file itself
 
     def __setstate__(self, state):
         vars(self).update(state)
         self._map()
 
-    def get(self, slot: int, digest: bytes) -> torch.Tensor | None:
-        """(196, width) float16, or None where the slot is empty or of another picture."""
-        entry = self.index[slot]
-        if entry["picture"].tobytes() != digest:
-            return None
-        features = np.array(self.features[slot])
-        return torch.from_numpy(features) if zlib.crc32(features) == entry["checksum"] else None
+    def is_current(self, slots: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+        """Tells which slots hold what their image's file, by its (size, modification time), would give again."""
+        entries = self.index[slots]
+        same = (entries["size"] == stamps[:, 0]) & (entries["modified"] == stamps[:, 1])
+        return same & (entries["state"] != MISSING)
 
-    def put(self, slot: int, digest: bytes, features: torch.Tensor):
-        """Keeps (196, width) float16 on the CPU."""
-        array = features.contiguous().numpy()
-        self.features[slot] = array
-        self.index[slot] = (np.void(digest), zlib.crc32(array))
+    def write(self, batch: Iterable[tuple[int, tuple[int, int], np.ndarray | None]]):
+        """Writes (slot, stamp, features or None for an unreadable image); the index last, so no entry is half true."""
+        batch = list(batch)
+        for slot, _, features in batch:
+            if features is not None:
+                self.features[slot] = features
+        self.features.flush()
+        for slot, stamp, features in batch:
+            self.index[slot] = (*stamp, UNREADABLE if features is None else PRESENT)
+        self.index.flush()
+
+    def get(self, slot: int) -> np.ndarray | None:
+        """Returns a copy of (patches, width) float16, or None where the image was unreadable."""
+        return np.array(self.features[slot]) if self.index[slot]["state"] == PRESENT else None
+
+
+def file_bytes(shape: tuple[int, int, int]) -> int:
+    """Returns the size of a file of features."""
+    images, patches, width = shape
+    return HEADER_BYTES + images * (INDEX_ENTRY.itemsize + patches * width * 2)
+
+
+def compute_features(
+    data: VLMDataset,
+    file: FeatureFile,
+    encode_images: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    num_workers: int,
+    rank: int = 0,
+    ranks: int = 1,
+):
+    """Fills this rank's share of what `file` lacks for the samples of `data`; a run that was interrupted continues.
+
+    Off CUDA each image is encoded by itself, at little cost: images encoded together change each other's last bits,
+    and the features shall not depend on how the work was divided.
+
+    Args:
+        encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
+    """
+    slots, stamps = image_slots(data), image_stamps(data)
+    missing = slots[~file.is_current(slots, stamps[slots])]
+    share = missing[rank::ranks]
+    if len(share) == 0:
+        return
+    together = 64 if device.type == "cuda" else 1
+    loader = DataLoader(
+        Images(data, share), together, collate_fn=list, num_workers=num_workers, prefetch_factor=8 if num_workers else None
+    )
+    is_shown = rank == 0
+    bar = tqdm(
+        desc="encoding images, once",
+        total=len(missing),
+        unit="image",
+        disable=not is_shown,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
+    done = []
+    with bar:
+        for images in loader:  # of (slot, pixels or None)
+            readable = [pixels for _, pixels in images if pixels is not None]
+            features = iter(encode_images(torch.stack(readable).to(device)).to("cpu", torch.float16) if readable else ())
+            done += [
+                (slot, tuple(stamps[slot]), None if pixels is None else next(features).numpy()) for slot, pixels in images
+            ]
+            bar.update(min(len(images) * ranks, bar.total - bar.n))
+            if len(done) >= IMAGES_PER_FLUSH:
+                file.write(done)
+                done = []
+        file.write(done)
+
+
+class Images(Dataset):
+    """The images of these slots, decoded: (slot, pixels), pixels None where one cannot be read."""
+
+    def __init__(self, data: VLMDataset, slots: np.ndarray):
+        self.data, self.slots = data, slots
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None]:
+        slot, data = int(self.slots[index]), self.data
+        position = int(np.searchsorted(data.first_slots, slot, side="right")) - 1
+        [row] = data.read_rows([position])
+        source = data.picture_sources(position, row)[slot - data.first_slots[position]]
+        try:
+            return slot, load_picture(*source, data.picture_format)
+        except PictureError:
+            return slot, None
+
+
+def image_slots(data: VLMDataset) -> np.ndarray:
+    """Returns the numbers of the samples' images among the images of all rows, ascending."""
+    first, counts = data.first_slots[data.positions], data.image_counts
+    return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+
+def image_stamps(data: VLMDataset) -> np.ndarray:
+    """Returns (images of all rows, 2): size and modification time (ns) of each image's file, or of the parquet file."""
+    if data.is_parquet:
+        return np.tile(file_stamp(data.data_path), (int(data.list_lengths("image_starts").sum()), 1))
+    names = pc.list_flatten(data.rows.data.column("pictures")).to_pylist()
+    return np.array([file_stamp(data.images_path / name) for name in names], dtype=np.int64).reshape(-1, 2)
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns a file's size and modification time (ns); zeros for a missing one."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def tower_sha256(tower: torch.nn.Module) -> str:
-    """SHA-256 (hex) of a tower's tensors and configuration."""
+    """Returns the SHA-256 (hex) of a tower's tensors and configuration."""
     digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in sorted([*tower.state_dict().items(), *tower.named_buffers()]):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a pure function of seed and epoch, the same for any number of processes."""
+"""Which samples make up which batch: a pure function of seed and epoch, the same for any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ JITTER = 0.01
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A shuffled order in which neighbours are of similar length.
+    """Returns a shuffled order in which neighbours are of similar length.
 
     All samples are shuffled and cut into large windows; each window is sorted by length and cut into chunks. The chunks
-    are shuffled, in each chunk its quarters, in each quarter its quarters, and so on: batches of any size up to a
-    chunk's are of similar length and in random order. Nothing here depends on batch size or processes; a chunk is a
-    power of two, so that batches of the usual sizes do not lie across two of them.
+    are shuffled, then the quarters of each chunk, then their quarters, and so on: a batch of any size up to a chunk's
+    holds samples of similar length, and batches come in random order. Nothing here depends on batch size or ranks; a
+    chunk is a power of two, so batches of the usual sizes do not straddle two of them.
 
     Args:
         lengths: (samples,) tokens of each sample.
@@ -30,9 +30,9 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     result = []
     for start in range(0, len(order), chunk * CHUNKS_PER_WINDOW):
         window = order[start : start + chunk * CHUNKS_PER_WINDOW]
-        # Blurred a little: sharply sorted, a small file's neighbours would be the same in every epoch.
+        # With a little noise: sorted exactly, a small file's neighbours would be the same in every epoch.
         window = window[np.argsort(lengths[window] * rng.uniform(1 - JITTER, 1 + JITTER, len(window)))]
-        # What fills no chunk is of similar length too, of a random one, and comes last.
+        # The samples that do not fill a chunk are neighbours in length too, at a random place, and come last.
         rest = len(window) % chunk
         cut = int(rng.integers(len(window) // chunk + 1)) * chunk
         result += [shuffled_in_chunks(np.delete(window, slice(cut, cut + rest)), chunk, rng)]
@@ -52,14 +52,14 @@ def shuffled_in_chunks(values: np.ndarray, chunk: int, rng: np.random.Generator)
 
 
 class BatchSampler(Sampler):
-    """One process's share of the batches, from a given sample on, over all epochs that are left.
+    """Yields one rank's share of the batches, from a given sample on, over all epochs that are left.
 
     An optimizer step takes the next `batch_size * accumulation_steps * world_size` samples of the epoch's order (fewer
-    in its last step), divided evenly; so each process does the same number of batches, some of them empty at most.
+    in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty.
 
     Args:
         lengths: (samples,) tokens of each sample.
-        batch_size: Samples of one process in one forward pass.
+        batch_size: Samples of one rank in one forward pass.
         accumulation_steps: Forward passes of one optimizer step.
         epochs: How many epochs there are in all.
         seed, rank, world_size: As named.
@@ -76,6 +76,16 @@ class BatchSampler(Sampler):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
         return -(-len(self.lengths) // self.group)
+
+    def after(self, epoch: int, first: int) -> tuple[int, int]:
+        """Returns epoch and first sample of the step that follows the one at `first`."""
+        following = first + self.group
+        return (epoch, following) if following < len(self.lengths) else (epoch + 1, 0)
+
+    def done(self, epoch: int, first: int) -> float:
+        """Returns how much of the run lies before this step: 0 at its first, 1 at its last."""
+        samples, last = len(self.lengths), (self.steps_per_epoch - 1) * self.group
+        return (epoch * samples + first) / max(1, (self.epochs - 1) * samples + last)
 
     def start_at(self, epoch: int, sample: int):
         """Begins with the given sample of the given epoch's order."""

@@ -1,151 +1,142 @@
-"""MiniMind-V: a frozen CLIP vision tower, one linear layer, and the MiniMind decoder.
+"""MiniMind-V: a frozen vision tower, a projection, and the MiniMind decoder.
 
-An image is 196 placeholder tokens in the text; their embeddings are replaced by the tower's 196 projected patches.
+An image is a run of placeholder tokens in the text (196 with the published tower); their embeddings are replaced by the
+tower's projected patch features.
 """
 
-import json
+import copy
+import inspect
 import math
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.initialization import no_init_weights
-from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch.nn import functional as F
 
-from common.errors import UsageError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.vision_tower import TowerError, TowerSettings, encode_images, load_vision_tower
 
-TOKENS_PER_IMAGE = 196
-IMAGE_SIZE = 224
-
-
-class TowerError(UsageError):
-    """The vision tower is missing or cannot be read."""
+PROJECTORS = ("linear", "mlp")
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's shape (see `MiniMindConfig`) and how pictures enter it.
+    """The decoder's shape (see `MiniMindConfig`) and how images enter it.
 
     Args:
         image_token_id: The placeholder's id, `@` in the published tokenizer.
         vision_hidden_size: Width of the tower's features; read from the tower where there is one.
+        vision_patches: The tower's features per image; read from the tower where there is one.
+        projector: "linear", as published, or "mlp".
+        pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide
+            (https://arxiv.org/abs/1609.05158, backwards).
+
+    Raises:
+        ValueError: If there is no such projector, or the patches are no grid that N divides.
     """
 
     model_type = "minimind-v"
 
-    def __init__(self, image_token_id: int = 34, vision_hidden_size: int = 768, **kwargs):
+    def __init__(
+        self,
+        image_token_id: int = 34,
+        vision_hidden_size: int = 768,
+        vision_patches: int = 196,
+        projector: str = "linear",
+        pixel_shuffle: int = 1,
+        **kwargs,
+    ):
+        if projector not in PROJECTORS:
+            raise ValueError(f"no projector {projector!r}, choose from {', '.join(PROJECTORS)}")
+        check_pixel_shuffle(vision_patches, pixel_shuffle)
         self.image_token_id = image_token_id
         self.vision_hidden_size = vision_hidden_size
+        self.vision_patches = vision_patches
+        self.projector = projector
+        self.pixel_shuffle = pixel_shuffle
         super().__init__(**kwargs)
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders per image in the text."""
+        return self.vision_patches // self.pixel_shuffle**2
+
+
+def check_pixel_shuffle(patches: int, factor: int):
+    """Raises ValueError unless the patches are a grid whose sides the factor divides."""
+    side = math.isqrt(patches)
+    if factor != 1 and (factor < 1 or side**2 != patches or side % factor):
+        raise ValueError(f"pixel_shuffle {factor} does not divide the tower's {patches} patches as a grid")
+
+
+def config_fields(config: VLMConfig) -> dict:
+    """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
+    parameters = [inspect.signature(kind.__init__).parameters for kind in (MiniMindConfig, VLMConfig)]
+    names = [name for of_class in parameters for name in of_class if name not in ("self", "kwargs")]
+    return {name: getattr(config, name) for name in names}
+
+
+def fit_config_to_tower(config: VLMConfig, tower: TowerSettings) -> VLMConfig:
+    """Returns the configuration with the tower's width and number of patches.
+
+    A weight file without a sidecar tells only its projection's input width, which stands in vision_hidden_size: where
+    that is N^2 times the tower's width, the projection is one after a pixel shuffle of N.
+
+    Raises:
+        ValueError: If the tower's patches are no grid that the pixel shuffle divides.
+    """
+    factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
+    config = copy.deepcopy(config)
+    if factor > 1 and config.pixel_shuffle == 1 and config.vision_hidden_size == tower.hidden_size * factor**2:
+        config.pixel_shuffle = factor
+    config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
+    check_pixel_shuffle(config.vision_patches, config.pixel_shuffle)
+    return config
+
+
+def projector_of(tensors: dict[str, torch.Tensor]) -> dict:
+    """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none."""
+    first = tensors.get("vision_proj.vision_proj.0.weight")
+    if first is None:
+        return {}
+    kind = "mlp" if "vision_proj.vision_proj.2.weight" in tensors else "linear"
+    return {"projector": kind, "vision_hidden_size": first.shape[1]}
 
 
 class VisionProj(nn.Module):
-    """One linear layer from the tower's width to the decoder's: (..., ve_hidden_size) to (..., hidden_size)."""
-
-    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512):
-        super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.vision_proj(image_features)
-
-
-# What damaged files were seen to raise on their way through transformers.
-DAMAGED_FILE_ERRORS = (
-    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, EOFError),
-    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
-)
-
-
-def read_vision_half(path: Path) -> dict[str, torch.Tensor]:
-    """The vision tensors of a checkpoint's folder, by their names without `vision_model.`; the text half is not read."""
-    if (path / "model.safetensors").is_file():
-        with safe_open(path / "model.safetensors", framework="pt") as checkpoint:
-            tensors = {name: checkpoint.get_tensor(name) for name in of_vision_half(checkpoint.keys())}
-    else:
-        file = path / "pytorch_model.bin"
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        tensors = {name: checkpoint[name] for name in of_vision_half(checkpoint.keys())}
-    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
-
-
-def of_vision_half(names) -> list[str]:
-    """What of a checkpoint, of the tower alone or of whole CLIP, is a weight of the tower (position_ids only counts)."""
-    names = [name for name in names if not name.endswith("position_ids")]
-    return [name for name in names if name.startswith("vision_model.")] or names
-
-
-def read_pixel_statistics(path: Path) -> dict[str, torch.Tensor]:
-    """Mean and standard deviation (1, 3, 1, 1) from preprocessor_config.json, or CLIP's where there is no such file."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    published = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    statistics = {name: torch.tensor(settings.get(name, values)) for name, values in published.items()}
-    return {name: values.float().view(1, 3, 1, 1) for name, values in statistics.items()}
-
-
-def load_vision_tower(path: str | Path) -> CLIPVisionModel:
-    """Reads the vision half of a CLIP checkpoint (its text half stays on disk), frozen, in eval mode.
+    """The projection from the tower's width to the decoder's.
 
     Args:
-        path: A folder with config.json and model.safetensors or pytorch_model.bin, of the vision tower or whole CLIP.
-
-    Returns:
-        The tower, float32, with the `pixel_mean` and `pixel_std` (1, 3, 1, 1) its pictures are normalised by.
-
-    Raises:
-        TowerError: If the folder or a file in it is missing, unreadable, or not a tower of 196 patches.
+        ve_hidden_size: Width of the tower's features.
+        hidden_size: Width of the decoder.
+        kind: "linear": one layer with bias, as published; "mlp": two with a GELU between them.
+        pixel_shuffle: See `VLMConfig`.
     """
-    path = Path(path)
-    remedy = (
-        "It must be a folder with config.json and model.safetensors (or pytorch_model.bin) of a CLIP ViT with patch 16; "
-        "`python scripts/download.py tower` fetches the published one, --vision_model_path names another."
-    )
-    if not (path / "config.json").is_file():
-        raise TowerError(f"no vision tower in {path}: {path / 'config.json'} is missing. {remedy}")
-    if not any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-        raise TowerError(f"no vision tower in {path}: {path / 'model.safetensors'} is missing. {remedy}")
-    try:
-        config = CLIPVisionConfig.from_pretrained(path, local_files_only=True)
-        patches = (config.image_size // config.patch_size) ** 2
-        # On the CPU and filled here also where transformers lays out the model around it without memory
-        # (`MiniMindVLM.from_pretrained`).
-        with torch.device("cpu"), no_init_weights():
-            tower = CLIPVisionModel(config).float()
-            tensors = read_vision_half(path)
-            statistics = read_pixel_statistics(path / "preprocessor_config.json")
-        wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
-        wrong = wanted.keys() ^ tensors.keys()
-        wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
-    except DAMAGED_FILE_ERRORS as error:
-        # The first sentence: what follows it is advice to programmers, some of it unsafe (to load any pickle).
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-            reason = "it holds something else than tensors, which could run code when loaded"
-        raise TowerError(f"the vision tower in {path} cannot be read ({reason}). {remedy}") from error
-    if patches != TOKENS_PER_IMAGE or config.image_size != IMAGE_SIZE:
-        raise TowerError(
-            f"the vision tower in {path} makes {patches} patches of a {config.image_size} px picture; MiniMind-V takes "
-            f"{TOKENS_PER_IMAGE} of {IMAGE_SIZE} px. {remedy}"
-        )
-    if wrong:
-        raise TowerError(
-            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many or of "
-            f"another shape, the first is {min(wrong)}. {remedy}"
-        )
-    for name, tensor in wanted.items():
-        tensor.copy_(tensors[name])
-    tower.register_buffer("pixel_mean", statistics["image_mean"], persistent=False)
-    tower.register_buffer("pixel_std", statistics["image_std"], persistent=False)
-    return tower.requires_grad_(False).eval()
+
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", pixel_shuffle: int = 1):
+        super().__init__()
+        self.pixel_shuffle = pixel_shuffle
+        layers = [nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size)]
+        if kind == "mlp":
+            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+        self.vision_proj = nn.Sequential(*layers)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """(images, patches, ve_hidden_size) to (images, patches / pixel_shuffle^2, hidden_size)."""
+        return self.vision_proj(shuffle_pixels(image_features, self.pixel_shuffle))
 
 
-def find_image_starts(input_ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """Where images begin: every 196th placeholder of a run, from the run's first.
+def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Joins each square of factor x factor neighbouring patches: (N, P, W) to (N, P / factor^2, W * factor^2)."""
+    if factor == 1:
+        return image_features
+    images, patches, width = image_features.shape
+    side = math.isqrt(patches)
+    grid = image_features.view(images, side, side, width).permute(0, 3, 1, 2)
+    return F.pixel_unshuffle(grid, factor).flatten(2).transpose(1, 2)
+
+
+def find_image_starts(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
+    """Finds where images begin: at a run of placeholders, and after each `image_tokens` of them that more follow.
 
     Args:
         input_ids: (B, L). What is left of a run (a user's own `@`) is text.
@@ -156,15 +147,15 @@ def find_image_starts(input_ids: torch.Tensor, image_token_id: int) -> torch.Ten
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     is_placeholder = input_ids == image_token_id
     last_other = torch.where(is_placeholder, -1, column).cummax(dim=1).values
-    # Counted within its run, the 1st, 197th, ... placeholder begins an image if 195 more follow it.
-    ends = is_placeholder & ((column - last_other) % TOKENS_PER_IMAGE == 0)
+    # The placeholder that completes an image is the image_tokens-th of its run, or twice that, and so on.
+    ends = is_placeholder & ((column - last_other) % image_tokens == 0)
     starts = ends.nonzero()
-    starts[:, 1] -= TOKENS_PER_IMAGE - 1
+    starts[:, 1] -= image_tokens - 1
     return starts
 
 
 def count_images(pixel_values: torch.Tensor | None) -> int:
-    """How many images (..., 3, height, width) holds."""
+    """Returns how many images (..., 3, height, width) holds."""
     return 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
 
 
@@ -185,10 +176,11 @@ class MiniMindVLM(MiniMindForCausalLM):
         config = config or VLMConfig()
         tower = None if vision_model_path is None else load_vision_tower(vision_model_path)
         if tower is not None:
-            config.vision_hidden_size = tower.config.hidden_size
+            config = fit_config_to_tower(config, tower.settings)
         super().__init__(config)
-        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
-        # Not a registered submodule: so it is in no weight file, no optimizer, and `train()` does not reach it.
+        shape = config.vision_hidden_size, config.hidden_size
+        self.vision_proj = VisionProj(*shape, config.projector, config.pixel_shuffle)
+        # Not a registered submodule: it is in no weight file and no optimizer, and `train()` does not reach it.
         object.__setattr__(self, "vision_encoder", tower)
         self.post_init()
 
@@ -198,35 +190,22 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.vision_encoder._apply(fn, *args, **kwargs)
         return self
 
-    @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tower's features: its last hidden state before the final layer norm, without the class token.
-
-        Args:
-            pixel_values: (images, 3, 224, 224), uint8 as decoded or float as already normalised.
-
-        Returns:
-            (images, 196, vision_hidden_size).
+        """Returns the tower's features (images, patches, width) of (images, 3, size, size): see `vision_tower`.
 
         Raises:
             TowerError: If the model was built without a tower.
         """
         if self.vision_encoder is None:
             raise TowerError("pictures were given, but this model was built without a vision tower (vision_model_path)")
-        tower = self.vision_encoder
-        if len(pixel_values) == 0:
-            shape = 0, TOKENS_PER_IMAGE, tower.config.hidden_size
-            return torch.empty(shape, dtype=tower.dtype, device=pixel_values.device)
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = (pixel_values.float() / 255 - tower.pixel_mean.float()) / tower.pixel_std.float()
-        return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]
+        return encode_images(self.vision_encoder, pixel_values)
 
     def splice_images(self, inputs_embeds, image_features, image_starts) -> torch.Tensor:
-        """Writes the projected (N, 196, vision width) over the placeholders of (B, L, D) that begin at (N, 2)."""
-        # The features may be in another precision than the rest: the tower's own, or a cache's.
+        """Writes projected features (N, patches, width) over the placeholders of (B, L, D) that begin at (N, 2)."""
+        # The features may be in another precision than the rest: the tower's own, or that of a file of features.
         projected = self.vision_proj(image_features.to(inputs_embeds.dtype))
         first = image_starts[:, 0] * inputs_embeds.shape[1] + image_starts[:, 1]
-        positions = first[:, None] + torch.arange(TOKENS_PER_IMAGE, device=first.device)
+        positions = first[:, None] + torch.arange(self.config.image_tokens, device=first.device)
         flat = inputs_embeds.flatten(0, 1)
         flat = flat.index_copy(0, positions.flatten(), projected.flatten(0, 1).to(flat.dtype))
         return flat.view_as(inputs_embeds)
@@ -245,25 +224,25 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: torch.Tensor | None = None,
         **kwargs,
     ):
-        """One pass over text and pictures; see `MiniMindForCausalLM.forward` for the rest of the arguments.
+        """Runs text and images through the model; see `MiniMindForCausalLM.forward` for the other arguments.
 
-        `generate` hands over only what this signature names, so those that it needs stand here too.
+        `generate` passes only what this signature names, so the arguments it needs are repeated here.
 
         Args:
-            input_ids: (B, L); each image is a run of 196 placeholders.
-            pixel_values: (B, images, 3, 224, 224), or (all images, 3, 224, 224) in reading order; uint8 as decoded, or
-                float as already normalised.
-            image_starts: (all images, 2) sample and column of each image's first placeholder, as the collate function
-                gives it. Without it they are looked for in input_ids, which on a GPU waits for the device.
-            image_features: (all images, 196, vision_hidden_size), what `encode_images` made of the pictures before; with
-                it come image_starts, and no pixel_values.
+            input_ids: (B, L); each image is a run of `config.image_tokens` placeholders.
+            pixel_values: (B, images, 3, size, size), or (all images, 3, size, size) in reading order; uint8 as decoded,
+                or float as already normalised.
+            image_starts: (all images, 2) sample and column of each image's first placeholder, as the collator gives it.
+                Without it they are searched for in input_ids, which syncs a GPU.
+            image_features: (all images, patches, vision_hidden_size), what `encode_images` returned for the images; it
+                takes the place of pixel_values, and needs image_starts.
 
         Raises:
-            ValueError: If the placeholders of a sample do not match its pictures.
+            ValueError: If the placeholders of a sample do not match its images.
         """
         if inputs_embeds is None:
             if image_features is None:
-                image_features, image_starts = self.look_at(input_ids, pixel_values, image_starts)
+                image_features, image_starts = self.encode_batch_images(input_ids, pixel_values, image_starts)
             inputs_embeds = self.embed(input_ids)
             if image_features is not None and len(image_features):
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
@@ -278,10 +257,10 @@ class MiniMindVLM(MiniMindForCausalLM):
             **kwargs,
         )
 
-    def look_at(self, input_ids, pixel_values, image_starts):
-        """The pictures' features (None where there are none) and where they belong, after checking that they match."""
-        if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= TOKENS_PER_IMAGE):
-            image_starts = find_image_starts(input_ids, self.config.image_token_id)
+    def encode_batch_images(self, input_ids, pixel_values, image_starts):
+        """Returns the images' features (None where there are none) and their starts, after checking that they match."""
+        if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= self.config.image_tokens):
+            image_starts = self.find_image_starts(input_ids)
             self.check_images(input_ids, pixel_values, image_starts)
         elif image_starts is not None and len(image_starts) != count_images(pixel_values):
             self.check_images(input_ids, pixel_values, image_starts)
@@ -290,8 +269,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
         return self.encode_images(pixel_values), image_starts
 
+    def find_image_starts(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See the function of that name."""
+        return find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
+
     def check_images(self, input_ids, pixel_values, image_starts):
-        """Raises ValueError, naming the sample, where placeholders and pictures do not match."""
+        """Raises ValueError, naming the sample, where placeholders and images do not match."""
         samples, given = input_ids.shape[0], count_images(pixel_values)
         runs = torch.bincount(image_starts[:, 0], minlength=samples).tolist()
         per_sample = pixel_values is not None and pixel_values.dim() == 5
@@ -301,12 +284,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         if runs == expected or (not per_sample and given == sum(runs)):
             return
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        leftovers = [count - run * TOKENS_PER_IMAGE for count, run in zip(placeholders, runs, strict=True)]
+        leftovers = [count - run * self.config.image_tokens for count, run in zip(placeholders, runs, strict=True)]
         if per_sample:
             sample = next(index for index, run in enumerate(runs) if run != expected[index])
             problem = f"sample {sample} has placeholders for {runs[sample]} image(s), but {expected[sample]} were given"
         else:
-            # Pictures joined into one tensor do not say whose they are: most likely the longest remainder was cut off.
+            # Images joined into one tensor do not say whose they are: most likely the longest remainder was cut off.
             sample = leftovers.index(max(leftovers))
             counts = ", ".join(f"sample {index}: {run}" for index, run in enumerate(runs))
             problem = f"{given} image(s) were given, but there are placeholders for {sum(runs)} ({counts})"
@@ -321,7 +304,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if kwargs.get("use_cache", True) and not is_first_iteration:
-            # The pictures are in the cache.
+            # The images are in the key/value cache.
             inputs["pixel_values"] = inputs["image_starts"] = None
         return inputs
 
@@ -329,13 +312,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values, starts = kwargs.pop("pixel_values", None), kwargs.pop("image_starts", None)
         if expand_size > 1 and input_ids is not None:
             if starts is None:
-                starts = find_image_starts(input_ids, self.config.image_token_id)
-            # Here a sample still has the number that the caller knows it by.
+                starts = self.find_image_starts(input_ids)
+            # Here a sample still has the index the caller knows it by.
             self.check_images(input_ids, pixel_values, starts)
         if expand_size > 1 and pixel_values is not None:
             if pixel_values.dim() == 5:
                 pixel_values = pixel_values.flatten(0, 1)
-            # Copy j of sample s is row s * expand_size + j: pictures follow their row, not each other.
+            # Copy j of sample s is row s * expand_size + j, and images follow their row.
             copies = torch.arange(expand_size, device=starts.device)
             rows = (starts[:, :1] * expand_size + copies).flatten()
             rows, order = rows.sort(stable=True)

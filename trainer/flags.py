@@ -1,127 +1,136 @@
-"""The flags of the two training scripts, checked all at once, and how a script ends on a user's mistake."""
+"""A stage's record, and the flags of the training scripts: read, checked all at once, and filled in."""
 
 import argparse
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import HelpFormatter
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
-from trainer.support.assets import BUILTIN_RECIPE, choose_assets
+from model.model_vlm import PROJECTORS
+from trainer.support.assets import choose_assets
+from trainer.support.processes import cores, pick_device, pick_dtype
 
 LOG_INTERVAL = 100
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is: its name, what it does in a line, and its flags' published defaults."""
+    """Everything that makes a stage; nothing about a stage is written anywhere else.
+
+    Attributes:
+        name: In the sidecar of its weights.
+        title, story: What it is called, and what it does, in a line.
+        defaults: The published settings, by flag.
+        builtin: The settings that teach the small built-in model.
+        data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
+        following: The command that comes next; {save_weight} is filled in.
+        loss: (model, inputs) -> (loss summed over the learned tokens, balancing loss of experts or None).
+    """
 
     name: str
+    title: str
     story: str
     defaults: dict
+    builtin: dict
+    data: str
+    following: str
+    loss: Callable
 
 
 def build_parser(stage: Stage, description: str) -> argparse.ArgumentParser:
-    """All flags of a training script. Those a recipe may set have no default here: see `parse_arguments`."""
+    """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
     parser = argparse.ArgumentParser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="Nothing downloaded and no path given: the small built-in set is used, with settings of its own.",
     )
     add_model_flags(parser.add_argument_group("what is learned, and from what").add_argument, stage.defaults)
     add_file_flags(parser.add_argument_group("files").add_argument, stage)
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
     add_device_flags(parser.add_argument_group("device").add_argument)
-    add_saving_flags(parser.add_argument_group("saving, going on, logging").add_argument)
+    add_saving_flags(parser.add_argument_group("saving, resuming, logging").add_argument)
     return parser
 
 
 def add_model_flags(add, default: dict):
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
-    add("--from_weight", default=default["from_weight"], help=f"{what} (default: %(default)s)")
-    what = (
-        "0: projection and decoder learn; 1: the projection; 2: the projection and the decoder's first and last layer"
-    )
-    add(
-        "--freeze_llm",
-        type=int,
-        choices=(0, 1, 2),
-        default=default["freeze_llm"],
-        help=f"{what} (default: %(default)s)",
-    )
+    add("--from_weight", default=default["from_weight"], help=what)
+    modes = "0: projection and decoder learn; 1: the projection; 2: projection, the decoder's first and last layer"
+    add("--freeze_llm", type=int, choices=(0, 1, 2), default=default["freeze_llm"], help=modes)
     add("--hidden_size", type=int, help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=int, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
-    what = "tokens a sample is cut at; each picture takes 196"
-    add("--max_seq_len", type=int, default=default["max_seq_len"], help=f"{what} (default: %(default)s)")
+    add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
+    what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
+    add("--pixel_shuffle", type=int, metavar="N", help=what)
+    add("--max_seq_len", type=int, default=default["max_seq_len"], help="tokens a sample is cut at, its images' included")
 
 
 def add_file_flags(add, stage: Stage):
-    name = stage.name
-    add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{name}_data.jsonl or .parquet)")
-    add("--images_path", type=Path, help=f"folder of the jsonl's pictures (default: dataset/{name}_images)")
+    data = stage.data
+    add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{data}_data.jsonl or .parquet)")
+    add("--images_path", type=Path, help=f"folder of the jsonl's images (default: dataset/{data}_images)")
     what = "the tokenizer that belongs to the weights"
     add("--tokenizer_path", type=Path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
-    add("--vision_model_path", type=Path, help=f"the CLIP tower's folder (default: {display_path(TOWER_DIR)})")
-    what = "where weights, states and metrics are written"
-    add("--save_dir", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})")
-    add("--save_weight", default=stage.defaults["save_weight"], help="their name (default: %(default)s)")
-    what = "keep the tower's features in this folder, so that a picture is encoded once; or: off"
+    what = "folder of the vision tower, CLIP or SigLIP"
+    add("--vision_model_path", type=Path, help=f"{what} (default: {display_path(TOWER_DIR)})")
+    what = "where weights, checkpoints and metrics are written"
+    add("--save_dir", type=Path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
+    add("--save_weight", default=stage.defaults["save_weight"], help="the weights' name")
+    what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
     add("--cache_vision", metavar="DIR", help=f"{what} (default: {tenth})")
-    what = "rows to measure on, jsonl or parquet, or: none"
+    what = "held-out rows to measure on, jsonl or parquet, or: none"
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
     add("--eval_data", metavar="FILE", help=f"{what} (default: {held_out})")
-    add("--eval_images_path", type=Path, help="folder of their pictures (default: --images_path)")
-    what = "leave out up to so many rows that cannot be learned from"
+    add("--eval_images_path", type=Path, help="folder of their images (default: --images_path)")
+    what = "leave out up to this many rows that cannot be learned from"
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
 
 
 def add_optimisation_flags(add, default: dict):
     add("--epochs", type=int, help=f"passes over the data (default: {default['epochs']})")
-    what = "samples per process and forward pass"
-    add("--batch_size", type=int, help=f"{what} (default: {default['batch_size']})")
-    what = "forward passes per optimizer step"
-    add("--accumulation_steps", type=int, default=1, help=f"{what} (default: %(default)s)")
+    add("--batch_size", type=int, help=f"samples per process and forward pass (default: {default['batch_size']})")
+    add("--accumulation_steps", type=int, default=1, help="forward passes (micro-batches) per optimizer step")
     what = "at the start; it falls along a cosine to a tenth"
     add("--learning_rate", type=float, help=f"{what} (default: {default['learning_rate']:g})")
-    what = "largest norm of the gradient; 0 does not clip"
-    add("--grad_clip", type=float, default=1.0, help=f"{what} (default: %(default)s)")
-    what = "of the projection's first weights and the samples' order"
-    add("--seed", type=int, default=42, help=f"{what} (default: %(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--seed", type=int, default=42, help="of the projection's first weights and the samples' order")
 
 
 def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "of matrix products (default: bfloat16 where a GPU computes in it, float16 on other CUDA GPUs, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
-    what = "minutes after which a process of several that does not answer is given up"
-    add("--timeout_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
+    add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, else 0)")
-    add("--num_workers", type=int, help="processes that decode pictures (default: one per core, at most 16)")
+    add("--num_workers", type=int, help="processes that decode images (default: one per core, at most 16)")
 
 
 def add_saving_flags(add):
-    add("--save_interval", type=int, default=100, help="optimizer steps between saves (default: %(default)s)")
-    what = "minutes after which it is saved in any case"
-    add("--save_minutes", type=float, default=10, help=f"{what} (default: %(default)s)")
-    add("--from_resume", type=int, choices=(0, 1), default=0, help="1: go on from the last save, if there is one")
+    add("--save_interval", type=int, default=100, help="optimizer steps between checkpoints")
+    add("--save_minutes", type=float, default=10, help="minutes after which one is saved in any case")
+    add("--from_resume", type=int, choices=(0, 1), default=0, help="1: resume from the last checkpoint, if there is one")
     what = "optimizer steps between log lines; the first comes after step 1"
     add("--log_interval", type=int, help=f"{what} (default: {LOG_INTERVAL})")
     what = "optimizer steps between measurements on held-out rows"
     add("--eval_interval", type=int, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    add("--wandb_project", default="MiniMind-V", help="its project there (default: %(default)s)")
-    what = "go on where the first loss says that weights and tokenizer do not belong together"
+    add("--wandb_project", default="MiniMind-V", help="its project there")
+    what = "train even if the first loss suggests that weights and tokenizer do not belong together"
     add("--ignore_high_loss", action="store_true", help=what)
 
 
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the flags, chooses the files, and fills what was not given: by the built-in recipe, else as published.
+    """Reads the flags and fills in what was not given: files, the stage's or the built-in recipe's settings, the device.
 
     Returns:
-        The flags, and `assets` ("built-in" or "published").
+        The flags, none of them changed later, and `assets` ("built-in" or "published").
 
     Raises:
         UsageError: With everything that is wrong with the flags in one message.
@@ -132,18 +141,27 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
             setattr(args, name, getattr(args, name).expanduser().resolve())
     problems = []
     try:
-        args.assets = choose_assets(args, stage.name)
-    except UsageError as error:  # said together with what is wrong with the flags
-        args.assets, problems = "published", [str(error)]
-    builtin = BUILTIN_RECIPE[stage.name] if args.assets == "built-in" else {}
-    recipe = {"log_interval": LOG_INTERVAL} | stage.defaults | builtin
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        args.assets, paths = choose_assets(args, stage.data)
+    except UsageError as error:  # reported together with what is wrong with the flags
+        args.assets, paths, problems = "published", {}, [str(error)]
+    fill_in(args, paths)
+    fill_in(args, {"log_interval": LOG_INTERVAL} | stage.defaults | (stage.builtin if args.assets == "built-in" else {}))
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+    args.device, args.dtype = str(device), dtype
+    fill_in(args, {"compile": device.type == "cuda", "num_workers": min(16, max(1, cores() // world_size))})
     return args
+
+
+def fill_in(args, values: dict):
+    """Sets the flags that were not given."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 LEAST = {
@@ -151,12 +169,12 @@ LEAST = {
         ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"), 1
     ),
     **dict.fromkeys(("num_workers", "max_bad_rows", "grad_clip", "seed"), 0),
-    **{"max_seq_len": 8, "hidden_size": 8, "num_hidden_layers": 1},
+    **{"max_seq_len": 8, "hidden_size": 8, "num_hidden_layers": 1, "pixel_shuffle": 1},
 }
 
 
 def flag_problems(args) -> list[str]:
-    """What is wrong with the flags' values."""
+    """Returns what is wrong with the flags' values."""
     values = {name: getattr(args, name) for name in LEAST}
     problems = [
         f"--{name} {value}: must be at least {LEAST[name]}"
@@ -170,5 +188,3 @@ def flag_problems(args) -> list[str]:
     if not args.save_weight or any(character in args.save_weight for character in "/\\"):
         problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
     return problems
-
-

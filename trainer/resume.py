@@ -1,122 +1,205 @@
-"""When and how a run is saved: weights, sidecar and training state together, and no failure to save ends a run."""
+"""Checkpoints: weights, sidecar and training state, written together. A run resumes bit-identically."""
 
+import hashlib
+import signal
 import time
+from dataclasses import asdict, dataclass
 
 import torch
 
 from common import files
-from common.errors import UsageError
+from common.errors import Stopped, UsageError
 from common.paths import display_path
+from dataset.features import tower_sha256
+from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
-from trainer import weights as checkpoint
+from trainer import weights as weight_io
 from trainer.setup import Run
-from trainer.watch.progress import Progress
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
 
-class Saver:
-    """Writes a run's files; only the main process has one.
+class Checkpoints:
+    """Saves a run, and restores the model it left.
+
+    To be made of the model as loaded, frozen and not yet rounded: weight files keep frozen weights as they were loaded.
 
     Args:
         run: Which run.
-        model: Whose weights.
+        model: Its model; filled from the run's checkpoint where it resumes.
+        data: What it learns from.
+        settings: The flags as they are in effect, for sidecar and state.
+
+    Raises:
+        UsageError: If the checkpoint to resume from is of another run.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM):
-        self.run, self.model = run, model
+    def __init__(self, run: Run, model: MiniMindVLM, data: VLMDataset, settings: dict):
+        self.run, self.model, self.settings = run, model, settings
+        if run.state is not None:
+            weight_io.load_learned(model, run.state["learned"], run.files.state)
+        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        named = model.state_dict(keep_vars=True).items()
+        self.frozen = weight_io.in_half_precision({name: tensor for name, tensor in named if tensor in frozen})
+        self.tower_sha256 = tower_sha256(model.vision_encoder)
+        self.fingerprint = self._fingerprint(data)
+        if run.state is not None:
+            self._check_fingerprint(run.state["fingerprint"])
+            if run.processes.is_main:
+                self._repair_weights(run.state["step"])
         self.saved_at = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether --save_minutes have passed since the last save."""
+    def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
+        """What must be the same to resume: with anything else the samples or the model would be others."""
+        run, config = self.run, self.run.config
+        rows = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]
+        shape = (
+            f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} and "
+            f"{config.num_key_value_heads} heads, {config.vocab_size} tokens{', experts' if config.use_moe else ''}"
+        )
+        return {
+            "model": shape,
+            "max_seq_len": str(run.args.max_seq_len),
+            "seed": str(run.args.seed),
+            "tokenizer": run.tokenizer_sha256[:12],
+            "data": f"{len(data):,} rows, {rows}",
+            "vision tower": self.tower_sha256[:12],
+            "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
+        }
+
+    def _check_fingerprint(self, saved: dict[str, str]):
+        for name, value in self.fingerprint.items():
+            if saved.get(name) != value:
+                raise UsageError(
+                    f"{display_path(self.run.files.state)} is of a run with other {name} ({saved.get(name)}; now {value}): "
+                    "repeat that run's flags, or leave --from_resume out to begin anew"
+                )
+
+    def _repair_weights(self, step: int):
+        """Writes the weight file anew where the run was killed between the renames of state and weights."""
+        path = self.run.files.weights
+        if weight_io.read_sidecar_or_empty(path).get("step") != step or not path.is_file():
+            files.write_together(self._weight_files(step))
+
+    def minutes_are_up(self) -> bool:
+        """Tells whether --save_minutes have passed since the last save."""
         return time.monotonic() - self.saved_at >= 60 * self.run.args.save_minutes
 
     def save(self, state: dict) -> UsageError | None:
-        """Writes the state, the weights and their sidecar, all or none.
+        """Writes state, weights and sidecar, all or none; all ranks call it, the main one writes.
+
+        Args:
+            state: What the loop needs to resume.
 
         Returns:
             What went wrong, as a full disk; the files are then those of the save before.
-        """
-        self.saved_at = time.monotonic()  # also of a save that fails: not tried again at every step
-        try:
-            # The state first: if the power fails between the renames, the weights can be made of it (`mend`).
-            files.write_together(
-                {self.run.state_path: lambda file: torch.save(state, file)} | self._weight_files(state["step"])
-            )
-        except UsageError as error:
-            return error
-        return None
 
-    def mend(self, state: dict):
-        """Makes the weight file that of a state that was read: it is an older one if the run was ended in between."""
-        sidecar = checkpoint.glance_at_sidecar(self.run.weights_path)
-        if sidecar.get("step") != state["step"] or not self.run.weights_path.is_file():
-            files.write_together(self._weight_files(state["step"]))
+        Raises:
+            UsageError: If the weights are not finite.
+        """
+        run, error = self.run, None
+        learned = weight_io.learned_parameters(self.model)
+        largest = torch.finfo(torch.float16).max
+        if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in learned.values()):
+            raise UsageError(
+                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a lower "
+                f"--learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than {run.args.grad_clip:g} may help"
+            )
+        random = run.processes.gather(random_state(run.device))
+        if run.processes.is_main:
+            self.saved_at = time.monotonic()  # of a save that fails too: it is not tried again at every step
+            state = state | {
+                "learned": {name: parameter.detach().cpu() for name, parameter in learned.items()},
+                "random": random,
+                "arguments": {key: str(value) for key, value in self.settings.items()},
+                "processes": run.processes.world_size,
+                "fingerprint": self.fingerprint,
+            }
+            try:
+                # The state first: if the power fails between the renames, the weights can be made of it.
+                state_file = {run.files.state: lambda file: torch.save(state, file)}
+                files.write_together(state_file | self._weight_files(state["step"]))
+            except UsageError as failure:
+                error = failure
+        run.processes.barrier()
+        return error
 
     def _weight_files(self, step: int) -> dict:
         run = self.run
-        sidecar = checkpoint.describe(
-            self.model.config, run.stage.name, run.args.assets, run.tokenizer_sha256, vars(run.args)
+        sidecar = weight_io.describe(
+            self.model.config, run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, title=run.stage.title
         )
-        return checkpoint.weight_files(run.weights_path, self.model, run.frozen_weights, sidecar | {"step": step})
+        return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar | {"step": step})
 
 
-def state_of(trainer, progress: Progress) -> dict:
-    """All that a run needs to go on, beside the files it started from and the random states."""
-    epoch, sample = trainer.position
-    return {
-        "learned": {name: parameter.detach().cpu() for name, parameter in trainer.parameters.items()},
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "epoch": epoch,
-        "sample": sample,
-        "step": trainer.step,
-        "arguments": {key: str(value) for key, value in vars(trainer.args).items()},
-        "processes": trainer.processes.world_size,
-        "fingerprint": trainer.fingerprint,
-        "wandb_id": trainer.wandb_id,
-        "skipped_pictures": trainer.skipped_pictures,
-        "bad_steps": trainer.bad_steps.tolist(),
-        "progress": progress.pending(),
-    }
+def random_state(device: torch.device) -> dict:
+    """Returns this rank's random state, on the CPU and on its GPU."""
+    is_cuda = device.type == "cuda"
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if is_cuda else None}
 
 
-def restore(trainer, state: dict):
-    """Puts a state into a trainer that was just made.
-
-    Raises:
-        UsageError: If it is of a run with other data, another model, or another order of samples.
-    """
-    for name, value in trainer.fingerprint.items():
-        before = state["fingerprint"].get(name)
-        if before != value:
-            raise UsageError(
-                f"{display_path(trainer.run.state_path)} is of a run with other {name} ({before}; now {value}): repeat that "
-                "run's flags, or leave --from_resume out to begin anew"
-            )
-    fused = trainer.optimizer.defaults["fused"]
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    for group in trainer.optimizer.param_groups:
-        group["fused"] = fused  # the state may come from another kind of device
-    trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.wandb_id, trainer.pending = state["step"], state["wandb_id"], state["progress"]
-    trainer.skipped_pictures = state["skipped_pictures"]
-    trainer.bad_steps = torch.tensor(state["bad_steps"], device=trainer.run.device)
-    trainer.bad_steps_told = state["bad_steps"][0]
-    trainer.position = state["epoch"], state["sample"]
-    trainer.sampler.start_at(*trainer.position)
-    if trainer.processes.rank < len(state["random"]):
-        random = state["random"][trainer.processes.rank]
-        torch.set_rng_state(random["cpu"])
-        if random["cuda"] is not None and trainer.run.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], trainer.run.device)
-    if trainer.saver is not None:
-        trainer.saver.mend(state)
+def restore_random_state(states: list[dict], rank: int, device: torch.device):
+    """Sets this rank's random state; a rank the saved run did not have keeps its own."""
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["cpu"])
+        if states[rank]["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(states[rank]["cuda"], device)
 
 
-def changes(state: dict, args, processes) -> str:
-    """What of the settings that may change is another than in a saved run, in words."""
+def changed_settings(state: dict, args, world_size: int) -> str:
+    """Returns which of the settings that may change differ from the saved run's, in words."""
     before = state["arguments"] | {"processes": str(state["processes"])}
-    now = {name: str(getattr(args, name)) for name in MAY_CHANGE} | {"processes": str(processes.world_size)}
+    now = {name: str(getattr(args, name)) for name in MAY_CHANGE} | {"processes": str(world_size)}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     return f"; changed: {', '.join(changed)}" if changed else ""
+
+
+@dataclass
+class TrainState:
+    """How far a run is: optimizer steps done, and the epoch and sample that come next."""
+
+    step: int = 0
+    epoch: int = 0
+    sample: int = 0
+    skipped_pictures: int = 0
+
+    def advance(self, skipped_pictures: int, epoch: int, sample: int):
+        """Counts a step, after which the sample `sample` of epoch `epoch` is next."""
+        self.step, self.epoch, self.sample = self.step + 1, epoch, sample
+        self.skipped_pictures += skipped_pictures
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict):
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+
+def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):
+    """Saves at --save_interval, after --save_minutes, at an epoch's end, and where a signal came; all ranks call it.
+
+    Args:
+        parts: What else has a state_dict to save; the last of them is the Progress, which logs.
+        asked: The signal that came to this rank, or None.
+
+    Raises:
+        Stopped: If one came, to any rank.
+        UsageError: If the run's last save fails.
+    """
+    run, progress = checkpoints.run, parts[-1]
+    # All ranks decide the same: by the main rank's clock, and by everybody's signals.
+    minutes_are_up = run.processes.is_main and checkpoints.minutes_are_up()
+    minutes_are_up, anybody = run.processes.sum(minutes_are_up, asked is not None)
+    if state.step % run.args.save_interval == 0 or state.sample == 0 or minutes_are_up or anybody:
+        error = checkpoints.save({name: value for part in (state, *parts) for name, value in part.state_dict().items()})
+        if error is not None and (anybody or state.step == total_steps):
+            raise error
+        if error is not None:
+            progress.log(f"warning: step {state.step} could not be saved, training continues: {error}")
+    if anybody and state.step < total_steps:
+        progress.log(
+            f"stopped after step {state.step:,} of {total_steps:,}, which is saved: the same command with "
+            "--from_resume 1 resumes from there"
+        )
+        raise Stopped(asked or signal.SIGTERM)

@@ -1,10 +1,10 @@
-"""Stage 1, pretraining: teach the projection to say what is in a picture in the language model's own terms.
+"""Stage 1, pretraining: teach the projection to turn image patches into what the language model understands.
 
     python trainer/train_pretrain_vlm.py
     torchrun --nproc_per_node 2 trainer/train_pretrain_vlm.py --batch_size 256
 
-Starts from a language model (llm) that has never seen a picture. The vision tower and the language model stay as they
-are; the one linear layer between them, vision_proj, learns from captions. Writes out/pretrain_vlm_{hidden_size}.pth.
+Starts from a language model (llm) that has never seen an image. The vision tower and the language model stay frozen;
+the projection between them, vision_proj, learns from captions. Writes out/pretrain_vlm_{hidden_size}.pth.
 """
 
 import sys
@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_script  # noqa: E402
 from trainer.flags import Stage, parse_arguments  # noqa: E402
-from trainer.loop import train  # noqa: E402
-from trainer.setup import Run  # noqa: E402
+from trainer.loop import answer_loss, train  # noqa: E402
+from trainer.setup import freeze, load_data, load_model, prepare_run  # noqa: E402
+from trainer.support.processes import Processes  # noqa: E402
 
 STAGE = Stage(
     name="pretrain",
+    title="Pretraining",
     story="stage 1, pretraining: captions teach the projection, the language model stays as it is",
     defaults={
         "from_weight": "llm",
@@ -29,16 +31,21 @@ STAGE = Stage(
         "learning_rate": 4e-4,
         "max_seq_len": 640,
     },
+    builtin={"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20},
+    data="pretrain",
+    following="python trainer/train_sft_vlm.py",
+    loss=answer_loss,
 )
 
 
 def main():
     args = parse_arguments(STAGE, __doc__)
-    with Run(STAGE, args) as run:
-        data = run.load_data()  # conversations about pictures, as token ids
-        heldout = run.load_heldout(data)  # rows that are measured on, not trained on
-        model = run.load_model()  # tower + projection + decoder; freeze_llm 1 leaves the projection to learn
-        train(run, model, data, heldout)
+    with Processes.start(args.device, args.timeout_minutes) as processes:
+        run = prepare_run(STAGE, args, processes)  # tokenizer, starting weights, the files that will be written
+        data, heldout = load_data(run)  # captions as token ids: rows to learn from, rows to measure on
+        model = load_model(run)  # tower + projection + decoder
+        freeze(model, args.freeze_llm)  # 1: only the projection learns
+        train(run, model, data, heldout)  # minimises STAGE.loss
 
 
 if __name__ == "__main__":

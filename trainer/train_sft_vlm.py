@@ -1,9 +1,9 @@
-"""Stage 2, supervised fine-tuning: teach the whole model to answer questions about pictures.
+"""Stage 2, supervised fine-tuning: teach the whole model to answer questions about images.
 
     python trainer/train_sft_vlm.py
     torchrun --nproc_per_node 2 trainer/train_sft_vlm.py --batch_size 16 --learning_rate 2e-5
 
-Starts from stage 1 (pretrain_vlm). The vision tower stays as it is; projection and language model learn from dialogues.
+Starts from stage 1 (pretrain_vlm). The vision tower stays frozen; projection and language model learn from dialogues.
 Writes out/sft_vlm_{hidden_size}.pth.
 """
 
@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_script  # noqa: E402
 from trainer.flags import Stage, parse_arguments  # noqa: E402
-from trainer.loop import train  # noqa: E402
-from trainer.setup import Run  # noqa: E402
+from trainer.loop import answer_loss, train  # noqa: E402
+from trainer.setup import freeze, load_data, load_model, prepare_run  # noqa: E402
+from trainer.support.processes import Processes  # noqa: E402
 
 STAGE = Stage(
     name="sft",
+    title="Fine-tuning",
     story="stage 2, fine-tuning: dialogues teach projection and language model, the tower stays as it is",
     defaults={
         "from_weight": "pretrain_vlm",
@@ -29,16 +31,21 @@ STAGE = Stage(
         "learning_rate": 1e-6,
         "max_seq_len": 1536,
     },
+    builtin={"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50},
+    data="sft",
+    following="python eval_vlm.py --weight {save_weight}",
+    loss=answer_loss,
 )
 
 
 def main():
     args = parse_arguments(STAGE, __doc__)
-    with Run(STAGE, args) as run:
-        data = run.load_data()  # dialogues about pictures, as token ids
-        heldout = run.load_heldout(data)  # rows that are measured on, not trained on
-        model = run.load_model()  # tower + projection + decoder; freeze_llm 0 leaves all but the tower to learn
-        train(run, model, data, heldout)
+    with Processes.start(args.device, args.timeout_minutes) as processes:
+        run = prepare_run(STAGE, args, processes)  # tokenizer, starting weights, the files that will be written
+        data, heldout = load_data(run)  # dialogues as token ids: rows to learn from, rows to measure on
+        model = load_model(run)  # tower + projection + decoder
+        freeze(model, args.freeze_llm)  # 0: all but the tower learns
+        train(run, model, data, heldout)  # minimises STAGE.loss
 
 
 if __name__ == "__main__":

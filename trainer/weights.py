@@ -21,22 +21,12 @@ from safetensors.torch import load_file as load_safetensors
 from common.errors import UsageError
 from common.files import load_file
 from common.paths import ROOT, display_path
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig, config_fields, projector_of
 
 # What settings that no model can have make VLMConfig raise.
 CONFIG_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-STATE_KEYS = {
-    *("learned", "optimizer", "scaler", "epoch", "sample", "step", "random", "arguments", "processes", "fingerprint"),
-    *("wandb_id", "skipped_pictures", "bad_steps", "progress"),
-}
-CONFIG_FIELDS = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-    *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "dropout"),
-    *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha"),
-    *("image_token_id", "vision_hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
 SIDECAR_KINDS = {"tokenizer_sha256": str, "arguments": dict}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
@@ -64,14 +54,13 @@ def find_weights(
     name: str,
     hidden_size: int | None,
     use_moe: bool | None,
-    hint: str = "",
     builtin: bool | None = None,
-    say=print,
+    log=print,
 ) -> Path:
     """The weight file of that name in `save_dir`; of several the newest. A name that ends in .pth is a path.
 
-    `builtin` True takes only weights trained on the built-in set, False only others, None any; `say` is told which of
-    several is taken.
+    `builtin` True takes only weights trained on the built-in set, False only others, None any; `log` gets a line where
+    there are several.
 
     Raises:
         UsageError: If there is none.
@@ -87,20 +76,28 @@ def find_weights(
         for path, match in found.items()
         if (hidden_size is None or int(match[1]) == hidden_size)
         and (use_moe is None or bool(match[2]) == use_moe)
-        and (builtin is None or (glance_at_sidecar(path).get("assets") == "built-in") == builtin)
+        and (builtin is None or (read_sidecar_or_empty(path).get("assets") == "built-in") == builtin)
     ]
     if not fitting:
         wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
         others = ", ".join(sorted(path.name for path in found)) or "none of that name"
-        raise UsageError(f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint}".rstrip())
+        raise UsageError(f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint(name)}".rstrip())
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
         others = ", ".join(path.name for path in sorted(fitting) if path != newest)
-        say(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
+        log(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
     return newest
 
 
-def glance_at_sidecar(path: Path) -> dict:
+def hint(name: str) -> str:
+    """Returns how to get weights of that name."""
+    if name == "llm":
+        return "`python scripts/download.py llm` fetches the published language model"
+    script = ROOT / "trainer" / f"train_{name}.py"
+    return f"Train it first: python {display_path(script)}" if script.is_file() else ""
+
+
+def read_sidecar_or_empty(path: Path) -> dict:
     """What the JSON beside a weight file says, {} where it is missing or unreadable (`read_weights` tells why)."""
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -160,7 +157,8 @@ def read_folder(folder: Path) -> Weights:
     try:
         tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_file(files[0])
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        kept = {key: config[key] for key in CONFIG_FIELDS if key in config and not key.endswith("token_id")}
+        names = config_fields(VLMConfig())
+        kept = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
     # Such a folder may hold the tower too, and holds tied tensors once.
@@ -209,9 +207,7 @@ def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
                 "n_routed_experts": tensors["model.layers.0.mlp.gate.weight"].shape[0],
                 "n_shared_experts": len(shared),
             }
-        if "vision_proj.vision_proj.0.weight" in tensors:
-            shape["vision_hidden_size"] = tensors["vision_proj.vision_proj.0.weight"].shape[1]
-        return shape
+        return shape | projector_of(tensors)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"{display_path(path)} is no MiniMind weight file: {error} is missing or of another shape") from error
 
@@ -318,11 +314,14 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
     return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
 
 
-def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict) -> dict:
+def describe(
+    config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title: str | None = None
+) -> dict:
     """The sidecar: what a weight file is, and how it came about."""
     return {
-        "config": {field: getattr(config, field) for field in CONFIG_FIELDS},
+        "config": config_fields(config),
         "stage": stage,
+        "title": title or stage,
         "assets": assets,
         "tokenizer_sha256": tokenizer_sha256,
         "arguments": {key: display_path(value) if isinstance(value, Path) else value for key, value in arguments.items()},

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.paths import ROOT
 from dataset.chat import (
-    IMAGE_PLACEHOLDERS,
     SYSTEM_PROMPT,
     ChatEncoder,
     RowError,
@@ -41,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
-    return ChatEncoder(tokenizer)
+    return ChatEncoder(tokenizer, 196)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def published_tokenizer():
 
 @pytest.mark.parametrize("case", json.loads(LOSS_MASK.read_text(encoding="utf-8")))
 def test_ids_and_learned_positions_are_those_of_the_original(published_tokenizer, case):
-    [chat] = ChatEncoder(published_tokenizer).encode([case["conversations"]])
-    chat = chat.truncated(case["max_length"])
+    [chat] = ChatEncoder(published_tokenizer, 196).encode([case["conversations"]])
+    chat = ChatEncoder(published_tokenizer, 196).truncate(chat, case["max_length"])
     mask = [0] * len(chat.input_ids)
     for start, end in chat.learned:
         mask[start:end] = [1] * (end - start)
@@ -121,7 +120,7 @@ def test_padding_and_truncation_left_in_a_tokenizer_do_nothing(encoder):
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model" / "tokenizer"))
     tokenizer(["a", "a long text"], padding=True, truncation=True, max_length=2)
     turns = said("describe the picture", "a red circle")
-    assert ChatEncoder(tokenizer).encode([turns]) == encoder.encode([turns])
+    assert ChatEncoder(tokenizer, 196).encode([turns]) == encoder.encode([turns])
 
 
 def test_a_tokenizer_of_another_form_is_refused(tmp_path, tokenizer):
@@ -132,27 +131,27 @@ def test_a_tokenizer_of_another_form_is_refused(tmp_path, tokenizer):
     content["model"]["merges"].append(["@", "@"])
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="merged.*`@`"):
-        ChatEncoder(AutoTokenizer.from_pretrained(str(folder)))
+        ChatEncoder(AutoTokenizer.from_pretrained(str(folder)), 196)
     without_padding = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
     with pytest.raises(ValueError, match="padding"):
-        ChatEncoder(without_padding)
+        ChatEncoder(without_padding, 196)
 
 
 def test_truncated(encoder):
     [chat] = encoder.encode([said("<image>", "a red circle", "<image> and this?", "blue")])
     image_end = chat.image_starts[1] + 196
     (first, first_end), (second, end) = chat.learned
-    assert chat.truncated(end) == chat == chat.truncated(10_000)
-    cut = chat.truncated(second + 1)
+    assert encoder.truncate(chat, end) == chat == encoder.truncate(chat, 10_000)
+    cut = encoder.truncate(chat, second + 1)
     assert (len(cut.input_ids), cut.learned) == (second + 1, [(first, first_end), (second, second + 1)])
-    assert chat.truncated(image_end).learned == [(first, first_end)]
+    assert encoder.truncate(chat, image_end).learned == [(first, first_end)]
     with pytest.raises(RowError, match=f"cut off: it ends at token {image_end}, max_seq_len is {image_end - 1}"):
-        chat.truncated(image_end - 1)
+        encoder.truncate(chat, image_end - 1)
     [chat] = encoder.encode([said("a text", "an answer")])
     with pytest.raises(RowError, match=f"nothing left to learn: .* max_seq_len {chat.learned[0][0]}"):
-        chat.truncated(chat.learned[0][0])
+        encoder.truncate(chat, chat.learned[0][0])
 
 
 def test_parse_conversation_takes_json_text_and_lists():
@@ -273,7 +272,7 @@ def test_learned_and_image_positions_whatever_is_said(tokenizer, encoder, texts,
         for number, piece in enumerate(turn["content"].split("<image>")):
             if number:
                 images.append(len(text))
-                text += IMAGE_PLACEHOLDERS
+                text += "@" * 196
             text += piece
         text += "<|im_end|>\n"
         if turn["role"] == "assistant":
@@ -289,9 +288,9 @@ def test_learned_and_image_positions_whatever_is_said(tokenizer, encoder, texts,
     learned = [position for start, end in chat.learned for position in range(start, end) if position < max_length]
     if image_is_cut or not learned:
         with pytest.raises(RowError, match="cut off" if image_is_cut else "nothing left to learn"):
-            chat.truncated(max_length)
+            encoder.truncate(chat, max_length)
         return
-    cut = chat.truncated(max_length)
+    cut = encoder.truncate(chat, max_length)
     assert cut.input_ids == chat.input_ids[:max_length]
     assert [position for start, end in cut.learned for position in range(start, end)] == learned
     assert cut.image_starts == chat.image_starts
@@ -317,7 +316,7 @@ def test_a_row_is_refused_with_a_reason_or_learned_as_it_should(
     conversation = [{"role": role, "content": content} for role, content in turns]
     names = ", ".join(pictures) if as_text else pictures
     row = json.dumps({"conversations": conversation, "image": names}, ensure_ascii=False)
-    columns = RowTokeniser(encoder, max_length, None)([row], [7])
+    columns = RowTokeniser(encoder, max_length)([row], [7])
     [ids], [edges], [starts], [reason] = (columns[k] for k in ("input_ids", "learned", "image_starts", "reason"))
     assert columns["line"] == [8]
     spoken = [role for role, _ in turns[turns[:1] != [] and turns[0][0] == "system" :]]

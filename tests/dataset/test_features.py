@@ -1,7 +1,6 @@
-"""The tower's features on disk: the right ones or none, one file for many processes, and the same training."""
+"""The tower's features on disk: the right ones or none, computed once and shared, and the same training."""
 
 import json
-import multiprocessing
 import pickle
 import shutil
 
@@ -10,75 +9,65 @@ import pytest
 import torch
 from tiny import SFT, read_jsonl, sft_row, write_jsonl
 
-from dataset import features as feature_cache
-from dataset.features import FeatureCache, FeatureCacheError, cache_bytes, picture_digest, tower_sha256
+from dataset import features
+from dataset.features import FeatureCacheError, FeatureFile, compute_features, file_bytes, image_slots, tower_sha256
 from dataset.lm_dataset import VLMCollator, VLMDataset
-from model.model_vlm import load_vision_tower
-from trainer.setup import load_tokenizer
+from dataset.pictures import PictureError
+from dataset.tokenizer import load_tokenizer
+from model.vision_tower import load_vision_tower
 
 pytest_plugins = ["tiny"]
 
-WIDTH = 8
-COUNTS = np.array([1, 0, 2])
+CPU = torch.device("cpu")
+SHAPE = (17, 196, 8)
 FLAGS = ["--from_weight", "llm", "--epochs", 2, "--learning_rate", 1e-3, "--log_interval", 1, "--num_workers", 1]
 
 
-def features(seed: int) -> torch.Tensor:
-    return torch.randn(196, WIDTH, generator=torch.Generator().manual_seed(seed)).half()
+def some_features(seed: int) -> np.ndarray:
+    return torch.randn(196, 8, generator=torch.Generator().manual_seed(seed)).half().numpy()
 
 
 @pytest.fixture
-def cache(tmp_path) -> FeatureCache:
-    return FeatureCache(tmp_path, "data" * 8, "tower" * 8, COUNTS, WIDTH)
+def file(tmp_path) -> FeatureFile:
+    return FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
 
 
-def test_a_slot_is_empty_until_it_is_filled_and_holds_for_its_picture_only(cache):
-    one, other = picture_digest(b"one"), picture_digest(b"other")
-    assert cache.get(1, one) is None
-    cache.put(1, one, features(1))
-    assert torch.equal(cache.get(1, one), features(1))
-    assert cache.get(1, other) is None  # the picture was changed
-    assert cache.get(0, one) is None
-    assert cache.get(2, one) is None
+def test_a_slot_holds_for_its_image_only(file):
+    stamps = np.array([[5, 6]])
+    assert not file.is_current(np.array([1]), stamps).any()
+    file.write([(1, (5, 6), some_features(1)), (2, (7, 8), None)])
+    assert file.is_current(np.array([1]), stamps).all()
+    assert not file.is_current(np.array([1]), stamps + [[0, 1]]).any()  # written to since
+    assert not file.is_current(np.array([0]), stamps).any()
+    assert np.array_equal(file.get(1), some_features(1))
+    assert file.is_current(np.array([2]), np.array([[7, 8]])).all()
+    assert file.get(2) is None  # known to be unreadable
 
 
-def test_rows_know_their_first_slot_and_the_size_is_as_said(cache):
-    assert cache.first_slots.tolist() == [0, 1, 1]
-    assert cache.path.stat().st_size == cache.size == cache_bytes(3, 3, WIDTH)
-    assert cache_bytes(0, 1, 768) - cache_bytes(0, 0, 768) == pytest.approx(301_000, rel=1e-3)
-
-
-def test_garbled_features_count_as_empty(cache):
-    digest = picture_digest(b"one")
-    cache.put(2, digest, features(2))
-    cache.features[2, 5, 3] += 1
-    assert cache.get(2, digest) is None
-
-
-def test_it_lasts_and_travels_to_another_process(cache, tmp_path):
-    digest = picture_digest(b"one")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(FeatureCache.put, (cache, 0, digest, features(3)))
-    assert torch.equal(cache.get(0, digest), features(3))
-    again = FeatureCache(tmp_path, "data" * 8, "tower" * 8, COUNTS, WIDTH)
-    assert torch.equal(again.get(0, digest), features(3))
-    assert len(pickle.dumps(cache)) < 1000
+def test_it_lasts_and_a_worker_maps_it_itself(file, tmp_path):
+    file.write([(3, (1, 1), some_features(3))])
+    assert file.path.stat().st_size == file.size == file_bytes(SHAPE)
+    assert file_bytes((1, 196, 768)) - file_bytes((0, 196, 768)) == pytest.approx(301_000, rel=1e-3)
+    again = FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
+    assert np.array_equal(again.get(3), some_features(3))
+    assert len(pickle.dumps(file)) < 1000
+    assert np.array_equal(pickle.loads(pickle.dumps(file)).get(3), some_features(3))
 
 
 def test_a_full_disk_is_refused_in_advance(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
     with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB, and .* free: .*--cache_vision"):
-        FeatureCache(tmp_path, "data" * 8, "tower" * 8, np.array([9]), WIDTH)
+        FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_something_else_is_refused(cache, tmp_path):
-    with open(cache.path, "r+b") as file:
-        header = json.loads(file.read(feature_cache.HEADER_BYTES).rstrip(b"\0"))
-        file.seek(0)
-        file.write(json.dumps(header | {"preprocessing": "another"}).encode())
-    with pytest.raises(FeatureCacheError, match="made with something else; delete it"):
-        FeatureCache(tmp_path, "data" * 8, "tower" * 8, COUNTS, WIDTH)
+def test_a_file_of_something_else_is_refused(file, tmp_path):
+    with open(file.path, "r+b") as opened:
+        header = json.loads(opened.read(features.HEADER_BYTES).rstrip(b"\0"))
+        opened.seek(0)
+        opened.write(json.dumps(header | {"tower": "another"}).encode())
+    with pytest.raises(FeatureCacheError, match="made from something else; delete it"):
+        FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
 
 
 def test_towers_are_told_apart(world):
@@ -89,21 +78,81 @@ def test_towers_are_told_apart(world):
     assert tower_sha256(tower) != before
 
 
-def test_samples_come_with_what_the_cache_holds(world, tmp_path):
-    rows = write_jsonl(tmp_path / "rows.jsonl", [sft_row(number) for number in range(10)])
-    data = VLMDataset(rows, world.images, load_tokenizer(world.tokenizer), 1536, cache_dir=tmp_path / "tokens")
-    plain = [data[index] for index in range(10)]
-    cache = data.use_feature_cache(tmp_path, "t" * 64, WIDTH)
-    for index in range(10):
+class Encoder:
+    """Makes features of the mean of each image's pixels, and counts the images."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.images += len(pixels)
+        return pixels.float().mean(dim=(1, 2, 3))[:, None, None].expand(-1, 196, 8)
+
+
+@pytest.fixture
+def data(world, tmp_path) -> VLMDataset:
+    images = tmp_path / "images"
+    shutil.copytree(world.images, images)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [b for b in map(sft_row, range(15))])
+    return VLMDataset(rows, images, load_tokenizer(world.tokenizer), 1536, 196, cache_dir=tmp_path / "tokens")
+
+
+def computed(data, folder, encoder, **share) -> FeatureFile:
+    file = FeatureFile(folder, "d" * 16, "t" * 16, (int(data.image_counts.sum()), 196, 8))
+    compute_features(data, file, encoder, CPU, 0, **share)
+    return file
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
+    expected = [sample["pixel_values"].float().mean(dim=(1, 2, 3)).half() for sample in map(data.__getitem__, range(15))]
+    encoder = Encoder()
+    for rank in range(ranks):
+        file = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
+    assert encoder.images == len(image_slots(data)) == data.picture_count
+    data.use_features(file)
+    for index, means in enumerate(expected):
         sample = data[index]
-        assert torch.equal(sample["pixel_values"], plain[index]["pixel_values"])
-        assert not any(found for _, _, found in sample["slots"])
-    slots = next(data[index]["slots"] for index in range(10) if data[index]["slots"])
-    cache.put(*slots[0][:2], features(4))
-    batch = VLMCollator()([data[index] for index in range(10)])
-    assert [found for _, _, found in batch["slots"]].count(True) == len(batch["image_features"]) == 1
-    assert torch.equal(batch["image_features"][0], features(4))
-    assert len(batch["pixel_values"]) == len(batch["slots"]) - 1 == sum(len(s["pixel_values"]) for s in plain) - 1
+        assert "pixel_values" not in sample
+        assert torch.equal(sample["image_features"][:, 0, 0], means)
+    batch = VLMCollator()([data[index] for index in range(15)])
+    assert torch.equal(batch["image_features"][:, 0, 0], torch.cat(expected))
+
+
+def test_only_what_is_missing_or_changed_is_computed(data, tmp_path):
+    computed(data, tmp_path, first := Encoder())
+    computed(data, tmp_path, again := Encoder())
+    assert (first.images, again.images) == (data.picture_count, 0)
+    picture = data.images_path / "1.jpg"
+    shown = sum(row["pictures"].count("1.jpg") for row in data.read_rows(data.positions.tolist()))
+    picture.write_bytes((data.images_path / "2.jpg").read_bytes())
+    computed(data, tmp_path, changed := Encoder())
+    assert changed.images == shown > 0
+
+
+def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "IMAGES_PER_FLUSH", 4)
+
+    class Interrupted(Encoder):
+        def __call__(self, pixels):
+            if self.images == 6:
+                raise KeyboardInterrupt
+            return super().__call__(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        computed(data, tmp_path, Interrupted())
+    computed(data, tmp_path, rest := Encoder())
+    assert rest.images == data.picture_count - 4  # what was written before the interruption
+
+
+def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
+    (data.images_path / "3.jpg").write_bytes(b"no picture")
+    data.use_features(computed(data, tmp_path, Encoder()))
+    broken = [i for i, row in enumerate(data.read_rows(data.positions.tolist())) if "3.jpg" in row["pictures"]]
+    for index, sample in enumerate(data.__getitems__(range(15))):
+        assert isinstance(sample, PictureError) == (index in broken)
+    with pytest.raises(PictureError, match="3.jpg: not a picture of a known format"):
+        data[broken[0]]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +163,7 @@ def runs(world, tmp_path_factory):
     def run(name: str, flags: list, ranks: int = 1) -> list[float]:
         out = world.copy_of_out(folder / name)
         result = world.run(SFT, *world.files("sft", out), *FLAGS, *flags, ranks=ranks).passed()
-        return [record["loss"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")], result.out, out
+        return [record["loss"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")], result, out
 
     return {
         "off": run("off", ["--batch_size", 8, "--cache_vision", "off"]),
@@ -133,12 +182,14 @@ def test_training_is_the_same_with_a_cache(runs):
 def test_an_empty_a_full_and_a_divided_cache_give_the_same(runs):
     assert runs["default"][0] == runs["filling"][0] == runs["full"][0]
     assert runs["two processes"][0] == pytest.approx(runs["default"][0], rel=1e-5)
+    assert "encoding images, once" in runs["filling"][1].err
+    assert "encoding images, once" not in runs["full"][1].err
 
 
 def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
-    assert "features     computed anew every epoch" in runs["off"][1]
+    assert "features     computed anew every epoch" in runs["off"][1].out
     assert not (runs["off"][2] / "vision_features").exists()
-    assert "features     kept in" in runs["default"][1]
+    assert "features     kept in" in runs["default"][1].out
     [kept] = (runs["default"][2] / "vision_features").iterdir()
     assert kept.suffix == ".features"
 

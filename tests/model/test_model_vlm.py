@@ -72,7 +72,7 @@ def test_recorded_logits_and_loss(tmp_path, case, given_starts):
 @pytest.mark.parametrize("given_starts", [False, True])
 def test_splice_is_the_plain_loops(vlm, given_starts):
     inputs = batch(PROMPTS)
-    assert inputs["image_starts"].tolist() == find_image_starts(inputs["input_ids"], AT).tolist()
+    assert inputs["image_starts"].tolist() == find_image_starts(inputs["input_ids"], AT, 196).tolist()
     if not given_starts:
         inputs["image_starts"] = None
     pixel_values = pictures(sum(IMAGES))
@@ -108,7 +108,7 @@ def test_image_starts_are_those_of_a_plain_walk(samples):
     rows = [sum(([AT] * run + [5] * text for run, text in runs), []) for runs in samples]
     expected = [[sample, start] for sample, ids in enumerate(rows) for start in plain_model.image_starts(ids)]
     padded = batch([(ids or [5], []) for ids in rows])["input_ids"]
-    assert find_image_starts(padded, AT).tolist() == expected
+    assert find_image_starts(padded, AT, 196).tolist() == expected
 
 
 def test_logits_with_images_are_the_plain_ones():
@@ -176,7 +176,7 @@ def test_a_mismatch_is_a_value_error_that_names_the_sample(vlm, case, how):
     inputs = batch(prompts)
     starts = inputs.pop("image_starts")
     if "cut off" in case:
-        starts = find_image_starts(inputs["input_ids"], AT)
+        starts = find_image_starts(inputs["input_ids"], AT, 196)
     with pytest.raises(ValueError) as caught:
         if how.startswith("forward"):
             vlm(**inputs, pixel_values=pixel_values, image_starts=starts if "starts" in how else None)

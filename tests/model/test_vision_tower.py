@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from model.model_vlm import MiniMindVLM, TowerError, VLMConfig, load_vision_tower
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.vision_tower import TowerError, load_vision_tower
 
 TEXT_WIDTH, TEXT_VOCABULARY = 24, 101
 DELETED = object()

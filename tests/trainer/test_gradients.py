@@ -103,7 +103,7 @@ def test_the_gradient_is_the_same_however_the_batch_is_divided(runs, use_moe, wa
 def test_the_gradient_is_that_of_the_mean_loss(world, rows, runs, use_moe):
     """The same two steps written out: the whole step in one forward pass, the model's own mean loss."""
     tokenizer = load_tokenizer(world.tokenizer)
-    data = VLMDataset(rows, world.images, tokenizer, 1536, cache_dir=world.root / "cache")
+    data = VLMDataset(rows, world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     assert data.lengths.max() > 10 * data.lengths.min()
     config = VLMConfig(hidden_size=32, num_hidden_layers=2, use_moe=use_moe)
     torch.manual_seed(SEED)
@@ -181,7 +181,7 @@ def trainer(world) -> Trainer:
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower)
     freeze(model, 0)
     tokenizer = load_tokenizer(world.tokenizer)
-    data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, cache_dir=world.root / "cache")
+    data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     return Trainer(StandIn(Args), model.train(), data)
 
 

@@ -34,7 +34,7 @@ def tokenizer(world):
 
 def rows_of(world, tokenizer, stage="sft", images=None) -> VLMDataset:
     cache = world.root / "cache"
-    return VLMDataset(world.root / f"{stage}.jsonl", images or world.images, tokenizer, 1536, cache_dir=cache)
+    return VLMDataset(world.root / f"{stage}.jsonl", images or world.images, tokenizer, 1536, 196, cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_what_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
         if blind_too:
             rows[0]["conversations"][0]["content"] = "说。"
         path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        held_out = measured(VLMDataset(path, world.images, tokenizer, 640, cache_dir=world.root / "cache"), model)
+        held_out = measured(VLMDataset(path, world.images, tokenizer, 640, 196, cache_dir=world.root / "cache"), model)
         assert held_out.loss > 0
         assert held_out.loss_shuffled is held_out.gap_shuffled is None
         assert (held_out.loss_blind is None) == blind_too
@@ -144,77 +144,6 @@ def test_perplexity():
 
 
 # ---- which rows are held out
-
-
-def held_out_of(world, tokenizer, tmp_path, rows, name="rows.jsonl"):
-    path, images = write_jsonl(tmp_path / name, rows), tmp_path / "images"
-    images.mkdir(exist_ok=True)
-    for number, picture in enumerate({row["image"] for row in rows if "image" in row}):
-        if not (images / picture).exists():
-            (images / picture).symlink_to(world.images / f"{number % 12}.jpg")
-    data = VLMDataset(path, images, tokenizer, 640, cache_dir=world.root / "cache")
-    return data, data.hold_out()
-
-
-def said(data: VLMDataset, tokenizer) -> set[str]:
-    return {tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in (data[i] for i in range(len(data)))}
-
-
-def many_rows(count: int, pictures: int | None = None) -> list[dict]:
-    """Rows that each say something else; each about a picture of its own, or of a few."""
-    rows = []
-    for number in range(count):
-        row = pretrain_row(number)
-        row["conversations"][1]["content"] = f"第{number}张。"
-        row["image"] = f"copy_{number if pictures is None else number % pictures}.jpg"
-        rows.append(row)
-    return rows
-
-
-def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, tokenizer, tmp_path):
-    rows = many_rows(400)
-    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
-    assert (len(data), len(held_out)) == (396, 4)
-    assert not said(data, tokenizer) & said(held_out, tokenizer)
-    assert len(said(data, tokenizer) | said(held_out, tokenizer)) == 400
-    assert data.picture_count == 396
-    other, again = held_out_of(world, tokenizer, tmp_path, rows[::-1], "reversed.jsonl")
-    assert said(again, tokenizer) == said(held_out, tokenizer)
-
-
-def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
-    assert len(held_out) == 4
-    shown = [
-        {
-            name
-            for row in of.rows.with_format("arrow")[of._positions(range(len(of))).tolist()].to_pylist()
-            for name in row["pictures"]
-        }
-        for of in (data, held_out)
-    ]
-    assert len(shown[1]) == 1
-    assert not shown[0] & shown[1]
-
-
-def test_few_rows_are_all_trained_on(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(99))
-    assert held_out is None
-    assert len(data) == 99
-
-
-def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(300, pictures=1))
-    assert (len(data), len(held_out)) == (297, 3)
-
-
-def test_rows_without_pictures_are_held_out_by_their_words(world, tokenizer, tmp_path):
-    rows = many_rows(300)
-    for row in rows:
-        del row["image"]
-        row["conversations"][0]["content"] = "说。"
-    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
-    assert (len(data), len(held_out)) == (297, 3)
 
 
 # ---- in a run
@@ -382,7 +311,7 @@ def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model,
     rows = [pretrain_row(number) for number in range(5)]
     for row, answer in zip(rows, ["红", "绿", "蓝", "黄", "长" * 60], strict=True):
         row["conversations"][1]["content"] = answer
-    data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, cache_dir=tmp_path)
+    data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, 196, cache_dir=tmp_path)
     said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
     monkeypatch.setattr(evaluation, "first_answers", lambda model, tokenizer, rows, longest: [next(said) for _ in rows])
     evaluator = Evaluator(data, model, CPU, torch.float32, 2)

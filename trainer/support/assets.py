@@ -1,4 +1,4 @@
-"""Where every file lies, and which set of files a command uses: the published, the built-in, or your own."""
+"""Which files a training command uses: the published, the built-in, or your own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,6 @@ from common.paths import (
     display_path,
 )
 
-# What teaches the small built-in model; the published settings are for one 16 and more times its size.
-BUILTIN_RECIPE = {
-    "pretrain": {"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20},
-    "sft": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50},
-}
-
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
 MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
@@ -28,7 +22,7 @@ MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One thing that a stage needs, where it lies by default, and the command that gets it."""
+    """A file or folder that training needs, where it lies by default, and the command that fetches it."""
 
     what: str
     path: Path
@@ -43,15 +37,15 @@ class PublishedFile:
         return f"{self.what}: {display_path(self.path)} ({self.command})"
 
 
-def published_data(stage: str) -> tuple[Path, Path]:
-    """The stage's data file (jsonl, or parquet where only that is there) and its pictures' folder."""
-    jsonl, parquet = (DATASET_DIR / f"{stage}_data.{ending}" for ending in ("jsonl", "parquet"))
-    return (parquet if parquet.is_file() and not jsonl.is_file() else jsonl), DATASET_DIR / f"{stage}_images"
+def published_data(data: str) -> tuple[Path, Path]:
+    """Returns the data file (jsonl, or parquet where only that is there) and its images' folder."""
+    jsonl, parquet = (DATASET_DIR / f"{data}_data.{ending}" for ending in ("jsonl", "parquet"))
+    return (parquet if parquet.is_file() and not jsonl.is_file() else jsonl), DATASET_DIR / f"{data}_images"
 
 
-def published_files(stage: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
-    """What the stage needs of the published files, by the flag that would name another."""
-    data_path, images_path = published_data(stage)
+def published_files(data: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
+    """Returns the published files that are needed, by the flag that would name another."""
+    data_path, images_path = published_data(data)
     files = {
         "vision_model_path": PublishedFile(
             "vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS
@@ -59,8 +53,8 @@ def published_files(stage: str, from_weight: str, hidden_size: int | None, save_
         "tokenizer_path": PublishedFile(
             "tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer", ("tokenizer.json",)
         ),
-        "data_path": PublishedFile("data", data_path, f"python scripts/download.py {stage}"),
-        "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {stage}"),
+        "data_path": PublishedFile("data", data_path, f"python scripts/download.py {data}"),
+        "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {data}"),
     }
     if data_path.suffix == ".parquet":
         del files["images_path"]
@@ -71,28 +65,34 @@ def published_files(stage: str, from_weight: str, hidden_size: int | None, save_
     return files
 
 
-def choose_assets(args, stage: str) -> str:
-    """Fills the paths that were not given in `args`, from the published or the built-in files.
+def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
+    """Chooses the published files or the built-in ones for the paths that were not given.
+
+    Args:
+        data: The data's name, see `Stage.data`.
 
     Returns:
-        "built-in" where nothing was downloaded and no path given; else "published" (which may be your own by flags).
+        "built-in" where nothing was downloaded and no path given, else "published" (which may be the user's own by
+        flags); and the paths by their flags' names.
 
     Raises:
         UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
     """
-    files = published_files(stage, args.from_weight, args.hidden_size, Path(args.save_dir))
+    files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
     there = [flag for flag, file in files.items() if file.path.exists()]
     if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
         there.append("from_weight")  # of another size than the first guess
     other_size = args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE)
     if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
-        args.vision_model_path, args.tokenizer_path = BUILTIN_TOWER_DIR, BUILTIN_TOKENIZER_DIR
-        args.data_path, args.images_path = BUILTIN_DATASET_DIR / f"{stage}.jsonl", BUILTIN_DATASET_DIR / "images"
+        paths = {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
+        paths |= {"data_path": BUILTIN_DATASET_DIR / f"{data}.jsonl", "images_path": BUILTIN_DATASET_DIR / "images"}
         if args.eval_data is None:  # scenes that are in no training set
-            args.eval_data = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
-            args.eval_images_path = BUILTIN_DATASET_DIR / "heldout_images"
-        return "built-in"
+            paths |= {
+                "eval_data": str(BUILTIN_DATASET_DIR / "heldout.jsonl"),
+                "eval_images_path": BUILTIN_DATASET_DIR / "heldout_images",
+            }
+        return "built-in", paths
     if args.data_path is not None and args.images_path is None and Path(args.data_path).suffix == ".parquet":
         files.pop("images_path", None)
     if has_any_weight(Path(args.save_dir), args.from_weight):
@@ -101,10 +101,7 @@ def choose_assets(args, stage: str) -> str:
     if missing:
         present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
         raise UsageError(missing_message(missing, present))
-    for flag, file in files.items():
-        if flag != "from_weight" and flag not in given:
-            setattr(args, flag, file.path)
-    return "published"
+    return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"}
 
 
 def missing_message(missing: list[PublishedFile], present: list[str]) -> str:

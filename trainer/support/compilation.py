@@ -1,23 +1,23 @@
-"""A model's step through torch.compile: one graph for batches of every length, made before the first step."""
+"""torch.compile for a model's step: one graph for batches of every length, made before the first step."""
 
 import itertools
 
 import torch
 from torch._dynamo import mark_dynamic
 
-from dataset.chat import TOKENS_PER_IMAGE
+from common.errors import UsageError
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 
-# Lengths are padded to a multiple of this where they are compiled: kernels for odd sizes are slower.
+# Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
 
 
 class CompiledVLM:
     """`MiniMindVLM.forward` and `encode_images`, compiled for full batches of any length.
 
-    What is rare (an epoch's last, smaller batch; one with fewer than two pictures or learned tokens, for which
-    torch.compile makes graphs of their own) is computed as the model is written.
+    Rare batches run uncompiled: an epoch's last, smaller one, and those with fewer than two images or learned tokens, for
+    which torch.compile would make graphs of their own.
 
     Args:
         model: A model without experts, on its device.
@@ -30,14 +30,14 @@ class CompiledVLM:
         self._forward, self._encode_images = torch.compile(model.forward, **options), torch.compile(encode, **options)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """As `MiniMindVLM.encode_images`."""
+        """Does what `MiniMindVLM.encode_images` does."""
         if len(pixel_values) < 2:
             return self.model.encode_images(pixel_values)
         mark_dynamic(pixel_values, 0)
         return self._encode_images(self.model, pixel_values)
 
     def __call__(self, input_ids, labels, image_starts, learned_positions, image_features, num_items_in_batch: int):
-        """As `MiniMindVLM.forward`, with features in place of pictures. One value of num_items_in_batch is one graph."""
+        """Does what `MiniMindVLM.forward` does, given features. Each value of num_items_in_batch is a graph of its own."""
         inputs = {
             "input_ids": input_ids,
             "labels": labels,
@@ -53,7 +53,7 @@ class CompiledVLM:
         return self._forward(**inputs, num_items_in_batch=num_items_in_batch)
 
     def warm_up(self, shapes: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype):
-        """Compiles forward and backward with made-up batches; gradients and random state stay as they are.
+        """Compiles forward and backward with made-up batches; leaves gradients and random state as they are.
 
         Args:
             shapes: (length, images, learned tokens) of each.
@@ -62,10 +62,11 @@ class CompiledVLM:
             RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or the
                 device's memory does not hold such a batch.
         """
+        size = self.model.vision_encoder.config.image_size
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for length, images, learned in shapes:
                 input_ids = torch.ones(self.batch_size, length, dtype=torch.int64, device=device)
-                pixel_values = torch.zeros(images, 3, 224, 224, dtype=torch.uint8, device=device)
+                pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
                 features = self.encode_images(pixel_values)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     output = self(
@@ -80,17 +81,39 @@ class CompiledVLM:
         self.model.zero_grad(set_to_none=True)
 
 
+def compile_or_not(model: MiniMindVLM, data: VLMDataset, batch_size: int, device, dtype, log) -> CompiledVLM | MiniMindVLM:
+    """Returns the compiled model, or the model where torch.compile does not work here.
+
+    Raises:
+        UsageError: If the device's memory does not hold the largest batch.
+    """
+    compiled = CompiledVLM(model, batch_size)
+    log("compiling tower and decoder ... (--compile 0 does without)")
+    try:
+        compiled.warm_up(extreme_shapes(data, batch_size), device, dtype)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device} has too little memory for a batch of {batch_size} samples of the longest row's "
+            f"{int(max(data.lengths))} tokens: a smaller --batch_size with more --accumulation_steps computes the same"
+        ) from error
+    except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
+        reason = str(error).strip().splitlines()[0]
+        log(f"warning: torch.compile does not work here, so this run continues without it ({reason})")
+        return model
+    return compiled
+
+
 def encode(model: MiniMindVLM, pixel_values: torch.Tensor) -> torch.Tensor:
     return model.encode_images(pixel_values)
 
 
 def extreme_shapes(data: VLMDataset, batch_size: int) -> list[tuple[int, int, int]]:
-    """The least and the most (length, images, learned tokens) of a full batch, in all combinations.
+    """Returns the least and the most (length, images, learned tokens) of a full batch, in all combinations.
 
-    A compiled graph may hold for sizes on one side of a threshold only; these find it out before the first step.
+    A compiled graph may hold only for sizes on one side of a threshold; trying the extremes finds that out in advance.
     """
-    # Long enough for an image: what holds one is what is compiled.
-    lengths = (max(int(length), TOKENS_PER_IMAGE) for length in (min(data.lengths), max(data.lengths)))
+    # At least as long as an image: only batches with images are compiled.
+    lengths = (max(int(length), data.image_tokens) for length in (min(data.lengths), max(data.lengths)))
     lengths = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in lengths]
     images, learned = (
         [max(2, batch_size * int(count)) for count in (min(counts), max(counts))]

@@ -13,12 +13,12 @@ def on_device(loader: Iterable[dict], device: torch.device, names: tuple[str, ..
     """
     if device.type != "cuda":
         for batch in loader:
-            yield batch | {name: batch[name].to(device) for name in names}
+            yield batch | {name: batch[name].to(device) for name in names if name in batch}
         return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in loader:
         with torch.cuda.stream(stream):
-            moved = {name: batch[name].to(device, non_blocking=True) for name in names}
+            moved = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
             copied = stream.record_event()
         if ahead is not None:
             yield received(*ahead)

@@ -1,4 +1,4 @@
-"""One process or many: devices, ranks, and what is summed over ranks."""
+"""One process or many under torchrun: devices, ranks, and what is summed over ranks."""
 
 import contextlib
 import datetime
@@ -11,22 +11,22 @@ from torch.distributed.rendezvous import rendezvous
 
 from common.errors import RankError, UsageError
 
-# The main process tokenises while the others wait: that may take long. Later nobody is far behind.
+# The main rank tokenises while the others wait, which may take long. Later no rank is far behind.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
 class PeerError(RankError):
-    """Another process of the run has ended or does not answer."""
+    """Another rank has ended or does not answer."""
 
 
 @dataclass
 class Processes:
-    """This process among all of the run (rank 0 of 1 without torchrun).
+    """This process among all of the run (rank 0 of 1 without torchrun); a context manager that leaves the group.
 
     Attributes:
-        device: Where this process computes.
-        host_group: Ranks' group for numbers on the host, so that agreeing on one never waits for a GPU.
+        device: Where this rank computes.
+        host_group: The ranks' group for numbers on the host, so that agreeing on one never syncs a GPU.
         setup_group: The same with more patience.
     """
 
@@ -68,34 +68,46 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def stop(self):
-        """Leaves the group, after which no rank waits for another."""
-        if self.world_size > 1:
+    @property
+    def local_share(self) -> tuple[int, int]:
+        """This rank and the number of ranks, on this machine."""
+        if self.world_size == 1:
+            return 0, 1
+        return int(os.environ.get("LOCAL_RANK", self.rank)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind, *exception):
+        # After a RankError another rank may be gone, and leaving the group might wait for it.
+        if self.world_size > 1 and (kind is None or not issubclass(kind, RankError)):
             dist.destroy_process_group()
 
-    def barrier(self):
+    def log(self, message: str = ""):
+        """Prints a line, on the main rank."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def barrier(self, patient: bool = False):
+        """Waits for all ranks; `patient` where one may have hours of work to do before."""
         if self.world_size > 1:
             with others_may_be_gone():
-                dist.barrier(group=self.host_group)
+                dist.barrier(group=self.setup_group if patient else self.host_group)
 
     @contextlib.contextmanager
-    def main_first(self):
-        """The main process does what is inside before the others (who then find it in a cache)."""
-        if not self.is_main:
-            self._setup_barrier()
+    def main_first(self, per_machine: bool = False):
+        """Lets the main rank (one per machine) do what is inside before the others, who then find it in a cache."""
+        is_first = self.local_share[0] == 0 if per_machine else self.is_main
+        if not is_first:
+            self.barrier(patient=True)
         try:
             yield
         finally:
-            if self.is_main:
-                self._setup_barrier()
-
-    def _setup_barrier(self):
-        if self.world_size > 1:
-            with others_may_be_gone():
-                dist.barrier(group=self.setup_group)
+            if is_first:
+                self.barrier(patient=True)
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number's sum over all ranks."""
+        """Returns each number's sum over all ranks."""
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -104,7 +116,7 @@ class Processes:
         return total.tolist()
 
     def gather(self, value) -> list:
-        """Every rank's value, in their order, on the main process; [] on the others."""
+        """Returns every rank's value, in rank order, on the main rank; [] on the others."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size if self.is_main else None
@@ -115,8 +127,8 @@ class Processes:
     def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor):
         """Sums the parameters' gradients, and `extra` (a vector of float32), over all ranks, in place.
 
-        A rank without a gradient for a parameter (its batch had no picture, or nothing to learn) adds zero; so does a
-        single process, since the optimizer takes a zero as another thing than no gradient.
+        A rank without a gradient for a parameter (its batch had no image, or nothing to learn) adds zeros. A single
+        process gets zeros too, because AdamW treats a zero gradient and no gradient differently.
         """
         for parameter in parameters:
             if parameter.grad is None:
@@ -140,12 +152,12 @@ def others_may_be_gone():
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PeerError(
             f"another process of this run has ended or does not answer ({reason}), so this one ends too; what was saved "
-            "is kept: the same command with --from_resume 1 goes on from there"
+            "is kept: the same command with --from_resume 1 resumes from there"
         ) from error
 
 
 def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    """The device of this process.
+    """Returns the device of this rank.
 
     Raises:
         UsageError: If it is not there.
@@ -176,7 +188,7 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: as typed, else bfloat16 where the device computes in it.
+    """Returns the dtype of matrix products: as typed, else bfloat16 where the device computes in it.
 
     Raises:
         UsageError: If the device cannot compute in it.
@@ -195,5 +207,5 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Returns the CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.chat import TOKENS_PER_IMAGE
 from dataset.lm_dataset import PictureError, VLMCollator, VLMDataset
 from model.model_vlm import MiniMindVLM
-from trainer.support.picture_features import PictureFeatures
 from trainer.support.processes import Processes
 from trainer.watch.samples import first_answer, first_answers
 
@@ -86,7 +84,6 @@ class Evaluator:
         # Each row's other pictures are those of the row half the set away, among the rows that have any.
         pictured = np.flatnonzero(data.image_counts[self.order] > 0)
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
-        self.features = PictureFeatures(model.encode_images, None, processes.device)
         self.seen: dict[int, tuple[dict, torch.Tensor] | None] = {}
         self.skipped: list[PictureError] = []
 
@@ -137,7 +134,7 @@ class Evaluator:
             part = sorted(places)[start : start + self.batch_size]
             samples = self.data.__getitems__([int(self.order[place]) for place in part])
             batch, first = self.collate(samples), 0
-            features = self.features(batch).to("cpu", torch.float16)
+            features = self._encode(batch)
             for place, sample in zip(part, samples, strict=True):
                 if isinstance(sample, PictureError):
                     self.skipped.append(sample)
@@ -148,13 +145,18 @@ class Evaluator:
                 seen[place] = row, features[first : first + count]
                 first += count
 
+    def _encode(self, batch: dict) -> torch.Tensor:
+        if "pixel_values" not in batch:
+            return torch.empty(0)
+        return self.model.encode_images(batch["pixel_values"].to(self.processes.device)).to("cpu", torch.float16)
+
     def _ways(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
         """The rows with their own pictures, with others', and without."""
         samples = [seen[place][0] for place in places]
         yield samples, torch.cat([seen[place][1] for place in places])
         yield samples, torch.cat([self._others(place, seen) for place in places])
-        blind = [without_images(sample) for sample in samples]
-        yield blind, torch.empty(0, TOKENS_PER_IMAGE, self.model.config.vision_hidden_size)
+        blind = [without_images(sample, self.data.image_tokens) for sample in samples]
+        yield blind, torch.empty(0, self.model.config.vision_patches, self.model.config.vision_hidden_size)
 
     def _others(self, place: int, seen: dict) -> torch.Tensor:
         """As many of its partner's features as the row has pictures; its own where it has no partner, or a broken one."""
@@ -165,8 +167,7 @@ class Evaluator:
 
     def _loss(self, samples: list[dict], features: torch.Tensor) -> tuple[float, int]:
         device = self.processes.device
-        empty = torch.zeros(0, 3, 224, 224, dtype=torch.uint8)
-        batch = self.collate([sample | {"pixel_values": empty} for sample in samples])
+        batch = self.collate(samples)
         names = ("input_ids", "labels", "image_starts", "learned_positions")
         inputs = {name: batch[name].to(device) for name in names}
         if len(inputs["learned_positions"]) == 0:
@@ -176,11 +177,11 @@ class Evaluator:
         return float(output.loss), len(inputs["learned_positions"])
 
 
-def without_images(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_images(sample: dict[str, torch.Tensor], image_tokens: int) -> dict[str, torch.Tensor]:
     """The sample with its images' placeholders left out of the text."""
     kept = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
     for start in sample["image_starts"].tolist():
-        kept[start : start + TOKENS_PER_IMAGE] = False
+        kept[start : start + image_tokens] = False
     return {
         "input_ids": sample["input_ids"][kept],
         "labels": sample["labels"][kept],

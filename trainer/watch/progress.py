@@ -1,4 +1,4 @@
-"""What a run tells: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb where asked."""
+"""What a run reports: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb where asked."""
 
 import functools
 import json
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common.errors import UsageError
 from common.files import write_atomically
 from common.paths import display_path
+from trainer.setup import Run
 
 INIT_SECONDS = 10
 
@@ -26,10 +27,9 @@ class Progress:
         metrics_path: The jsonl that each report is appended to, or None for silence. It keeps the reports of the steps
             that were done before, and no others.
         wandb_run: A wandb run, or None.
-        pending: What a saved run had learned since its last report (`Progress.pending`).
     """
 
-    def __init__(self, total_steps, done_steps, log_interval, metrics_path: Path | None, wandb_run=None, pending=None):
+    def __init__(self, total_steps, done_steps, log_interval, metrics_path: Path | None, wandb_run=None):
         self.total_steps, self.done_steps, self.log_interval = total_steps, done_steps, log_interval
         self.metrics_path, self.wandb_run = metrics_path, wandb_run
         self.started = time.perf_counter()
@@ -37,33 +37,38 @@ class Progress:
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.can_write, self.words, self.words_kept = True, {}, {}
+        self.can_write, self.figures, self.heldout_figures = True, {}, {}
         self._reset()
-        if pending is not None:
-            self.learned_from = torch.tensor(pending["learned_from"])
-            self.samples, self.tokens, self.seconds_before = (
-                pending[name] for name in ("samples", "tokens", "seconds_before")
-            )
-            self.data_seconds = pending["data_seconds"]
 
     def _reset(self):
         self.interval_started = time.perf_counter()
         self.samples = self.tokens = self.data_seconds = self.seconds_before = 0
-        self.learned_from = torch.zeros(2)
+        self.losses = torch.zeros(2)
 
-    def pending(self) -> dict:
-        """What was learned since the last report, for a run that goes on from here to report it."""
-        return {
-            "learned_from": self.learned_from.tolist(),
+    def state_dict(self) -> dict:
+        """Returns what was counted since the last report, so that a resumed run reports it."""
+        counted = {
+            "learned_from": self.losses.tolist(),
             "samples": self.samples,
             "tokens": self.tokens,
             "data_seconds": self.data_seconds,
             "seconds_before": self.seconds_before + time.perf_counter() - self.interval_started,
         }
+        return {"progress": counted, "wandb_id": None if self.wandb_run is None else self.wandb_run.id}
 
-    def add(self, learned_from: torch.Tensor, samples: int, tokens: int, data_seconds: float):
-        """One optimizer step: (2,) sum of its losses over all ranks and learned tokens, not yet waited for; its counts."""
-        self.learned_from = self.learned_from.to(learned_from.device) + learned_from
+    def load_state_dict(self, state: dict):
+        counted = state["progress"]
+        self.losses = torch.tensor(counted["learned_from"])
+        self.samples, self.tokens = counted["samples"], counted["tokens"]
+        self.data_seconds, self.seconds_before = counted["data_seconds"], counted["seconds_before"]
+
+    def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
+        """Counts an optimizer step.
+
+        Args:
+            losses: (2,) its summed loss and learned tokens, over all ranks; not synced here.
+        """
+        self.losses = self.losses.to(losses.device) + losses
         self.samples += samples
         self.tokens += tokens
         self.data_seconds += data_seconds
@@ -71,11 +76,12 @@ class Progress:
             self.bar.update(1)
 
     def due(self, step: int, epoch_ends: bool) -> bool:
+        """Tells whether this step is reported."""
         return step == 1 or step % self.log_interval == 0 or epoch_ends
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
-        """Reports the interval that ends here and begins the next. Returns what was reported."""
-        loss_sum, learned = self.learned_from.tolist()  # waits for the device
+        """Reports the interval that ends here, and begins the next. Returns what was reported."""
+        loss_sum, learned = self.losses.tolist()  # syncs
         seconds = max(1e-9, self.seconds_before + time.perf_counter() - self.interval_started)
         record = {
             "step": step,
@@ -97,29 +103,29 @@ class Progress:
         self._reset()
         return record
 
-    def report_heldout(self, step: int, epoch: int, held_out: dict, words: dict[str, str], message: str):
-        """Reports a measurement on held-out rows: `message` as a line of its own, `words` in the bar from now on."""
-        self.words_kept = words
+    def report_heldout(self, step: int, epoch: int, held_out: dict, figures: dict[str, str], message: str):
+        """Reports a measurement on held-out rows: `message` as a line of its own, `figures` in the bar from now on."""
+        self.heldout_figures = figures
         self._set_postfix()
-        self.say(message)
+        self.log(message)
         if self.metrics_path is not None:
             self._append({"step": step, "epoch": epoch, "eval": held_out})
         if self.wandb_run is not None:
             self.wandb_run.log({f"eval/{key}": value for key, value in held_out.items()}, step=step)
 
-    def leave_out(self, seconds: float):
-        """So much of the interval was not training: it counts in no samples/s."""
+    def exclude(self, seconds: float):
+        """Takes time that was not training out of the interval, so that it counts in no samples/s."""
         self.interval_started += seconds
 
-    def log_samples(self, step: int, said: list[dict], folder: Path):
-        """Sends pictures and what was said about them to wandb, where it is used."""
-        if self.wandb_run is None or not said:
+    def log_samples(self, step: int, generated: list[dict], folder: Path):
+        """Sends images and their descriptions to wandb, where it is used."""
+        if self.wandb_run is None or not generated:
             return
         import wandb
 
         columns = ["step", "picture", "prompt", "reference", "description"]
-        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in said])
-        pictures = [wandb.Image(str(folder / row["picture"]), caption=row["description"]) for row in said]
+        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in generated])
+        pictures = [wandb.Image(str(folder / row["picture"]), caption=row["description"]) for row in generated]
         self.wandb_run.log({"eval/descriptions": table, "eval/pictures": pictures}, step=step)
 
     def _append(self, record: dict):
@@ -128,14 +134,14 @@ class Progress:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except (OSError, UsageError) as error:
-            if self.can_write:  # said once, not at every report
-                self.say(f"warning: {display_path(self.metrics_path)} cannot be written, training goes on: {error}")
+            if self.can_write:  # once, not at every report
+                self.log(f"warning: {display_path(self.metrics_path)} cannot be written, training continues: {error}")
             self.can_write = False
 
     def begin_file(self):
-        """Leaves in metrics_path the steps done before; called no sooner than there is something to report or save.
+        """Reduces metrics_path to the reports of the steps done before.
 
-        So a run that fails at its first loss leaves the curve of the one before as it was.
+        Not before there is something to report: a run that fails at its first loss leaves an earlier run's curve alone.
         """
         if self.metrics_path is None or self.has_begun:
             return
@@ -144,7 +150,7 @@ class Progress:
         self.has_begun = True
 
     def _show(self, record: dict):
-        words = {
+        figures = {
             "loss": "none" if record["loss"] is None else f"{record['loss']:.4f}",
             "lr": f"{record['learning_rate']:.2e}",
             "samples/s": f"{record['samples_per_second']:.1f}",
@@ -152,23 +158,22 @@ class Progress:
             "data wait": f"{record['data_wait']:.1%}",
         }
         if self.bar is not None:
-            self.words = words
+            self.figures = figures
             self._set_postfix()
             return
         if record["step"] > 1:  # the first step is slow: workers start, memory is taken
             done = max(1, record["step"] - self.done_steps)
-            words["ETA"] = clock(record["seconds"] / done * (self.total_steps - record["step"]))
-        line = "  ".join(f"{name} {value}" for name, value in words.items())
-        self.say(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}")
+            figures["ETA"] = clock(record["seconds"] / done * (self.total_steps - record["step"]))
+        line = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self.log(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}")
 
     def _set_postfix(self):
-        """The losses first: a narrow terminal cuts the rest off."""
-        if self.bar is not None:
-            loss = {name: self.words[name] for name in ("loss",) if name in self.words}
-            self.bar.set_postfix(loss | self.words_kept | self.words)
+        if self.bar is not None:  # the losses first: a narrow terminal cuts off the rest
+            loss = {name: self.figures[name] for name in ("loss",) if name in self.figures}
+            self.bar.set_postfix(loss | self.heldout_figures | self.figures)
 
-    def say(self, message: str):
-        """A line of its own, above the bar where there is one."""
+    def log(self, message: str):
+        """Prints a line, above the bar where there is one."""
         if self.metrics_path is None:
             return
         if self.bar is not None:
@@ -177,6 +182,7 @@ class Progress:
             print(message, flush=True)
 
     def close(self):
+        """Ends bar and wandb run."""
         if self.bar is not None:
             self.bar.close()
         if self.wandb_run is not None:
@@ -184,7 +190,7 @@ class Progress:
 
 
 def reports_until(path: Path, step: int) -> list[str]:
-    """The lines of a metrics file up to a step: a run that was stopped may have reported more than it saved."""
+    """Returns a metrics file's lines up to a step: a run that was killed may have reported more than it saved."""
     if step == 0 or not path.is_file():
         return []
     kept = []
@@ -198,22 +204,22 @@ def reports_until(path: Path, step: int) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """Formats seconds: 1:02:03, or 2:03 below an hour."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str | None):
-    """A wandb run, the one that was begun before where its id is given; one kept on disk where wandb cannot be reached.
+    """Starts a wandb run, or continues the one whose id is given; offline where wandb cannot be reached.
 
     Raises:
         UsageError: If wandb cannot start for another reason, as a wrong key.
     """
-    import wandb  # only here: it is slow to load and most runs do without
+    import wandb  # slow to import, and most runs do without
 
     start = functools.partial(wandb.init, project=project, name=name, config=config, dir=folder, id=run_id)
-    # wandb itself waits for 90 seconds; WANDB_INIT_TIMEOUT is its own way to say another time.
+    # wandb itself waits 90 seconds; WANDB_INIT_TIMEOUT is its own way to set that.
     wait = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_SECONDS}
     try:
         return start(resume="allow", settings=wandb.Settings(**wait))
@@ -227,5 +233,19 @@ def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str
         f"warning: --use_wandb: wandb cannot be reached, so this run is logged offline (`wandb sync` sends it later; "
         f"metrics.jsonl beside the weights has the same): {reason}"
     )
-    wandb.teardown()  # forgets the attempt, which has the run's id
+    wandb.teardown()  # forgets the failed attempt, which has the run's id
     return start(mode="offline")
+
+
+def open_progress(run: Run, done_steps: int, total_steps: int, settings: dict) -> Progress:
+    """Returns the run's Progress; on the main rank with metrics.jsonl, and wandb where asked for."""
+    wandb_run = None
+    if run.args.use_wandb and run.processes.is_main:
+        config = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}
+        run_id = None if run.state is None else run.state["wandb_id"]
+        wandb_run = start_wandb(run.args.wandb_project, run.files.name, config, run.files.save_dir, run_id)
+    metrics_path = run.files.metrics if run.processes.is_main else None
+    progress = Progress(total_steps, done_steps, run.args.log_interval, metrics_path, wandb_run)
+    if run.state is not None:
+        progress.load_state_dict(run.state)
+    return progress

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import ChatEncoder
-from dataset.pictures import load_picture
+from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import chance, score
@@ -16,7 +16,7 @@ BATCH, TOKENS = 50, 64
 
 def describe(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor]) -> list[str]:
     """Greedy descriptions of uint8 (3, 224, 224) pictures, many at a time."""
-    encoder, texts = ChatEncoder(tokenizer), []
+    encoder, texts = ChatEncoder(tokenizer, model.config.image_tokens), []
     question = [{"role": "user", "content": with_images(DESCRIBE, 1)}]
     for start in range(0, len(pictures), BATCH):
         part = pictures[start : start + BATCH]
@@ -38,7 +38,8 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     model.eval()
     root, scenes = draw_builtin_dataset(), heldout_scenes()
     facts = [scene.facts for scene in scenes]
-    pictures = [load_picture(path) for path in sorted((root / "heldout_images").iterdir())]
+    picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
+    pictures = [load_picture(path, picture_format=picture_format) for path in sorted((root / "heldout_images").iterdir())]
     # Each scene gets the picture of another: half the set away, so that none keeps its own.
     half = len(pictures) // 2
     random_caption, constant_caption = chance(facts)

@@ -1,4 +1,4 @@
-"""Watches a run learn: held-out loss, grounding gap, descriptions of a few pictures, and in the end a page of all of it."""
+"""Watches a run learn: held-out loss, grounding gap, descriptions of a few images, and at the end a page of it all."""
 
 import json
 import time
@@ -20,53 +20,58 @@ from trainer.watch.scene_table import scene_table
 
 
 class Watch:
-    """Args:
-    run, model: What is watched; all processes take part.
-    heldout: Rows that are not trained on.
-    done_steps: Steps that a resumed run did before.
+    """Measures and describes at intervals; all ranks take part.
+
+    Args:
+        run, model: What is watched.
+        heldout: Rows that are not trained on.
+        interval: Optimizer steps between measurements.
+        done_steps: Steps that a resumed run did before.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM, heldout: VLMDataset, done_steps: int):
-        self.run, self.model = run, model
+    def __init__(self, run: Run, model: MiniMindVLM, heldout: VLMDataset, interval: int, done_steps: int):
+        self.run, self.model, self.interval = run, model, interval
         self.evaluator = Evaluator(heldout, model, run.processes, run.dtype, run.args.batch_size)
-        self.folder = run.args.save_dir / f"{run.name}_samples"
         is_main = run.processes.is_main
-        self.samples = Samples(heldout, run.tokenizer, self.folder, done_steps) if is_main else None
+        self.samples = Samples(heldout, run.tokenizer, run.files.samples, done_steps) if is_main else None
 
-    def look(self, progress: Progress, step: int, epoch: int):
-        """Measures and describes, and reports both."""
+    def measure_if_due(self, progress: Progress, step: int, epoch: int):
+        """Measures and describes every `interval` steps and at the end, and reports both."""
+        if step % self.interval and step != progress.total_steps:
+            return
         if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)  # the time of steps still under way is training's
+            torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
         started = time.perf_counter()
         held_out = self.evaluator.measure()
         losses = {"held out": held_out.loss, "other pictures": held_out.loss_shuffled, "none": held_out.loss_blind}
-        words = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
-        progress.report_heldout(step, epoch, held_out.as_dict(), words, f"step {step}  {held_out}")
+        figures = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+        progress.report_heldout(step, epoch, held_out.as_dict(), figures, f"step {step}  {held_out}")
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
-            progress.say(f"left out of the held-out rows, its picture cannot be read: {error}")
+            progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
         self.evaluator.skipped.clear()
         if self.samples is not None:
             self._describe(progress, step)
         self.run.processes.barrier()
-        progress.leave_out(time.perf_counter() - started)
+        progress.exclude(time.perf_counter() - started)
 
     def _describe(self, progress: Progress, step: int):
         try:
-            said = self.samples.describe(self.model, step)
+            generated = self.samples.describe(self.model, step)
         except (OSError, UsageError) as error:
-            progress.say(f"warning: the descriptions of step {step} cannot be written, training goes on: {error}")
+            progress.log(f"warning: the descriptions of step {step} cannot be written, training continues: {error}")
             return
-        progress.log_samples(step, said, self.folder)
+        progress.log_samples(step, generated, self.run.files.samples)
 
     def finish(self, progress: Progress, step: int):
-        """Writes the page of the run; for the built-in set with how many scenes are told right."""
-        if not self.run.processes.is_main:
+        """Writes the run's page, with the graded scenes for the built-in set."""
+        run = self.run
+        if not run.processes.is_main:
             return
         try:
-            if self.run.args.assets == "built-in":
+            if run.is_builtin:
                 table = {"step": step, "scenes": len(heldout_scenes())}
-                text = json.dumps(table | {"rows": scene_table(self.model, self.run.tokenizer)}, indent=2)
-                write_atomically(self.folder / "scenes.json", lambda file: file.write(text.encode("utf-8")))
-            progress.say(f"its page: {display_path(write_report(self.run.args.save_dir, self.run.name))}")
+                text = json.dumps(table | {"rows": scene_table(self.model, run.tokenizer)}, indent=2)
+                write_atomically(run.files.samples / "scenes.json", lambda file: file.write(text.encode("utf-8")))
+            progress.log(f"its page: {display_path(write_report(run.files.save_dir, run.files.name))}")
         except (OSError, UsageError) as error:
-            progress.say(f"warning: the run's page cannot be written: {error}")
+            progress.log(f"warning: the run's page cannot be written: {error}")

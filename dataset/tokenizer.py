@@ -1,0 +1,47 @@
+"""Loading the tokenizer that belongs to a language model."""
+
+import hashlib
+from pathlib import Path
+
+import datasets
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from common.errors import UsageError
+from common.paths import display_path
+from dataset.chat import ChatEncoder
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer's folder.
+
+    Raises:
+        UsageError: If it is missing, unreadable, or not of MiniMind's form.
+    """
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(
+            f"no tokenizer in {display_path(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
+        has_code = "trust_remote_code" in str(error)  # transformers would advise to run it
+        reason = "it brings code of its own, which is never run" if has_code else error
+        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
+    try:
+        ChatEncoder(tokenizer, image_tokens=1)
+    except ValueError as error:
+        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {error}") from error
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 (hex) of everything that decides which ids a text gets."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+
+
+def quiet_libraries(is_main: bool):
+    """Turns off the libraries' progress bars, except those of long waits on the main process."""
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()

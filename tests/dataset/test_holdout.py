@@ -1,0 +1,86 @@
+"""Held-out rows: a hundredth, the same whatever the order, and no image on both sides."""
+
+import pytest
+from tiny import pretrain_row, write_jsonl
+
+from dataset.holdout import hold_out
+from dataset.lm_dataset import VLMDataset
+from dataset.tokenizer import load_tokenizer
+
+pytest_plugins = ["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return load_tokenizer(world.tokenizer)
+
+
+def held_out_of(world, tokenizer, tmp_path, rows, name="rows.jsonl"):
+    path, images = write_jsonl(tmp_path / name, rows), tmp_path / "images"
+    images.mkdir(exist_ok=True)
+    for number, picture in enumerate({row["image"] for row in rows if "image" in row}):
+        if not (images / picture).exists():
+            (images / picture).symlink_to(world.images / f"{number % 12}.jpg")
+    data = VLMDataset(path, images, tokenizer, 640, 196, cache_dir=world.root / "cache")
+    return hold_out(data)
+
+
+def answers(data: VLMDataset, tokenizer) -> set[str]:
+    return {tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in (data[i] for i in range(len(data)))}
+
+
+def many_rows(count: int, pictures: int | None = None) -> list[dict]:
+    """Rows that each say something else; each about a picture of its own, or of a few."""
+    rows = []
+    for number in range(count):
+        row = pretrain_row(number)
+        row["conversations"][1]["content"] = f"第{number}张。"
+        row["image"] = f"copy_{number if pictures is None else number % pictures}.jpg"
+        rows.append(row)
+    return rows
+
+
+def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, tokenizer, tmp_path):
+    rows = many_rows(400)
+    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
+    assert (len(data), len(held_out)) == (396, 4)
+    assert not answers(data, tokenizer) & answers(held_out, tokenizer)
+    assert len(answers(data, tokenizer) | answers(held_out, tokenizer)) == 400
+    assert data.picture_count == 396
+    other, again = held_out_of(world, tokenizer, tmp_path, rows[::-1], "reversed.jsonl")
+    assert answers(again, tokenizer) == answers(held_out, tokenizer)
+
+
+def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
+    assert len(held_out) == 4
+    shown = [
+        {
+            name
+            for row in of.read_rows(of.positions.tolist())
+            for name in row["pictures"]
+        }
+        for of in (data, held_out)
+    ]
+    assert len(shown[1]) == 1
+    assert not shown[0] & shown[1]
+
+
+def test_few_rows_are_all_trained_on(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(99))
+    assert held_out is None
+    assert len(data) == 99
+
+
+def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenizer, tmp_path):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(300, pictures=1))
+    assert (len(data), len(held_out)) == (297, 3)
+
+
+def test_rows_without_pictures_are_held_out_by_their_words(world, tokenizer, tmp_path):
+    rows = many_rows(300)
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["content"] = "说。"
+    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
+    assert (len(data), len(held_out)) == (297, 3)

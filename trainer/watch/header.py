@@ -1,0 +1,79 @@
+"""What a run is about to do, printed before its first step."""
+
+import math
+
+import torch
+
+from common.paths import display_path
+from dataset.features import FeatureFile
+from dataset.lm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM
+from trainer.setup import Run
+
+
+def print_header(
+    run: Run,
+    model: MiniMindVLM,
+    data: VLMDataset,
+    heldout: VLMDataset | None,
+    features: FeatureFile | None,
+    steps: int,
+    settings: dict,
+):
+    """Prints files, sizes and settings of the run.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        settings: The flags, with the eval_interval and compile that are in effect.
+    """
+    args, config = run.args, run.config
+    run.log(run.stage.story)
+    if run.is_builtin:
+        run.log("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
+    total, learned = count_parameters(model)
+    tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
+    cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""
+    start = "random weights" if run.weights is None else display_path(run.weights.path)
+    if run.weights is not None and not run.weights.has_projection:
+        start += " (a language model: the projection starts untrained)"
+    per_step = args.batch_size * args.accumulation_steps * run.processes.world_size
+    rows = {
+        "starts from": start,
+        "writes": display_path(run.files.weights),
+        "data": f"{display_path(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
+        f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
+        "held out": "nothing: no loss is measured on rows that are not trained on"
+        if heldout is None
+        else f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {settings['eval_interval']} steps",
+        "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
+        "features": "computed anew every epoch"
+        if features is None
+        else f"kept in {display_path(features.path)} ({features.size / 1e9:.2f} GB; --cache_vision off does without)",
+        "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
+        f"{', experts' if config.use_moe else ''}{projector(config)}: {total / 1e6:.3f} M parameters, "
+        f"{learned / 1e6:.3f} M learn",
+        "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}"
+        f"{' (the built-in recipe)' if run.is_builtin else ''}; accumulation_steps {args.accumulation_steps}, "
+        f"grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, freeze_llm {args.freeze_llm}, seed {args.seed}",
+        "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
+        "device": f"{device_name(run.device)}, {run.processes.world_size} process(es), {args.dtype}"
+        f"{', compiled' if settings['compile'] else ''}, {args.num_workers} worker(s) each",
+    }
+    for name, value in rows.items():
+        run.log(f"  {name:<12} {value}")
+
+
+def projector(config) -> str:
+    """Returns the projection in words where it is not the published one."""
+    kind = "" if config.projector == "linear" else f", {config.projector} projection"
+    return kind + (f", {config.image_tokens} tokens an image" if config.pixel_shuffle > 1 else "")
+
+
+def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
+    """Returns (all, learned) parameters of projection and decoder; the tied head counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

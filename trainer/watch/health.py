@@ -1,0 +1,86 @@
+"""What may be wrong with a run: a first loss of guessing, steps that are not finite, a loader's worker that died."""
+
+import contextlib
+import math
+
+import torch
+
+from common.errors import RankError, UsageError
+from common.paths import display_path
+from trainer.setup import Run
+from trainer.watch.progress import Progress
+
+BAD_STEPS_IN_A_ROW = 10
+
+
+class BadSteps:
+    """Counts the steps that were skipped because loss or gradient was not finite, without a sync."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # all, in a row, the most in a row
+        self.logged = 0
+
+    def add(self, is_bad: torch.Tensor):
+        """Counts a step."""
+        total, in_a_row, most = self.counts
+        in_a_row = (in_a_row + 1) * is_bad
+        self.counts = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
+
+    def check(self, run: Run, progress: Progress, step: int):
+        """Logs the steps skipped since the last call; syncs.
+
+        Raises:
+            UsageError: If too many in a row were skipped.
+        """
+        total, _, most = self.counts.tolist()
+        if total > self.logged:
+            progress.log(
+                f"by step {step} the loss or the gradient was not finite in {total - self.logged} step(s) more: "
+                f"skipped, the weights are as before ({total} so far)"
+            )
+            self.logged = total
+        if most >= BAD_STEPS_IN_A_ROW:
+            raise UsageError(
+                f"{most} steps in a row, up to step {step}, had a loss or a gradient that is not finite, so the run ends; "
+                f"the weights saved last are finite. What may help: a lower --learning_rate than {run.args.learning_rate:g}, "
+                f"a lower --grad_clip than {run.args.grad_clip:g}, --dtype float32, and a look at the data "
+                f"(python -m dataset.check {display_path(run.args.data_path)})"
+            )
+
+    def state_dict(self) -> dict:
+        return {"bad_steps": self.counts.tolist()}
+
+    def load_state_dict(self, state: dict):
+        self.counts = torch.tensor(state["bad_steps"], device=self.counts.device)
+        self.logged = state["bad_steps"][0]
+
+
+def check_first_loss(run: Run, losses: torch.Tensor):
+    """Raises UsageError (warns with --ignore_high_loss) if the first loss is no better than guessing."""
+    loss_sum, learned = losses.tolist()
+    uniform = math.log(run.config.vocab_size)
+    if run.weights is None or not learned or loss_sum / learned < uniform:
+        return
+    message = (
+        f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = {uniform:.2f}), "
+        f"though training starts from {display_path(run.weights.path)}. Most likely these weights and the tokenizer "
+        f"{display_path(run.args.tokenizer_path)} do not belong together: name the right one with --tokenizer_path"
+    )
+    if not run.args.ignore_high_loss:
+        raise UsageError(f"{message}, or train all the same with --ignore_high_loss")
+    run.log(f"warning: {message}")
+
+
+@contextlib.contextmanager
+def worker_errors(num_workers: int):
+    """Explains the error that torch raises in the main thread, wherever that is, when a loader's worker dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RankError(
+            f"a worker process that reads pictures was ended from outside ({str(error).splitlines()[0].strip()}), most "
+            f"likely because memory ran out: use fewer than --num_workers {num_workers}. What was saved is kept: the same "
+            "command with --from_resume 1 resumes from there"
+        ) from error
