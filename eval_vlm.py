@@ -23,10 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from transformers import TextStreamer, set_seed  # noqa: E402
 
-from common.errors import (
-    UsageError,  # noqa: E402
-    run_script,  # noqa: E402
-)
+from common.cli import HelpFormatter  # noqa: E402
+from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import (  # noqa: E402
     BUILTIN_MODEL_DIR,
     BUILTIN_TOKENIZER_DIR,
@@ -39,15 +37,17 @@ from common.paths import (  # noqa: E402
     display_path,
 )
 from dataset.chat import ChatEncoder  # noqa: E402
-from dataset.lm_dataset import VLMDataset, tokenizer_hash  # noqa: E402
-from dataset.pictures import PictureError, load_picture  # noqa: E402
+from dataset.lm_dataset import VLMDataset  # noqa: E402
+from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
 from dataset.prompts import prompt_batch, with_images  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
-from model.model_vlm import MiniMindVLM  # noqa: E402
-from trainer import weights as checkpoint  # noqa: E402
-from trainer.setup import HINTS, load_tokenizer, quiet_libraries  # noqa: E402
+from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash  # noqa: E402
+from model.model_vlm import MiniMindVLM, fit_config_to_tower  # noqa: E402
+from model.vision_tower import read_tower_settings  # noqa: E402
+from trainer import weights as weight_io  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
+from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
 
@@ -56,42 +56,39 @@ DRAWN_EVAL_IMAGES = 8
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the flags; raises UsageError with everything that is wrong with them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("the model").add_argument
-    what = "model: the weight files in --save_dir; anything else: a transformers folder"
-    add("--load_from", default="model", help=f"{what} (default: %(default)s)")
-    add("--save_dir", type=Path, default=SAVE_DIR, help=f"where the weight files lie (default: {display_path(SAVE_DIR)})")
-    add(
-        "--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth (default: %(default)s)"
-    )
+    add("--load_from", default="model", help="model: the weight files in --save_dir; anything else: a transformers folder")
+    what = "where the weight files lie"
+    add("--save_dir", type=Path, help=f"{what} (default: {display_path(SAVE_DIR)})")
+    add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
     add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
     add("--num_hidden_layers", type=int, help="layers (default: what the file says)")
     add("--use_moe", type=int, choices=(0, 1), help="1: the file with experts (default: what the file says)")
-    add("--tokenizer_path", type=Path, help="the tokenizer's folder (default: what the weights were trained with)")
-    add("--vision_model_path", type=Path, help="the CLIP tower's folder (default: what the weights were trained with)")
+    trained_with = "(default: what the weights were trained with)"
+    add("--tokenizer_path", type=Path, help=f"the tokenizer's folder {trained_with}")
+    add("--vision_model_path", type=Path, help=f"the vision tower's folder {trained_with}")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    add = parser.add_argument_group("a talk, or a measurement").add_argument
-    add(
-        "--chat", action="store_true", help="talk with it; a line that is a picture's path adds it to the next question"
-    )
+    add = parser.add_argument_group("chat or measure").add_argument
+    add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
     add("--eval_data", type=Path, help="rows to measure on, jsonl or parquet as for training")
     add("--images_path", type=Path, help="folder of the jsonl's pictures")
-    add("--batch_size", type=int, default=16, help="rows per process and forward pass (default: %(default)s)")
-    what = "tokens a row is cut at"
-    add("--max_seq_len", type=int, default=1536, help=f"{what} (default: %(default)s)")
-    what = "answers of at most so many tokens are also asked for, and compared to the letter; 0 asks nothing"
-    add("--short_answer", type=int, default=16, help=f"{what} (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="rows per process and forward pass")
+    add("--max_seq_len", type=int, default=1536, help="tokens a row is cut at")
+    what = "also ask for the answers of at most this many tokens, and compare them word for word; 0 asks nothing"
+    add("--short_answer", type=int, default=16, help=what)
     add("--json", type=Path, help="write what was measured there")
     add = parser.add_argument_group("pictures and question").add_argument
     what = "folder whose pictures are described, one by one"
     add("--image_dir", type=Path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
     add("--image", type=Path, nargs="+", help="pictures to ask about together")
-    add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand (default: %(default)s)")
+    add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand")
     add = parser.add_argument_group("generation").add_argument
-    add("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.65, help="0 takes the likeliest token always (default: %(default)s)")
-    add("--top_p", type=float, default=0.85, help="draw from the likeliest with this share (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the drawing (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
+    add("--temperature", type=float, default=0.65, help="0 always takes the likeliest token")
+    add("--top_p", type=float, default=0.85, help="draw from the likeliest tokens with this share")
+    add("--seed", type=int, default=42, help="of the drawing")
     args = parser.parse_args(argv)
     check_flags(args)
     return args
@@ -118,23 +115,22 @@ def check_flags(args):
         raise UsageError("\n".join(problems))
 
 
-def find_weights(args) -> checkpoint.Weights:
-    """The weights that the flags name."""
+def find_weights(args) -> weight_io.Weights:
+    """Reads the weights that the flags name."""
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     if args.load_from != "model":
-        weights = checkpoint.read_folder(Path(args.load_from).expanduser())
+        weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
-        save_dir = args.save_dir
+        save_dir = SAVE_DIR if args.save_dir is None else args.save_dir.expanduser()
         if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not TOWER_DIR.exists():
             save_dir = BUILTIN_MODEL_DIR
-        path = checkpoint.find_weights(save_dir, args.weight, args.hidden_size, use_moe, HINTS.get(args.weight, ""))
-        weights = checkpoint.read_weights(path)
-    checkpoint.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
+        weights = weight_io.read_weights(weight_io.find_weights(save_dir, args.weight, args.hidden_size, use_moe))
+    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
     return weights
 
 
-def choose_path(flag: Path | None, weights: checkpoint.Weights, name: str, builtin: Path, published: Path) -> Path:
-    """The tower's or tokenizer's folder: as typed, else the one of the weights' training, else the published one."""
+def choose_path(flag: Path | None, weights: weight_io.Weights, name: str, builtin: Path, published: Path) -> Path:
+    """Returns a folder: as typed, else the one the weights were trained with, else the published one."""
     if flag is not None:
         return flag.expanduser().resolve()
     if weights.sidecar.get("assets") == "built-in":
@@ -150,76 +146,73 @@ class Assistant:
         self.args, self.processes = args, processes
         weights = find_weights(args)
         self.is_builtin = weights.sidecar.get("assets") == "built-in"
-        own_tokenizer = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
-        tokenizer_path = choose_path(
-            args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own_tokenizer
-        )
+        own = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
+        tokenizer_path = choose_path(args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own)
         tower_path = choose_path(args.vision_model_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
         self.tokenizer = load_tokenizer(tokenizer_path)
-        checkpoint.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
-        self.encoder = ChatEncoder(self.tokenizer)
-        self.device = processes.device
+        weight_io.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
+        tower = read_tower_settings(tower_path)
+        try:
+            config = fit_config_to_tower(weights.config, tower)
+        except ValueError as error:
+            raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
+        self.encoder = ChatEncoder(self.tokenizer, config.image_tokens)
+        self.picture_format = PictureFormat(**tower.picture_settings)
         torch.manual_seed(args.seed)
-        model = MiniMindVLM(weights.config, vision_model_path=tower_path)
-        checkpoint.load_into(model, weights)
-        self.model = model.to(self.device).eval()
-        if not processes.is_main:
-            return
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{display_path(weights.path)}: {parameters / 1e6:.3f} M parameters, {weights.config.num_hidden_layers} layers; "
-              f"tower {display_path(tower_path)}, tokenizer {display_path(tokenizer_path)}, {self.device}")  # fmt: skip
+        self.model = MiniMindVLM(config, vision_model_path=tower_path)
+        weight_io.load_into(self.model, weights)
+        self.model.to(processes.device).eval()
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        processes.log(
+            f"{display_path(weights.path)}: {parameters / 1e6:.3f} M parameters, {config.num_hidden_layers} layers; "
+            f"tower {display_path(tower_path)}, tokenizer {display_path(tokenizer_path)}, {processes.device}"
+        )
         if not weights.has_projection:
-            print(
+            processes.log(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
             )
 
+    def load_picture(self, path: Path) -> torch.Tensor:
+        """Returns the picture as the tower takes it; raises PictureError."""
+        return load_picture(path, picture_format=self.picture_format)
+
+    def ask(self, prompt: str, paths: list[Path]):
+        """Prints the answer to a question about pictures."""
+        pictures = [self.load_picture(path) for path in paths]
+        self.answer([{"role": "user", "content": with_images(prompt, len(pictures))}], pictures)
+
     @torch.inference_mode()
-    def generate(self, conversations, pictures, **settings) -> torch.Tensor:
-        """The answers' token ids (B, new tokens)."""
-        batch = prompt_batch(self.encoder, conversations, pictures)
-        batch = {name: value.to(self.device) for name, value in batch.items() if value is not None}
-        if self.device.type == "cuda":
-            # With a cache of fixed size transformers compiles the step of one token, once for a length of prompt.
-            settings["cache_implementation"] = "static"
-        return self.model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
-
-    def answer(self, prompt: str, paths: list[Path]):
-        """Prints the answer as it is generated, then its speed."""
-        pictures = [load_picture(path) for path in paths]
-        self.say([{"role": "user", "content": with_images(prompt, len(pictures))}], pictures)
-
-    def say(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
+    def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
         args = self.args
         sampling = {"do_sample": False}
         if args.temperature > 0:
             sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        inputs = prompt_batch(self.encoder, [conversation], [pictures])
         started = time.perf_counter()
-        ids = self.generate(
-            [conversation], [pictures], max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling
-        )
+        [ids] = generate(self.model, inputs, args.max_new_tokens, streamer=streamer, **sampling)
         seconds = time.perf_counter() - started
-        print(f"    {ids.shape[1]} tokens, {ids.shape[1] / seconds:.0f} tokens/s\n", flush=True)
-        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        print(f"    {len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s\n", flush=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def chat(assistant: Assistant):
-    """A conversation at the terminal, until an empty line or the end of input."""
+    """Chats at the terminal until an empty line or the end of input."""
     print("Type a question. A picture's path on a line of its own adds it to your next question. An empty line ends.\n")
     turns, pictures, added = [], [], []
-    while line := ask("you> "):
+    while line := read_line("you> "):
         path = Path(line.strip("'\"")).expanduser()
         if path.suffix.lower() in PICTURE_ENDINGS:
             try:
-                added.append(load_picture(path))
+                added.append(assistant.load_picture(path))
                 print(f"    added {path.name}: ask about it")
             except PictureError as error:
                 print(f"    not added: {error}")
             continue
         try:
             turn = {"role": "user", "content": with_images(line, len(added))}
-            reply = assistant.say([*turns, turn], [*pictures, *added])
+            reply = assistant.answer([*turns, turn], [*pictures, *added])
         except ValueError as error:
             print(f"    {error}")
             continue
@@ -227,7 +220,7 @@ def chat(assistant: Assistant):
         pictures, added = [*pictures, *added], []
 
 
-def ask(prompt: str) -> str:
+def read_line(prompt: str) -> str:
     try:
         return input(prompt).strip()
     except EOFError:
@@ -235,10 +228,13 @@ def ask(prompt: str) -> str:
 
 
 def measure(assistant: Assistant):
-    """Prints (and writes, with --json) how well the model tells the rows of --eval_data."""
+    """Prints, and writes with --json, how well the model knows the rows of --eval_data."""
     args, processes = assistant.args, assistant.processes
     with processes.main_first():
-        data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len)
+        tokens = assistant.model.config.image_tokens
+        data = VLMDataset(
+            args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, tokens, assistant.picture_format
+        )
     if len(data) == 0:
         raise UsageError(f"{args.eval_data} has no row to measure on")
     shows = processes.is_main and sys.stderr.isatty()
@@ -274,7 +270,7 @@ def as_gap(loss: float | None, gap: float | None) -> str:
 
 
 def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
-    """The pictures of --image_dir; for the built-in set eight held-out scenes are drawn where there are none.
+    """Returns the pictures of --image_dir; for the built-in set eight held-out scenes are drawn where there are none.
 
     Raises:
         UsageError: If there are none.
@@ -293,7 +289,7 @@ def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
 
 
 def print_scene_table(assistant: Assistant):
-    """How many attributes and whole captions of the held-out scenes are right, beside shuffled pictures and chance."""
+    """Prints the share of right attributes and captions of the held-out scenes, beside shuffled pictures and chance."""
     started = time.perf_counter()
     rows = scene_table(assistant.model, assistant.tokenizer)
     seconds = time.perf_counter() - started
@@ -307,34 +303,33 @@ def print_scene_table(assistant: Assistant):
 
 def main():
     args = parse_arguments()
-    processes = Processes.start(args.device)
-    quiet_libraries(processes.is_main)
-    if processes.world_size > 1 and not args.eval_data:
-        raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
-    set_seed(args.seed)
-    assistant = Assistant(args, processes)
-    if args.eval_data:
-        measure(assistant)
-    elif args.chat:
-        chat(assistant)
-    elif args.image:
-        print(f"{', '.join(map(str, args.image))}: {args.prompt}")
-        try:
-            assistant.answer(args.prompt, args.image)
-        except (PictureError, ValueError) as error:
-            raise UsageError(str(error)) from error
-    else:
-        describe_folder(args, assistant)
-    processes.stop()
+    with Processes.start(args.device) as processes:
+        quiet_libraries(processes.is_main)
+        if processes.world_size > 1 and not args.eval_data:
+            raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
+        set_seed(args.seed)
+        assistant = Assistant(args, processes)
+        if args.eval_data:
+            measure(assistant)
+        elif args.chat:
+            chat(assistant)
+        elif args.image:
+            print(f"{', '.join(map(str, args.image))}: {args.prompt}")
+            try:
+                assistant.ask(args.prompt, args.image)
+            except (PictureError, ValueError) as error:
+                raise UsageError(str(error)) from error
+        else:
+            describe_folder(args, assistant)
 
 
 def describe_folder(args, assistant: Assistant):
-    """Describes every picture of --image_dir; for the built-in set it also grades the held-out scenes."""
+    """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
     unreadable = 0
     for path in pictures_to_describe(args, assistant.is_builtin):
         print(f"{path.name}: {args.prompt}")
         try:
-            assistant.answer(args.prompt, [path])
+            assistant.ask(args.prompt, [path])
         except PictureError as error:
             unreadable += 1
             print(f"    skipped: {error}\n")

@@ -1,4 +1,4 @@
-"""Prompts to generate from: conversations and pictures to one left-padded batch."""
+"""Prompts to generate from: conversations, or rows cut before their first answer, to one left-padded batch."""
 
 import torch
 
@@ -6,7 +6,7 @@ from dataset.chat import IMAGE_TAG, ChatEncoder
 
 
 def with_images(prompt: str, images: int) -> str:
-    """The prompt with an `<image>` for each picture: as typed where it has that many, else they follow the text.
+    """Returns the prompt with an `<image>` for each picture: as typed where it has that many, else after the text.
 
     Raises:
         ValueError: If it has some, but not that many.
@@ -18,14 +18,14 @@ def with_images(prompt: str, images: int) -> str:
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """What `generate` takes for a batch of conversations that the assistant is to answer.
+    """Returns what `generate` takes for a batch of conversations that the assistant is to answer.
 
     Args:
         conversations: Turns, the last of them the user's.
-        pictures: Each conversation's pictures in order, uint8 (3, 224, 224).
+        pictures: Each conversation's pictures in order, uint8 (3, size, size).
 
     Returns:
-        input_ids and attention_mask (B, L), padded at the left; pixel_values (all images, 3, 224, 224) and image_starts
+        input_ids and attention_mask (B, L), padded at the left; pixel_values (all images, 3, size, size) and image_starts
         (all images, 2), or None where no conversation has a picture.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
@@ -38,8 +38,25 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
     return batch | {"pixel_values": torch.stack(flat) if flat else None}
 
 
+def row_prompts(rows: list[dict], pad_token_id: int) -> dict:
+    """Returns what `generate` takes for samples (as `VLMDataset` gives them, with pixels), up to their first answer."""
+    prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
+    starts = [[start for start in row["image_starts"].tolist() if start < len(prompt)]
+              for row, prompt in zip(rows, prompts, strict=True)]  # fmt: skip
+    pixels = [row["pixel_values"][: len(of_row)] for row, of_row in zip(rows, starts, strict=True)]
+    return left_padded(prompts, starts, pad_token_id) | {"pixel_values": torch.cat(pixels) if any(starts) else None}
+
+
+def first_answer(labels: torch.Tensor) -> tuple[int, int]:
+    """Returns the first learned span [start, end) of (L,) labels."""
+    learned = labels != -100
+    start = int(learned.int().argmax())
+    rest = (~learned[start:]).nonzero()
+    return start, start + int(rest[0]) if len(rest) else len(labels)
+
+
 def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
-    """Prompts of any lengths to one batch.
+    """Joins prompts of any lengths to one batch.
 
     Args:
         prompts: Each one's token ids.

@@ -1,4 +1,4 @@
-"""Does the model look at the picture? Held-out loss with the right pictures, with others' pictures, and without any."""
+"""Does the model look at the image? Held-out loss with the right images, with those of other rows, and without any."""
 
 import math
 import time
@@ -10,11 +10,12 @@ import torch
 from tqdm import tqdm
 
 from dataset.lm_dataset import PictureError, VLMCollator, VLMDataset
+from dataset.prompts import first_answer, row_prompts
 from model.model_vlm import MiniMindVLM
 from trainer.support.processes import Processes
-from trainer.watch.samples import first_answer, first_answers
+from trainer.watch.answers import generate_answers
 
-# So many pictures' features are kept in memory (301 kB each with CLIP), and so encoded once for all measurements.
+# The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 KEPT_PICTURES = 2048
 
 
@@ -23,11 +24,11 @@ class HeldOut:
     """Mean loss per learned token (nats) over held-out rows; None where there is nothing to measure.
 
     Attributes:
-        loss: With the right pictures.
-        loss_shuffled: With each row's pictures taken from another row.
-        loss_blind: Without pictures: their placeholders are left out of the text.
+        loss: With the right images.
+        loss_shuffled: With the images of another row.
+        loss_blind: Without images, their placeholders left out of the text.
         samples, tokens: Rows and learned tokens measured.
-        seconds: It took.
+        seconds: Duration of the measurement.
     """
 
     loss: float | None
@@ -39,19 +40,19 @@ class HeldOut:
 
     @property
     def gap_shuffled(self) -> float | None:
-        """The grounding gap: how much worse (nats per token) the rows are told from others' pictures."""
+        """The grounding gap: how much the loss (nats per token) rises with the images of other rows."""
         return self._gap(self.loss_shuffled)
 
     @property
     def gap_blind(self) -> float | None:
-        """How much worse they are told without pictures."""
+        """How much it rises without images."""
         return self._gap(self.loss_blind)
 
     def _gap(self, other: float | None) -> float | None:
         return None if other is None or self.loss is None else other - self.loss
 
     def as_dict(self) -> dict:
-        """For metrics and wandb."""
+        """Returns the figures for metrics and wandb."""
         values = vars(self) | {"gap_shuffled": self.gap_shuffled, "gap_blind": self.gap_blind}
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
 
@@ -66,29 +67,29 @@ class HeldOut:
 
 
 class Evaluator:
-    """Measures a model on held-out rows. Neither weights, random state nor the model's mode are changed.
+    """Measures a model on held-out rows; leaves weights, random state and the model's mode as they are.
 
     Args:
         data: The rows.
         model: The model, on its device.
-        processes: Among whom the rows are divided.
-        dtype: What matrices are multiplied in.
-        batch_size: Rows of one process in one forward pass.
+        processes: The ranks that share the rows.
+        dtype: Of matrix products.
+        batch_size: Rows per rank and forward pass.
     """
 
     def __init__(self, data: VLMDataset, model: MiniMindVLM, processes: Processes, dtype: torch.dtype, batch_size: int):
         self.data, self.model, self.processes, self.dtype = data, model, processes, dtype
         self.batch_size = batch_size
         self.collate = VLMCollator(model.config.pad_token_id)
-        self.order = np.argsort(data.lengths, kind="stable")  # by length, so that little is padded
-        # Each row's other pictures are those of the row half the set away, among the rows that have any.
+        self.order = np.argsort(data.lengths, kind="stable")  # by length, for little padding
+        # A row's partner, whose images it gets, is the row half the set away among those with images.
         pictured = np.flatnonzero(data.image_counts[self.order] > 0)
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
         self.seen: dict[int, tuple[dict, torch.Tensor] | None] = {}
         self.skipped: list[PictureError] = []
 
     def measure(self, show_progress: bool = False) -> HeldOut:
-        """One measurement by all processes together (each gets it)."""
+        """Measures once; all ranks take part, and each gets the result."""
         started, was_training = time.perf_counter(), self.model.training
         self.model.eval()
         try:
@@ -98,18 +99,18 @@ class Evaluator:
             self.model.train(was_training)
         sums = self.processes.sum(*sums)
         losses = [sums[i] / sums[3] if sums[3] else None for i in range(3)]
-        if len(self.partners) < 2:  # nobody to take another picture from
+        if len(self.partners) < 2:  # no other row has images
             losses[1] = None
         if not self.partners:
             losses[2] = None
         return HeldOut(*losses, samples=int(sums[4]), tokens=int(sums[3]), seconds=time.perf_counter() - started)
 
     def mine(self) -> list[int]:
-        """Places in `order` that are this process's."""
+        """Returns this rank's places in `order`."""
         return list(range(self.processes.rank, len(self.order), self.processes.world_size))
 
     def _sums(self, show_progress: bool) -> list[float]:
-        """Summed losses in the three ways, learned tokens, and rows, of this process."""
+        """This rank's summed losses with own, shuffled and no images, its learned tokens, and its rows."""
         sums, mine = [0.0, 0.0, 0.0, 0, 0], self.mine()
         keeps = self.data.picture_count <= KEPT_PICTURES
         for start in tqdm(
@@ -117,19 +118,19 @@ class Evaluator:
         ):
             part = mine[start : start + self.batch_size]
             seen = self.seen if keeps else {}
-            self._look({*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen)
+            self._encode_rows({*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen)
             part = [place for place in part if seen[place] is not None]
             if not part:
                 continue
-            for way, (samples, features) in enumerate(self._ways(part, seen)):
+            for kind, (samples, features) in enumerate(self._variants(part, seen)):
                 loss, learned = self._loss(samples, features)
-                sums[way] += loss
-            sums[3] += learned  # the same in all three ways
+                sums[kind] += loss
+            sums[3] += learned  # the same for all three
             sums[4] += len(part)
         return sums
 
-    def _look(self, places: set[int], seen: dict):
-        """Puts the rows at these places, with the tower's features of their pictures, into `seen`; None for a broken one."""
+    def _encode_rows(self, places: set[int], seen: dict):
+        """Puts the rows at these places, with their images' features, into `seen`; None for one with a broken image."""
         for start in range(0, len(places), self.batch_size):
             part = sorted(places)[start : start + self.batch_size]
             samples = self.data.__getitems__([int(self.order[place]) for place in part])
@@ -150,8 +151,8 @@ class Evaluator:
             return torch.empty(0)
         return self.model.encode_images(batch["pixel_values"].to(self.processes.device)).to("cpu", torch.float16)
 
-    def _ways(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
-        """The rows with their own pictures, with others', and without."""
+    def _variants(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
+        """The rows with their own images, with their partners', and without."""
         samples = [seen[place][0] for place in places]
         yield samples, torch.cat([seen[place][1] for place in places])
         yield samples, torch.cat([self._others(place, seen) for place in places])
@@ -159,7 +160,7 @@ class Evaluator:
         yield blind, torch.empty(0, self.model.config.vision_patches, self.model.config.vision_hidden_size)
 
     def _others(self, place: int, seen: dict) -> torch.Tensor:
-        """As many of its partner's features as the row has pictures; its own where it has no partner, or a broken one."""
+        """As many of its partner's features as the row has images; its own where it has no partner, or a broken one."""
         own = seen[place][1]
         partner = seen.get(self.partners.get(place))
         other = own if partner is None else partner[1]
@@ -178,7 +179,7 @@ class Evaluator:
 
 
 def without_images(sample: dict[str, torch.Tensor], image_tokens: int) -> dict[str, torch.Tensor]:
-    """The sample with its images' placeholders left out of the text."""
+    """Returns the sample without its images' placeholders."""
     kept = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
     for start in sample["image_starts"].tolist():
         kept[start : start + image_tokens] = False
@@ -190,15 +191,15 @@ def without_images(sample: dict[str, torch.Tensor], image_tokens: int) -> dict[s
 
 
 def perplexity(loss: float) -> float:
-    """exp of the loss; infinity where no float holds it."""
+    """Returns exp(loss), infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bool = False) -> tuple[int, int]:
-    """How many short answers the model gives to the letter, over all processes.
+    """Counts the short answers that the model gives word for word, over all ranks.
 
     Args:
-        evaluator: Says which rows, and among whom they are divided.
+        evaluator: Says which rows, and which ranks share them.
         longest: Rows whose first answer has at most so many tokens are asked.
 
     Returns:
@@ -213,8 +214,9 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bo
         short = [(row, span) for row, span in zip(rows, spans, strict=True) if span[1] - span[0] <= longest]
         if not short:
             continue
-        told = first_answers(evaluator.model, tokenizer, [row for row, _ in short], longest)
-        for (row, (begin, end)), text in zip(short, told, strict=True):
+        prompts = row_prompts([row for row, _ in short], evaluator.model.config.pad_token_id)
+        answers = generate_answers(evaluator.model, tokenizer, prompts, longest)
+        for (row, (begin, end)), text in zip(short, answers, strict=True):
             expected = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True)
             right += text.strip() == expected.strip()
             asked += 1

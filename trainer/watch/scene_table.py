@@ -10,32 +10,28 @@ from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import chance, score
 from dataset.scenes.language import DESCRIBE
 from model.model_vlm import MiniMindVLM
+from trainer.watch.answers import generate_answers
 
 BATCH, TOKENS = 50, 64
 
 
 def describe(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor]) -> list[str]:
-    """Greedy descriptions of uint8 (3, 224, 224) pictures, many at a time."""
+    """Returns greedy descriptions of uint8 (3, size, size) images."""
     encoder, texts = ChatEncoder(tokenizer, model.config.image_tokens), []
     question = [{"role": "user", "content": with_images(DESCRIBE, 1)}]
     for start in range(0, len(pictures), BATCH):
         part = pictures[start : start + BATCH]
         inputs = prompt_batch(encoder, [question] * len(part), [[picture] for picture in part])
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-        texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += generate_answers(model, tokenizer, inputs, TOKENS)
     return texts
 
 
 def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """Shares of attributes and of whole captions that are right, beside shuffled pictures and chance.
+    """Returns the shares of attributes and whole captions that are right, beside shuffled images and chance.
 
     Returns:
         Rows {"name", "attributes", "captions"}; the first is of the right pictures.
     """
-    was_training = model.training
-    model.eval()
     root, scenes = draw_builtin_dataset(), heldout_scenes()
     facts = [scene.facts for scene in scenes]
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
@@ -49,5 +45,4 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
         "chance: another scene's caption": random_caption,
         "chance: best single caption": constant_caption,
     }
-    model.train(was_training)
     return [{"name": name, "attributes": of.attributes, "captions": of.captions} for name, of in rows.items()]

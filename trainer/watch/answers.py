@@ -1,0 +1,34 @@
+"""Generating from a model: the one way, for descriptions during training, for grading and for eval_vlm.py."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model.model_vlm import MiniMindVLM
+
+
+@torch.no_grad()
+def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, **settings) -> torch.Tensor:
+    """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
+
+    Args:
+        inputs: Left-padded prompts, see `dataset.prompts`; None values are left out.
+        settings: For transformers' `generate`.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
+    if model.device.type == "cuda":
+        # With a cache of fixed size transformers compiles the step of one token, once per prompt length.
+        settings["cache_implementation"] = "static"
+    was_training = model.training
+    model.eval()
+    try:
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
+    finally:
+        model.train(was_training)
+    return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def generate_answers(
+    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, max_new_tokens: int
+) -> list[str]:
+    """Returns the greedy answers as text."""
+    return tokenizer.batch_decode(generate(model, inputs, max_new_tokens), skip_special_tokens=True)
