@@ -20,7 +20,7 @@ from tiny import (
 )
 from transformers import AutoTokenizer
 
-from dataset.chat import SYSTEM_PROMPT, TOKENS_PER_IMAGE
+from dataset.chat import SYSTEM_PROMPT
 from dataset.check import BAR, histogram, kind_of
 
 pytest_plugins = ["tiny"]
@@ -83,12 +83,12 @@ def test_tokens_and_learned_share_counted_by_hand(check):
     around = 2 + count("\n")  # <|im_start|> ... <|im_end|>\n
     learned = sum(count(answer) + 1 + count("\n") for answer in answers)
     system, user = count(f"system\n{SYSTEM_PROMPT}"), count(f"user\n{asked}")
-    tokens = TOKENS_PER_IMAGE + sum(
+    tokens = 196 + sum(
         3 * around + system + user + count("assistant\n") + count(answer) for answer in answers
     )
     rows = [row(answers[0], f"{asked}<image>"), row(answers[1], asked, image=None)]
     report = words(check(rows).passed().out)
-    share, of_pictures = 100 * learned / tokens, 100 * TOKENS_PER_IMAGE / tokens
+    share, of_pictures = 100 * learned / tokens, 100 * 196 / tokens
     assert f"tokens {tokens}: {share:.1f} % learned ({learned}), {of_pictures:.1f} % pictures" in report
 
 
