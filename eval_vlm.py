@@ -153,7 +153,7 @@ class Assistant:
         weight_io.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
         tower = read_tower_settings(tower_path)
         try:
-            config = fit_config_to_tower(weights.config, tower)
+            config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
         except ValueError as error:
             raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
         self.encoder = ChatEncoder(self.tokenizer, config.image_tokens)

@@ -138,31 +138,30 @@ def compute_features(
         encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
     """
     slots, stamps = image_slots(data), image_stamps(data)
-    missing = slots[~file.is_current(slots, stamps[slots])]
-    share = missing[rank::ranks]
-    if len(share) == 0:
+    share = slots[rank::ranks]  # of all, not of what is missing: that changes while other ranks write
+    missing = share[~file.is_current(share, stamps[share])]
+    if len(missing) == 0:
         return
     together = 64 if device.type == "cuda" else 1
     loader = DataLoader(
-        Images(data, share), together, collate_fn=list, num_workers=num_workers, prefetch_factor=8 if num_workers else None
+        Images(data, missing),
+        together,
+        collate_fn=list,
+        num_workers=num_workers,
+        prefetch_factor=8 if num_workers else None,
+        generator=torch.Generator(),  # its own: drawing from the global one would change the run
     )
-    is_shown = rank == 0
-    bar = tqdm(
-        desc="encoding images, once",
-        total=len(missing),
-        unit="image",
-        disable=not is_shown,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-    )
+    name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
+    every = 0.2 if sys.stderr.isatty() else 30.0
     done = []
-    with bar:
+    with tqdm(desc=name, total=len(missing), unit="image", disable=rank > 0, mininterval=every) as bar:
         for images in loader:  # of (slot, pixels or None)
             readable = [pixels for _, pixels in images if pixels is not None]
-            features = iter(encode_images(torch.stack(readable).to(device)).to("cpu", torch.float16) if readable else ())
-            done += [
-                (slot, tuple(stamps[slot]), None if pixels is None else next(features).numpy()) for slot, pixels in images
-            ]
-            bar.update(min(len(images) * ranks, bar.total - bar.n))
+            encoded = encode_images(torch.stack(readable).to(device)).to("cpu", torch.float16) if readable else ()
+            features = iter(encoded)
+            for slot, pixels in images:
+                done.append((slot, tuple(stamps[slot]), None if pixels is None else next(features).numpy()))
+            bar.update(len(images))
             if len(done) >= IMAGES_PER_FLUSH:
                 file.write(done)
                 done = []

@@ -75,18 +75,19 @@ def config_fields(config: VLMConfig) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def fit_config_to_tower(config: VLMConfig, tower: TowerSettings) -> VLMConfig:
+def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:
     """Returns the configuration with the tower's width and number of patches.
 
-    A weight file without a sidecar tells only its projection's input width, which stands in vision_hidden_size: where
-    that is N^2 times the tower's width, the projection is one after a pixel shuffle of N.
+    Args:
+        from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input width
+            (as vision_hidden_size): where that is N^2 times the tower's width, there is a pixel shuffle of N before it.
 
     Raises:
         ValueError: If the tower's patches are no grid that the pixel shuffle divides.
     """
     factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
     config = copy.deepcopy(config)
-    if factor > 1 and config.pixel_shuffle == 1 and config.vision_hidden_size == tower.hidden_size * factor**2:
+    if from_tensors and factor > 1 and config.vision_hidden_size == tower.hidden_size * factor**2:
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
     check_pixel_shuffle(config.vision_patches, config.pixel_shuffle)

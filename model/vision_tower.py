@@ -65,14 +65,18 @@ class TowerSettings:
         return {"size": self.config.image_size, "resample": self.resample, "crop": self.crop}
 
 
+def unreadable(path: Path, reason: str) -> TowerError:
+    return TowerError(f"the vision tower in {path} cannot be read ({reason}). {REMEDY}")
+
+
 def read_json(path: Path) -> dict:
     """Reads a JSON object; raises TowerError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TowerError(f"the vision tower in {path.parent} cannot be read ({path.name}: {error}). {REMEDY}") from error
+        raise unreadable(path.parent, f"{path.name}: {error}") from error
     if not isinstance(content, dict):
-        raise TowerError(f"the vision tower in {path.parent} cannot be read ({path.name} is no JSON object). {REMEDY}")
+        raise unreadable(path.parent, f"{path.name} is no JSON object")
     return content
 
 
@@ -95,17 +99,27 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         patches = config.image_size // config.patch_size
     except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(": .")
-        raise TowerError(f"the vision tower in {path} cannot be read (config.json: {reason}). {REMEDY}") from error
+        raise unreadable(path, f"config.json: {reason}") from error
     if kind == "siglip":
         config.vision_use_head = False  # its pooled output is not used
     if patches < 1:
         raise TowerError(f"the vision tower in {path} has patches larger than its images. {REMEDY}")
+    return TowerSettings(kind, config, **read_preprocessing(path, kind))
+
+
+def read_preprocessing(path: Path, kind: str) -> dict:
+    """Reads mean, std, resample and crop from preprocessor_config.json; the kind's own where there is no such file."""
     processor = path / "preprocessor_config.json"
     found = read_json(processor) if processor.is_file() else {}
-    mean, std = (tuple(map(float, found.get(name, values))) for name, values in
-                 zip(("image_mean", "image_std"), STATISTICS[kind], strict=True))  # fmt: skip
-    resample = int(found.get("resample", Image.Resampling.BICUBIC))
-    return TowerSettings(kind, config, mean, std, resample, bool(found.get("do_center_crop", kind == "clip")))
+    mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
+    resample = found.get("resample", Image.Resampling.BICUBIC)
+    if not all(
+        isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
+        for values in (mean, std)
+    ) or resample not in set(Image.Resampling):
+        raise unreadable(path, f"{processor.name}: image_mean, image_std or resample")
+    crop = bool(found.get("do_center_crop", kind == "clip"))
+    return {"mean": tuple(mean), "std": tuple(std), "resample": int(resample), "crop": crop}
 
 
 def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +143,7 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
             reason = "it holds something else than tensors, which could run code when loaded"
-        raise TowerError(f"the vision tower in {path} cannot be read ({reason}). {REMEDY}") from error
+        raise unreadable(path, reason) from error
     return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
 
 
@@ -163,8 +177,8 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     if wrong:
         raise TowerError(
-            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many or of "
-            f"another shape, the first is {min(wrong)}. {REMEDY}"
+            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many or "
+            f"of another shape, the first is {min(wrong)}. {REMEDY}"
         )
     with torch.no_grad():
         for name, tensor in wanted.items():

@@ -1,11 +1,11 @@
 """The reference run: both stages on the built-in set, and whether they learn as well as they did.
 
     python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
-    python scripts/reference.py --record     runs three seeds and writes scripts/reference.json (goes on where it was stopped)
-    python scripts/reference.py --quick      both stages on their first rows only (two minutes); with --record writes that part
+    python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
+    python scripts/reference.py --quick      both stages on their first rows only; with --record writes that part
 
-Compared is the held-out loss (200 scenes whose combinations of colour, shape and place are never trained on): it must not be
-higher than the recorded mean by more than the recorded spread (highest less lowest of three seeds).
+Compared is the held-out loss (200 scenes whose combinations of colour, shape and place are never trained on): it must not
+exceed the recorded mean by more than the recorded spread (highest less lowest of three seeds).
 """
 
 import argparse
@@ -14,64 +14,71 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import (
-    UsageError,  # noqa: E402
-    run_script,  # noqa: E402
-)
+from common.cli import HelpFormatter  # noqa: E402
+from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
-from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, SAVE_DIR, display_path  # noqa: E402
+from common.paths import (  # noqa: E402
+    BUILTIN_MODEL_DIR,
+    BUILTIN_TOKENIZER_DIR,
+    BUILTIN_TOWER_DIR,
+    ROOT,
+    SAVE_DIR,
+    display_path,
+)
 from dataset.scenes.draw import draw_builtin_dataset  # noqa: E402
-from trainer.support.assets import BUILTIN_RECIPE  # noqa: E402
+from trainer.flags import Stage  # noqa: E402
+from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
+from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
 
 RECORD = ROOT / "scripts" / "reference.json"
 SEEDS = (42, 1, 2)
-QUICK_ROWS = {"pretrain": 2560, "sft": 1280}  # seen once
-STAGES = {"stage 1": "pretrain", "stage 2": "sft"}
+STAGES = (PRETRAIN, SFT)
+PROCESSES = {PRETRAIN: 1, SFT: 2}
+QUICK_ROWS = {PRETRAIN: 2560, SFT: 1280}  # seen once
 
 
 def held_out_losses(metrics: Path) -> list[list[float]]:
-    """[step, held-out loss, grounding gap] of each measurement of a run."""
+    """Returns [step, held-out loss, grounding gap] of each measurement of a run."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows if "eval" in row]
 
 
-def run_stage(stage: str, seed: int, folder: Path, *flags: str) -> list[list[float]]:
+def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[float]]:
     """Runs a training script as the README does, and returns its curve.
 
     Raises:
         UsageError: If it fails; what it printed has been shown.
     """
-    script = str(ROOT / "trainer" / f"train_{stage}_vlm.py")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch = [sys.executable] if stage == "pretrain" else start
-    command = [*launch, script, "--seed", str(seed), "--save_dir", str(folder), *flags]
+    name = stage.defaults["save_weight"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES[stage])]
+    launch = [sys.executable, *(torchrun if PROCESSES[stage] > 1 else [])]
+    command = [*launch, str(ROOT / "trainer" / f"train_{name}.py"), "--seed", str(seed), "--save_dir", str(folder), *flags]
     if subprocess.run(command, cwd=ROOT).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
-    [metrics] = folder.glob(f"{stage}_vlm_*.metrics.jsonl")
+    [metrics] = folder.glob(f"{name}_*.metrics.jsonl")
     return held_out_losses(metrics)
 
 
 def run_both(seed: int, folder: Path, *flags: str) -> dict:
-    """The curves of both stages."""
+    """Returns the curves of both stages."""
     cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
-    return {name: run_stage(stage, seed, folder, *cache, *flags) for name, stage in STAGES.items()}
+    return {f"stage {n}": run_stage(stage, seed, folder, *cache, *flags) for n, stage in enumerate(STAGES, start=1)}
 
 
-def first_rows(stage: str) -> list[str]:
-    """The lines that a quick run learns from."""
-    lines = (draw_builtin_dataset() / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+def first_rows(stage: Stage) -> list[str]:
+    """Returns the lines that a quick run learns from."""
+    lines = (draw_builtin_dataset() / f"{stage.data}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return lines[: QUICK_ROWS[stage]]
 
 
-def quick_flags(stage: str, lines: list[str], folder: Path, **changed) -> list[str]:
-    """The flags of a run of one epoch on these lines, which leaves nothing in out/."""
-    few = folder / f"{stage}.jsonl"
+def quick_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list[str]:
+    """Returns the flags of a run of one epoch on these lines, which leaves nothing in out/."""
+    few = folder / f"{stage.data}.jsonl"
     write_atomically(few, lambda file: file.write("".join(lines).encode("utf-8")))
     data = draw_builtin_dataset()
-    settings = BUILTIN_RECIPE[stage] | {
+    settings = stage.builtin | {
         "epochs": 1,
         "from_weight": BUILTIN_MODEL_DIR / "llm_128.pth",
         "data_path": few,
@@ -86,17 +93,17 @@ def quick_flags(stage: str, lines: list[str], folder: Path, **changed) -> list[s
 
 
 def run_quick(seed: int, folder: Path, *flags: str) -> dict:
-    """The curves of both stages on their first rows."""
+    """Returns the curves of both stages on their first rows."""
     curves, start = {}, {}
-    for name, stage in STAGES.items():
+    for number, stage in enumerate(STAGES, start=1):
         chosen = quick_flags(stage, first_rows(stage), folder, **start)
-        curves[f"{name}, quick"] = run_stage(stage, seed, folder, *chosen, *flags)
-        start = {"from_weight": folder / f"{stage}_vlm_128.pth"}
+        curves[f"stage {number}, quick"] = run_stage(stage, seed, folder, *chosen, *flags)
+        start = {"from_weight": folder / f"{stage.defaults['save_weight']}_128.pth"}
     return curves
 
 
 def summary(curves: dict[str, list]) -> dict:
-    """Mean and spread of the last held-out losses, and the mean grounding gap."""
+    """Returns mean and spread of the last held-out losses, and the mean grounding gap."""
     losses, gaps = ([curve[-1][column] for curve in curves.values()] for column in (1, 2))
     return {
         "held_out_loss": round(sum(losses) / len(losses), 5),
@@ -107,7 +114,7 @@ def summary(curves: dict[str, list]) -> dict:
 
 
 def record(run, folder: Path):
-    """Runs every seed, and writes what came of it beside what else is recorded."""
+    """Runs every seed, and writes the figures beside those already recorded."""
     by_seed = {seed: run(seed, folder / f"seed_{seed}", "--from_resume", "1") for seed in SEEDS}
     recorded = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     for name in by_seed[SEEDS[0]]:
@@ -117,7 +124,7 @@ def record(run, folder: Path):
 
 
 def compare(curves: dict[str, list]) -> list[str]:
-    """What is worse than recorded; prints all of it."""
+    """Prints each curve beside the recorded one; returns what is worse."""
     recorded, worse = json.loads(RECORD.read_text(encoding="utf-8")), []
     for name, curve in curves.items():
         if name not in recorded:
@@ -133,14 +140,16 @@ def compare(curves: dict[str, list]) -> list[str]:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="run three seeds and write what came of it")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
-    parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
     folder = SAVE_DIR / "reference"
-    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {display_path(folder)})")
+    what = f"where runs are kept (default: {display_path(folder)}, or {display_path(folder)}_quick)"
+    parser.add_argument("--folder", type=Path, help=what)
     args = parser.parse_args(argv)
-    args.folder = args.folder.expanduser().resolve()  # the runs are started from the project's folder
+    # Made absolute: the runs are started from the project's folder.
+    args.folder = (args.folder or Path(f"{folder}{'_quick' if args.quick else ''}")).expanduser().resolve()
     return args
 
 

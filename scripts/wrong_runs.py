@@ -1,4 +1,4 @@
-"""Training that goes wrong on purpose: what the held-out loss, the grounding gap and the descriptions look like then.
+"""Training that goes wrong on purpose: what held-out loss, grounding gap and descriptions look like then.
 
     python scripts/wrong_runs.py      nine short runs on the built-in set (about ten minutes on two cores), then a table
 
@@ -10,20 +10,20 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import HelpFormatter  # noqa: E402
 from common.errors import run_script  # noqa: E402
-from common.paths import SAVE_DIR, display_path
-from scripts.reference import SEEDS, first_rows, quick_flags, run_stage  # noqa: E402
-from trainer.support.assets import BUILTIN_RECIPE  # noqa: E402
+from common.paths import SAVE_DIR, display_path  # noqa: E402
+from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, run_stage  # noqa: E402
+from trainer.flags import Stage  # noqa: E402
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
-RATE = BUILTIN_RECIPE["sft"]["learning_rate"]
+RATE = SFT.builtin["learning_rate"]
 
 
 def with_other_pictures(lines: list[str]) -> list[str]:
-    """Each row with the picture of the row half the file away."""
+    """Returns the rows, each with the picture of the row half the file away."""
     rows = [json.loads(line) for line in lines]
     half = len(rows) // 2
     pictures = [row["image"] for row in rows[half:] + rows[:half]]
@@ -31,60 +31,62 @@ def with_other_pictures(lines: list[str]) -> list[str]:
     return [json.dumps(row, ensure_ascii=False) + "\n" for row in changed]
 
 
-def wrong_runs(folder: Path) -> list[tuple[str, str, list[str], dict]]:
-    """What is done, in which stage, from which lines, with which flags."""
-    captions, dialogues = first_rows("pretrain"), first_rows("sft")
+def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
+    """Returns what is done, in which stage, from which lines, with which flags."""
+    captions, dialogues = first_rows(PRETRAIN), first_rows(SFT)
     after_stage_1 = {"from_weight": folder / "1" / "pretrain_vlm_128.pth"}
     return [
-        ("stage 1 as it should be", "pretrain", captions, {}),
-        ("captions of other pictures", "pretrain", with_other_pictures(captions), {}),
-        (f"{FEW_ROWS} rows, {MANY_EPOCHS} times", "pretrain", captions[:FEW_ROWS], {"epochs": MANY_EPOCHS}),
+        ("stage 1 as it should be", PRETRAIN, captions, {}),
+        ("captions of other pictures", PRETRAIN, with_other_pictures(captions), {}),
+        (f"{FEW_ROWS} rows, {MANY_EPOCHS} times", PRETRAIN, captions[:FEW_ROWS], {"epochs": MANY_EPOCHS}),
         (
             "--from_weight none",
-            "pretrain",
+            PRETRAIN,
             captions,
             {"from_weight": "none", "hidden_size": 128, "num_hidden_layers": 4},
         ),
-        ("stage 2 as it should be", "sft", dialogues, after_stage_1),
-        ("stage 2 without stage 1", "sft", dialogues, {}),
-        ("the same, --learning_rate 1e-6", "sft", dialogues, {"learning_rate": 1e-6}),
-        (f"--learning_rate {20 * RATE:g}", "sft", dialogues, after_stage_1 | {"learning_rate": 20 * RATE}),
-        (f"--learning_rate {200 * RATE:g}", "sft", dialogues, after_stage_1 | {"learning_rate": 200 * RATE}),
+        ("stage 2 as it should be", SFT, dialogues, after_stage_1),
+        ("stage 2 without stage 1", SFT, dialogues, {}),
+        ("the same, --learning_rate 1e-6", SFT, dialogues, {"learning_rate": 1e-6}),
+        (f"--learning_rate {20 * RATE:g}", SFT, dialogues, after_stage_1 | {"learning_rate": 20 * RATE}),
+        (f"--learning_rate {200 * RATE:g}", SFT, dialogues, after_stage_1 | {"learning_rate": 200 * RATE}),
     ]
 
 
 def outcome(folder: Path) -> dict:
-    """The last losses of the run in this folder, its grounding gap, and what it said of its first two pictures."""
+    """Returns the last losses of the run in this folder, its grounding gap, and its first two descriptions."""
     [metrics] = folder.glob("*.metrics.jsonl")
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     [samples] = folder.glob("*_samples/samples.jsonl")
-    said = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    rows_of_samples = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     held_out = next(row["eval"] for row in reversed(rows) if "eval" in row)
     return {
         "training": next(row["loss"] for row in reversed(rows) if "loss" in row),
         "held out": held_out["loss"],
         "gap": held_out["gap_shuffled"],
-        "says": [" ".join(row["description"].split()) for row in said if row["picture"] in ("0.jpg", "1.jpg")],
-        "expected": [row["reference"] for row in said if row["picture"] in ("0.jpg", "1.jpg")],
+        "says": [" ".join(row["description"].split()) for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")],
+        "expected": [row["reference"] for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")],
     }
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     folder = SAVE_DIR / "wrong_runs"
-    parser.add_argument("--folder", type=Path, default=folder, help=f"where runs are kept (default: {display_path(folder)})")
-    return parser.parse_args(argv)
+    parser.add_argument("--folder", type=Path, help=f"where runs are kept (default: {display_path(folder)})")
+    args = parser.parse_args(argv)
+    args.folder = (args.folder or folder).expanduser().resolve()
+    return args
 
 
 def main():
-    folder, told = parse_arguments().folder.expanduser().resolve(), {}
+    folder, results = parse_arguments().folder, {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):
         print(f"\n== {number}. {name}", flush=True)
         flags = quick_flags(stage, lines, folder / str(number), cache_vision=folder / "features", **changed)
         run_stage(stage, SEEDS[0], folder / str(number), *flags)
-        told[name] = outcome(folder / str(number))
+        results[name] = outcome(folder / str(number))
     print(f"\n{'':<34}{'training':>10}{'held out':>10}{'gap':>10}   of two pictures it says")
-    for name, result in told.items():
+    for name, result in results.items():
         figures = "".join(f"{result[column]:>10.3f}" for column in ("training", "held out", "gap"))
         print(f"{name:<34}{figures}   {' | '.join(text[:40] or '(nothing)' for text in result['says'])}")
     print(f"{'expected':<34}{'':>30}   {' | '.join(result['expected'])}")

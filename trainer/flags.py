@@ -17,7 +17,7 @@ from trainer.support.processes import cores, pick_device, pick_dtype
 LOG_INTERVAL = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """Everything that makes a stage; nothing about a stage is written anywhere else.
 

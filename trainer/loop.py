@@ -80,13 +80,18 @@ class Counts:
     skipped: int
 
 
-def make_learner(run: Run, model: MiniMindVLM, forward: Callable) -> Learner:
-    """Returns AdamW over what learns, and a gradient scaler that is active under float16 only."""
-    device, args = run.device, run.args
-    weights = learned_parameters(model).values()
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, fused=device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    return Learner(forward, run.stage.loss, optimizer, scaler, run.processes, run.dtype, args.grad_clip)
+def make_learner(
+    model: MiniMindVLM, loss: Callable, processes: Processes, dtype: torch.dtype, grad_clip: float, forward=None
+) -> Learner:
+    """Returns AdamW over what learns, and a gradient scaler that is active under float16 only.
+
+    Args:
+        forward: The compiled model, if it is.
+    """
+    device = processes.device.type
+    optimizer = torch.optim.AdamW(learned_parameters(model).values(), fused=device in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    return Learner(forward or model, loss, optimizer, scaler, processes, dtype, grad_clip)
 
 
 def train_step(
@@ -195,8 +200,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     forward = model
     if run.compiles:
         forward = compile_or_not(model, data, args.batch_size, device, run.dtype, run.log)
-    learner = make_learner(run, model, forward)
-    print_header(run, model, data, heldout, features, total_steps, settings)
+    learner = make_learner(model, run.stage.loss, processes, run.dtype, args.grad_clip, forward)
+    print_header(run, model, data, heldout, features, total_steps, eval_interval, forward is not model)
     if run.state is not None:
         learner.load_state_dict(run.state)
         changed = changed_settings(run.state, args, processes.world_size)

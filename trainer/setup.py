@@ -146,7 +146,8 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
             config = VLMConfig(**shape, vocab_size=len(tokenizer), **projector)
         else:
             config = weights.config
-        config = fit_config_to_tower(config, tower)
+        from_tensors = weights is not None and weights.has_projection and not weights.sidecar
+        config = fit_config_to_tower(config, tower, from_tensors)
         if weights is not None and not weights.has_projection:  # a language model: the projection is yet to be made
             config = VLMConfig(**weight_io.config_fields(config) | projector)
     except ValueError as error:

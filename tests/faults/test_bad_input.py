@@ -10,6 +10,7 @@ import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
+from trainer.flags import fill_in
 from trainer.support import assets
 from trainer.support.assets import choose_assets
 from trainer.support.processes import pick_device, pick_dtype
@@ -201,7 +202,7 @@ class Place:
 
     def __init__(self, root, monkeypatch):
         self.root = root
-        for name in ("TOWER_DIR", "TOKENIZER_DIR", "DATASET_DIR", "BUILTIN_MODEL_DIR"):
+        for name in ("TOWER_DIR", "TOKENIZER_DIR", "DATASET_DIR"):
             monkeypatch.setattr(assets, name, root / getattr(assets, name).relative_to(ROOT))
 
     def has(self, *names: str) -> "Place":
@@ -212,10 +213,11 @@ class Place:
         return self
 
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
-        names = ("data_path", "images_path", "eval_data", "tokenizer_path", "vision_model_path", "hidden_size")
-        args = dict.fromkeys(names)
+        names = ("data_path", "images_path", "eval_data", "eval_images_path", "tokenizer_path", "vision_model_path")
+        args = dict.fromkeys((*names, "hidden_size"))
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
-        args.assets = choose_assets(args, stage)
+        args.assets, paths = choose_assets(args, stage)
+        fill_in(args, paths)
         return args
 
 

@@ -59,7 +59,7 @@ def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed, n
     stopped = run(world, out, "--num_workers", 1, hook=hook)
     assert stopped.code == status
     assert f"{name}: finishing this step and saving" in stopped.err
-    assert "stopped after step 5 of 14, which is saved: the same command with --from_resume 1 goes on" in stopped.out
+    assert "stopped after step 5 of 14, which is saved: the same command with --from_resume 1 resumes" in stopped.out
     assert "Traceback" not in stopped.text
     assert load(out / "sft_vlm_32_resume.pth")["step"] == 5
     assert len(losses(out)) == 5
@@ -93,7 +93,7 @@ def test_a_second_signal_leaves_at_once(world, tmp_path):
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    hook = "import trainer.setup\ndef interrupt(*a): raise KeyboardInterrupt\ntrainer.setup.Run.load_data = interrupt"
+    hook = "import trainer.setup\ndef interrupt(*a): raise KeyboardInterrupt\ntrainer.setup.load_data = interrupt"
     stopped = run(world, out, hook=hook)
     assert (stopped.code, stopped.err) == (130, "interrupted\n")
 
@@ -125,7 +125,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path, undistu
     out = world.copy_of_out(tmp_path / "out")
     # Each save of three files flushes them and, three times, their folder; two flushes are of metrics.jsonl before it.
     done = run(world, out, "--save_interval", 3, hook=FULL_DISK.format(fails=range(9, 12))).passed()
-    assert "warning: step 6 could not be saved, training goes on: " in done.out
+    assert "warning: step 6 could not be saved, training continues: " in done.out
     assert "cannot be written: No space left on device" in done.out
     assert_same_weights(out, undisturbed)
     assert not any(path.suffix == ".tmp" for path in out.iterdir())
@@ -139,7 +139,7 @@ def test_a_last_save_that_fails_ends_in_an_error_and_keeps_the_one_before(world,
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))"
     failed = run(world, out, "--cache_vision", "off", "--from_resume", 1, hook=limit)
     failed.refused("cannot be written: File too large")
-    assert failed.out.count("could not be saved, training goes on") == 0  # the one at the end is the only one
+    assert failed.out.count("could not be saved, training continues") == 0  # the one at the end is the only one
     after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*")}
     assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
     run(world, out, "--from_resume", 1).passed()
@@ -250,7 +250,7 @@ def test_torchrun_goes_on_by_itself_after_a_killed_rank(world, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "so this run starts from the beginning" in done.stdout
-    assert "goes on      after step 4, 10 to go" in done.stdout
+    assert "resumes      after step 4, 10 to go" in done.stdout
     assert "another process of this run has ended or does not answer" in done.stderr
     assert [row["step"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == list(range(1, 15))
 
@@ -265,7 +265,7 @@ def test_ctrl_c_to_torchrun_saves(world, tmp_path):
     process = started(world, tmp_path, *command, *world.files("sft", out), *flags, "--num_workers", 1)
     printed, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert "which is saved: the same command with --from_resume 1 goes on" in printed
+    assert "which is saved: the same command with --from_resume 1 resumes" in printed
     step = load(out / "sft_vlm_32_resume.pth")["step"]
     assert 5 <= step < 14
     assert len(losses(out)) == step
@@ -306,7 +306,7 @@ def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_
         printed, said = ended.communicate(timeout=10)
         assert ended.returncode != 0
         assert "error (process 0): another process of this run has ended or does not answer" in said
-        assert "--from_resume 1 goes on from there" in said
+        assert "--from_resume 1 resumes from there" in said
     finally:
         # The training processes lead groups of their own.
         subprocess.run(["pkill", "-9", "-f", str(script)], check=False)

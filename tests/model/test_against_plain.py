@@ -27,7 +27,7 @@ class PlainLoop:
     def __init__(self, world, stage: str):
         self.images = world.images
         self.rows = read_jsonl(world.root / f"{stage}.jsonl")
-        encoder = ChatEncoder(AutoTokenizer.from_pretrained(world.tokenizer))
+        encoder = ChatEncoder(AutoTokenizer.from_pretrained(world.tokenizer), 196)
         self.chats = encoder.encode([row["conversations"] for row in self.rows])
         name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
         self.processor = getattr(transformers, name)()

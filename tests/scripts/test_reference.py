@@ -39,7 +39,7 @@ def test_the_recorded_runs_look_at_the_pictures():
 
 def test_a_run_that_fails_is_told(tmp_path):
     with pytest.raises(UsageError, match="failed"):
-        reference.run_stage("pretrain", 0, tmp_path, "--no_such_flag", "1")
+        reference.run_stage(reference.PRETRAIN, 0, tmp_path, "--no_such_flag", "1")
 
 
 def test_a_folder_is_taken_from_where_it_is_typed(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_folder_is_taken_from_where_it_is_typed(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file"):
-        reference.quick_flags("pretrain", [], tmp_path / "file" / "run")
+        reference.quick_flags(reference.PRETRAIN, [], tmp_path / "file" / "run")
 
 
 # ---- runs that go wrong on purpose
@@ -64,14 +64,14 @@ def test_captions_get_the_pictures_of_other_rows():
 
 def test_wrong_runs_end_in_a_table(tmp_path, monkeypatch, capsys):
     """Each on 32 rows of one epoch, by the real scripts' flags; the first and the last are run, the others copy the first."""
-    lines = {stage: reference.first_rows(stage)[:32] for stage in ("pretrain", "sft")}
-    monkeypatch.setattr(wrong_runs, "first_rows", lines.get)
+    lines = {stage.name: reference.first_rows(stage)[:32] for stage in reference.STAGES}
+    monkeypatch.setattr(wrong_runs, "first_rows", lambda stage: lines[stage.name])
     monkeypatch.setattr(wrong_runs, "MANY_EPOCHS", 1)
     monkeypatch.setattr("sys.argv", ["wrong_runs.py", "--folder", str(tmp_path)])
     ran = []
 
     def run_stage(stage, seed, folder, *flags):
-        ran.append((stage, folder.name, flags))
+        ran.append((stage.name, folder.name, flags))
         if len(ran) in (1, 9):
             return reference.run_stage(stage, seed, folder, *flags)
         return shutil.copytree(tmp_path / "1", folder, dirs_exist_ok=True)

@@ -5,6 +5,7 @@ moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient)
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import epoch_order
+from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.loop import Trainer
-from trainer.setup import freeze, load_tokenizer
+from trainer.loop import answer_loss, count, make_learner, train_step
+from trainer.setup import freeze
 from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
@@ -149,45 +151,30 @@ def test_a_step_without_pictures_is_the_same_for_one_process_and_two(world, tmp_
         assert relative_difference(learned[1][name], tensor) < 1e-5, name
 
 
-class StandIn:
-    """What a Trainer asks of a run, without files."""
-
-    def __init__(self, args):
-        self.args, self.processes = args, Processes(0, 1, torch.device("cpu"))
-        self.device, self.dtype, self.state, self.weights = torch.device("cpu"), torch.float32, None, None
-
-    def header(self, *_):
-        pass
-
-    def fingerprint(self, _):
-        return {}
-
-
-class Args:
-    batch_size, accumulation_steps, epochs, seed, learning_rate, grad_clip = 2, 1, 1, SEED, 1e-2, 1.0
-    num_workers, compile, eval_interval = 0, False, 1
-
-
-def everything(trainer: Trainer) -> list[torch.Tensor]:
+def everything(trainer) -> list[torch.Tensor]:
     """Copies of the weights, of what the optimizer keeps about them, and of the tower's weights."""
-    moments = [value for kept in trainer.optimizer.state.values() for value in kept.values()]
+    moments = [value for kept in trainer.learner.optimizer.state.values() for value in kept.values()]
     tower = trainer.model.vision_encoder.state_dict().values()
     return [tensor.detach().clone() for tensor in (*trainer.model.state_dict().values(), *moments, *tower)]
 
 
 @pytest.fixture
-def trainer(world) -> Trainer:
+def trainer(world):
     torch.manual_seed(0)
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower)
     freeze(model, 0)
     tokenizer = load_tokenizer(world.tokenizer)
     data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
-    return Trainer(StandIn(Args), model.train(), data)
+    processes = Processes(0, 1, torch.device("cpu"))
+    learner = make_learner(model.train(), answer_loss, processes, torch.float32, grad_clip=1.0)
+    return SimpleNamespace(model=model, data=data, learner=learner, skipped_pictures=0)
 
 
-def learn(trainer: Trainer, batches: list[dict]) -> float:
-    learned, samples, _ = trainer._count(batches)
-    return float(trainer._learn(batches, learned, samples, 1e-2)[0])
+def learn(trainer, batches: list[dict]) -> float:
+    counts = count(batches, trainer.learner.processes)
+    trainer.skipped_pictures += counts.skipped
+    losses, _ = train_step(trainer.learner, batches, counts, 1e-2)
+    return float(losses[0])
 
 
 def test_a_batch_with_nothing_to_learn_changes_nothing(trainer, capsys):
@@ -207,7 +194,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(trainer, capsys):
     assert any(not torch.equal(a, b) for a, b in zip(everything(trainer), before, strict=True))
 
 
-def broken_samples(trainer: Trainer) -> list:
+def broken_samples(trainer) -> list:
     """Two samples whose picture cannot be decoded, as the dataset gives them."""
     data = trainer.data
     assert len(data[3]["pixel_values"]) == len(data[4]["pixel_values"]) == 1
@@ -227,7 +214,7 @@ def test_training_leaves_the_tower_frozen_in_eval_mode_and_out_of_the_optimizer(
     assert not any(module.training for module in tower.modules())
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, tower.state_dict().values(), strict=True))
-    in_optimizer = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    in_optimizer = {id(parameter) for group in trainer.learner.optimizer.param_groups for parameter in group["params"]}
     assert in_optimizer == {id(parameter) for parameter in trainer.model.parameters()}
 
 
@@ -249,10 +236,9 @@ class Waits(TorchDispatchMode):
 def test_a_step_does_not_wait_for_the_device(trainer):
     collate = VLMCollator()
     batches = [collate([trainer.data[0], trainer.data[1]]), collate([trainer.data[2], trainer.data[5]])]
-    learn(trainer, batches)  # the first one reads its loss, to tell weights that do not fit
-    learned, samples, _ = trainer._count(batches)
+    counts = count(batches, trainer.learner.processes)
     with Waits() as waits:
-        trainer._learn(batches, learned, samples, 1e-2)
+        train_step(trainer.learner, batches, counts, 1e-2)
     assert waits.seen == []
     with Waits() as waits:
         float(torch.ones(1))

@@ -11,8 +11,8 @@ import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
 
 from dataset.lm_dataset import tokenizer_hash
+from dataset.tokenizer import load_tokenizer
 from model.model_vlm import VLMConfig
-from trainer.setup import load_tokenizer
 from trainer.weights import describe
 
 pytest_plugins = ["tiny"]
@@ -163,7 +163,7 @@ def test_a_run_that_was_killed_in_a_step_goes_on_as_if_it_had_not_been(
     assert killed.code == -9
     assert load(out / f"{way.name}_resume.pth")["step"] == saved
     result = way.run(world, out, "--from_resume", 1).passed()
-    assert f"goes on      after step {saved}, {EPOCHS * STEPS - saved} to go\n" in result.out
+    assert f"resumes      after step {saved}, {EPOCHS * STEPS - saved} to go\n" in result.out
     assert_same_end(way, out, in_one_go(way))
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_in_a_save_goes_on_as_if_it_had_not_been(
     reported = [record["step"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")]
     assert max(reported) >= saved
     result = BASE.run(world, out, "--from_resume", 1).passed()
-    assert f"goes on      after step {saved}, {EPOCHS * STEPS - saved} to go" in result.out
+    assert f"resumes      after step {saved}, {EPOCHS * STEPS - saved} to go" in result.out
     assert_same_end(BASE, out, in_one_go(BASE))
     assert not any(path.suffix == ".tmp" for path in out.iterdir())
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result, read_jsonl, sft_row, write_jsonl
 
-from dataset.lm_dataset import tokenizer_hash
+from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.loop import cosine_learning_rate
-from trainer.setup import count_parameters, freeze, hold_frozen_in, load_tokenizer
+from trainer.setup import freeze, round_frozen_weights
+from trainer.watch.header import count_parameters
 
 pytest_plugins = ["tiny"]
 
@@ -208,7 +209,7 @@ def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze
 def test_what_is_frozen_is_held_in_half_precision_and_what_learns_is_not(world):
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=3, use_moe=True), vision_model_path=world.tower)
     freeze(model, 2)
-    hold_frozen_in(model, torch.bfloat16)
+    round_frozen_weights(model, torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert kinds["model.embed_tokens.weight"] == kinds["model.layers.1.self_attn.q_proj.weight"] == torch.bfloat16
     assert kinds["model.layers.1.mlp.gate.weight"] == kinds["model.layers.1.input_layernorm.weight"] == torch.float32

@@ -12,13 +12,14 @@ import torch
 from tiny import EVAL, PRETRAIN, SECONDS, SFT, pretrain_row, read_jsonl, write_jsonl
 
 from dataset.lm_dataset import VLMDataset
+from dataset.prompts import first_answer
+from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.setup import load_tokenizer
 from trainer.support.processes import Processes
 from trainer.watch import heldout as evaluation
 from trainer.watch.heldout import Evaluator, perplexity, without_images
 from trainer.watch.progress import Progress
-from trainer.watch.samples import as_text, first_answer
+from trainer.watch.samples import as_text
 from trainer.watch.watcher import Watch
 
 pytest_plugins = ["tiny"]
@@ -240,10 +241,11 @@ def test_the_time_it_takes_is_in_no_speed(tmp_path, monkeypatch):
     progress = Progress(4, 0, 2, tmp_path / "metrics.jsonl")
     run = SimpleNamespace(device=CPU.device, processes=CPU)
     watch = Watch.__new__(Watch)
-    watch.run, watch.model, watch.folder = run, None, tmp_path
+    watch.run, watch.model, watch.interval = run, None, 1
+    run.files = SimpleNamespace(samples=tmp_path)
     watch.evaluator = SimpleNamespace(measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 8, 80, 5.0)), skipped=[])
     watch.samples = SimpleNamespace(describe=taking(7.0, []))
-    watch.look(progress, 1, 1)
+    watch.measure_if_due(progress, 1, 1)
     taking(2.0, None)()
     progress.add(torch.tensor([1.0, 1.0]), samples=10, tokens=100, data_seconds=0.0)
     assert progress.report(2, 1, 1e-3, {})["samples_per_second"] == 5.0
@@ -259,13 +261,13 @@ def test_a_resumed_run_measures_and_describes_as_one_in_one_go(world, watched, t
     out = world.copy_of_out(tmp_path / "out")
     killed = """
 import os, signal, model.model_vlm, trainer.loop
-step, calls = trainer.loop.Trainer._learn, []
+step, calls = trainer.loop.train_step, []
 def counted(*inputs, **named):
     calls.append(1)
     if len(calls) == 10:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*inputs, **named)
-trainer.loop.Trainer._learn = counted
+trainer.loop.train_step = counted
 """
     flags = [*world.files("sft", out), *FLAGS, *watching(world), "--save_interval", 3]
     assert world.run(SFT, *flags, hook=killed).code == -9
@@ -313,7 +315,7 @@ def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model,
         row["conversations"][1]["content"] = answer
     data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, 196, cache_dir=tmp_path)
     said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
-    monkeypatch.setattr(evaluation, "first_answers", lambda model, tokenizer, rows, longest: [next(said) for _ in rows])
+    monkeypatch.setattr(evaluation, "generate_answers", lambda model, tokenizer, inputs, longest: [next(said) for _ in inputs["input_ids"]])
     evaluator = Evaluator(data, model, CPU, torch.float32, 2)
     assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
     assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)

@@ -18,13 +18,14 @@ def print_header(
     heldout: VLMDataset | None,
     features: FeatureFile | None,
     steps: int,
-    settings: dict,
+    eval_interval: int,
+    is_compiled: bool,
 ):
     """Prints files, sizes and settings of the run.
 
     Args:
         steps: Optimizer steps of the whole run.
-        settings: The flags, with the eval_interval and compile that are in effect.
+        eval_interval: Steps between measurements on the held-out rows.
     """
     args, config = run.args, run.config
     run.log(run.stage.story)
@@ -44,7 +45,7 @@ def print_header(
         f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
         "held out": "nothing: no loss is measured on rows that are not trained on"
         if heldout is None
-        else f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {settings['eval_interval']} steps",
+        else f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {eval_interval} steps",
         "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
         "features": "computed anew every epoch"
         if features is None
@@ -57,7 +58,7 @@ def print_header(
         f"grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, freeze_llm {args.freeze_llm}, seed {args.seed}",
         "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
         "device": f"{device_name(run.device)}, {run.processes.world_size} process(es), {args.dtype}"
-        f"{', compiled' if settings['compile'] else ''}, {args.num_workers} worker(s) each",
+        f"{', compiled' if is_compiled else ''}, {args.num_workers} worker(s) each",
     }
     for name, value in rows.items():
         run.log(f"  {name:<12} {value}")
