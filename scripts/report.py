@@ -1,10 +1,9 @@
-"""A run on one page: curves, pictures and what was said of them, settings; a single HTML file that needs nothing else.
+"""Write the page of a run: curves, images and their descriptions, settings, in one HTML file that opens anywhere.
 
     python scripts/report.py out/sft_vlm_128     writes out/sft_vlm_128.report.html
     python scripts/report.py                     the same, where out/ holds one run
 
-Training writes the page at its end too. It is made of the files that a run leaves beside its weights; what is not there
-is left out, and the page says so. It loads nothing, runs no script, and follows the reader's light or dark setting.
+Training writes the page at its end too.
 """
 
 import argparse
@@ -13,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import HelpFormatter  # noqa: E402
 from common.errors import (
     UsageError,  # noqa: E402
     run_script,  # noqa: E402
@@ -20,12 +20,12 @@ from common.errors import (
 from common.paths import ROOT, SAVE_DIR, display_path
 from trainer.watch.page import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
 
-# What a run's files end in, so that any of them names the run.
+# The endings of a run's files: any of them names the run.
 ENDINGS = (METRICS, REPORT, "_resume.pth", SAMPLES, f"{SAMPLES}.md", ".pth", ".json")
 
 
 def find_run(given: Path) -> tuple[Path, str]:
-    """The folder and the name of the run that a path means: any of its files, their common beginning, or its folder.
+    """Returns folder and name of the run that a path means: any of its files, their common beginning, or its folder.
 
     Raises:
         UsageError: If it means none, or several.
@@ -51,7 +51,7 @@ def find_run(given: Path) -> tuple[Path, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     what = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
     parser.add_argument("run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})")
     print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")

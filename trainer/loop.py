@@ -214,7 +214,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     torch.manual_seed(args.seed + processes.rank)  # from here on (dropout) every rank draws its own
     if run.state is not None:
         restore_random_state(run.state["random"], processes.rank, device)
-    batches = load_batches(run, data, sampler, LENGTH_MULTIPLE if forward is not model else 1)
+    multiple = LENGTH_MULTIPLE if forward is not model else 1
+    batches = load_batches(data, sampler, device, args.num_workers, run.config.pad_token_id, multiple)
     with contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress, contextlib.closing(batches):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
             for epoch, first_sample in sampler.steps():
@@ -241,20 +242,21 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         finish(run, state, progress, watch)
 
 
-def load_batches(run: Run, data: VLMDataset, sampler: BatchSampler, length_multiple: int) -> Iterator[dict]:
-    """Yields this rank's micro-batches, on the device."""
-    workers = run.args.num_workers
+def load_batches(
+    data: VLMDataset, sampler: BatchSampler, device: torch.device, num_workers: int, pad_token_id: int, length_multiple: int
+) -> Iterator[dict]:
+    """Yields this rank's micro-batches, on the device, their lengths rounded up to a multiple."""
     loader = DataLoader(
         data,
         batch_sampler=sampler,
-        collate_fn=VLMCollator(run.config.pad_token_id, length_multiple),
-        num_workers=workers,
-        pin_memory=run.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        collate_fn=VLMCollator(pad_token_id, length_multiple),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),  # its own: a resumed run would lack the loader's draws from the global one
     )
-    return on_device(loader, run.device, MODEL_INPUTS + IMAGE_INPUTS)
+    return on_device(loader, device, MODEL_INPUTS + IMAGE_INPUTS)
 
 
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch | None):

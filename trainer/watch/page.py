@@ -1,12 +1,14 @@
-"""A run on one page: curves, pictures and what was said of them, settings; a single HTML file that needs nothing else.
+"""A run on one page: curves, images and their descriptions, settings; a single HTML file that needs nothing else.
 
-It is made of the files that a run leaves beside its weights; what is not there is left out, and the page says so. It loads
+It is made of the files that a run leaves beside its weights; what is missing is left out, and the page says so. It loads
 nothing, runs no script, and follows the reader's light or dark setting.
 """
 
 import json
 import math
 import statistics
+from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,14 +16,14 @@ from pathlib import Path
 from common.errors import UsageError
 from common.files import write_atomically
 from common.paths import display_path
-from trainer.watch import charts as parts
+from trainer.watch.charts import Series, line_chart
 from trainer.watch.progress import clock
 
 METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
-MOST_PICTURES, MOST_STEPS, MOST_EPOCHS = 8, 6, 12
-NOT_THERE = "is not there"
-NO_GAP = 0.01  # nats per token; what a few hundred samples cannot tell from zero
-STAGES = {"pretrain": "Pretraining", "sft": "Fine-tuning"}
+MOST_IMAGES, MOST_STEPS, MOST_EPOCHS = 8, 6, 12
+NO_GAP = 0.01  # nats per token; below this a few hundred samples cannot tell a gap from none
+IMAGE_KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}  # by their first bytes
+MAIN_CONFIG = ("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens")
 MAIN_ARGUMENTS = (
     *("from_weight", "freeze_llm", "data_path", "images_path", "epochs", "batch_size", "accumulation_steps"),
     *("learning_rate", "grad_clip", "max_seq_len", "dtype", "device", "seed"),
@@ -33,33 +35,24 @@ FIGURES = (
     ("skipped_pictures", "samples skipped, picture unreadable", ",.0f", max),
     ("skipped_steps", "steps skipped, loss not finite", ",.0f", max),
 )
-MAIN_CONFIG = ("hidden_size", "num_hidden_layers", "use_moe")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass
-class Run:
-    """What the files of a run say; `missing` tells what is not on the page, and why."""
+class Record:
+    """What a run's files say; `missing` tells what is not on the page, and why."""
 
     name: str
-    training: list[dict] = field(default_factory=list)
-    evaluations: list[dict] = field(default_factory=list)
+    folder: Path
+    training: list[dict]
+    evaluations: list[dict]
     sidecar: dict = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
     scenes: dict = field(default_factory=dict)
-    samples_dir: Path = Path()
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def number(value) -> float | None:
-    """The value if it is a number that can be drawn; NaN, infinity and the like are None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
-        return None
-    return float(value)
-
-
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a jsonl that have a step, by rising step; a line cut off while it was written is left out."""
+    """Returns the rows of a jsonl that have a step, by rising step; a line cut off while it was written is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -78,41 +71,45 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def read_run(out_dir: Path, name: str) -> Run:
-    """Reads all that a run left.
+def read_record(out_dir: Path, name: str) -> Record:
+    """Reads everything a run left.
 
     Raises:
         UsageError: If its metrics are missing, unreadable or empty.
     """
-    metrics = out_dir / f"{name}{METRICS}"
+    metrics, samples = out_dir / f"{name}{METRICS}", out_dir / f"{name}{SAMPLES}"
     try:
         rows = read_rows(metrics)
     except OSError as error:
-        raise UsageError(f"{display_path(metrics)} cannot be read: {error.strerror}. Training writes it as it goes") from error
-    run = Run(name, samples_dir=out_dir / f"{name}{SAMPLES}")
-    run.training = [row for row in rows if "eval" not in row]
-    run.evaluations = [row for row in rows if isinstance(row.get("eval"), dict)]
-    if not run.training and not run.evaluations:
+        reason = f"{display_path(metrics)} cannot be read: {error.strerror}. Training writes it as it goes"
+        raise UsageError(reason) from error
+    evaluations = [row for row in rows if isinstance(row.get("eval"), dict)]
+    record = Record(name, samples, [row for row in rows if "eval" not in row], evaluations)
+    if not record.training and not evaluations:
         raise UsageError(f"{display_path(metrics)} holds no report of a training step: nothing was trained yet")
-    for part, path, read in (
-        ("sidecar", out_dir / f"{name}.json", read_object),
-        ("samples", run.samples_dir / "samples.jsonl", read_rows),
-        ("scenes", run.samples_dir / "scenes.json", read_object),
-    ):
+    parts = {"sidecar": (out_dir / f"{name}.json", read_object), "samples": (samples / "samples.jsonl", read_rows)}
+    for part, (path, read) in (parts | {"scenes": (samples / "scenes.json", read_object)}).items():
         try:
-            setattr(run, part, read(path))
+            setattr(record, part, read(path))
         except FileNotFoundError:
-            run.missing[part] = f"{display_path(path)} {NOT_THERE}"
+            record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
-            run.missing[part] = f"{display_path(path)} cannot be read ({error})"
+            record.missing[part] = f"{display_path(path)} cannot be read ({error})"
     for part in ("arguments", "config", "versions"):
-        if not isinstance(run.sidecar.get(part), dict):
-            run.sidecar[part] = {}
-    return run
+        if not isinstance(record.sidecar.get(part), dict):
+            record.sidecar[part] = {}
+    return record
+
+
+def number(value) -> float | None:
+    """Returns the value if it can be drawn, None for NaN, infinity and the like."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None
+    return float(value)
 
 
 def points(rows: list[dict], *keys: str) -> list[tuple[float, float | None]]:
-    """(step, value) of each row; the value lies under the keys, one in the other."""
+    """Returns (step, value) of each row; the value is found under the keys, one in the other."""
     found = []
     for row in rows:
         value = row
@@ -126,169 +123,204 @@ def last_of(rows: list[dict], *keys: str) -> float | None:
     return next((value for _, value in reversed(points(rows, *keys)) if value is not None), None)
 
 
-def seconds_of(run: Run) -> float:
-    """Time of the whole run, the parts before it was resumed included: each part counts from zero."""
+def seconds_of(record: Record) -> float:
+    """Returns the time of the whole run; each part of a resumed one counts from zero."""
     total = before = 0.0
-    for _, seconds in points(run.training, "seconds"):
+    for _, seconds in points(record.training, "seconds"):
         if seconds is not None:
             total, before = total + (seconds if seconds < before else seconds - before), seconds
     return total
 
 
-def header(run: Run) -> str:
-    stage, assets, written = (run.sidecar.get(key) for key in ("stage", "assets", "written"))
-    facts = [STAGES.get(str(stage), stage), assets and f"{assets} files"]
-    facts.append(written and f"{str(written)[:16].replace('T', ' ')} UTC")
-    loss, gap = last_of(run.evaluations, "eval", "loss"), last_of(run.evaluations, "eval", "gap_shuffled")
-    what, loss = ("Held-out", loss) if loss is not None else ("Training", last_of(run.training, "loss"))
-    outcome = [f"{what} loss <strong>{parts.nats(loss)}</strong>"]
+def header(record: Record) -> str:
+    sidecar = record.sidecar
+    title, assets, written = sidecar.get("title") or sidecar.get("stage"), sidecar.get("assets"), sidecar.get("written")
+    facts = [title, assets and f"{assets} files", written and f"{str(written)[:16].replace('T', ' ')} UTC"]
+    loss, gap = last_of(record.evaluations, "eval", "loss"), last_of(record.evaluations, "eval", "gap_shuffled")
+    kind = "Training" if loss is None else "Held-out"
+    outcome = [f"{kind} loss <strong>{nats(last_of(record.training, 'loss') if loss is None else loss)}</strong>"]
     if gap is not None:
         verdict = ' <span class="warning">(the picture is ignored)</span>' if abs(gap) < NO_GAP else ""
-        outcome.append(f"grounding gap <strong>{parts.nats(gap)}</strong> nats per token{verdict}")
-    step = max(row["step"] for row in run.training + run.evaluations)
-    outcome.append(f"{step:,} steps in <strong>{clock(seconds_of(run))}</strong>")
-    facts = " · ".join(escape(str(fact)) for fact in facts if fact)
+        outcome.append(f"grounding gap <strong>{nats(gap)}</strong> nats per token{verdict}")
+    step = max(row["step"] for row in record.training + record.evaluations)
+    outcome.append(f"{step:,} steps in <strong>{clock(seconds_of(record))}</strong>")
+    told = " · ".join(escape(str(fact)) for fact in facts if fact)
     outcome = f'<p class="outcome">{", ".join(outcome)}.</p>'
-    return f'<header><h1>{escape(run.name)}</h1><p class="quiet">{facts}</p>{outcome}</header>'
+    return f'<header><h1>{escape(record.name)}</h1><p class="quiet">{told}</p>{outcome}</header>'
 
 
-def curves(run: Run) -> str:
-    rows, held_out = run.training, run.evaluations
+def curves(record: Record) -> str:
+    rows, held_out = record.training, record.evaluations
     epochs = [row["step"] for row, later in zip(rows, rows[1:], strict=False) if row.get("epoch") != later.get("epoch")]
     epochs = epochs if len(epochs) < MOST_EPOCHS else []
-    training = parts.Series("training", points(rows, "loss"))
-    right = parts.Series("held out", points(held_out, "eval", "loss"), marked=True)
-    gaps = [
-        parts.Series("shuffled pictures", points(held_out, "eval", "gap_shuffled"), marked=True),
-        parts.Series("no pictures", points(held_out, "eval", "gap_blind"), marked=True),
-    ]
-    rate, speed = parts.Series("", points(rows, "learning_rate")), parts.Series("", points(rows, "samples_per_second"))
-    unevaluated = "this run was not evaluated while it trained (--eval_interval)"
+    losses = [Series("training", points(rows, "loss")), Series("held out", points(held_out, "eval", "loss"), True)]
+    gaps = {"shuffled pictures": "gap_shuffled", "no pictures": "gap_blind"}
+    gaps = [Series(name, points(held_out, "eval", key), True) for name, key in gaps.items()]
+    rate, speed = Series("", points(rows, "learning_rate")), Series("", points(rows, "samples_per_second"))
+    none = "the metrics hold none"
     charts = (
-        parts.line_chart("Loss", "nats per token", [training, right], epochs, may_be_log=True),
-        parts.line_chart("Grounding gap", "nats per token", gaps, epochs, from_zero=True, if_empty=unevaluated),
-        parts.line_chart("Learning rate", "", [rate], epochs, from_zero=True),
-        parts.line_chart("Speed", "samples/s", [speed], epochs, from_zero=True),
+        ("Loss", "nats per token", losses, {"may_be_log": True}, none),
+        ("Grounding gap", "nats per token", gaps, {"from_zero": True}, "this run was not evaluated while it trained"),
+        ("Learning rate", "", [rate], {"from_zero": True}, none),
+        ("Speed", "samples/s", [speed], {"from_zero": True}, none),
     )
+    drawn = [
+        line_chart(title, unit, series, epochs, **options)
+        or f"<figure><figcaption><strong>{title}</strong></figcaption>{left_out(why)}</figure>"
+        for title, unit, series, options, why in charts
+    ]
     dotted = '<p class="quiet">Dotted lines: an epoch ends.</p>' if epochs else ""
-    return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>{dotted}{in_numbers(run)}'
+    return f'<h2>Curves</h2><div class="charts">{"".join(drawn)}</div>{dotted}{in_numbers(record)}'
 
 
-def grounding(run: Run) -> str:
-    """The last evaluation as a table."""
-    if not run.evaluations:
+def in_numbers(record: Record) -> str:
+    figures = {}
+    for key, what, form, of in FIGURES:
+        values = [value for _, value in points(record.training, key) if value is not None]
+        if values:
+            figures[what] = format(of(values), form)
+    return f"<h3>In numbers</h3>{definitions(figures)}" if figures else ""
+
+
+def grounding(record: Record) -> str:
+    """Returns the last evaluation as a table."""
+    if not record.evaluations:
         return ""
-    last = {key: number(value) for key, value in run.evaluations[-1]["eval"].items()}
-    kinds = (("the right pictures", ""), ("shuffled among the samples", "shuffled"), ("none", "blind"))
+    last = {key: number(value) for key, value in record.evaluations[-1]["eval"].items()}
     rows = []
-    for what, kind in kinds:
-        loss, gap = last.get(f"loss_{kind}" if kind else "loss"), last.get(f"gap_{kind}")
+    for what, end in (("the right pictures", ""), ("shuffled among the samples", "_shuffled"), ("none", "_blind")):
+        loss, gap = last.get(f"loss{end}"), last.get(f"gap{end}")
         perplexity = "–" if loss is None or loss > 50 else f"{math.exp(loss):,.2f}"
-        rows.append((what, parts.nats(loss), perplexity, parts.nats(gap) if kind else ""))
+        rows.append((what, nats(loss), perplexity, nats(gap) if end else ""))
     size = ", ".join(f"{last[key]:,.0f} {key}" for key in ("samples", "tokens") if last.get(key) is not None)
+    step = record.evaluations[-1]["step"]
     return (
-        "<h2>Does it look at the picture?</h2>"
-        f'<p class="quiet">Loss on {size or "samples"} held out from training, after step {run.evaluations[-1]["step"]:,}, in nats '
-        "per token. The grounding gap is what the loss rises by when the pictures are the wrong ones or missing; at zero the "
-        f"pictures are ignored.</p>{parts.table(('pictures', 'loss', 'perplexity', 'gap'), rows)}"
+        f'<h2>Does it look at the picture?</h2><p class="quiet">Loss on {size or "samples"} held out from training, after step '
+        f"{step:,}, in nats per token. The grounding gap is how much the loss rises when the pictures are the wrong ones or "
+        f"missing; at zero the pictures are ignored.</p>{table(('pictures', 'loss', 'perplexity', 'gap'), rows)}"
     )
 
 
-def samples(run: Run) -> str:
-    """Each picture, what was said of it over time, and what should be said."""
-    by_picture = {}
-    for row in run.samples:  # a run that was resumed may have described a picture twice at a step: the later counts
-        key = (str(row.get("picture", "")), str(row.get("prompt", "")))
-        by_picture.setdefault(key, {})[row["step"]] = row
-    if not by_picture:
-        return f"<h2>Pictures and words</h2>{parts.left_out(run.missing.get('samples', 'no picture was described'))}"
+def samples(record: Record) -> str:
+    """Returns each image, its descriptions over time, and the reference."""
+    by_image = {}
+    for row in record.samples:  # a resumed run may have described an image twice at a step: the later counts
+        by_image.setdefault((str(row.get("picture", "")), str(row.get("prompt", ""))), {})[row["step"]] = row
+    if not by_image:
+        return f"<h2>Pictures and words</h2>{left_out(record.missing.get('samples', 'no picture was described'))}"
     articles = []
-    for (file_name, prompt), said in list(by_picture.items())[:MOST_PICTURES]:
-        reference = next((str(row["reference"]) for row in said.values() if row.get("reference") is not None), None)
+    for (file_name, prompt), rows in list(by_image.items())[:MOST_IMAGES]:
+        reference = next((str(row["reference"]) for row in rows.values() if row.get("reference") is not None), None)
         lines = []
-        for step in parts.evenly(sorted(said), MOST_STEPS):
-            text = str(said[step].get("description", "")).strip()
-            lines.append(parts.said_line(f"step {step:,}", text, reference is not None and text == reference.strip()))
+        for step in evenly(sorted(rows), MOST_STEPS):
+            text = str(rows[step].get("description", "")).strip()
+            is_right = reference is not None and text == reference.strip()
+            mark = ' <span class="right" title="as the reference">✓</span>' if is_right else ""
+            lines.append(f'<li><span>step {step:,}</span><span class="said">{escape(text)}{mark}</span></li>')
         if reference is not None:
-            lines.append(parts.said_line("reference", reference.strip()))
-        shown_prompt = " ".join(prompt.replace("<image>", " ").split())
-        articles.append(
-            f'<article class="picture">{parts.picture(run.samples_dir / file_name, file_name)}'
-            f'<p class="quiet">{escape(shown_prompt)}</p><ol>{"".join(lines)}</ol></article>'
-        )
+            text = f'<span class="said">{escape(reference.strip())}</span>'
+            lines.append(f'<li class="reference"><span>reference</span>{text}</li>')
+        question = escape(" ".join(prompt.replace("<image>", " ").split()))
+        image = embedded_image(record.folder / file_name, file_name)
+        articles.append(f'<article class="picture">{image}<p class="quiet">{question}</p><ol>{"".join(lines)}</ol></article>')
     return (
         '<h2>Pictures and words</h2><p class="quiet">Greedy descriptions of the same pictures as the run went on. '
         f"✓: word for word the reference.</p>{''.join(articles)}"
     )
 
 
-def scene_table(run: Run) -> str:
-    """The built-in set's attribute table; "" for a run on other data, which has none."""
-    rows = run.scenes.get("rows")
+def embedded_image(path: Path, file_name: str) -> str:
+    try:
+        # Only what lies beside samples.jsonl: a row must not bring another file of the disk onto the page.
+        content = path.read_bytes() if path.name == file_name else b""
+    except (OSError, ValueError):
+        content = b""
+    kind = next((kind for start, kind in IMAGE_KINDS.items() if content.startswith(start)), None)
+    if kind is None:
+        return f'<div class="missing">{escape(file_name)} cannot be shown</div>'
+    return f'<img src="data:image/{kind};base64,{b64encode(content).decode()}" alt="{escape(file_name)}">'
+
+
+def scene_table(record: Record) -> str:
+    """Returns the built-in set's table; "" for a run on other data, which has none."""
+    rows = record.scenes.get("rows")
     if not isinstance(rows, list):
-        reason = run.missing.get("scenes", "scenes.json holds no rows")
-        is_expected = run.sidecar.get("assets") == "built-in" or not reason.endswith(NOT_THERE)
-        return f"<h2>Built-in scenes</h2>{parts.left_out(reason)}" if is_expected else ""
+        reason = record.missing.get("scenes", "scenes.json holds no rows")
+        is_expected = record.sidecar.get("assets") == "built-in" or not reason.endswith("is not there")
+        return f"<h2>Built-in scenes</h2>{left_out(reason)}" if is_expected else ""
     cells = [
-        (escape(str(row.get("name", ""))), *(parts.share(number(row.get(key))) for key in ("attributes", "captions")))
+        (escape(str(row.get("name", ""))), *(share(number(row.get(key))) for key in ("attributes", "captions")))
         for row in rows
         if isinstance(row, dict)
     ]
-    told = (run.scenes.get(key, "?") for key in ("scenes", "step"))
-    count, step = (f"{value:,}" if isinstance(value, int) else escape(str(value)) for value in told)
+    count, step = (
+        f"{value:,}" if isinstance(value, int) else escape(str(value))
+        for value in (record.scenes.get(key, "?") for key in ("scenes", "step"))
+    )
     return (
-        f'<h2>Built-in scenes</h2><p class="quiet">Greedy captions of {count} held-out scenes after step {step}. Attributes: the colour, shape, '
-        "size and place of each object, and how many there are.</p>"
-        f"{parts.table(('', 'attributes right', 'whole captions right'), cells)}"
+        f'<h2>Built-in scenes</h2><p class="quiet">Greedy captions of {count} held-out scenes after step {step}. Attributes: '
+        "the colour, shape, size and place of each object, and how many there are.</p>"
+        f"{table(('', 'attributes right', 'whole captions right'), cells)}"
     )
 
 
-def in_numbers(run: Run) -> str:
-    """What was learned from, how fast, and what was left out."""
-    figures = {}
-    for key, what, form, of in FIGURES:
-        values = [value for _, value in points(run.training, key) if value is not None]
-        if values:
-            figures[what] = format(of(values), form)
-    return f"<h3>In numbers</h3>{parts.definitions(figures)}" if figures else ""
-
-
-def settings(run: Run) -> str:
-    """What the run was started with: what matters most first, the rest folded."""
-    if "sidecar" in run.missing:
-        return f"<h2>Settings</h2>{parts.left_out(run.missing['sidecar'])}"
-    arguments, config = run.sidecar["arguments"], run.sidecar["config"]
+def settings(record: Record) -> str:
+    """Returns what the run was started with: the most important first, the rest folded."""
+    if "sidecar" in record.missing:
+        return f"<h2>Settings</h2>{left_out(record.missing['sidecar'])}"
+    arguments, config = record.sidecar["arguments"], record.sidecar["config"]
     main = {key: config[key] for key in MAIN_CONFIG if key in config}
     main |= {f"--{key}": arguments[key] for key in MAIN_ARGUMENTS if key in arguments}
-    commit = str(run.sidecar.get("git_commit") or "unknown")
-    changed = " and changes" if commit.endswith("+") else ""
-    versions = run.sidecar["versions"] | {"this project": f"{commit.rstrip('+')[:12]}{changed}"}
     others = {f"--{key}": value for key, value in arguments.items() if key not in MAIN_ARGUMENTS}
     others |= {key: value for key, value in config.items() if key not in MAIN_CONFIG}
-    return (
-        f"<h2>Settings</h2>{parts.definitions(main)}<details><summary>All other settings ({len(others)})</summary>"
-        f"{parts.definitions(others)}</details><h3>Versions</h3>{parts.definitions(versions)}"
-    )
+    commit = str(record.sidecar.get("git_commit") or "unknown")
+    changed = " and changes" if commit.endswith("+") else ""
+    versions = record.sidecar["versions"] | {"this project": f"{commit.rstrip('+')[:12]}{changed}"}
+    folded = f"<details><summary>All other settings ({len(others)})</summary>{definitions(others)}</details>"
+    return f"<h2>Settings</h2>{definitions(main)}{folded}<h3>Versions</h3>{definitions(versions)}"
 
 
-def page_of(run: Run) -> str:
-    """The whole page."""
-    sections = "".join(part(run) for part in (header, curves, grounding, samples, scene_table, settings))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)}</title><style>{parts.STYLE}</style></head><body>{sections}"
-        f"<footer>MiniMind-V, from {escape(run.name)}{METRICS} and what lies beside it. python scripts/report.py writes this page "
-        "anew.</footer></body></html>\n"
-    )
+def evenly(items: Sequence, most: int) -> list:
+    """Returns the first, the last, and others evenly between them: at most so many."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def share(value: float | None) -> str:
+    width = 0.0 if value is None else 100 * min(1.0, max(0.0, value))
+    return f'{"–" if value is None else f"{value:.1%}"}<i><b style="width:{width:.1f}%"></b></i>'
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in a box of its own that scrolls; the cells are HTML."""
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def definitions(values: dict) -> str:
+    pairs = []
+    for name, value in values.items():
+        text = escape(f"{value:g}" if isinstance(value, float) else str(value))
+        text = '<span class="quiet">not given</span>' if value is None else text
+        pairs.append(f"<div><dt>{escape(str(name))}</dt><dd>{text}</dd></div>")
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def left_out(what: str) -> str:
+    return f'<p class="quiet">Left out: {escape(what)}.</p>'
 
 
 def write_report(out_dir: Path, name: str) -> Path:
     """Writes the page of the run of that name, whole or not at all.
 
     Args:
-        out_dir: The folder that holds {name}.metrics.jsonl, and beside it {name}.json and {name}_samples/ where there are.
+        out_dir: The folder that holds {name}.metrics.jsonl, and beside it {name}.json and {name}_samples/ if there are.
 
     Returns:
         {out_dir}/{name}.report.html
@@ -296,7 +328,17 @@ def write_report(out_dir: Path, name: str) -> Path:
     Raises:
         UsageError: If there are no metrics to show, or the page cannot be written.
     """
-    content = page_of(read_run(Path(out_dir), name)).encode("utf-8", errors="replace")
+    record = read_record(Path(out_dir), name)
+    sections = "".join(part(record) for part in (header, curves, grounding, samples, scene_table, settings))
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<style>\n{style}</style></head><body>{sections}<footer>MiniMind-V, from {escape(name)}{METRICS} and the files beside "
+        "it. python scripts/report.py writes this page anew.</footer></body></html>\n"
+    )
     path = Path(out_dir) / f"{name}{REPORT}"
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
     return path
