@@ -59,7 +59,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError with everything that is wrong with them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("the model").add_argument
-    add("--load_from", default="model", help="model: the weight files in --save_dir; anything else: a transformers folder")
+    add(
+        "--load_from",
+        default="model",
+        help="model: the weight files in --save_dir; anything else: a transformers folder",
+    )
     what = "where the weight files lie"
     add("--save_dir", type=Path, help=f"{what} (default: {display_path(SAVE_DIR)})")
     add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
@@ -155,7 +159,9 @@ class Assistant:
         try:
             config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
         except ValueError as error:
-            raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
+            raise UsageError(
+                f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}"
+            ) from error
         self.encoder = ChatEncoder(self.tokenizer, config.image_tokens)
         self.picture_format = PictureFormat(**tower.picture_settings)
         torch.manual_seed(args.seed)
@@ -281,7 +287,9 @@ def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
         for number, scene in enumerate(heldout_scenes()[:DRAWN_EVAL_IMAGES]):
             draw(scene).save(folder / f"scene_{number}.jpg", quality=92)
     if not folder.is_dir():
-        raise UsageError(f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir")
+        raise UsageError(
+            f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir"
+        )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
     if not paths:
         raise UsageError(f"no pictures in {display_path(folder)} (endings: {' '.join(sorted(PICTURE_ENDINGS))})")
@@ -294,7 +302,8 @@ def print_scene_table(assistant: Assistant):
     rows = scene_table(assistant.model, assistant.tokenizer)
     seconds = time.perf_counter() - started
     print(
-        f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on ({seconds:.0f} s):"
+        f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on "
+        f"({seconds:.0f} s):"
     )
     print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
     for row in rows:

@@ -102,7 +102,9 @@ def load_file(path: Path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"
-        raise UsageError(f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again.") from error
+        raise UsageError(
+            f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
+        ) from error
 
 
 def sha256_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -45,13 +45,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: If a number is too small.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("data_path", metavar="FILE", type=Path, help="jsonl or parquet")
     add("--images_path", type=Path, help="folder of the jsonl's pictures")
-    what = f"default: {display_path(TOKENIZER_DIR)}, or where it was not downloaded {display_path(BUILTIN_TOKENIZER_DIR)}"
+    what = (
+        f"default: {display_path(TOKENIZER_DIR)}, or where it was not downloaded {display_path(BUILTIN_TOKENIZER_DIR)}"
+    )
     add("--tokenizer_path", type=Path, help=f"the tokenizer that training will use ({what})")
     what = "tokens a sample is cut at; the defaults of training are 640 (pretraining) and 1536 (fine-tuning)"
     add("--max_seq_len", type=int, default=640, help=what)
@@ -125,7 +125,9 @@ def cut(data: VLMDataset) -> str:
 def duplicates(data: VLMDataset) -> str:
     first, copies = {}, []
     for position, row in good_rows(data, ["input_ids", "pictures", "picture_hash"]):
-        content = repr((row["input_ids"], row["pictures"], row["picture_hash"] if row["pictures"] or data.is_parquet else 0))
+        content = repr(
+            (row["input_ids"], row["pictures"], row["picture_hash"] if row["pictures"] or data.is_parquet else 0)
+        )
         digest = hashlib.blake2b(content.encode(), digest_size=12).digest()
         if digest in first:
             copies.append(f"{position + 1} (as {first[digest] + 1})")
@@ -187,7 +189,7 @@ def histogram(values: np.ndarray) -> list[str]:
 
 
 def broken_pictures(data: VLMDataset) -> list[str]:
-    """Decodes every picture, each file once; returns which cannot be, why, and where. Training only skips their rows."""
+    """Decodes every picture, each file once; returns which are broken, and where. Training only skips their rows."""
     rows_of = rows_by_picture(data)
 
     def decode(source: tuple[Path | bytes, str]) -> PictureError | None:

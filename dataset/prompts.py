@@ -25,8 +25,8 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         pictures: Each conversation's pictures in order, uint8 (3, size, size).
 
     Returns:
-        input_ids and attention_mask (B, L), padded at the left; pixel_values (all images, 3, size, size) and image_starts
-        (all images, 2), or None where no conversation has a picture.
+        input_ids and attention_mask (B, L), padded at the left; pixel_values (all images, 3, size, size) and
+        image_starts (all images, 2), or None where no conversation has a picture.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for row, chat in enumerate(chats):

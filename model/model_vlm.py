@@ -79,8 +79,8 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
     """Returns the configuration with the tower's width and number of patches.
 
     Args:
-        from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input width
-            (as vision_hidden_size): where that is N^2 times the tower's width, there is a pixel shuffle of N before it.
+        from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input
+            width (as vision_hidden_size): N^2 times the tower's width means a pixel shuffle of N before it.
 
     Raises:
         ValueError: If the tower's patches are no grid that the pixel shuffle divides.

@@ -114,7 +114,9 @@ def read_preprocessing(path: Path, kind: str) -> dict:
     mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
     resample = found.get("resample", Image.Resampling.BICUBIC)
     if not all(
-        isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
         for values in (mean, std)
     ) or resample not in set(Image.Resampling):
         raise unreadable(path, f"{processor.name}: image_mean, image_std or resample")

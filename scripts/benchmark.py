@@ -6,10 +6,10 @@
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate
 
-The data are made up in the shape of the published: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain) or dialogues
-of 200 to 1500 (sft). Tower and decoder are of full size with random weights; speed does not depend on them. Each line of the
-table has one more technique than the line above, and is measured in a process of its own, so that its peak memory is its
-own; all lines take turns, and the whole round is repeated.
+The data are made up in the shape of the published: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain) or
+dialogues of 200 to 1500 (sft). Tower and decoder are of full size with random weights; speed does not depend on them.
+Each line of the table has one more technique than the line above, and is measured in a process of its own, so that its
+peak memory is its own; all lines take turns, and the whole round is repeated.
 """
 
 import argparse
@@ -199,7 +199,9 @@ def our_steps(args, world: World, name: str):
         few = VLMDataset.__new__(VLMDataset)
         vars(few).update(vars(data))
         steps = WARM_UP[device.type] + args.steps
-        few.positions = np.sort(np.concatenate([data.positions[i] for i, _ in zip(sampler, range(steps), strict=False)]))
+        few.positions = np.sort(
+            np.concatenate([data.positions[i] for i, _ in zip(sampler, range(steps), strict=False)])
+        )
         shape = len(data.rows), model.config.vision_patches, model.config.vision_hidden_size
         with tempfile.TemporaryDirectory(dir=world.folder) as folder:
             file = FeatureFile(Path(folder), "data", "tower", shape)
@@ -385,8 +387,8 @@ def print_table(what: str, results: dict[str, dict]):
             speed = row["images_per_second"]
             cells = (f"{speed:,.0f} images/s", f"{speed / plain['images_per_second']:.2f} x")
         else:
-            cells = [f"batch {n}: {row[f'this_project_batch_{n}']:,.0f} tokens/s, {row[f'ratio_batch_{n}']:.2f} x transformers' Llama"
-                     for n in (1, 16)]  # fmt: skip
+            speeds = {n: (row[f"this_project_batch_{n}"], row[f"ratio_batch_{n}"]) for n in (1, 16)}
+            cells = [f"batch {n}: {s:,.0f} tokens/s, {x:.2f} x transformers' Llama" for n, (s, x) in speeds.items()]
         print(f"  {name:<33}" + "".join(f"{cell:>17}" if what != "generate" else f"\n    {cell}" for cell in cells))
     if what == "train":
         print(f"  matrix product here: {plain['matrix_product_flops'] / 1e9:,.0f} GFLOP/s")
@@ -424,9 +426,11 @@ def main():
         return
     results = {"settings": {key: value for key, value in vars(args).items() if key not in ("json", "one")}}
     print(
-        f"{args.device} ({platform.machine()}), Python {platform.python_version()}, torch {version('torch')}, transformers "
+        f"{args.device} ({platform.machine()}), Python {platform.python_version()}, torch {version('torch')}, "
+        "transformers "
         f"{version('transformers')}; {args.stage}, hidden_size {args.hidden_size}, batch_size {args.batch_size},\n"
-        f"max_seq_len {args.max_seq_len}, {args.num_workers} workers, medians of {args.repeats} rounds of {args.steps} steps"
+        f"max_seq_len {args.max_seq_len}, {args.num_workers} workers, medians of {args.repeats} rounds of "
+        f"{args.steps} steps"
     )
     for what, (_, names) in measurements(args).items():
         if what in (args.what or measurements(args)):

@@ -4,8 +4,8 @@
     python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
     python scripts/reference.py --quick      both stages on their first rows only; with --record writes that part
 
-Compared is the held-out loss (200 scenes whose combinations of colour, shape and place are never trained on): it must not
-exceed the recorded mean by more than the recorded spread (highest less lowest of three seeds).
+Compared is the held-out loss (200 scenes whose combinations of colour, shape and place are never trained on): it must
+not exceed the recorded mean by more than the recorded spread (highest less lowest of three seeds).
 """
 
 import argparse
@@ -54,7 +54,15 @@ def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[f
     name = stage.defaults["save_weight"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES[stage])]
     launch = [sys.executable, *(torchrun if PROCESSES[stage] > 1 else [])]
-    command = [*launch, str(ROOT / "trainer" / f"train_{name}.py"), "--seed", str(seed), "--save_dir", str(folder), *flags]
+    command = [
+        *launch,
+        str(ROOT / "trainer" / f"train_{name}.py"),
+        "--seed",
+        str(seed),
+        "--save_dir",
+        str(folder),
+        *flags,
+    ]
     if subprocess.run(command, cwd=ROOT).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
     [metrics] = folder.glob(f"{name}_*.metrics.jsonl")
@@ -132,7 +140,8 @@ def compare(curves: dict[str, list]) -> list[str]:
             continue
         expected, loss = recorded[name], curve[-1][1]
         limit = expected["held_out_loss"] + expected["spread"]
-        line = f"{name}: held-out loss {loss:.4f}, recorded {expected['held_out_loss']:.4f} (spread {expected['spread']:.4f})"
+        recorded_loss = f"{expected['held_out_loss']:.4f} (spread {expected['spread']:.4f})"
+        line = f"{name}: held-out loss {loss:.4f}, recorded {recorded_loss}"
         print(line)
         if not loss <= limit:
             worse.append(f"{line}: worse than {limit:.4f}")

@@ -45,7 +45,8 @@ def find_run(given: Path) -> tuple[Path, str]:
     path = given.expanduser().resolve()
     wanted = path / f"*{METRICS}" if path.is_dir() else path.with_name(path.name + METRICS)
     raise UsageError(
-        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes as it goes. Name a run like "
+        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes as it goes. Name "
+        "a run like "
         "out/sft_vlm_512, one of its files, or a folder that holds one run"
     )
 
@@ -53,7 +54,9 @@ def find_run(given: Path) -> tuple[Path, str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     what = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
-    parser.add_argument("run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})")
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})"
+    )
     print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")
 
 

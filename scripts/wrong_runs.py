@@ -64,7 +64,9 @@ def outcome(folder: Path) -> dict:
         "training": next(row["loss"] for row in reversed(rows) if "loss" in row),
         "held out": held_out["loss"],
         "gap": held_out["gap_shuffled"],
-        "says": [" ".join(row["description"].split()) for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")],
+        "says": [
+            " ".join(row["description"].split()) for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")
+        ],
         "expected": [row["reference"] for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")],
     }
 

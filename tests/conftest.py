@@ -1,4 +1,4 @@
-"""What every test starts from: the project importable from any current folder, no network, no progress bars, one core."""
+"""What every test starts from: the project importable from any folder, no network, no progress bars, one core."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So a shell starts what runs in the background, and so the scripts would be started by the tests that interrupt them.
+    # So a shell starts what runs in the background, and so the scripts would be started by the tests that
+    # interrupt them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch

@@ -60,7 +60,7 @@ def angular_frequencies(config) -> tuple[list[float], float]:
     """Radians per position of each pair of a head, and the factor on queries and keys, pair by pair.
 
     YaRN (https://arxiv.org/abs/2309.00071): a pair that turns more than beta_fast times within the original context
-    stays, one that turns less than beta_slow times is interpolated by the factor, and between the two (as pairs, rounded
+    stays, one that turns less than beta_slow times is interpolated by the factor, and between them (as pairs, rounded
     outwards, as in the authors' code) a straight line leads from the one to the other.
     """
     size, theta = config.hidden_size // config.num_attention_heads, config.rope_theta

@@ -67,7 +67,12 @@ def add_model_flags(add, default: dict):
     add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=int, metavar="N", help=what)
-    add("--max_seq_len", type=int, default=default["max_seq_len"], help="tokens a sample is cut at, its images' included")
+    add(
+        "--max_seq_len",
+        type=int,
+        default=default["max_seq_len"],
+        help="tokens a sample is cut at, its images' included",
+    )
 
 
 def add_file_flags(add, stage: Stage):
@@ -115,7 +120,9 @@ def add_device_flags(add):
 def add_saving_flags(add):
     add("--save_interval", type=int, default=100, help="optimizer steps between checkpoints")
     add("--save_minutes", type=float, default=10, help="minutes after which one is saved in any case")
-    add("--from_resume", type=int, choices=(0, 1), default=0, help="1: resume from the last checkpoint, if there is one")
+    add(
+        "--from_resume", type=int, choices=(0, 1), default=0, help="1: resume from the last checkpoint, if there is one"
+    )
     what = "optimizer steps between log lines; the first comes after step 1"
     add("--log_interval", type=int, help=f"{what} (default: {LOG_INTERVAL})")
     what = "optimizer steps between measurements on held-out rows"
@@ -127,7 +134,7 @@ def add_saving_flags(add):
 
 
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the flags and fills in what was not given: files, the stage's or the built-in recipe's settings, the device.
+    """Reads the flags and fills in what was not given: files, the stage's or the built-in settings, the device.
 
     Returns:
         The flags, none of them changed later, and `assets` ("built-in" or "published").
@@ -145,7 +152,9 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     except UsageError as error:  # reported together with what is wrong with the flags
         args.assets, paths, problems = "published", {}, [str(error)]
     fill_in(args, paths)
-    fill_in(args, {"log_interval": LOG_INTERVAL} | stage.defaults | (stage.builtin if args.assets == "built-in" else {}))
+    fill_in(
+        args, {"log_interval": LOG_INTERVAL} | stage.defaults | (stage.builtin if args.assets == "built-in" else {})
+    )
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))

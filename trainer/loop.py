@@ -216,7 +216,10 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         restore_random_state(run.state["random"], processes.rank, device)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
     batches = load_batches(data, sampler, device, args.num_workers, run.config.pad_token_id, multiple)
-    with contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress, contextlib.closing(batches):
+    with (
+        contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress,
+        contextlib.closing(batches),
+    ):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
             for epoch, first_sample in sampler.steps():
                 started = time.perf_counter()
@@ -243,7 +246,12 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
 
 
 def load_batches(
-    data: VLMDataset, sampler: BatchSampler, device: torch.device, num_workers: int, pad_token_id: int, length_multiple: int
+    data: VLMDataset,
+    sampler: BatchSampler,
+    device: torch.device,
+    num_workers: int,
+    pad_token_id: int,
+    length_multiple: int,
 ) -> Iterator[dict]:
     """Yields this rank's micro-batches, on the device, their lengths rounded up to a multiple."""
     loader = DataLoader(

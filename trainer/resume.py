@@ -71,7 +71,8 @@ class Checkpoints:
         for name, value in self.fingerprint.items():
             if saved.get(name) != value:
                 raise UsageError(
-                    f"{display_path(self.run.files.state)} is of a run with other {name} ({saved.get(name)}; now {value}): "
+                    f"{display_path(self.run.files.state)} is of a run with other {name} ({saved.get(name)}; now "
+                    f"{value}): "
                     "repeat that run's flags, or leave --from_resume out to begin anew"
                 )
 
@@ -102,8 +103,10 @@ class Checkpoints:
         largest = torch.finfo(torch.float16).max
         if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in learned.values()):
             raise UsageError(
-                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a lower "
-                f"--learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than {run.args.grad_clip:g} may help"
+                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: "
+                "a lower "
+                f"--learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than {run.args.grad_clip:g} "
+                "may help"
             )
         random = run.processes.gather(random_state(run.device))
         if run.processes.is_main:
@@ -127,7 +130,12 @@ class Checkpoints:
     def _weight_files(self, step: int) -> dict:
         run = self.run
         sidecar = weight_io.describe(
-            self.model.config, run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, title=run.stage.title
+            self.model.config,
+            run.stage.name,
+            run.args.assets,
+            run.tokenizer_sha256,
+            self.settings,
+            title=run.stage.title,
         )
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar | {"step": step})
 

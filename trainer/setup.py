@@ -81,7 +81,7 @@ class Run:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile is wanted; a model with experts is no single graph, since tokens choose their expert."""
+        """Whether torch.compile is wanted. A model with experts is no single graph: tokens choose their expert."""
         return bool(self.args.compile) and not self.config.use_moe
 
     def log(self, message: str = ""):
@@ -138,7 +138,9 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
         UsageError: If no model has such a shape, or the flags contradict the weights.
     """
     hidden_size = args.hidden_size or 512
-    projector = {name: getattr(args, name) for name in ("projector", "pixel_shuffle") if getattr(args, name) is not None}
+    projector = {
+        name: getattr(args, name) for name in ("projector", "pixel_shuffle") if getattr(args, name) is not None
+    }
     try:
         if weights is None:
             layers = args.num_hidden_layers or (16 if hidden_size == 768 else 8)
@@ -156,7 +158,8 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     for name, value in projector.items():
         if getattr(config, name) != value:
             raise UsageError(
-                f"--{name} {value} contradicts {display_path(weights.path)}, which has {getattr(config, name)}: leave it out"
+                f"--{name} {value} contradicts {display_path(weights.path)}, which has {getattr(config, name)}: "
+                "leave it out"
             )
     config.image_token_id = tokenizer.convert_tokens_to_ids("@")
     if args.max_seq_len > config.max_position_embeddings:
@@ -215,7 +218,8 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     if heldout.bad_rows:
         first = heldout.bad_rows[0]
         run.log(
-            f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, the "
+            f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, "
+            "the "
             f"first is {first.line}: {first.reason}"
         )
     if len(heldout) == 0:
@@ -230,7 +234,7 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 
 def report_bad_rows(run: Run, data: VLMDataset):
-    """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; raises UsageError if they are too many."""
+    """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; UsageError if they are too many."""
     args, path = run.args, run.files.bad_rows
     if not data.bad_rows:
         if run.processes.is_main:

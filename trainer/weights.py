@@ -81,7 +81,9 @@ def find_weights(
     if not fitting:
         wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
         others = ", ".join(sorted(path.name for path in found)) or "none of that name"
-        raise UsageError(f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint(name)}".rstrip())
+        raise UsageError(
+            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint(name)}".rstrip()
+        )
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
         others = ", ".join(path.name for path in sorted(fitting) if path != newest)
@@ -129,13 +131,15 @@ def read_weights(path: Path) -> Weights:
                 raise TypeError(f"{field} is {sidecar[field]!r}")
     except (OSError, *CONFIG_ERRORS) as error:
         raise UsageError(
-            f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the weights are "
+            f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the "
+            "weights are "
             "the original project's (their shape is then read from the tensors), else restore it."
         ) from error
     for key, value in shape.items():
         if key in SHAPE_KEYS and getattr(config, key) != value:
             raise UsageError(
-                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {value}: they do not belong "
+                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {value}: they "
+                "do not belong "
                 "together"
             )
     return Weights(path, tensors, config, sidecar)
@@ -151,7 +155,8 @@ def read_folder(folder: Path) -> Weights:
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not config_path.is_file() or not files:
         raise UsageError(
-            f"--load_from {folder}: `model` means the weight files in --save_dir; anything else must be a transformers folder "
+            f"--load_from {folder}: `model` means the weight files in --save_dir; anything else must be a "
+            "transformers folder "
             "with config.json and model.safetensors or pytorch_model.bin"
         )
     try:
@@ -209,7 +214,9 @@ def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
             }
         return shape | projector_of(tensors)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{display_path(path)} is no MiniMind weight file: {error} is missing or of another shape") from error
+        raise UsageError(
+            f"{display_path(path)} is no MiniMind weight file: {error} is missing or of another shape"
+        ) from error
 
 
 def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe):
@@ -229,7 +236,8 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, voc
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
             f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
-            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
+            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
+            "--tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:
         raise UsageError(
@@ -260,7 +268,9 @@ def load_into(model: MiniMindVLM, weights: Weights):
         remedy = ""
         if any(problem.startswith("vision_proj.") for problem in problems):
             remedy = " The projection fits one vision tower: name the tower it was trained with by --vision_model_path."
-        raise UsageError(f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}")
+        raise UsageError(
+            f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}"
+        )
     with torch.no_grad():
         for name, tensor in expected.items():
             if name in found:
@@ -282,7 +292,8 @@ def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Pat
     for name in sorted(parameters.keys() ^ learned.keys()):
         where = "learns now but is not" if name in parameters else "does not learn now but is"
         raise UsageError(
-            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags"
+            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its "
+            "flags"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -324,7 +335,9 @@ def describe(
         "title": title or stage,
         "assets": assets,
         "tokenizer_sha256": tokenizer_sha256,
-        "arguments": {key: display_path(value) if isinstance(value, Path) else value for key, value in arguments.items()},
+        "arguments": {
+            key: display_path(value) if isinstance(value, Path) else value for key, value in arguments.items()
+        },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Builds the small language model that stands in for MiniMind2 where nothing was downloaded (scripts/builtin/README.md).
+"""Builds the small language model that stands in for MiniMind2 where nothing was downloaded, see README.md here.
 
     python scripts/builtin/build_llm.py                     # about 25 minutes on one core, into model/builtin
     python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
@@ -290,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, CONFIG.image_tokens)
     words = grid_word_ids(encoder)
     model = MiniMindForCausalLM(CONFIG)
     initialise(model)

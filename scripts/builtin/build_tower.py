@@ -76,7 +76,7 @@ def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 def features(tower: CLIPVisionModel, pixel_values: Tensor) -> Tensor:
-    """The tower's patch features as a VLM uses them: last_hidden_state without the class token, (pictures, 196, width)."""
+    """Returns the patch features as a VLM uses them: last_hidden_state without class token, (images, 196, width)."""
     return tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
 

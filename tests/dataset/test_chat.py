@@ -312,7 +312,7 @@ ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "to
 def test_a_row_is_refused_with_a_reason_or_learned_as_it_should(
     tokenizer, encoder, turns, pictures, as_text, max_length
 ):
-    """Any mix of roles and pictures: learned are exactly the assistant's turns, and a run of 196 stands for each picture."""
+    """Any mix of roles and pictures: exactly the assistant's turns are learned, and 196 tokens stand for a picture."""
     conversation = [{"role": role, "content": content} for role, content in turns]
     names = ", ".join(pictures) if as_text else pictures
     row = json.dumps({"conversations": conversation, "image": names}, ensure_ascii=False)

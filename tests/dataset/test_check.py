@@ -83,9 +83,7 @@ def test_tokens_and_learned_share_counted_by_hand(check):
     around = 2 + count("\n")  # <|im_start|> ... <|im_end|>\n
     learned = sum(count(answer) + 1 + count("\n") for answer in answers)
     system, user = count(f"system\n{SYSTEM_PROMPT}"), count(f"user\n{asked}")
-    tokens = 196 + sum(
-        3 * around + system + user + count("assistant\n") + count(answer) for answer in answers
-    )
+    tokens = 196 + sum(3 * around + system + user + count("assistant\n") + count(answer) for answer in answers)
     rows = [row(answers[0], f"{asked}<image>"), row(answers[1], asked, image=None)]
     report = words(check(rows).passed().out)
     share, of_pictures = 100 * learned / tokens, 100 * 196 / tokens

@@ -93,7 +93,7 @@ class Encoder:
 def data(world, tmp_path) -> VLMDataset:
     images = tmp_path / "images"
     shutil.copytree(world.images, images)
-    rows = write_jsonl(tmp_path / "rows.jsonl", [b for b in map(sft_row, range(15))])
+    rows = write_jsonl(tmp_path / "rows.jsonl", list(map(sft_row, range(15))))
     return VLMDataset(rows, images, load_tokenizer(world.tokenizer), 1536, 196, cache_dir=tmp_path / "tokens")
 
 
@@ -105,7 +105,9 @@ def computed(data, folder, encoder, **share) -> FeatureFile:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
-    expected = [sample["pixel_values"].float().mean(dim=(1, 2, 3)).half() for sample in map(data.__getitem__, range(15))]
+    expected = [
+        sample["pixel_values"].float().mean(dim=(1, 2, 3)).half() for sample in map(data.__getitem__, range(15))
+    ]
     encoder = Encoder()
     for rank in range(ranks):
         file = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)

@@ -55,12 +55,7 @@ def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path
     data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
     assert len(held_out) == 4
     shown = [
-        {
-            name
-            for row in of.read_rows(of.positions.tolist())
-            for name in row["pictures"]
-        }
-        for of in (data, held_out)
+        {name for row in of.read_rows(of.positions.tolist()) for name in row["pictures"]} for of in (data, held_out)
     ]
     assert len(shown[1]) == 1
     assert not shown[0] & shown[1]

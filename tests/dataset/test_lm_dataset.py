@@ -64,7 +64,9 @@ def build(folder, rows, tokenizer, name="data.jsonl", **options):
 
 
 def opened(folder, tokenizer, name="data.jsonl", max_length=640, image_tokens=196, **options):
-    return VLMDataset(folder / name, folder / "images", tokenizer, max_length, image_tokens, cache_dir=folder / "cache", **options)
+    return VLMDataset(
+        folder / name, folder / "images", tokenizer, max_length, image_tokens, cache_dir=folder / "cache", **options
+    )
 
 
 def build_parquet(folder, conversations, image_bytes, tokenizer, name="data.parquet"):

@@ -1,4 +1,4 @@
-"""The built-in scenes: the same on every run, nothing held out in training, graded rightly, drawn whole or not at all."""
+"""The built-in scenes: the same on every run, nothing held out in training, graded rightly, drawn whole or not."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import scenes
+from dataset.scenes import draw as scenes
 from dataset.scenes.grading import chance, grade, parse_caption, score
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts, caption, questions
 

@@ -1,6 +1,6 @@
 """Broken files, pictures of every odd kind, and a machine that fails a run: what the person sees, and what is kept.
 
-Beside these stand, for the same faults: test_checkpoint.py (weight files, sidecars, a full disk), test_resume.py (states
+Beside these stand, for the same faults: test_weights.py (weight files, sidecars), test_resume.py (states
 that are no states), test_bad_input.py (lines of a jsonl, a tokenizer, a --save_dir that is a file), test_lm_dataset.py,
 test_pictures.py and test_vision_tower.py (each reader by itself), test_eval.py.
 """
@@ -79,7 +79,7 @@ def test_a_state_that_was_cut_off_is_refused(world, out, left):
 
 def test_weights_in_the_place_of_a_state_are_refused(world, out):
     shutil.copy(out / f"{NAME}.pth", out / f"{NAME}_resume.pth")
-    refused(world, out, "--from_resume", 1, parts=[f"{NAME}_resume.pth is no training state"])
+    refused(world, out, "--from_resume", 1, parts=[f"{NAME}_resume.pth is no checkpoint"])
 
 
 def with_a_changed_tensor(file: bytes) -> bytes:
@@ -382,7 +382,8 @@ def test_a_read_only_save_dir_is_refused_before_anything_else_and_read_from(worl
     out.chmod(0o555)
     try:
         for flags in ([], ["--from_resume", 1, "--epochs", 2], ["--save_dir", out / "new"]):
-            refused(world, out, *flags, "--from_weight", out / "llm_32.pth", parts=["--save_dir", str(out), "cannot be written to: Permission denied"], **how)  # fmt: skip
+            parts = ["--save_dir", str(out), "cannot be written to: Permission denied"]
+            refused(world, out, *flags, "--from_weight", out / "llm_32.pth", parts=parts, **how)
         flags = ["--weight", "pretrain_vlm", "--image", world.images / "0.jpg"]
         world.run(EVAL, *world.eval_files(out), *flags, **how).passed()
     finally:

@@ -1,4 +1,4 @@
-"""The vision tower: what of a checkpoint is read, that it stays frozen and apart, and what is said when it is not there."""
+"""The vision tower: what of a checkpoint is read, that it stays frozen and apart, and errors where it is missing."""
 
 import copy
 import gc

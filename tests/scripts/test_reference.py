@@ -63,7 +63,7 @@ def test_captions_get_the_pictures_of_other_rows():
 
 
 def test_wrong_runs_end_in_a_table(tmp_path, monkeypatch, capsys):
-    """Each on 32 rows of one epoch, by the real scripts' flags; the first and the last are run, the others copy the first."""
+    """Each on 32 rows of one epoch, by the scripts' own flags; only the first and the last are really run."""
     lines = {stage.name: reference.first_rows(stage)[:32] for stage in reference.STAGES}
     monkeypatch.setattr(wrong_runs, "first_rows", lambda stage: lines[stage.name])
     monkeypatch.setattr(wrong_runs, "MANY_EPOCHS", 1)

@@ -95,7 +95,8 @@ def test_a_compiled_run_is_the_run(world, tmp_path):
 
 def test_without_a_compiler_the_run_goes_on(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    broken = "import torch\ndef fail(*a, **k): raise RuntimeError('no compiler here')\ntorch.compile = lambda *a, **k: fail\n"
+    broken = "import torch\ndef fail(*a, **k): raise RuntimeError('no compiler here')\n"
+    broken += "torch.compile = lambda *a, **k: fail\n"
     done = world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--compile", 1, hook=broken).passed()
     assert "continues without it (no compiler here)" in done.out
     assert ", compiled" not in done.out

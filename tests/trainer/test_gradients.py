@@ -1,7 +1,7 @@
 """An optimizer step's gradient is that of the mean loss over all its learned tokens, however they are divided.
 
 The scripts are run with a learning rate that moves nothing, so that both steps see the same weights; AdamW's first
-moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient), which unlike the weights is linear in them.
+moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient), linear in them unlike the weights.
 """
 
 import math

@@ -350,7 +350,8 @@ def test_help_tells_every_flag(world):
         flags = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
         published = (
             "save_dir save_weight epochs batch_size learning_rate device dtype num_workers accumulation_steps "
-            "grad_clip log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path images_path "
+            "grad_clip log_interval save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path "
+            "images_path "
             "from_weight from_resume freeze_llm use_wandb wandb_project"
         )
         assert {f"--{name}" for name in published.split()} <= flags

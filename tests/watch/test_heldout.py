@@ -1,4 +1,4 @@
-"""Held-out rows: which they are, what is measured on them, what the model says about them, and that training is the same."""
+"""Held-out rows: what is measured on them, what the model says about them, and that training is the same."""
 
 import json
 import math
@@ -315,7 +315,11 @@ def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model,
         row["conversations"][1]["content"] = answer
     data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, 196, cache_dir=tmp_path)
     said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
-    monkeypatch.setattr(evaluation, "generate_answers", lambda model, tokenizer, inputs, longest: [next(said) for _ in inputs["input_ids"]])
+    monkeypatch.setattr(
+        evaluation,
+        "generate_answers",
+        lambda model, tokenizer, inputs, longest: [next(said) for _ in inputs["input_ids"]],
+    )
     evaluator = Evaluator(data, model, CPU, torch.float32, 2)
     assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
     assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)

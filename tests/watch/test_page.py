@@ -84,7 +84,13 @@ def out(tmp_path) -> Path:
     write_metrics(
         tmp_path, [training_row(step) for step in range(10, 110, 10)] + [evaluation_row(50), evaluation_row(100)]
     )
-    sidecar = {"stage": "sft", "title": "Fine-tuning", "assets": "built-in", "versions": {"torch": "2.13.0"}, "git_commit": "abcdef0123456789+"}
+    sidecar = {
+        "stage": "sft",
+        "title": "Fine-tuning",
+        "assets": "built-in",
+        "versions": {"torch": "2.13.0"},
+        "git_commit": "abcdef0123456789+",
+    }
     sidecar |= {"config": {"hidden_size": 128, "vocab_size": 6400}, "written": "2026-11-21T21:52:51+00:00"}
     sidecar |= {"arguments": {"epochs": 3, "learning_rate": 0.001, "log_interval": 77, "device": None}}
     (tmp_path / f"{NAME}.json").write_text(json.dumps(sidecar), encoding="utf-8")

@@ -16,8 +16,8 @@ LENGTH_MULTIPLE = 8
 class CompiledVLM:
     """`MiniMindVLM.forward` and `encode_images`, compiled for full batches of any length.
 
-    Rare batches run uncompiled: an epoch's last, smaller one, and those with fewer than two images or learned tokens, for
-    which torch.compile would make graphs of their own.
+    Rare batches run uncompiled: an epoch's last, smaller one, and those with fewer than two images or learned tokens,
+    for which torch.compile would make graphs of their own.
 
     Args:
         model: A model without experts, on its device.
@@ -37,7 +37,7 @@ class CompiledVLM:
         return self._encode_images(self.model, pixel_values)
 
     def __call__(self, input_ids, labels, image_starts, learned_positions, image_features, num_items_in_batch: int):
-        """Does what `MiniMindVLM.forward` does, given features. Each value of num_items_in_batch is a graph of its own."""
+        """Does what `MiniMindVLM.forward` does, given features. Each num_items_in_batch is a graph of its own."""
         inputs = {
             "input_ids": input_ids,
             "labels": labels,
@@ -81,7 +81,9 @@ class CompiledVLM:
         self.model.zero_grad(set_to_none=True)
 
 
-def compile_or_not(model: MiniMindVLM, data: VLMDataset, batch_size: int, device, dtype, log) -> CompiledVLM | MiniMindVLM:
+def compile_or_not(
+    model: MiniMindVLM, data: VLMDataset, batch_size: int, device, dtype, log
+) -> CompiledVLM | MiniMindVLM:
     """Returns the compiled model, or the model where torch.compile does not work here.
 
     Raises:

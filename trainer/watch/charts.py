@@ -118,7 +118,7 @@ def curve(series: Series, colour: str, across, upright) -> str:
 
 
 def last_labels(labels: list[tuple[str, float, float]]) -> str:
-    """Writes the curves' last values (colour, value, height) to the right of them, moved apart where they would meet."""
+    """Writes the curves' last values (colour, value, height) to their right, moved apart where they would meet."""
     labels = sorted(labels, key=lambda label: label[2])
     heights = [height for _, _, height in labels]
     for i in range(1, len(heights)):
@@ -140,7 +140,10 @@ def grid(across, upright, steps: list[float], marks: list[float], zero: float | 
     parts = [line("axis", LEFT, RIGHT, BOTTOM, BOTTOM), text(WIDTH, BOTTOM + 17, "end", "step")]
     for mark in marks:
         y = upright(mark)
-        parts += [line("axis" if mark == zero else "grid", LEFT, RIGHT, y, y), text(LEFT - 7, y + 4, "end", tick_label(mark))]
+        parts += [
+            line("axis" if mark == zero else "grid", LEFT, RIGHT, y, y),
+            text(LEFT - 7, y + 4, "end", tick_label(mark)),
+        ]
     parts += [line("epoch", across(epoch), across(epoch), TOP, BOTTOM) for epoch in epochs]
     for step in steps:
         x = across(step)
@@ -179,7 +182,8 @@ def line_chart(
     notes = [f"lowest and highest of each {bucket} of {len(s.points):,} reports" for s, bucket in buckets if bucket > 1]
     label = ", ".join(f"{series.name or title} ends at {value_label(value)}" for _, series, value in named)
     return (
-        f"<figure><figcaption><strong>{escape(title)}</strong><span>{escape(unit)}{', log scale' if is_log else ''}</span>"
+        f"<figure><figcaption><strong>{escape(title)}</strong>"
+        f"<span>{escape(unit)}{', log scale' if is_log else ''}</span>"
         f"{keys if len(named) > 1 else ''}{''.join(f'<span class=note>{note}</span>' for note in notes)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} over steps: {label}")}">'
         f"{grid(across, upright, steps, marks, None if is_log else 0, epochs)}"

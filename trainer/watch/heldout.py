@@ -61,7 +61,8 @@ class HeldOut:
             return "-" if value is None else f"{value:.4f}"
 
         return (
-            f"held out: loss {shown(self.loss)}  other pictures {shown(self.loss_shuffled)}  no pictures {shown(self.loss_blind)}  "
+            f"held out: loss {shown(self.loss)}  other pictures {shown(self.loss_shuffled)}  no pictures "
+            f"{shown(self.loss_blind)}  "
             f"grounding gap {shown(self.gap_shuffled)}"
         )
 
@@ -118,7 +119,9 @@ class Evaluator:
         ):
             part = mine[start : start + self.batch_size]
             seen = self.seen if keeps else {}
-            self._encode_rows({*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen)
+            self._encode_rows(
+                {*part, *(self.partners[place] for place in part if place in self.partners)} - seen.keys(), seen
+            )
             part = [place for place in part if seen[place] is not None]
             if not part:
                 continue

@@ -1,7 +1,7 @@
 """A run on one page: curves, images and their descriptions, settings; a single HTML file that needs nothing else.
 
-It is made of the files that a run leaves beside its weights; what is missing is left out, and the page says so. It loads
-nothing, runs no script, and follows the reader's light or dark setting.
+It is made of the files that a run leaves beside its weights; what is missing is left out, and the page says so. It
+loads nothing, runs no script, and follows the reader's light or dark setting.
 """
 
 import json
@@ -195,8 +195,10 @@ def grounding(record: Record) -> str:
     size = ", ".join(f"{last[key]:,.0f} {key}" for key in ("samples", "tokens") if last.get(key) is not None)
     step = record.evaluations[-1]["step"]
     return (
-        f'<h2>Does it look at the picture?</h2><p class="quiet">Loss on {size or "samples"} held out from training, after step '
-        f"{step:,}, in nats per token. The grounding gap is how much the loss rises when the pictures are the wrong ones or "
+        "<h2>Does it look at the picture?</h2>"
+        f'<p class="quiet">Loss on {size or "samples"} held out from training, after step '
+        f"{step:,}, in nats per token. The grounding gap is how much the loss rises when the pictures are the wrong "
+        "ones or "
         f"missing; at zero the pictures are ignored.</p>{table(('pictures', 'loss', 'perplexity', 'gap'), rows)}"
     )
 
@@ -222,7 +224,9 @@ def samples(record: Record) -> str:
             lines.append(f'<li class="reference"><span>reference</span>{text}</li>')
         question = escape(" ".join(prompt.replace("<image>", " ").split()))
         image = embedded_image(record.folder / file_name, file_name)
-        articles.append(f'<article class="picture">{image}<p class="quiet">{question}</p><ol>{"".join(lines)}</ol></article>')
+        articles.append(
+            f'<article class="picture">{image}<p class="quiet">{question}</p><ol>{"".join(lines)}</ol></article>'
+        )
     return (
         '<h2>Pictures and words</h2><p class="quiet">Greedy descriptions of the same pictures as the run went on. '
         f"✓: word for word the reference.</p>{''.join(articles)}"
@@ -258,8 +262,8 @@ def scene_table(record: Record) -> str:
         for value in (record.scenes.get(key, "?") for key in ("scenes", "step"))
     )
     return (
-        f'<h2>Built-in scenes</h2><p class="quiet">Greedy captions of {count} held-out scenes after step {step}. Attributes: '
-        "the colour, shape, size and place of each object, and how many there are.</p>"
+        f'<h2>Built-in scenes</h2><p class="quiet">Greedy captions of {count} held-out scenes after step {step}. '
+        "Attributes: the colour, shape, size and place of each object, and how many there are.</p>"
         f"{table(('', 'attributes right', 'whole captions right'), cells)}"
     )
 
@@ -335,8 +339,10 @@ def write_report(out_dir: Path, name: str) -> Path:
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<style>\n{style}</style></head><body>{sections}<footer>MiniMind-V, from {escape(name)}{METRICS} and the files beside "
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<style>\n{style}</style></head><body>{sections}<footer>MiniMind-V, from {escape(name)}{METRICS} and the "
+        "files beside "
         "it. python scripts/report.py writes this page anew.</footer></body></html>\n"
     )
     path = Path(out_dir) / f"{name}{REPORT}"

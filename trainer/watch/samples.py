@@ -44,9 +44,7 @@ class Samples:
             return []
         if self.generated is None:
             self._begin()
-        answers = generate_answers(
-            model, self.tokenizer, row_prompts(self.rows, model.config.pad_token_id), LONGEST
-        )
+        answers = generate_answers(model, self.tokenizer, row_prompts(self.rows, model.config.pad_token_id), LONGEST)
         generated = [self._record(number, step, answer) for number, answer in enumerate(answers)]
         self.generated += generated
         self._write()

@@ -35,7 +35,9 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     root, scenes = draw_builtin_dataset(), heldout_scenes()
     facts = [scene.facts for scene in scenes]
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
-    pictures = [load_picture(path, picture_format=picture_format) for path in sorted((root / "heldout_images").iterdir())]
+    pictures = [
+        load_picture(path, picture_format=picture_format) for path in sorted((root / "heldout_images").iterdir())
+    ]
     # Each scene gets the picture of another: half the set away, so that none keeps its own.
     half = len(pictures) // 2
     random_caption, constant_caption = chance(facts)
