@@ -1,7 +1,7 @@
-"""Weight files and training states: written whole or not at all, and read so that nothing is guessed.
+"""Weight files: read so that nothing is guessed, described by a sidecar.
 
-A weight file is a plain state dict in half precision without the tower, as the original's. Beside it lies a JSON (the
-"sidecar") that says what it is; a file without one is the original's, and its shape is read from its tensors.
+A weight file is a plain state dict in half precision without the tower, as the original's. Beside it lies a JSON, the
+"sidecar", that says what it is; a file without one is the original's, and its shape is read from its tensors.
 """
 
 import datetime
@@ -23,11 +23,10 @@ from common.files import load_file
 from common.paths import ROOT, display_path
 from model.model_vlm import MiniMindVLM, VLMConfig, config_fields, projector_of
 
-# What settings that no model can have make VLMConfig raise.
-CONFIG_ERRORS = (ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError)
+# What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
+CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-SIDECAR_KINDS = {"tokenizer_sha256": str, "arguments": dict}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -45,22 +44,23 @@ class Weights:
 
 
 def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
-    """The file's name without its ending."""
+    """Returns the file's name without its ending."""
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
 def find_weights(
     save_dir: Path,
     name: str,
-    hidden_size: int | None,
-    use_moe: bool | None,
+    hidden_size: int | None = None,
+    use_moe: bool | None = None,
     builtin: bool | None = None,
     log=print,
 ) -> Path:
-    """The weight file of that name in `save_dir`; of several the newest. A name that ends in .pth is a path.
+    """Finds the weight file of that name in `save_dir`, the newest of several. A name that ends in .pth is a path.
 
-    `builtin` True takes only weights trained on the built-in set, False only others, None any; `log` gets a line where
-    there are several.
+    Args:
+        builtin: True takes only weights trained on the built-in set, False only others, None any.
+        log: Gets a line where there are several.
 
     Raises:
         UsageError: If there is none.
@@ -71,16 +71,18 @@ def find_weights(
         return Path(name)
     pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
     found = {path: match for path in save_dir.glob("*.pth") if (match := pattern.fullmatch(path.name))}
-    fitting = [
+    of_size = [
         path
         for path, match in found.items()
-        if (hidden_size is None or int(match[1]) == hidden_size)
-        and (use_moe is None or bool(match[2]) == use_moe)
-        and (builtin is None or (read_sidecar_or_empty(path).get("assets") == "built-in") == builtin)
+        if hidden_size in (None, int(match[1])) and use_moe in (None, bool(match[2]))
     ]
+    is_builtin = {path: read_sidecar_or_empty(path).get("assets") == "built-in" for path in of_size}
+    fitting = [path for path in of_size if builtin in (None, is_builtin[path])]
     if not fitting:
         wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
         others = ", ".join(sorted(path.name for path in found)) or "none of that name"
+        if of_size:
+            others += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
         raise UsageError(
             f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint(name)}".rstrip()
         )
@@ -92,7 +94,7 @@ def find_weights(
 
 
 def hint(name: str) -> str:
-    """Returns how to get weights of that name."""
+    """Returns how to get weights of that name: a stage's script is called after the weights it writes."""
     if name == "llm":
         return "`python scripts/download.py llm` fetches the published language model"
     script = ROOT / "trainer" / f"train_{name}.py"
@@ -100,7 +102,7 @@ def hint(name: str) -> str:
 
 
 def read_sidecar_or_empty(path: Path) -> dict:
-    """What the JSON beside a weight file says, {} where it is missing or unreadable (`read_weights` tells why)."""
+    """Reads the JSON beside a weight file; {} where it is missing or unreadable (`read_weights` says why)."""
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -119,30 +121,40 @@ def read_weights(path: Path) -> Weights:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
         raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
-    shape = shape_of(tensors, path)
-    sidecar_path = path.with_suffix(".json")
+    shape, sidecar_path = shape_of(tensors, path), path.with_suffix(".json")
     if not sidecar_path.is_file():
         return Weights(path, tensors, build_config(shape, path), {})
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-        config = VLMConfig(**sidecar["config"])
-        for field, kind in SIDECAR_KINDS.items():
-            if not isinstance(sidecar.get(field, kind()), kind):
-                raise TypeError(f"{field} is {sidecar[field]!r}")
+        config = VLMConfig(**checked_sidecar(sidecar)["config"])
     except (OSError, *CONFIG_ERRORS) as error:
         raise UsageError(
-            f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error!r}. Delete it if the "
-            "weights are "
-            "the original project's (their shape is then read from the tensors), else restore it."
+            f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error}. Delete it if the "
+            "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
-    for key, value in shape.items():
-        if key in SHAPE_KEYS and getattr(config, key) != value:
+    for key in SHAPE_KEYS:
+        if getattr(config, key) != shape[key]:
             raise UsageError(
-                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {value}: they "
-                "do not belong "
-                "together"
+                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {shape[key]}: "
+                "they do not belong together"
             )
     return Weights(path, tensors, config, sidecar)
+
+
+def checked_sidecar(sidecar) -> dict:
+    """Returns the sidecar; raises ValueError unless its parts are of the kinds that `describe` writes."""
+    if not isinstance(sidecar, dict):
+        raise ValueError("it is no JSON object")
+    kinds = {"config": dict, "arguments": dict, "tokenizer_sha256": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(sidecar.get(name, kind()), kind)]
+    known = config_fields(VLMConfig())
+    for name, value in (sidecar["config"] if "config" in sidecar and not wrong else {}).items():
+        kind = (int, float) if isinstance(known.get(name), float) else type(known.get(name))
+        if name not in known or not isinstance(value, kind):
+            wrong.append(f"config.{name}")
+    if wrong or "config" not in sidecar:
+        raise ValueError(f"{', '.join(wrong) or 'config'} is missing, unknown, or of another kind")
+    return sidecar
 
 
 def read_folder(folder: Path) -> Weights:
@@ -156,16 +168,15 @@ def read_folder(folder: Path) -> Weights:
     if not config_path.is_file() or not files:
         raise UsageError(
             f"--load_from {folder}: `model` means the weight files in --save_dir; anything else must be a "
-            "transformers folder "
-            "with config.json and model.safetensors or pytorch_model.bin"
+            "transformers folder with config.json and model.safetensors or pytorch_model.bin"
         )
     try:
         tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_file(files[0])
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        names = config_fields(VLMConfig())
-        kept = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
+    names = config_fields(VLMConfig())
+    kept = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
@@ -174,11 +185,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def build_config(shape: dict, path: Path) -> VLMConfig:
-    """The configuration of that shape.
-
-    Raises:
-        UsageError: If no model has such a shape.
-    """
+    """Returns the configuration of that shape; raises UsageError if no model has it."""
     try:
         return VLMConfig(**shape)
     except CONFIG_ERRORS as error:
@@ -186,7 +193,7 @@ def build_config(shape: dict, path: Path) -> VLMConfig:
 
 
 def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
-    """The configuration that the tensors' names and shapes tell (8 heads, as all of the original's models).
+    """Returns the configuration that the tensors' names and shapes tell (8 heads, as all of the original's models).
 
     Raises:
         UsageError: If they are not a MiniMind model's.
@@ -208,10 +215,8 @@ def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
         }
         if use_moe:
             shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
-            shape |= {
-                "n_routed_experts": tensors["model.layers.0.mlp.gate.weight"].shape[0],
-                "n_shared_experts": len(shared),
-            }
+            routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
+            shape |= {"n_routed_experts": routed, "n_shared_experts": len(shared)}
         return shape | projector_of(tensors)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UsageError(
@@ -236,8 +241,7 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, voc
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
             f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
-            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
-            "--tokenizer_path"
+            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:
         raise UsageError(
@@ -247,16 +251,15 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, voc
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Fills the model; every tensor must be found and fit. Only a language model may lack the projection.
+    """Loads the weights; every tensor must be found and fit. Only a language model may lack the projection.
 
     Raises:
         UsageError: If a tensor is missing, unknown, of another shape, or not finite.
     """
-    expected, found = model.state_dict(), weights.tensors
-    missing = [name for name in expected if name not in found]
+    expected, found = model.state_dict(), dict(weights.tensors)
     if not weights.has_projection:
-        missing = [name for name in missing if not name.startswith("vision_proj.")]
-    problems = [f"{name} is missing" for name in missing]
+        found |= {name: tensor for name, tensor in expected.items() if name.startswith("vision_proj.")}
+    problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         if expected[name].shape != found[name].shape:
@@ -267,44 +270,39 @@ def load_into(model: MiniMindVLM, weights: Weights):
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         remedy = ""
         if any(problem.startswith("vision_proj.") for problem in problems):
-            remedy = " The projection fits one vision tower: name the tower it was trained with by --vision_model_path."
+            remedy = " The projection fits one tower: name the tower it was trained with by --vision_model_path."
         raise UsageError(
             f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}"
         )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            if name in found:
-                tensor.copy_(found[name])
+    model.load_state_dict(found)
 
 
 def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
-    """The parameters that learn, by name; the tied head appears once."""
+    """Returns the parameters that learn, by name; the tied head appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Path):
-    """Fills what learns from a training state.
+    """Loads what learns from a checkpoint.
 
     Raises:
-        UsageError: If the state holds other tensors than those that learn now.
+        UsageError: If the checkpoint holds other tensors than those that learn now.
     """
     parameters = learned_parameters(model)
     for name in sorted(parameters.keys() ^ learned.keys()):
         where = "learns now but is not" if name in parameters else "does not learn now but is"
         raise UsageError(
-            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its "
-            "flags"
+            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != learned[name].shape:
-                shapes = f"{tuple(learned[name].shape)} there, {tuple(parameter.shape)} here"
-                raise UsageError(f"{display_path(path)} is of another model: {name} is {shapes}")
-            parameter.copy_(learned[name])
+    for name, parameter in parameters.items():
+        if parameter.shape != learned[name].shape:
+            shapes = f"{tuple(learned[name].shape)} there, {tuple(parameter.shape)} here"
+            raise UsageError(f"{display_path(path)} is of another model: {name} is {shapes}")
+    model.load_state_dict(model.state_dict() | learned)
 
 
 def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as float16 on the CPU; those that are one (the embedding and the tied head) stay one."""
+    """Returns the tensors as float16 on the CPU; tied ones (the embedding and the head) stay one."""
     halves = {}
     return {
         name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16))
@@ -313,7 +311,7 @@ def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict) -> dict:
-    """The weights in half precision, and the sidecar beside them, for `write_together`.
+    """Returns the weights in half precision and their sidecar, for `write_together`.
 
     Args:
         frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
@@ -328,7 +326,7 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
 def describe(
     config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title: str | None = None
 ) -> dict:
-    """The sidecar: what a weight file is, and how it came about."""
+    """Returns the sidecar: what a weight file is, and how it was made."""
     return {
         "config": config_fields(config),
         "stage": stage,
@@ -345,7 +343,7 @@ def describe(
 
 
 def git_commit() -> str | None:
-    """The project's commit, with a + where files were changed since; None outside a git checkout."""
+    """Returns the project's commit, with a + where files were changed since; None outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
