@@ -43,8 +43,9 @@ from dataset.prompts import prompt_batch, with_images  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash  # noqa: E402
-from model.model_vlm import MiniMindVLM, fit_config_to_tower  # noqa: E402
+from model.model_vlm import MiniMindVLM  # noqa: E402
 from model.vision_tower import read_tower_settings  # noqa: E402
+from model.vlm_config import fit_config_to_tower  # noqa: E402
 from trainer import weights as weight_io  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.watch.answers import generate  # noqa: E402

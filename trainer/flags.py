@@ -10,7 +10,7 @@ from pathlib import Path
 from common.cli import HelpFormatter
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
-from model.model_vlm import PROJECTORS
+from model.vlm_config import PROJECTORS
 from trainer.support.assets import choose_assets
 from trainer.support.processes import cores, pick_device, pick_dtype
 

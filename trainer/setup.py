@@ -18,8 +18,9 @@ from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
 from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash
-from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings, read_tower_settings
+from model.vlm_config import fit_config_to_tower
 from trainer import weights as weight_io
 from trainer.flags import Stage
 from trainer.support.processes import Processes

@@ -21,7 +21,8 @@ from safetensors.torch import load_file as load_safetensors
 from common.errors import UsageError
 from common.files import load_file
 from common.paths import ROOT, display_path
-from model.model_vlm import MiniMindVLM, VLMConfig, config_fields, projector_of
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.vlm_config import config_fields, projector_of
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)
@@ -241,7 +242,8 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, voc
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
             f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
-            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
+            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
+            "--tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:
         raise UsageError(
@@ -292,7 +294,8 @@ def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Pat
     for name in sorted(parameters.keys() ^ learned.keys()):
         where = "learns now but is not" if name in parameters else "does not learn now but is"
         raise UsageError(
-            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its flags"
+            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its "
+            "flags"
         )
     for name, parameter in parameters.items():
         if parameter.shape != learned[name].shape:

@@ -1,0 +1,155 @@
+"""Reading a vision tower's folder: what its files say, and errors that say what to do."""
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from common.errors import UsageError
+
+CLASSES = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
+STATISTICS = {"clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
+REMEDY = (
+    "It must be a folder with config.json and model.safetensors (or pytorch_model.bin) of a CLIP or SigLIP ViT; "
+    "`python scripts/download.py tower` fetches the published one, --vision_model_path names another."
+)
+# What reading a damaged file of weights was seen to raise.
+READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+class TowerError(UsageError):
+    """The vision tower is missing or cannot be read."""
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """What a tower's own files say.
+
+    Attributes:
+        kind: "clip" or "siglip".
+        config: transformers' configuration.
+        mean, std: What its pixels are normalised by, a number per channel.
+        resample: The filter its images are resized with, by Pillow's number.
+        crop: True: shortest edge, then centre crop (CLIP); False: squashed to a square (SigLIP).
+    """
+
+    kind: str
+    config: CLIPVisionConfig | SiglipVisionConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+    crop: bool
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features."""
+        return self.config.hidden_size
+
+    @property
+    def patches(self) -> int:
+        """Features per image; a class token does not count."""
+        return (self.config.image_size // self.config.patch_size) ** 2
+
+    @property
+    def picture_settings(self) -> dict:
+        """How images are resized, for `dataset.pictures.PictureFormat`."""
+        return {"size": self.config.image_size, "resample": self.resample, "crop": self.crop}
+
+
+def unreadable(path: Path, reason: str) -> TowerError:
+    return TowerError(f"the vision tower in {path} cannot be read ({reason}). {REMEDY}")
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object; raises TowerError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(path.parent, f"{path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise unreadable(path.parent, f"{path.name} is no JSON object")
+    return content
+
+
+def read_tower_settings(path: str | Path) -> TowerSettings:
+    """Reads config.json and preprocessor_config.json of a tower, or of a whole CLIP or SigLIP model, not its weights.
+
+    Raises:
+        TowerError: If a file is missing or unreadable, or the tower is of another kind.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise TowerError(f"no vision tower in {path}: {path / 'config.json'} is missing. {REMEDY}")
+    content = read_json(path / "config.json")
+    content = content.get("vision_config") or content
+    kind = str(content.get("model_type", "clip")).split("_")[0]
+    if kind not in CLASSES or not isinstance(content, dict):
+        raise TowerError(f"the vision tower in {path} is a {kind}, neither CLIP nor SigLIP. {REMEDY}")
+    try:
+        config = CLASSES[kind][0].from_pretrained(path, local_files_only=True)
+        patches = config.image_size // config.patch_size
+    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[0].rstrip(": .")
+        raise unreadable(path, f"config.json: {reason}") from error
+    if kind == "siglip":
+        config.vision_use_head = False  # its pooled output is not used
+    if patches < 1:
+        raise TowerError(f"the vision tower in {path} has patches larger than its images. {REMEDY}")
+    return TowerSettings(kind, config, **read_preprocessing(path, kind))
+
+
+def read_preprocessing(path: Path, kind: str) -> dict:
+    """Reads mean, std, resample and crop from preprocessor_config.json; the kind's own where there is no such file."""
+    processor = path / "preprocessor_config.json"
+    found = read_json(processor) if processor.is_file() else {}
+    mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
+    resample = found.get("resample", Image.Resampling.BICUBIC)
+    if not all(
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
+        for values in (mean, std)
+    ) or resample not in set(Image.Resampling):
+        raise unreadable(path, f"{processor.name}: image_mean, image_std or resample")
+    crop = bool(found.get("do_center_crop", kind == "clip"))
+    return {"mean": tuple(mean), "std": tuple(std), "resample": int(resample), "crop": crop}
+
+
+def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the vision tensors of a folder, by their names without `vision_model.`; a text half stays on disk.
+
+    Raises:
+        TowerError: If the file is missing or damaged.
+    """
+    safetensors, pickled = path / "model.safetensors", path / "pytorch_model.bin"
+    if not (safetensors.is_file() or pickled.is_file()):
+        raise TowerError(f"no vision tower in {path}: {safetensors} is missing. {REMEDY}")
+    try:
+        if safetensors.is_file():
+            with safe_open(safetensors, framework="pt") as checkpoint:
+                tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys())}
+        else:
+            checkpoint = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
+            tensors = {name: checkpoint[name] for name in vision_names(checkpoint.keys())}
+    except READING_ERRORS as error:
+        # The first sentence: what follows is advice to programmers, some of it unsafe (to load any pickle).
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+            reason = "it holds something else than tensors, which could run code when loaded"
+        raise unreadable(path, reason) from error
+    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+
+
+def vision_names(names) -> list[str]:
+    """Returns which of a checkpoint's names are the tower's weights (position_ids only count)."""
+    names = [name for name in names if not name.endswith("position_ids")]
+    names = [name for name in names if name.startswith("vision_model.")] or names
+    return [name for name in names if not name.removeprefix("vision_model.").startswith("head.")]

@@ -1,0 +1,96 @@
+"""The vision-language model's configuration: what it holds, how it is saved, and how it follows the tower's files."""
+
+import copy
+import inspect
+import math
+
+import torch
+
+from model.model_minimind import MiniMindConfig
+from model.vision_tower import TowerSettings
+
+PROJECTORS = ("linear", "mlp")
+
+
+class VLMConfig(MiniMindConfig):
+    """The decoder's shape (see `MiniMindConfig`) and how images enter it.
+
+    Args:
+        image_token_id: The placeholder's id, `@` in the published tokenizer.
+        vision_hidden_size: Width of the tower's features; read from the tower where there is one.
+        vision_patches: The tower's features per image; read from the tower where there is one.
+        projector: "linear", as published, or "mlp".
+        pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide
+            (https://arxiv.org/abs/1609.05158, backwards).
+
+    Raises:
+        ValueError: If there is no such projector, or the patches are no grid that N divides.
+    """
+
+    model_type = "minimind-v"
+
+    def __init__(
+        self,
+        image_token_id: int = 34,
+        vision_hidden_size: int = 768,
+        vision_patches: int = 196,
+        projector: str = "linear",
+        pixel_shuffle: int = 1,
+        **kwargs,
+    ):
+        if projector not in PROJECTORS:
+            raise ValueError(f"no projector {projector!r}, choose from {', '.join(PROJECTORS)}")
+        check_pixel_shuffle(vision_patches, pixel_shuffle)
+        self.image_token_id = image_token_id
+        self.vision_hidden_size = vision_hidden_size
+        self.vision_patches = vision_patches
+        self.projector = projector
+        self.pixel_shuffle = pixel_shuffle
+        super().__init__(**kwargs)
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders per image in the text."""
+        return self.vision_patches // self.pixel_shuffle**2
+
+
+def check_pixel_shuffle(patches: int, factor: int):
+    """Raises ValueError unless the patches are a grid whose sides the factor divides."""
+    side = math.isqrt(patches)
+    if factor != 1 and (factor < 1 or side**2 != patches or side % factor):
+        raise ValueError(f"pixel_shuffle {factor} does not divide the tower's {patches} patches as a grid")
+
+
+def config_fields(config: VLMConfig) -> dict:
+    """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
+    parameters = [inspect.signature(kind.__init__).parameters for kind in (MiniMindConfig, VLMConfig)]
+    names = [name for of_class in parameters for name in of_class if name not in ("self", "kwargs")]
+    return {name: getattr(config, name) for name in names}
+
+
+def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:
+    """Returns the configuration with the tower's width and number of patches.
+
+    Args:
+        from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input
+            width (as vision_hidden_size): N^2 times the tower's width means a pixel shuffle of N before it.
+
+    Raises:
+        ValueError: If the tower's patches are no grid that the pixel shuffle divides.
+    """
+    factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
+    config = copy.deepcopy(config)
+    if from_tensors and factor > 1 and config.vision_hidden_size == tower.hidden_size * factor**2:
+        config.pixel_shuffle = factor
+    config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
+    check_pixel_shuffle(config.vision_patches, config.pixel_shuffle)
+    return config
+
+
+def projector_of(tensors: dict[str, torch.Tensor]) -> dict:
+    """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none."""
+    first = tensors.get("vision_proj.vision_proj.0.weight")
+    if first is None:
+        return {}
+    kind = "mlp" if "vision_proj.vision_proj.2.weight" in tensors else "linear"
+    return {"projector": kind, "vision_hidden_size": first.shape[1]}
