@@ -5,7 +5,7 @@
     python scripts/download.py llm --hidden_size 768         the base language model
     HF_ENDPOINT=https://MIRROR python scripts/download.py    through a mirror of the hub
 
-Run it again after an interruption: it goes on where it stopped, and fetches nothing that is already here.
+Run it again after an interruption: it resumes, and fetches nothing that is already here.
 """
 
 import argparse
@@ -22,23 +22,23 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import HelpFormatter  # noqa: E402
 from common.errors import UsageError  # noqa: E402
 from common.paths import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR
 from scripts.transfer import (  # noqa: E402
     RemoteFile,
     fetch,
     human,
-    left_to_unpack,
     list_repo,
     open_zip,
-    space_for,
     unpack,
+    unpacked_bytes,
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """What can be asked for by one word: a repository of the hub and the folder its files go to."""
+    """What one word asks for: a repository of the hub, and the folder its files go to."""
 
     repo_id: str
     repo_type: str
@@ -57,9 +57,6 @@ PARTS = {
 UNPACKED_PER_ZIP = 1.6  # until the zip can be read: JPEGs of 4 kB do not shrink in it, and fill whole blocks on disk
 
 
-# What to fetch
-
-
 def choose_files(part: str, names: set[str], hidden_size: int) -> dict[str, str]:
     """Picks a part's files out of a repository's.
 
@@ -72,7 +69,7 @@ def choose_files(part: str, names: set[str], hidden_size: int) -> dict[str, str]
         For each name in the repository the name it gets in the part's folder.
 
     Raises:
-        UsageError: a file is not there.
+        UsageError: A file is not there.
     """
     if part == "tower":
         weights = "model.safetensors" if "model.safetensors" in names else "pytorch_model.bin"
@@ -127,10 +124,10 @@ def plan(parts: list[str], hidden_size: int, dest: Path) -> list[RemoteFile]:
 
 
 def is_in_place(file: RemoteFile) -> bool:
-    """Whether nothing is left to do for a file.
+    """Tells whether nothing is left to do for a file.
 
     Raises:
-        UsageError: something else has its name. It may be the user's own, so it is not overwritten.
+        UsageError: Something else has its name. It may be the user's own, so it is not overwritten.
     """
     if file.folder and file.folder.is_dir() and any(file.folder.iterdir()):
         return True
@@ -145,36 +142,33 @@ def is_in_place(file: RemoteFile) -> bool:
     return file.folder is None
 
 
-# Room for it
-
-
 def existing_folder(path: Path) -> Path:
-    """The nearest folder above a path that exists already."""
+    """Returns the nearest folder above a path that exists already."""
     return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
 def to_fetch(file: RemoteFile) -> int:
-    """Bytes still to be transferred."""
+    """Returns the bytes still to be transferred."""
     if file.path.exists():
         return 0
     return max(0, file.size - (file.partial.stat().st_size if file.partial.exists() else 0))
 
 
 def to_unpack(file: RemoteFile) -> int:
-    """Bytes that unpacking will still take on disk: exact where the zip is here, else a cautious guess."""
+    """Returns the bytes that unpacking takes on disk: exact where the zip is here, else a cautious guess."""
     if file.folder is None:
         return 0
     if not file.path.exists():
         return round(file.size * UNPACKED_PER_ZIP)
     with open_zip(file.path) as archive:
-        return space_for(left_to_unpack(archive, file.folder))
+        return unpacked_bytes(archive)
 
 
 def check_disk(files: list[RemoteFile]) -> None:
     """Compares what is still missing with the free disk, before anything is fetched.
 
     Raises:
-        UsageError: there is not enough room; with the figures.
+        UsageError: There is not enough room; with the figures.
     """
     by_disk: dict[int, list[RemoteFile]] = {}
     for file in files:  # dataset/ is often a link to a larger disk
@@ -192,16 +186,13 @@ def check_disk(files: list[RemoteFile]) -> None:
         print(f"\n{figures}; {human(free)} free", flush=True)
 
 
-# The command
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; without a part, all parts are meant."""
     parts = "\n".join(f"  {name:<10} {part.about} ({part.repo_id})" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         description=f"Fetch the published files.\n\nparts (default: all):\n{parts}",
-        epilog="Run it again after an interruption: it goes on. Set HF_ENDPOINT to use a mirror of the hub.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Run it again after an interruption: it resumes. Set HF_ENDPOINT to use a mirror of the hub.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to fetch: {', '.join(PARTS)}")
     parser.add_argument("--hidden_size", type=int, choices=(512, 768), default=512, help="which language model")
@@ -216,7 +207,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_endpoint() -> None:
-    """HF_ENDPOINT without https:// is the usual slip, and fails later in words of httpx."""
+    """Catches the usual slip, HF_ENDPOINT without https://, which would fail later in words of httpx."""
     if urlsplit(ENDPOINT).scheme not in ("http", "https") or not urlsplit(ENDPOINT).hostname:
         raise UsageError(f"HF_ENDPOINT={ENDPOINT} is not an address: it must look like https://MIRROR")
 
@@ -247,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace, files: list[RemoteFile], dest: Path) -> None:
-    """Says what lies where, and the command to type next."""
+    """Prints what lies where, and the command to type next."""
     print(f"\nIn place, under {dest}:")
     for part in args.parts:
         places = [file.folder or file.path for file in files if file.part == part]
@@ -258,16 +249,15 @@ def report(args: argparse.Namespace, files: list[RemoteFile], dest: Path) -> Non
     if dest != ROOT:
         print(f"Training looks under {ROOT}: move these folders there.")
     here = Path.cwd()
-    for stage in ("pretrain", "sft"):
-        script = ROOT / "trainer" / f"train_{stage}_vlm.py"
-        shown = os.path.relpath(script) if here.is_relative_to(ROOT) else script
-        size = f" --hidden_size {args.hidden_size}" if args.hidden_size != 512 else ""
-        if stage == "pretrain" or stage in args.parts:
-            print(f"{'Next:' if stage == 'pretrain' else 'then:'}  python {shown}{size}")
+    size = f" --hidden_size {args.hidden_size}" if args.hidden_size != 512 else ""
+    for word, name in (("Next:", "pretrain"), ("then:", "sft")):
+        script = ROOT / "trainer" / f"train_{name}_vlm.py"
+        if word == "Next:" or name in args.parts:
+            print(f"{word}  python {os.path.relpath(script) if here.is_relative_to(ROOT) else script}{size}")
 
 
 def explain(error: Exception) -> str:
-    """One line for the person who typed the command: what is wrong, and what to do."""
+    """Returns a line for the person who typed the command: what is wrong, and what to do."""
     if isinstance(error, UsageError):
         return str(error)
     if isinstance(error, OfflineModeIsEnabled):
@@ -296,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command resumes.", file=sys.stderr)
         return 130
     except (UsageError, HTTPError, OSError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)

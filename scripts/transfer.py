@@ -1,8 +1,7 @@
-"""Bring one file from the model hub, or unpack one zip: checked, and resumable after any interruption.
+"""Fetch one file from the model hub, or unpack one zip, checked.
 
-A file or folder gets its final name only when it is complete. Until then it is called `*.part`, and the next call
-goes on from there. Transfers are plain HTTP with ranges, because `hf_hub_download` throws an interrupted file away
-when its process ends.
+A file or folder gets its final name only when it is complete; until then it is called `*.part`. Transfers are
+plain HTTP with ranges, because `hf_hub_download` drops an interrupted file when its process ends.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ DISK_BLOCK = 4096  # bytes a small file takes at least
 
 
 class ConnectionLost(UsageError):
-    """An answer ended before the file did, without an error of the connection's."""
+    """An answer ended before the file did, without an error of the connection."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RemoteFile:
 
     @property
     def partial(self) -> Path:
-        """Where it grows: named after its content, so that a newer version is never joined to an older half."""
+        """Where it grows; named after its content, so that a newer version is never joined to an older half."""
         content = self.sha256 or self.blob_id or self.commit
         return self.path.with_name(f"{self.path.name}.{content[:12]}.part")
 
@@ -61,29 +60,26 @@ class RemoteFile:
 
 
 def human(size: float) -> str:
-    """A size in bytes as people read it: 12.3 GB."""
+    """Formats a size in bytes: 12.3 GB."""
     for unit, bytes_each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_each:
             return f"{size / bytes_each:.1f} {unit}"
     return f"{size:.0f} bytes"
 
 
-def progress(name: str, total: int, unit: str) -> tqdm:
-    """A bar that shows up after a second, goes when done, and seldom speaks where there is no terminal."""
+def progress(name: str, total: int, unit: str, items=None) -> tqdm:
+    """Returns a bar that appears after a second and vanishes when done; without a terminal it seldom prints."""
     every = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        desc=f"  {name}", total=total, unit=unit, unit_scale=unit == "B", delay=1, mininterval=every, leave=False
+        items, desc=f"  {name}", total=total, unit=unit, unit_scale=unit == "B", delay=1, mininterval=every, leave=False
     )
-
-
-# The hub
 
 
 def list_repo(repo_id: str, repo_type: str) -> tuple[str, dict[str, RepoSibling]]:
     """Asks the hub for a repository's commit and its files (by name; with size and checksums).
 
     Raises:
-        UsageError: there is no such repository, it is not open to everyone, or this is not a hub.
+        UsageError: There is no such repository, it is not open to everyone, or this is not a hub.
     """
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
@@ -102,11 +98,11 @@ def list_repo(repo_id: str, repo_type: str) -> tuple[str, dict[str, RepoSibling]
 
 
 def fetch(file: RemoteFile) -> None:
-    """Brings one file to its place, going on where an earlier run stopped.
+    """Fetches one file to its place, resuming where an earlier run stopped.
 
     Raises:
-        UsageError: what arrived is not what was published.
-        HTTPError: the connection failed more than `RETRIES` times in a row, or the hub refused.
+        UsageError: What arrived is not what was published.
+        HTTPError: The connection failed more than `RETRIES` times in a row, or the hub refused.
     """
     file.path.parent.mkdir(parents=True, exist_ok=True)
     for stale in file.path.parent.glob(f"{file.path.name}.*.part"):
@@ -133,7 +129,7 @@ def fetch(file: RemoteFile) -> None:
 
 
 def transfer(file: RemoteFile, start: int, bar: tqdm) -> None:
-    """One request: appends to the partial file what comes from byte `start` on."""
+    """Makes one request, and appends what comes from byte `start` on to the partial file."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -172,9 +168,6 @@ def verify(file: RemoteFile) -> None:
         raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
 
 
-# Zips
-
-
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Opens a zip; UsageError if it is none."""
     try:
@@ -184,10 +177,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def zip_members(archive: zipfile.ZipFile, folder: Path) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The files of a zip with their places inside `folder`; one top folder of the same name is left out.
+    """Returns the files of a zip and their places inside `folder`; a top folder of the same name is left out.
 
     Raises:
-        UsageError: a member wants to leave the folder, or is neither a file nor a folder.
+        UsageError: A member wants to leave the folder, or is neither a file nor a folder.
     """
     members = []
     for info in archive.infolist():
@@ -208,60 +201,38 @@ def zip_members(archive: zipfile.ZipFile, folder: Path) -> list[tuple[zipfile.Zi
     return members
 
 
-def staging(folder: Path) -> Path:
-    """The name a folder has until everything is unpacked."""
-    return folder.with_name(f"{folder.name}.part")
-
-
-def left_to_unpack(archive: zipfile.ZipFile, folder: Path) -> list[tuple[zipfile.ZipInfo, Path]]:
-    """The members that an earlier run has not written yet, each with its path in the staging folder."""
-    targets = [(info, staging(folder) / place) for info, place in zip_members(archive, folder)]
-    return [(info, path) for info, path in targets if not path.is_file() or path.stat().st_size != info.file_size]
-
-
-def space_for(members: list[tuple[zipfile.ZipInfo, Path]]) -> int:
-    """Bytes on disk by the zip's own word, in whole blocks: a million empty files need room too."""
-    return sum(max(1, -(-info.file_size // DISK_BLOCK)) * DISK_BLOCK for info, _ in members)
+def unpacked_bytes(archive: zipfile.ZipFile) -> int:
+    """Returns the bytes on disk by the zip's own word, in whole blocks: a million empty files need room too."""
+    return sum(max(1, -(-info.file_size // DISK_BLOCK)) * DISK_BLOCK for info in archive.infolist())
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpacks a zip so that `folder` appears only when complete; an interrupted run is continued.
+    """Unpacks a zip into `folder`.part, and renames that when it is complete; an interrupted one starts over.
 
     Raises:
-        UsageError: the zip is unsafe or damaged, or the disk too small for what it declares.
+        UsageError: The zip is unsafe or damaged, or the disk too small for what it declares.
     """
+    part = folder.with_name(f"{folder.name}.part")
     with open_zip(path) as archive:
-        members = left_to_unpack(archive, folder)
-        needed, free = space_for(members), shutil.disk_usage(folder.parent).free
+        members = zip_members(archive, folder)
+        needed, free = unpacked_bytes(archive), shutil.disk_usage(folder.parent).free
         if needed > free:
             raise UsageError(
                 f"not enough disk to unpack {path}: {human(needed)} needed, {human(free)} free. "
                 "Make room and run this again."
             )
-        staging(folder).mkdir(exist_ok=True)
-        with progress(f"unpacking {path.name}", len(members), " files") as bar:
-            for info, target in members:
-                write_member(archive, info, target, folder.with_name(f"{folder.name}.file.part"))
-                bar.update()
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            for info, place in progress(f"unpacking {path.name}", len(members), " files", members):
+                (part / place).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, open(part / place, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)  # zipfile gives at most the declared bytes
+                    if out.tell() < info.file_size:
+                        raise zipfile.BadZipFile(f"{info.filename!r} is shorter than declared")
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            shutil.rmtree(part)
+            raise UsageError(f"{path} is damaged ({error}): delete it and run this again.") from error
     if folder.is_dir():
         folder.rmdir()  # an empty one: a filled one is never unpacked over
-    staging(folder).rename(folder)
-
-
-def write_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, scratch: Path) -> None:
-    """Writes one file of a zip under a scratch name, never more than it declared, then gives it its own."""
-    written = 0
-    try:
-        with archive.open(info) as source, open(scratch, "wb") as out:
-            while chunk := source.read(1 << 20):
-                written += len(chunk)
-                if written > info.file_size:
-                    raise zipfile.BadZipFile(f"{info.filename!r} is larger than declared")
-                out.write(chunk)
-        if written < info.file_size:
-            raise zipfile.BadZipFile(f"{info.filename!r} is shorter than declared")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        scratch.unlink(missing_ok=True)
-        raise UsageError(f"{archive.filename} is damaged ({error}): delete it and run this again.") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(scratch, target)
+    part.rename(folder)
