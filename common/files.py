@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read without running what is in them."""
+"""Files written whole or not at all, and read without running code from them."""
 
 import glob
 import hashlib
@@ -17,7 +17,7 @@ from common.errors import UsageError
 from common.paths import display_path
 
 TEMPORARY = ".tmp"
-# What a file that is cut off, garbled, or no weight file at all makes torch.load raise.
+# What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
 LOADING_ERRORS = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
     *(AttributeError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError),
@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
-    """As `write_atomically` for several files: none is renamed, in the order given, before all are on disk.
+    """Does what `write_atomically` does for several files: all are on disk before the first is renamed, in order.
 
     Raises:
         UsageError: If that fails; all files are then as they were before.
@@ -51,7 +51,7 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
             os.replace(temporary, path)
             flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own tells no cause
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error names no cause
         if not isinstance(reason, OSError):
             raise
         raise UsageError(f"{display_path(path)} cannot be written: {reason.strerror or reason}") from error
@@ -61,7 +61,7 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
 
 
 def flush_folder(folder: Path):
-    """Brings a folder's names to disk, so that a renamed file is there after a power cut."""
+    """Syncs a folder, so that a renamed file is there after a power cut."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -71,13 +71,13 @@ def flush_folder(folder: Path):
 
 
 def remove_temporaries(folder: Path, name: str):
-    """Removes what a run of this name left half written when it was killed."""
+    """Removes files that a run of this name left half written when it was killed."""
     for path in folder.glob(f".{glob.escape(name)}*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 
 def check_checksums(path: Path):
-    """Raises BadZipFile where a file is not as torch.save wrote it, which torch.load itself does not look at."""
+    """Raises BadZipFile unless a file's checksums are right, which torch.load does not check."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             return  # of a torch before 1.6, whose files hold no checksums
@@ -90,7 +90,7 @@ def check_checksums(path: Path):
 
 
 def load_file(path: Path) -> dict:
-    """torch.load without running code from the file.
+    """Loads a file of torch.save without running code from it.
 
     Raises:
         UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
@@ -108,7 +108,7 @@ def load_file(path: Path) -> dict:
 
 
 def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 (hex) of named tensors on the CPU."""
+    """Returns the SHA-256 (hex) of named tensors on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
-    """Angles per position for each pair of a head's dimensions, and the factor on cosine and sine.
+    """Returns the angle per position of each pair of a head's dimensions, and the factor on cosine and sine.
 
     Args:
         config: Gives the head size E, theta and whether YaRN is on.
@@ -121,7 +121,7 @@ def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
         return frequencies, 1.0
 
     def pair_that_turns(rotations: float) -> float:
-        """The (fractional) pair that makes so many full turns within the original context."""
+        """Returns the (fractional) pair that makes so many full turns within the original context."""
         wavelength = config.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         v_BKLE = self.v_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q_BHLE, k_BKLE = apply_rotary(q_BHLE, *rotary), apply_rotary(k_BKLE, *rotary)
         if past_key_values is not None:
-            # Early releases of transformers 5 do not count what is in a static cache: they are told where to write.
+            # Early releases of transformers 5 do not count what a static cache holds: they need the position.
             cache_kwargs = {"cache_position": cache_position}
             k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
         out_BHLE = F.scaled_dot_product_attention(
@@ -177,8 +177,8 @@ class Attention(nn.Module):
             v_BKLE,
             attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0,
-            # One new token sees all keys; several tokens with keys before them come with a mask. (A condition, which
-            # torch.compile decides once, where it would hand a comparison of symbols on as it is.)
+            # A single new token sees all keys; several tokens after cached keys come with a mask. (Conditional, because
+            # torch.compile evaluates it once, while it would keep a comparison symbolic.)
             is_causal=False if attention_mask is not None or length == 1 else True,
             enable_gqa=True,
         )
@@ -211,10 +211,10 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
-        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) leaves out pads."""
+        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) excludes pads."""
         batch, length, width = hidden_states.shape
         x_TD = hidden_states.reshape(-1, width)
-        # The router decides between near-equal scores: float32, also under autocast.
+        # The router decides between near-equal scores, so it runs in float32 under autocast too.
         with torch.autocast(hidden_states.device.type, enabled=False):
             scores_TX = F.linear(x_TD.float(), self.gate.weight.float()).softmax(dim=-1)
         weight_Tk, expert_Tk = scores_TX.topk(self.top_k, dim=-1)
@@ -266,7 +266,7 @@ class MiniMindBlock(nn.Module):
 
 
 def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
-    """The mask attention needs, or None where plain causal attention (or one token that sees all) is enough.
+    """Returns attention's mask, None where plain causal attention (or one token that sees all) is enough.
 
     Args:
         attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
@@ -287,7 +287,7 @@ def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: i
     mask = (key_position <= query_position)[None, None]
     if padded:
         keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
-        # A pad sees itself, so that no row is empty: a softmax over nothing is NaN, and NaN spreads through the values.
+        # A pad attends to itself: a softmax over no keys is NaN, and NaN spreads through the values.
         mask = mask & keys[:, None, None, :] | (key_position == query_position)
     return mask
 
@@ -306,7 +306,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, MiniMindModel):
-            # Not saved, so it is computed wherever a model's tensors are filled.
+            # Not saved in the state dict, so it is computed here.
             module.rotary_frequencies.copy_(rotary_frequencies(module.config)[0])
 
 
@@ -326,7 +326,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.rotary_frequencies.dtype.itemsize < 4:
-            # A half-precision model keeps exact angles: rounded frequencies are off by radians at position 1000.
+            # Keep the angles exact in a half-precision model: rounded frequencies are off by radians at position 1000.
             self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
         return self
 
@@ -352,14 +352,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, float32, of positions (B or 1, L)."""
+        """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, float32, of positions (B or 1, L)."""
         angles = position_ids[:, None, :, None].float() * self.rotary_frequencies.float()
         cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def positions_from_mask(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
-    """Positions (B or 1, L) of the newest tokens, whose places in the cache are (L,); pads at the left do not count."""
+    """Returns positions (B or 1, L) of the newest tokens, at (L,) in the cache; pads at the left do not count."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -len(cache_position) :]
     return cache_position[None]
@@ -383,7 +383,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) ids to (B, L, D)."""
+        """Embeds (B, L) ids as (B, L, D)."""
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -400,12 +400,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """One pass over the tokens.
+        """Runs the decoder over the tokens.
 
         Args:
             input_ids: (B, L) token ids, or inputs_embeds: (B, L, D).
-            attention_mask: (B, keys), 0 at pads. Pads at the right of a training batch need none: nothing after a
-                token is seen by it.
+            attention_mask: (B, keys), 0 at pads. Pads at the right of a training batch need none: attention is causal.
             past_key_values: A cache (transformers' own), filled in place; any number of tokens may follow a filled one.
             labels: (B, L), -100 where nothing is learned; the token at position i is learned from position i - 1.
             logits_to_keep: Compute the logits of this many last positions only; 0 is all of them.
@@ -429,7 +428,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
 
         if learned_positions is not None:
-            # The logits that predict position i stand at i - 1; a first position has nothing before it to learn from.
+            # The logits at i - 1 predict position i; a first position cannot be predicted.
             kept = hidden_states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
             is_first = learned_positions % labels.shape[1] == 0
             logits, targets = self.lm_head(kept), labels.flatten()[learned_positions].masked_fill(is_first, -100)
@@ -446,7 +445,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 
 def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
-    """Cross-entropy of (N, V) against (N,), in float32; -100 is left out, and nothing to learn is 0, not NaN."""
+    """Returns the cross-entropy of (N, V) against (N,) in float32, -100 ignored; 0 (not NaN) if nothing is learned."""
     loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
     count = (targets != -100).sum() if num_items is None else num_items
     return loss / (count + (count == 0))

@@ -28,7 +28,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.paths import SAVE_DIR  # noqa: E402
+from dataset.chat import SYSTEM_PROMPT  # noqa: E402
 
 VOCAB_SIZE = 6400
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2: padding and unknown, begin, end
@@ -41,7 +44,7 @@ MODEL_MAX_LENGTH = 32768
 
 CHAT_TEMPLATE = (
     "{% if not messages or messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n' }}"
+    "{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}"
     "{% endif %}"
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -255,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data_path", type=Path, nargs="+", help="texts: .txt or .jsonl files; left out, the built-in corpus is used"
     )
-    parser.add_argument("--save_dir", type=Path, default=ROOT / "out" / "tokenizer", help="folder to write")
+    parser.add_argument("--save_dir", type=Path, default=SAVE_DIR / "tokenizer", help="folder to write")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="number of entries")
     args = parser.parse_args()
     problems = []

@@ -3,8 +3,8 @@
 A scene is one or two objects on a light background, each with a colour, a shape, a size and a place in a 3 x 3 grid.
 Scene, picture and rows are functions of an index alone, so that the set need not be stored: `draw_builtin_dataset()`
 draws it when it is first needed. About one in seven (colour, shape, place) combinations is held out: training never
-shows one, and the held-out scenes show nothing else. What is said about scenes is in `language.py`, and how a
-description is graded in `grading.py`.
+shows one, and the held-out scenes show nothing else. The texts are in `language.py`, the
+grading of descriptions in `grading.py`.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ STALE_AFTER_SECONDS = 600  # drawing takes about 15; an unfinished folder this o
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object: what is said of it, and its geometry in pixels of the 128 x 128 picture."""
+    """One drawn object: its attributes, and its geometry in pixels of the 128 x 128 picture."""
 
     facts: Facts
     x: float
@@ -68,12 +68,12 @@ class Scene:
 
     @property
     def facts(self) -> tuple[Facts, ...]:
-        """What there is to say about the scene: colour, shape, size and place of each object."""
+        """Colour, shape, size and place of each object."""
         return tuple(thing.facts for thing in self.objects)
 
 
 def is_held_out(colour: str, shape: str, place: str) -> bool:
-    """Whether the combination is kept from training.
+    """Tells whether the combination is kept from training.
 
     The rule is a Latin square's (a linear form modulo 7): it takes 1 in 7 combinations, yet each pair colour-shape,
     colour-place and shape-place stays in training, so that a held-out scene is new only as a whole.
@@ -82,7 +82,7 @@ def is_held_out(colour: str, shape: str, place: str) -> bool:
 
 
 def combinations(held_out: bool) -> list[tuple[str, str, str]]:
-    """All (colour, shape, place) combinations that are held out, or all that are not."""
+    """Returns all (colour, shape, place) combinations that are held out, or all that are not."""
     return [
         (colour, shape, place)
         for colour in COLOURS
@@ -171,7 +171,7 @@ def _mask(thing: SceneObject, side: int) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of 128 x 128 pixels, edges smoothed."""
+    """Draws the scene as an RGB picture of 128 x 128 pixels, antialiased."""
     size = (PICTURE_SIZE, PICTURE_SIZE)
     near, far = (Image.new("RGB", size, rgb) for rgb in scene.background)
     picture = Image.composite(far, near, Image.linear_gradient("L").resize(size))
@@ -182,7 +182,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def patch_coverage(scene: Scene) -> np.ndarray:
-    """How much of each of the tower's patches each object covers.
+    """Returns how much of each of the tower's patches each object covers.
 
     Returns:
         Shares from 0 to 1, of shape (objects, 14, 14); rows from top to bottom.
@@ -192,7 +192,7 @@ def patch_coverage(scene: Scene) -> np.ndarray:
 
 
 def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
-    """Whether the complete set, drawn by this very code, lies in `root`."""
+    """Tells whether the complete set, drawn by this very code, is in `root`."""
     stamp = root / STAMP
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp()
 

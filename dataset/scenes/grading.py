@@ -1,4 +1,4 @@
-"""Grades a description of a built-in scene, and says what guessing would get."""
+"""Grading a description of a built-in scene, and what guessing would get."""
 
 import re
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Grade:
     Attributes:
         right: attributes that are right, of `total`: colour, shape, size and place of each object, and their number.
         total: attributes that the scene has.
-        whole: whether everything is right, and nothing is said that is not there.
+        whole: whether everything is right, and nothing is described that is not there.
     """
 
     right: int
@@ -55,7 +55,7 @@ class Score:
 
 
 def parse_caption(text: str) -> list[dict[str, str]]:
-    """Reads the objects out of a description, tolerating other spellings, missing words and other punctuation.
+    """Parses the objects of a description, tolerating other spellings, missing words and other punctuation.
 
     Returns:
         One dictionary an object, in the text's order, with those of the keys colour, shape, size and place that were
@@ -80,7 +80,7 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
     """Grades a description of one picture.
 
     The described objects are matched with those of the scene in whichever way gets the most right, so the order of
-    telling does not matter.
+    description does not matter.
 
     Args:
         text: the description.
@@ -89,17 +89,17 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
     return _grade(parse_caption(text), objects)
 
 
-def _grade(told: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
-    candidates = told[:4] + [{}] * len(objects)  # {}: an object of which nothing was said
+def _grade(described: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
+    candidates = described[:4] + [{}] * len(objects)  # {}: an object that is not described
     right = max(
         sum(
-            said.get(key) == getattr(thing, key)
-            for said, thing in zip(order, objects, strict=True)
+            found.get(key) == getattr(thing, key)
+            for found, thing in zip(order, objects, strict=True)
             for key in ATTRIBUTES
         )
         for order in permutations(candidates, len(objects))
     )
-    right += len(told) == len(objects)
+    right += len(described) == len(objects)
     total = 1 + len(ATTRIBUTES) * len(objects)
     return Grade(right, total, whole=right == total)
 
@@ -121,12 +121,13 @@ def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
 
     Returns:
         The score of describing each scene by the true caption of some other scene (the mean over all others, which is
-        what shuffled pictures must fall to), and the score of the one caption among them that, said to every scene,
+        what shuffled pictures must fall to), and the score of the one caption among them that, given to every scene,
         gets the most attributes right.
     """
-    told = [parse_caption(caption(objects)) for objects in scenes]
+    described = [parse_caption(caption(objects)) for objects in scenes]
     others = [
-        [_grade(said, objects) for at, objects in enumerate(scenes) if at != source] for source, said in enumerate(told)
+        [_grade(objects_of, objects) for at, objects in enumerate(scenes) if at != source]
+        for source, objects_of in enumerate(described)
     ]
     by_constant = [_sum_up(grades) for grades in others]
     return (

@@ -1,4 +1,4 @@
-"""What is said about the built-in scenes: captions, questions with answers, and the rows of the data set.
+"""The texts of the built-in scenes: captions, questions with answers, and the rows of the data set.
 
 Everything here is text; pictures are drawn in `scenes.py`, and captions are graded in `grading.py`.
 """
@@ -26,7 +26,7 @@ DESCRIBE_TWO_REQUESTS = ("描述这两张图片", "请依次描述这两张图�
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to say about one object."""
+    """The attributes of one object."""
 
     colour: str
     shape: str
@@ -35,13 +35,13 @@ class Facts:
 
 
 def caption(objects: Sequence[Facts]) -> str:
-    """The one canonical description of a scene, its objects in reading order."""
-    told = "，".join(f"{thing.place}有一个{thing.size}的{thing.colour}{thing.shape}" for thing in objects)
-    return f"图中有{_count(objects)}个物体：{told}。"
+    """Returns the one canonical description of a scene, its objects in reading order."""
+    parts = "，".join(f"{thing.place}有一个{thing.size}的{thing.colour}{thing.shape}" for thing in objects)
+    return f"图中有{_count(objects)}个物体：{parts}。"
 
 
 def caption_two(first: Sequence[Facts], second: Sequence[Facts]) -> str:
-    """The canonical description of two pictures."""
+    """Returns the canonical description of two pictures."""
     return f"第一张{caption(first)}第二张{caption(second)}"
 
 
@@ -50,7 +50,7 @@ def _count(objects: Sequence[Facts]) -> str:
 
 
 def questions(objects: Sequence[Facts], rng: Random) -> list[tuple[str, str]]:
-    """Short questions about a scene with their answers, in random order, each with one right answer only."""
+    """Returns short questions about a scene with their answers, in random order, each with one right answer only."""
     asked = [("图中有几个物体？", f"{_count(objects)}个。")]
     for thing in objects:
         name = thing.colour + thing.shape
@@ -67,7 +67,7 @@ def questions(objects: Sequence[Facts], rng: Random) -> list[tuple[str, str]]:
         if all(other.colour != thing.colour for other in others):
             asked.append((f"{thing.colour}的物体是什么形状的？", f"{thing.shape}。"))
             asked.append((f"{thing.colour}的物体在哪里？", f"在{thing.place}。"))
-    # As many to be affirmed as to be denied, the latter wrong in one word only.
+    # As many with the answer yes as with no; a no differs from the scene in one word only.
     thing = rng.choice(objects)
     asked.append((f"图中有{thing.colour}的{thing.shape}吗？", "有。"))
     seen = {(other.colour, other.shape) for other in objects}
@@ -91,18 +91,18 @@ def _beside(request: str, shown: str, rng: Random) -> str:
 
 
 def description(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
-    """A conversation of one turn that asks for the caption.
+    """Returns a conversation of one turn that asks for the caption.
 
     Args:
-        objects: the scene.
-        rng: chooses the request's wording, and whether it stands before or after the picture.
-        shown: what the user shows: the picture's placeholder, or something else that tells the scene.
+        objects: The scene.
+        rng: Chooses the request's wording, and whether it comes before or after the picture.
+        shown: The picture's placeholder, or something else in its place that describes the scene.
     """
     return _turns((_beside(rng.choice(DESCRIBE_REQUESTS), shown, rng), caption(objects)))
 
 
 def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
-    """A conversation of two to four turns about one scene; arguments as of `description`."""
+    """Returns a conversation of two to four turns about one scene; arguments as of `description`."""
     pairs = questions(objects, rng)[: rng.randint(2, 4)]
     if rng.random() < 0.25:
         pairs[0] = (rng.choice(DESCRIBE_REQUESTS), caption(objects))
@@ -113,17 +113,17 @@ def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> l
 def description_of_two(
     scenes: Sequence[Sequence[Facts]], rng: Random, shown: Sequence[str] = ("<image>", "<image>")
 ) -> list[dict]:
-    """A conversation of one turn that asks for the captions of two pictures in order; arguments as of `description`."""
+    """Returns a conversation of one turn that asks for the captions of two pictures; arguments as of `description`."""
     pictures = rng.choice(("", "\n")).join(shown)
     return _turns((_beside(rng.choice(DESCRIBE_TWO_REQUESTS), pictures, rng), caption_two(*scenes)))
 
 
 def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """The rows of the first stage: one description of each picture.
+    """Returns the rows of the first stage: one description of each picture.
 
     Args:
-        scenes: what there is to say about each picture.
-        names: the pictures' file names.
+        scenes: The objects of each picture.
+        names: The pictures' file names.
     """
     return [
         {"conversations": description(objects, Random(f"pretrain row {index}")), "image": name}
@@ -132,12 +132,12 @@ def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> li
 
 
 def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """The rows of the second stage: descriptions, dialogues, some of two pictures, and some of text only."""
+    """Returns the rows of the second stage: descriptions, dialogues, some of two pictures, and some of text only."""
     rows = []
     for index, (objects, name) in enumerate(zip(scenes, names, strict=True)):
         rng = Random(f"sft row {index}")
         kind = rng.random()
-        if kind < 0.03:  # no picture: the scene is told in words
+        if kind < 0.03:  # no picture: the scene is described in words
             rows.append({"conversations": dialogue(objects, rng, shown=caption(objects))})
         elif kind < 0.08:
             other = rng.randrange(len(scenes))
@@ -150,7 +150,7 @@ def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[di
 
 
 def heldout_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """One row a picture, all with the same request."""
+    """Returns one row a picture, all with the same request."""
     return [
         {"conversations": _turns((f"{DESCRIBE}\n<image>", caption(objects))), "image": name}
         for objects, name in zip(scenes, names, strict=True)

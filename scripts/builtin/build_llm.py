@@ -3,8 +3,8 @@
     python scripts/builtin/build_llm.py                     # about 25 minutes on one core, into model/builtin
     python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
 
-It is trained on text only: the conversations of the built-in data set, with the scene told where the picture would
-stand. Some tell it in a sentence. The others tell it in a grid of words, a cell for each of the tower's patches: the
+It is trained on text only: the conversations of the built-in data set, with the scene described where the picture would
+be. Some describe it in a sentence, the others in a grid of words, a cell for each of the tower's patches: the
 words for colour, shape, size and place of the object that covers the patch, laid over each other (their embeddings
 are mixed), or the word for empty. That is what a linear projection can make of patch features, so that a projection is
 all that has to be learned for this model to read pictures. Held-out combinations are in none of the texts.
@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.cli import HelpFormatter  # noqa: E402
 from common.files import write_together  # noqa: E402
+from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import tokenizer_hash  # noqa: E402
 from dataset.scenes import language  # noqa: E402
@@ -44,7 +45,7 @@ CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=buil
 EMPTY_WORD = "空"
 # As captions spell them, each a single token: copying from the grid is then all that a caption takes.
 GRID_WORDS = (EMPTY_WORD, *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
-TOLD_IN_A_SENTENCE = 0.35  # share of the steps
+IN_A_SENTENCE = 0.35  # share of the steps
 COARSE_UNTIL = 0.7  # of the training: most grids have every second row and column only, which is learned faster
 
 
@@ -98,7 +99,7 @@ def grid_word_ids(encoder: ChatEncoder) -> Tensor:
     return torch.tensor(ids)[:, 0]
 
 
-def told_in_words(objects: Sequence[Facts], rng: Random) -> str:
+def described_in_words(objects: Sequence[Facts], rng: Random) -> str:
     """The scene in a sentence, or as a list in any order of objects and attributes."""
     if rng.random() < 0.3:
         return language.caption(objects)
@@ -141,7 +142,7 @@ class Batches:
 
     def draw(self, progress: float) -> Batch:
         """A batch for a training that is `progress` (0 to 1) done."""
-        if self.rng.random() < TOLD_IN_A_SENTENCE:
+        if self.rng.random() < IN_A_SENTENCE:
             return self.collate([self.in_a_sentence() for _ in range(self.batch_size)])
         coarse = self.rng.random() > 0.1 + (progress > COARSE_UNTIL)
         count = self.batch_size if coarse else self.batch_size // 2
@@ -150,7 +151,7 @@ class Batches:
     def in_a_sentence(self) -> tuple[list[dict], list[np.ndarray]]:
         objects = self.scene().facts
         talk = language.dialogue if self.rng.random() < 0.7 else language.description
-        return talk(objects, self.rng, shown=told_in_words(objects, self.rng)), []
+        return talk(objects, self.rng, shown=described_in_words(objects, self.rng)), []
 
     def in_a_grid(self, stride: int) -> tuple[list[dict], list[np.ndarray]]:
         scenes = [self.scene() for _ in range(2 if self.rng.random() < 0.06 else 1)]
@@ -272,9 +273,9 @@ def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, r
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Builds the small built-in language model.")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "model" / "builtin", help="where it is written")
-    parser.add_argument("--tokenizer_path", type=Path, default=ROOT / "model" / "tokenizer", help="the tokenizer")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=BUILTIN_MODEL_DIR, help="where it is written")
+    parser.add_argument("--tokenizer_path", type=Path, default=BUILTIN_TOKENIZER_DIR, help="the tokenizer")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="texts a step (half as many with full grids)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="the peak")

@@ -87,7 +87,7 @@ def test_a_second_signal_leaves_at_once(world, tmp_path):
     left = run(world, out, "--save_interval", 2, hook=AT_FORWARD.format(what=what))
     assert time.monotonic() - started < 30
     assert left.code == 130
-    assert "left at once; what was saved before is kept" in left.err
+    assert "exited immediately; what was saved before is kept" in left.err
     assert load(out / "sft_vlm_32_resume.pth")["step"] == 4
 
 

@@ -1,4 +1,4 @@
-"""A loader's batches on the device, the next one's copy under way while this one is computed."""
+"""A loader's batches on the device, each copied while the one before it is computed."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,10 +6,9 @@ import torch
 
 
 def on_device(loader: Iterable[dict], device: torch.device, names: tuple[str, ...]) -> Iterator[dict]:
-    """The batches in order, their tensors of these names on the device; everything else stays as it is.
+    """Yields the batches with their tensors of these names on the device.
 
-    On CUDA a batch's copy (from pinned memory, on a stream of its own) is issued before the batch ahead of it is handed
-    out, so that it is done while that one is computed.
+    On CUDA a batch is copied (from pinned memory, on a stream of its own) while the batch before it is computed.
     """
     if device.type != "cuda":
         for batch in loader:
@@ -28,7 +27,7 @@ def on_device(loader: Iterable[dict], device: torch.device, names: tuple[str, ..
 
 
 def received(batch: dict, copied: torch.cuda.Event, moved: dict[str, torch.Tensor]) -> dict:
-    """The batch, once its copy is done in the order of the current stream (the host does not wait)."""
+    """Makes the current stream wait for the copy (the host does not) and returns the batch."""
     current = torch.cuda.current_stream()
     current.wait_event(copied)
     for tensor in moved.values():

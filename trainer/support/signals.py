@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved; a second signal leaves at once."""
+"""Ctrl-C and SIGTERM finish and save the step; a second signal exits immediately."""
 
 import os
 import signal
@@ -6,15 +6,15 @@ import sys
 import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun answers Ctrl-C, which its processes got too, by sending them another signal: that is no second one.
+# On Ctrl-C torchrun sends its processes a signal of its own, though they got the first one too: it counts as the same.
 SAME_SECONDS = 2.0
 
 
 class StopSignals:
-    """While entered, notes the first SIGINT or SIGTERM in `asked` (its number, else None).
+    """While entered, keeps the first SIGINT or SIGTERM in `asked` (its number, else None).
 
     Args:
-        speaks: Whether to tell on standard error that it was understood.
+        speaks: Whether to acknowledge it on standard error.
     """
 
     def __init__(self, speaks: bool):
@@ -32,18 +32,20 @@ class StopSignals:
         now = time.monotonic()
         if self.asked is None:
             self.asked, self.asked_at = number, now
-            self._say(f"\n{signal.Signals(number).name}: finishing this step and saving (once more: leave at once)\n")
+            self._acknowledge(
+                f"\n{signal.Signals(number).name}: finishing this step and saving (again: exit immediately)\n"
+            )
         elif now - self.asked_at > SAME_SECONDS:
-            self._say("left at once; what was saved before is kept\n")
+            self._acknowledge("exited immediately; what was saved before is kept\n")
             os._exit(128 + number)
 
-    def _say(self, message: str):
+    def _acknowledge(self, message: str):
         if self.speaks:
-            # Not through Python's own buffers: what the signal interrupted may be writing to them.
+            # Not through Python's buffers: the code that the signal interrupted may be writing to them.
             os.write(sys.stderr.fileno(), message.encode())
 
 
 def ignore_in_worker(worker: int):
-    """For a loader's workers: the signals reach them too, and the step that is to be finished needs them."""
+    """Lets a loader's worker ignore the signals: they reach it too, and the step to be finished needs it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
