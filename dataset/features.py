@@ -142,10 +142,9 @@ def compute_features(
     missing = share[~file.is_current(share, stamps[share])]
     if len(missing) == 0:
         return
-    together = 64 if device.type == "cuda" else 1
     loader = DataLoader(
         Images(data, missing),
-        together,
+        batch_size=64,
         collate_fn=list,
         num_workers=num_workers,
         prefetch_factor=8 if num_workers else None,
@@ -157,14 +156,15 @@ def compute_features(
     with tqdm(desc=name, total=len(missing), unit="image", disable=rank > 0, mininterval=every) as bar:
         for images in loader:  # of (slot, pixels or None)
             readable = [pixels for _, pixels in images if pixels is not None]
-            encoded = encode_images(torch.stack(readable).to(device)).to("cpu", torch.float16) if readable else ()
-            features = iter(encoded)
+            groups = torch.stack(readable).split(len(readable) if device.type == "cuda" else 1) if readable else ()
+            features = (of_image for group in groups for of_image in encode_images(group.to(device)))
             for slot, pixels in images:
-                done.append((slot, tuple(stamps[slot]), None if pixels is None else next(features).numpy()))
-            bar.update(len(images))
-            if len(done) >= IMAGES_PER_FLUSH:
-                file.write(done)
-                done = []
+                of_image = None if pixels is None else next(features).to("cpu", torch.float16).numpy()
+                done.append((slot, tuple(stamps[slot]), of_image))
+                bar.update()
+                if len(done) == IMAGES_PER_FLUSH:
+                    file.write(done)
+                    done = []
         file.write(done)
 
 
@@ -177,15 +177,17 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.slots)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None]:
-        slot, data = int(self.slots[index]), self.data
-        position = int(np.searchsorted(data.first_slots, slot, side="right")) - 1
-        [row] = data.read_rows([position])
-        source = data.picture_sources(position, row)[slot - data.first_slots[position]]
-        try:
-            return slot, load_picture(*source, data.picture_format)
-        except PictureError:
-            return slot, None
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, torch.Tensor | None]]:
+        data, slots = self.data, self.slots[indices]
+        positions = (np.searchsorted(data.first_slots, slots, side="right") - 1).tolist()
+        images = []
+        for slot, position, row in zip(slots.tolist(), positions, data.read_rows(positions), strict=True):
+            source = data.picture_sources(position, row)[slot - data.first_slots[position]]
+            try:
+                images.append((slot, load_picture(*source, data.picture_format)))
+            except PictureError:
+                images.append((slot, None))
+        return images
 
 
 def image_slots(data: VLMDataset) -> np.ndarray:

@@ -60,9 +60,5 @@ def test_command_is_understood(command):
 
 def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->")[1].split("<!-- end -->")[0]
-    assert block.strip() == "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
-
-
-def test_layout_table_names_what_is_there():
-    for name in re.findall(r"\b(\w+\.py)\b", README.split("## Where things are")[1]):
-        assert list(ROOT.rglob(name)), name
+    commands = [line.strip() for line in block.splitlines() if line.strip()]
+    assert commands == ["pip install -r requirements.txt -r tests/requirements.txt", "python -m pytest"]
