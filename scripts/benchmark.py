@@ -48,7 +48,10 @@ from trainer.loop import answer_loss, count, load_batches, make_learner, train_s
 from trainer.setup import freeze, round_frozen_weights  # noqa: E402
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not  # noqa: E402
 from trainer.support.processes import Processes, cores, pick_device, pick_dtype  # noqa: E402
+from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
+from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
 
+STAGES = {stage.name: stage for stage in (PRETRAIN, SFT)}
 LAYERS = {512: 8, 768: 16}
 TOWER = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "num_attention_heads": 12}
 IMAGES, ROWS_A_BATCH, LOADER_IMAGES = 64, 40, 4000
@@ -118,7 +121,7 @@ class World:
         torch.manual_seed(0)
         size = self.args.hidden_size
         model = MiniMindVLM(VLMConfig(hidden_size=size, num_hidden_layers=LAYERS[size]), self.tower_path)
-        freeze(model, 1 if self.args.stage == "pretrain" else 0)
+        freeze(model, STAGES[self.args.stage].defaults["freeze_llm"])
         return model.train()
 
 
@@ -272,7 +275,8 @@ def model_flops(args, total: dict, is_cached: bool) -> float:
     forward += 2 * width * config.vocab_size * total["learned"]
     tower_weights, positions = 12 * (4 * 768**2 + 2 * 768 * 3072), 197
     tower = total["samples"] * (2 * (tower_weights + 768**2) * positions + 12 * 4 * positions**2 * 768)
-    return forward * (2 if args.stage == "pretrain" else 3) + (0 if is_cached else tower)
+    backward = 1 if STAGES[args.stage].defaults["freeze_llm"] else 2
+    return forward * (1 + backward) + (0 if is_cached else tower)
 
 
 def matrix_product_flops(device: torch.device) -> float:
@@ -398,11 +402,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("what", nargs="*", metavar="WHAT", help="train, data, generate (default: all three)")
-    add("--stage", choices=("pretrain", "sft"), default="pretrain", help="which stage's step")
+    add("--stage", choices=tuple(STAGES), default=next(iter(STAGES)), help="which stage's step")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=int, default=16, help="samples a step")
-    add("--max_seq_len", type=int, help="what the baseline pads to (default: 640 in pretraining, 1536 in SFT)")
+    add("--max_seq_len", type=int, help="what the baseline pads to (default: the stage's)")
     add("--steps", type=int, default=3, help="timed steps of each measurement")
     add("--repeats", type=int, default=3, help="rounds through all lines; medians are shown")
     add("--num_workers", type=int, default=min(16, cores()), help="of the loader")
@@ -410,7 +414,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--one", help=argparse.SUPPRESS)  # a single measurement, printed as JSON: what this script starts itself
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
-    args.max_seq_len = args.max_seq_len or (640 if args.stage == "pretrain" else 1536)
+    args.max_seq_len = args.max_seq_len or STAGES[args.stage].defaults["max_seq_len"]
     unknown = set(args.what) - measurements(args).keys()
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(measurements(args))}")

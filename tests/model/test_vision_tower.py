@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
+from model import tower_files
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerError, load_vision_tower
 
@@ -241,3 +242,14 @@ def test_a_cut_file_is_a_tower_error(intact, name, fraction):
         (folder / other).write_bytes(content)
     os.truncate(folder / name, int(len(contents[name].rstrip(b"}\n ")) * fraction))
     assert_tower_error(folder)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, NameError])
+def test_a_typo_in_a_tinkerers_tower_is_not_called_a_damaged_file(tmp_path, monkeypatch, error):
+    class Tinkered:
+        def __init__(self, config):
+            raise error("typo")
+
+    monkeypatch.setitem(tower_files.CLASSES, "clip", (CLIPVisionConfig, Tinkered))
+    with pytest.raises(error, match="typo"):
+        load_vision_tower(tiny_models.save_tower(tmp_path))

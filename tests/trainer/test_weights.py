@@ -284,3 +284,19 @@ def test_what_is_written_is_what_was_in_memory(world, with_sidecar):
     assert weights.has_projection
     assert weights.config.image_token_id == 34
     assert weights.sidecar["arguments"]["tokenizer_path"] == str(TOKENIZER.relative_to(TOKENIZER.parents[1]))
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_a_typo_in_a_tinkerers_configuration_is_not_called_a_damaged_file(world, tmp_path, monkeypatch, sidecar):
+    def tinkered(**fields):
+        raise AttributeError("typo")
+
+    out = world.copy_of_out(tmp_path / "out")
+    if sidecar:
+        text = json.dumps(
+            checkpoint.describe(VLMConfig(hidden_size=32, num_hidden_layers=2), "llm", "published", "0" * 64, {})
+        )
+        (out / "llm_32.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(checkpoint, "VLMConfig", lambda **fields: tinkered() if fields else VLMConfig())
+    with pytest.raises(AttributeError, match="typo"):
+        checkpoint.read_weights(out / "llm_32.pth")
