@@ -376,26 +376,25 @@ def measure_rounds(args, names: tuple[str, ...]) -> dict[str, dict]:
 
 
 def print_table(what: str, results: dict[str, dict]):
-    """Prints a line for each measurement; the first is the baseline."""
+    """Prints a line for each measurement, as wide as a terminal; the first is the baseline."""
     plain = next(iter(results.values()))
+    if what == "train":
+        print(f"  {'':<33}samples/s  x plain   useful  product       GB")
     for name, row in results.items():
         if what == "train":
-            cells = (
-                f"{row['samples_per_second']:.2f} samples/s",
-                f"{row['samples_per_second'] / plain['samples_per_second']:.2f} x",
-                f"{row['useful_share']:.1%} useful",
-                f"{row['share_of_matrix_product']:.0%} of product",
-                f"{row['peak_bytes'] / 1e9:.2f} GB",
-            )
+            faster = row["samples_per_second"] / plain["samples_per_second"]
+            shares = f"{row['useful_share']:>9.1%}{row['share_of_matrix_product']:>9.0%}"
+            figures = f"{row['samples_per_second']:>9.2f}{faster:>9.2f}{shares}{row['peak_bytes'] / 1e9:>9.2f}"
         elif what == "data":
-            speed = row["images_per_second"]
-            cells = (f"{speed:,.0f} images/s", f"{speed / plain['images_per_second']:.2f} x")
+            figures = f"{row['images_per_second']:>9,.0f} images/s"
+            figures += f"{row['images_per_second'] / plain['images_per_second']:>9.2f} x plain"
         else:
-            speeds = {n: (row[f"this_project_batch_{n}"], row[f"ratio_batch_{n}"]) for n in (1, 16)}
-            cells = [f"batch {n}: {s:,.0f} tokens/s, {x:.2f} x transformers' Llama" for n, (s, x) in speeds.items()]
-        print(f"  {name:<33}" + "".join(f"{cell:>17}" if what != "generate" else f"\n    {cell}" for cell in cells))
+            speeds = [(n, row[f"this_project_batch_{n}"], row[f"ratio_batch_{n}"]) for n in (1, 16)]
+            lines = [f"\n    batch {n:<3}{s:>6,.0f} tokens/s, {x:.2f} x transformers' Llama" for n, s, x in speeds]
+            figures = "".join(lines)
+        print(f"  {name:<33}{figures}")
     if what == "train":
-        print(f"  matrix product here: {plain['matrix_product_flops'] / 1e9:,.0f} GFLOP/s")
+        print(f"  product: of the FLOP/s of a matrix product, here {plain['matrix_product_flops'] / 1e9:,.0f} GFLOP/s")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
