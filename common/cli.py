@@ -7,5 +7,5 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's line breaks, and appends a flag's default to its help where it has one to name."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        names_a_value = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        return super()._get_help_string(action) if names_a_value else action.help
+        is_empty = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if is_empty or not action.option_strings else super()._get_help_string(action)
