@@ -22,7 +22,7 @@ from trainer.support.prefetch import on_device
 from trainer.support.processes import Processes
 from trainer.support.signals import StopSignals, ignore_in_worker
 from trainer.watch.header import print_header
-from trainer.watch.health import BadSteps, check_first_loss, worker_errors
+from trainer.watch.health import BadSteps, check_first_loss, from_workers, worker_errors
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
 from trainer.weights import learned_parameters
@@ -264,7 +264,7 @@ def load_batches(
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),  # its own: a resumed run would lack the loader's draws from the global one
     )
-    return on_device(loader, device, MODEL_INPUTS + IMAGE_INPUTS)
+    return on_device(from_workers(loader), device, MODEL_INPUTS + IMAGE_INPUTS)
 
 
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch | None):

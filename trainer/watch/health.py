@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -88,3 +89,11 @@ def worker_errors(num_workers: int):
             "same "
             "command with --from_resume 1 resumes from there"
         ) from error
+
+
+def from_workers(loader: Iterable[dict]) -> Iterator[dict]:
+    """Yields a loader's batches; raises for a worker that died while it sent one what torch raises otherwise."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker is gone: {error}") from error
