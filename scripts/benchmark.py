@@ -430,10 +430,9 @@ def main():
     results = {"settings": {key: value for key, value in vars(args).items() if key not in ("json", "one")}}
     print(
         f"{args.device} ({platform.machine()}), Python {platform.python_version()}, torch {version('torch')}, "
-        "transformers "
-        f"{version('transformers')}; {args.stage}, hidden_size {args.hidden_size}, batch_size {args.batch_size},\n"
-        f"max_seq_len {args.max_seq_len}, {args.num_workers} workers, medians of {args.repeats} rounds of "
-        f"{args.steps} steps"
+        f"transformers {version('transformers')}; {args.stage}, hidden_size {args.hidden_size}, batch_size "
+        f"{args.batch_size},\nmax_seq_len {args.max_seq_len}, {args.num_workers} workers, medians of {args.repeats} "
+        f"rounds of {args.steps} steps"
     )
     for what, (_, names) in measurements(args).items():
         if what in (args.what or measurements(args)):

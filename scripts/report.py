@@ -13,11 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import HelpFormatter  # noqa: E402
-from common.errors import (
-    UsageError,  # noqa: E402
-    run_script,  # noqa: E402
-)
-from common.paths import ROOT, SAVE_DIR, display_path
+from common.errors import UsageError, run_script  # noqa: E402
+from common.paths import ROOT, SAVE_DIR, display_path  # noqa: E402
 from trainer.watch.page import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
 
 # The endings of a run's files: any of them names the run.
@@ -46,8 +43,7 @@ def find_run(given: Path) -> tuple[Path, str]:
     wanted = path / f"*{METRICS}" if path.is_dir() else path.with_name(path.name + METRICS)
     raise UsageError(
         f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes as it goes. Name "
-        "a run like "
-        "out/sft_vlm_512, one of its files, or a folder that holds one run"
+        "a run like out/sft_vlm_512, one of its files, or a folder that holds one run"
     )
 
 

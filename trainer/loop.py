@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.paths import display_path
-from dataset.features import compute_features
+from dataset.features import FeatureFile, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
@@ -162,17 +162,13 @@ def count(micro_batches: list[dict], processes: Processes) -> Counts:
     for batch in micro_batches:
         for error in batch["skipped"]:
             tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
-    return Counts(
-        *map(
-            int,
-            processes.sum(
-                sum(len(batch["learned_positions"]) for batch in micro_batches),
-                sum(len(batch["input_ids"]) for batch in micro_batches),
-                sum(batch["tokens"] for batch in micro_batches),
-                sum(len(batch["skipped"]) for batch in micro_batches),
-            ),
-        )
+    counts = processes.sum(
+        sum(len(batch["learned_positions"]) for batch in micro_batches),
+        sum(len(batch["input_ids"]) for batch in micro_batches),
+        sum(batch["tokens"] for batch in micro_batches),
+        sum(len(batch["skipped"]) for batch in micro_batches),
     )
+    return Counts(*map(int, counts))
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
@@ -197,9 +193,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
     features = open_features(run, data, checkpoints.tower_sha256)
-    forward = model
-    if run.compiles:
-        forward = compile_or_not(model, data, args.batch_size, device, run.dtype, run.log)
+    forward = compile_or_not(model, data, args.batch_size, device, run.dtype, run.log) if run.compiles else model
     learner = make_learner(model, run.stage.loss, processes, run.dtype, args.grad_clip, forward)
     print_header(run, model, data, heldout, features, total_steps, eval_interval, forward is not model)
     if run.state is not None:
@@ -207,13 +201,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         changed = changed_settings(run.state, args, processes.world_size)
         run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
     if features is not None:
-        compute_features(data, features, model.encode_images, device, args.num_workers, *processes.local_share)
-        processes.barrier(patient=True)
-        data.use_features(features)
+        encode_once(run, model, data, features)
     watch = None if heldout is None else Watch(run, model, heldout, eval_interval, state.step)
-    torch.manual_seed(args.seed + processes.rank)  # from here on (dropout) every rank draws its own
-    if run.state is not None:
-        restore_random_state(run.state["random"], processes.rank, device)
+    seed_dropout(run)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
     batches = load_batches(data, sampler, device, args.num_workers, run.config.pad_token_id, multiple)
     with (
@@ -233,16 +223,37 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                     check_first_loss(run, losses)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
-                is_due = progress.due(state.step, epoch_ends=state.sample == 0)
-                if is_due or device.type != "cuda":  # reading it syncs the GPU
-                    bad_steps.check(run, progress, state.step)
-                if is_due:
-                    skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": bad_steps.logged}
-                    progress.report(state.step, epoch + 1, learning_rate, skipped)
+                report_if_due(run, state, epoch + 1, learning_rate, bad_steps, progress)
                 if watch is not None:
                     watch.measure_if_due(progress, state.step, epoch + 1)
                 save_if_due(checkpoints, state, (learner, bad_steps, progress), signals.asked, total_steps)
         finish(run, state, progress, watch)
+
+
+def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFile):
+    """Computes what is missing of the tower's features, ranks sharing the work; `data` yields them from then on."""
+    compute_features(data, features, model.encode_images, run.device, run.args.num_workers, *run.processes.local_share)
+    run.processes.barrier(patient=True)
+    data.use_features(features)
+
+
+def seed_dropout(run: Run):
+    """Seeds each rank by its own number, or as it was where the run resumes."""
+    torch.manual_seed(run.args.seed + run.processes.rank)
+    if run.state is not None:
+        restore_random_state(run.state["random"], run.processes.rank, run.device)
+
+
+def report_if_due(
+    run: Run, state: TrainState, epoch: int, learning_rate: float, bad_steps: BadSteps, progress: Progress
+):
+    """Logs a line every --log_interval steps, and skipped steps as soon as that costs no sync."""
+    is_due = progress.due(state.step, epoch_ends=state.sample == 0)
+    if is_due or run.device.type != "cuda":
+        bad_steps.check(run, progress, state.step)
+    if is_due:
+        skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": bad_steps.logged}
+        progress.report(state.step, epoch, learning_rate, skipped)
 
 
 def load_batches(

@@ -72,8 +72,7 @@ class Checkpoints:
             if saved.get(name) != value:
                 raise UsageError(
                     f"{display_path(self.run.files.state)} is of a run with other {name} ({saved.get(name)}; now "
-                    f"{value}): "
-                    "repeat that run's flags, or leave --from_resume out to begin anew"
+                    f"{value}): repeat that run's flags, or leave --from_resume out to begin anew"
                 )
 
     def _repair_weights(self, step: int):
@@ -103,10 +102,9 @@ class Checkpoints:
         largest = torch.finfo(torch.float16).max
         if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in learned.values()):
             raise UsageError(
-                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: "
-                "a lower "
-                f"--learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than {run.args.grad_clip:g} "
-                "may help"
+                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a "
+                f"lower --learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than "
+                f"{run.args.grad_clip:g} may help"
             )
         random = run.processes.gather(random_state(run.device))
         if run.processes.is_main:

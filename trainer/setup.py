@@ -220,8 +220,7 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
         first = heldout.bad_rows[0]
         run.log(
             f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, "
-            "the "
-            f"first is {first.line}: {first.reason}"
+            f"the first is {first.line}: {first.reason}"
         )
     if len(heldout) == 0:
         raise UsageError(f"--eval_data {display_path(path)} has no row to measure on")

@@ -152,8 +152,7 @@ def others_may_be_gone():
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PeerError(
             f"another process of this run has ended or does not answer ({reason}), so this one ends too; what was "
-            "saved "
-            "is kept: the same command with --from_resume 1 resumes from there"
+            "saved is kept: the same command with --from_resume 1 resumes from there"
         ) from error
 
 

@@ -43,11 +43,9 @@ class BadSteps:
         if most >= BAD_STEPS_IN_A_ROW:
             raise UsageError(
                 f"{most} steps in a row, up to step {step}, had a loss or a gradient that is not finite, so the run "
-                "ends; "
-                "the weights saved last are finite. What may help: a lower --learning_rate than "
-                f"{run.args.learning_rate:g}, "
-                f"a lower --grad_clip than {run.args.grad_clip:g}, --dtype float32, and a look at the data "
-                f"(python -m dataset.check {display_path(run.args.data_path)})"
+                "ends; the weights saved last are finite. What may help: a lower --learning_rate than "
+                f"{run.args.learning_rate:g}, a lower --grad_clip than {run.args.grad_clip:g}, --dtype float32, and a "
+                f"look at the data (python -m dataset.check {display_path(run.args.data_path)})"
             )
 
     def state_dict(self) -> dict:
@@ -66,9 +64,9 @@ def check_first_loss(run: Run, losses: torch.Tensor):
         return
     message = (
         f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = "
-        f"{uniform:.2f}), "
-        f"though training starts from {display_path(run.weights.path)}. Most likely these weights and the tokenizer "
-        f"{display_path(run.args.tokenizer_path)} do not belong together: name the right one with --tokenizer_path"
+        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}. Most likely these weights and "
+        f"the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: name the right one with "
+        "--tokenizer_path"
     )
     if not run.args.ignore_high_loss:
         raise UsageError(f"{message}, or train all the same with --ignore_high_loss")
@@ -84,10 +82,9 @@ def worker_errors(num_workers: int):
         if not str(error).startswith("DataLoader worker"):
             raise
         raise RankError(
-            f"a worker process that reads pictures was ended from outside ({str(error).splitlines()[0].strip()}), most "
-            f"likely because memory ran out: use fewer than --num_workers {num_workers}. What was saved is kept: the "
-            "same "
-            "command with --from_resume 1 resumes from there"
+            f"a worker process that reads pictures was ended from outside ({str(error).splitlines()[0].strip()}), "
+            f"most likely because memory ran out: use fewer than --num_workers {num_workers}. What was saved is kept: "
+            "the same command with --from_resume 1 resumes from there"
         ) from error
 
 

@@ -198,8 +198,8 @@ def grounding(record: Record) -> str:
         "<h2>Does it look at the picture?</h2>"
         f'<p class="quiet">Loss on {size or "samples"} held out from training, after step '
         f"{step:,}, in nats per token. The grounding gap is how much the loss rises when the pictures are the wrong "
-        "ones or "
-        f"missing; at zero the pictures are ignored.</p>{table(('pictures', 'loss', 'perplexity', 'gap'), rows)}"
+        "ones or missing; at zero the pictures are "
+        f"ignored.</p>{table(('pictures', 'loss', 'perplexity', 'gap'), rows)}"
     )
 
 
@@ -342,8 +342,7 @@ def write_report(out_dir: Path, name: str) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<style>\n{style}</style></head><body>{sections}<footer>MiniMind-V, from {escape(name)}{METRICS} and the "
-        "files beside "
-        "it. python scripts/report.py writes this page anew.</footer></body></html>\n"
+        "files beside it. python scripts/report.py writes this page anew.</footer></body></html>\n"
     )
     path = Path(out_dir) / f"{name}{REPORT}"
     write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
