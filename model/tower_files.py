@@ -60,7 +60,7 @@ class TowerSettings:
 
     @property
     def picture_settings(self) -> dict:
-        """How images are resized, for `dataset.pictures.PictureFormat`."""
+        """Returns how images are resized, for `dataset.pictures.PictureFormat`."""
         return {"size": self.config.image_size, "resample": self.resample, "crop": self.crop}
 
 

@@ -50,7 +50,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
-        """What must be the same to resume: with anything else the samples or the model would be others."""
+        """Returns what must be the same to resume: otherwise the samples or the model would differ."""
         run, config = self.run, self.run.config
         rows = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]
         shape = (

@@ -50,7 +50,7 @@ COARSE_UNTIL = 0.7  # of the training: most grids have every second row and colu
 
 
 def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndarray:
-    """How much of each word is in each cell of a scene's grid.
+    """Draws how much of each word is in each cell of a scene's grid.
 
     Proportions, strength and share of missing cells vary, so that the model reads whatever projection is learned.
 
@@ -87,7 +87,7 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
 
 
 def grid_word_ids(encoder: ChatEncoder) -> Tensor:
-    """The token of each grid word, (len(GRID_WORDS),).
+    """Returns the token id of each grid word, (len(GRID_WORDS),).
 
     Raises:
         ValueError: If one is not a single token of this tokenizer.
@@ -100,7 +100,7 @@ def grid_word_ids(encoder: ChatEncoder) -> Tensor:
 
 
 def described_in_words(objects: Sequence[Facts], rng: Random) -> str:
-    """The scene in a sentence, or as a list in any order of objects and attributes."""
+    """Describes the scene in a sentence, or as a list in any order of objects and attributes."""
     if rng.random() < 0.3:
         return language.caption(objects)
     lines = []
@@ -141,7 +141,7 @@ class Batches:
         return training_scene(self.next_scene - 1)
 
     def draw(self, progress: float) -> Batch:
-        """A batch for a training that is `progress` (0 to 1) done."""
+        """Returns a batch for a training run that is `progress` (0 to 1) done."""
         if self.rng.random() < IN_A_SENTENCE:
             return self.collate([self.in_a_sentence() for _ in range(self.batch_size)])
         coarse = self.rng.random() > 0.1 + (progress > COARSE_UNTIL)
@@ -240,7 +240,7 @@ def training_loss(model: MiniMindForCausalLM, batch: Batch, words: Tensor) -> Te
 
 @torch.no_grad()
 def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: Tensor) -> dict:
-    """Shares of learned tokens and of whole answers right, on held-out scenes described from their grids.
+    """Measures the shares of learned tokens and of whole answers right, on held-out scenes described from their grids.
 
     An answer is right where each of its tokens is the most likely one after those before it, that is, where greedy
     generation gives exactly the caption.

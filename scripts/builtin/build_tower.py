@@ -46,7 +46,7 @@ COVERED, EMPTY = 0.2, 0.01  # a patch covered less than COVERED and more than EM
 
 
 def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
-    """The scenes as the tower sees them in training a VLM: drawn, through JPEG, preprocessed; (scenes, 3, 224, 224)."""
+    """Returns the scenes as the tower sees them later: drawn, through JPEG, preprocessed; (scenes, 3, 224, 224)."""
     pictures = []
     for scene in scenes:
         file = io.BytesIO()
@@ -56,7 +56,7 @@ def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
 
 
 def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """What each patch's feature shall tell.
+    """Returns what each patch's feature must encode.
 
     Returns:
         Ones and zeros of shape (scenes, 196, TARGETS): an object is there, then its colour, shape, size and place by
@@ -102,7 +102,7 @@ def reading_loss(told: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcessorPil, scenes: list[Scene]) -> dict:
-    """How often the linear head is right, as shares from 0 to 1.
+    """Measures how often the linear head is right, as shares from 0 to 1.
 
     For each group, over objects (the mean over the patches that an object covers); `whole` where all four groups are
     right; `patch` for objects told from background, over patches.

@@ -155,7 +155,7 @@ class Evaluator:
         return self.model.encode_images(batch["pixel_values"].to(self.processes.device)).to("cpu", torch.float16)
 
     def _variants(self, places: list[int], seen: dict) -> Iterator[tuple[list[dict], torch.Tensor]]:
-        """The rows with their own images, with their partners', and without."""
+        """Yields the rows with their own images, with their partners', and without."""
         samples = [seen[place][0] for place in places]
         yield samples, torch.cat([seen[place][1] for place in places])
         yield samples, torch.cat([self._others(place, seen) for place in places])
