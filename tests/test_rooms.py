@@ -13,7 +13,16 @@ from common.paths import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Lowest first: a module imports from its own room and from lower ones.
 ROOMS = (
-    *("common", "model", "dataset", "trainer.support", "trainer.weights", "trainer.flags", "trainer.setup"),
+    *(
+        "common",
+        "model",
+        "dataset",
+        "trainer.support",
+        "trainer.weights",
+        "trainer.assets",
+        "trainer.flags",
+        "trainer.setup",
+    ),
     *("trainer.watch", "trainer.resume", "trainer.loop", "trainer.train_", "scripts", "eval_vlm"),
 )
 PATH_FILES, PATH_LINES = 10, 2000

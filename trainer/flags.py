@@ -11,7 +11,7 @@ from common.cli import HelpFormatter
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.vlm_config import PROJECTORS
-from trainer.support.assets import choose_assets
+from trainer.assets import choose_assets
 from trainer.support.processes import cores, pick_device, pick_dtype
 
 LOG_INTERVAL = 100
@@ -78,7 +78,8 @@ def add_model_flags(add, default: dict):
 def add_file_flags(add, stage: Stage):
     data = stage.data
     add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{data}_data.jsonl or .parquet)")
-    add("--images_path", type=Path, help=f"folder of the jsonl's images (default: dataset/{data}_images)")
+    folder = f"the jsonl's own; dataset/{data}_images for published data"
+    add("--images_path", type=Path, help=f"folder of the jsonl's images (default: {folder})")
     what = "the tokenizer that belongs to the weights"
     add("--tokenizer_path", type=Path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
     what = "folder of the vision tower, CLIP or SigLIP"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.files import load_file, remove_temporaries
-from common.paths import BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
+from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
 from dataset.holdout import hold_out
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
@@ -78,7 +78,13 @@ class Run:
 
     @property
     def is_builtin(self) -> bool:
+        """Whether the model is the built-in one."""
         return self.args.assets == "built-in"
+
+    @property
+    def learns_scenes(self) -> bool:
+        """Whether the data is the built-in set."""
+        return self.is_builtin and self.args.data_path.parent == BUILTIN_DATASET_DIR
 
     @property
     def compiles(self) -> bool:
@@ -100,7 +106,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     quiet_libraries(processes.is_main)
     if processes.device.type == "cuda" and args.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if args.assets == "built-in":
+    if args.data_path.parent == BUILTIN_DATASET_DIR:
         with processes.main_first():
             draw_builtin_dataset()
     tokenizer = load_tokenizer(args.tokenizer_path)

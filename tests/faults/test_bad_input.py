@@ -10,9 +10,9 @@ import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
+from trainer import assets
+from trainer.assets import choose_assets
 from trainer.flags import fill_in
-from trainer.support import assets
-from trainer.support.assets import choose_assets
 from trainer.support.processes import pick_device, pick_dtype
 
 pytest_plugins = ["tiny"]
@@ -214,7 +214,7 @@ class Place:
 
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
         names = ("data_path", "images_path", "eval_data", "eval_images_path", "tokenizer_path", "vision_model_path")
-        args = dict.fromkeys((*names, "hidden_size"))
+        args = dict.fromkeys((*names, "hidden_size", "use_moe"))
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
         args.assets, paths = choose_assets(args, stage)
         fill_in(args, paths)
@@ -253,7 +253,7 @@ def test_where_all_is_there_it_is_used(place):
 def test_parquet_needs_no_folder_of_pictures(place):
     place.has(TOWER, PUBLISHED_TOKENIZER, "dataset/pretrain_data.parquet", "out/llm_512.pth")
     assert place.choose().data_path == place.root / "dataset/pretrain_data.parquet"
-    place.choose(data_path=place.root / "mine.parquet")
+    assert place.choose(data_path=place.root / "mine.parquet").images_path is None
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,33 @@ def test_where_some_is_there_and_some_not_it_says_what_is_missing_and_how_to_get
 
 
 def test_the_built_in_set_is_not_mixed_with_paths_of_ones_own(place):
-    for flags in ({"data_path": place.root / "mine.jsonl"}, {"tokenizer_path": place.root}, {"hidden_size": 768}):
+    for flags in ({"images_path": place.root}, {"tokenizer_path": place.root}, {"hidden_size": 768}):
         with pytest.raises(UsageError, match=r"download\.py tower"):
             place.choose(**flags)
     with pytest.raises(UsageError, match="--hidden_size 768"):
         place.choose(hidden_size=768)
+
+
+def test_data_of_ones_own_is_learned_by_the_model_that_is_there(place):
+    mine = place.root / "mine" / "rows.jsonl"
+    args = place.choose(data_path=mine)  # nothing downloaded
+    assert (args.assets, args.vision_model_path) == ("built-in", assets.BUILTIN_TOWER_DIR)
+    assert (args.data_path, args.images_path, args.eval_data) == (mine, mine.parent, None)
+    # The newest weights of the name say whose tower and tokenizer they need, whatever was downloaded.
+    place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_512.pth", "out/sft_vlm_128.pth")
+    (place.root / "out/sft_vlm_128.json").write_text('{"assets": "built-in"}')
+    assert place.choose(data_path=mine).assets == "published"
+    args = place.choose("sft", "sft_vlm", data_path=mine)
+    assert (args.assets, args.tokenizer_path) == ("built-in", assets.BUILTIN_TOKENIZER_DIR)
+    path = str(place.root / "out/sft_vlm_128.pth")
+    assert place.choose("sft", path, data_path=mine).assets == "built-in"
+    tower = place.root / "my_tower"
+    tower.mkdir()
+    sidecar = {"assets": "published", "arguments": {"vision_model_path": str(tower), "tokenizer_path": "gone"}}
+    (place.root / "out/sft_vlm_128.json").write_text(json.dumps(sidecar))
+    args = place.choose("sft", "sft_vlm", data_path=mine)
+    assert (args.assets, args.vision_model_path) == ("published", tower)
+    assert args.tokenizer_path == (place.root / PUBLISHED_TOKENIZER).parent
 
 
 def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):

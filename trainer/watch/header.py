@@ -29,8 +29,10 @@ def print_header(
     """
     args, config = run.args, run.config
     run.log(run.stage.story)
-    if run.is_builtin:
+    if run.learns_scenes:
         run.log("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
+    elif run.is_builtin:
+        run.log("your data, learned by the small built-in model (tower and tokenizer are its own; it speaks Chinese)")
     total, learned = count_parameters(model)
     tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
     cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""

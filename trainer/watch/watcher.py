@@ -68,7 +68,7 @@ class Watch:
         if not run.processes.is_main:
             return
         try:
-            if run.is_builtin:
+            if run.learns_scenes:
                 table = {"step": step, "scenes": len(heldout_scenes())}
                 text = json.dumps(table | {"rows": scene_table(self.model, run.tokenizer)}, indent=2)
                 write_atomically(run.files.samples / "scenes.json", lambda file: file.write(text.encode("utf-8")))

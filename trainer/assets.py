@@ -1,4 +1,4 @@
-"""Which files a training command uses: the published, the built-in, or your own."""
+"""Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ from common.paths import (
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
     DATASET_DIR,
+    ROOT,
     TOKENIZER_DIR,
     TOWER_DIR,
     display_path,
 )
+from trainer.weights import find_weights, read_sidecar_or_empty
 
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
@@ -66,42 +68,77 @@ def published_files(data: str, from_weight: str, hidden_size: int | None, save_d
 
 
 def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
-    """Chooses the published files or the built-in ones for the paths that were not given.
+    """Chooses the files for the paths that were not given.
+
+    Data of one's own is learned by the starting weights, so tower and tokenizer are those they were trained with. Where
+    nothing was downloaded, the built-in model is the start, and the built-in set the data.
 
     Args:
         data: The data's name, see `Stage.data`.
 
     Returns:
-        "built-in" where nothing was downloaded and no path given, else "published" (which may be the user's own by
-        flags); and the paths by their flags' names.
+        Whose model it is, "built-in" or "published" (which may be the user's own by flags); and the paths by their
+        flags' names.
 
     Raises:
         UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
     """
     files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
+    sidecar = starting_sidecar(args) if args.data_path is not None or is_path(args.from_weight) else {}
+    if args.data_path is not None:  # the data is there, so the model alone is in question
+        files = {flag: file for flag, file in files.items() if flag not in DATA_FLAGS}
     there = [flag for flag, file in files.items() if file.path.exists()]
     if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
         there.append("from_weight")  # of another size than the first guess
-    other_size = args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE)
-    if not (given or there or other_size or Path(args.from_weight).suffix == ".pth"):
-        paths = {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
-        paths |= {"data_path": BUILTIN_DATASET_DIR / f"{data}.jsonl", "images_path": BUILTIN_DATASET_DIR / "images"}
-        if args.eval_data is None:  # scenes that are in no training set
-            paths |= {
-                "eval_data": str(BUILTIN_DATASET_DIR / "heldout.jsonl"),
-                "eval_images_path": BUILTIN_DATASET_DIR / "heldout_images",
-            }
-        return "built-in", paths
-    if args.data_path is not None and args.images_path is None and Path(args.data_path).suffix == ".parquet":
-        files.pop("images_path", None)
+    paths = {}
+    if args.data_path is not None and args.data_path.suffix != ".parquet":
+        paths["images_path"] = args.data_path.parent
+    if is_builtin_model(args, sidecar, there, given):
+        paths |= {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
+        return "built-in", paths | (builtin_data(args, data) if args.data_path is None else {})
+    trained_with = {flag: sidecar.get("arguments", {}).get(flag) for flag in MODEL_FLAGS}
+    paths |= {flag: ROOT / path for flag, path in trained_with.items() if path and (ROOT / path).is_dir()}
     if has_any_weight(Path(args.save_dir), args.from_weight):
         files.pop("from_weight", None)  # whether one of them fits is said when it is looked for
-    missing = [file for flag, file in files.items() if flag not in given and not file.is_complete]
+    missing = [file for flag, file in files.items() if flag not in (*given, *paths) and not file.is_complete]
     if missing:
         present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
         raise UsageError(missing_message(missing, present))
-    return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"}
+    return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
+
+
+def is_path(from_weight: str) -> bool:
+    return Path(from_weight).suffix == ".pth"
+
+
+def starting_sidecar(args) -> dict:
+    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    try:
+        path = find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
+    except UsageError:
+        return {}
+    return read_sidecar_or_empty(path)
+
+
+def is_builtin_model(args, sidecar: dict, there: list[str], given: list[str]) -> bool:
+    """Tells whether the built-in tower and tokenizer are meant: the weights say so, or nothing else is there."""
+    is_given = any(flag in given for flag in MODEL_FLAGS) or (args.data_path is None and bool(given))
+    if is_given or args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE):
+        return False
+    if sidecar:
+        return sidecar.get("assets") == "built-in"
+    return not there and not is_path(args.from_weight)
+
+
+def builtin_data(args, data: str) -> dict[str, Path | str]:
+    """Returns the drawn scenes' files; measured is on scenes that are in no training set."""
+    paths = {"data_path": BUILTIN_DATASET_DIR / f"{data}.jsonl", "images_path": BUILTIN_DATASET_DIR / "images"}
+    if args.eval_data is None:
+        paths["eval_data"] = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
+        paths["eval_images_path"] = BUILTIN_DATASET_DIR / "heldout_images"
+    return paths
 
 
 def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
