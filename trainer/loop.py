@@ -220,7 +220,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 losses, is_bad = train_step(learner, micro_batches, counts, learning_rate)
                 state.advance(counts.skipped, *sampler.after(epoch, first_sample))
                 if state.step == 1:
-                    check_first_loss(run, losses)
+                    check_first_loss(run, model, losses)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, state, epoch + 1, learning_rate, bad_steps, progress)

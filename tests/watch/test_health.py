@@ -1,9 +1,14 @@
 """What may be wrong with a run, and how it is told."""
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
 
-from common.errors import RankError
-from trainer.watch.health import from_workers, worker_errors
+import pytest
+import torch
+
+from common.errors import RankError, UsageError
+from trainer.watch import health
+from trainer.watch.health import check_first_loss, from_workers, worker_errors
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError("cut off")])
@@ -18,3 +23,27 @@ def test_a_worker_that_dies_while_it_sends_a_batch_is_explained(error):
             for batch in from_workers(loader()):
                 seen.append(batch)
     assert seen == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "loss_of_sentences", "is_refused"),
+    [({"tokenizer_sha256": "abc"}, 20.0, False), ({}, 4.0, False), ({}, 9.5, True)],
+)
+def test_a_high_first_loss_alone_does_not_make_a_tokenizer_wrong(monkeypatch, sidecar, loss_of_sentences, is_refused):
+    """Captions in words the model never saw begin as high as a wrong tokenizer does."""
+    monkeypatch.setattr(health, "loss_of_sentences", lambda run, model: loss_of_sentences)
+    lines = []
+    run = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=6400),
+        weights=SimpleNamespace(sidecar=sidecar, path=Path("llm_32.pth")),
+        args=SimpleNamespace(tokenizer_path="tokenizer", ignore_high_loss=False),
+        log=lines.append,
+    )
+    if is_refused:
+        with pytest.raises(UsageError, match="do not belong together"):
+            check_first_loss(run, None, torch.tensor([139.0, 10.0]))
+        return
+    check_first_loss(run, None, torch.tensor([139.0, 10.0]))
+    assert len(lines) == 1 and "The tokenizer is the right one" in lines[0]
+    check_first_loss(run, None, torch.tensor([13.0, 10.0]))
+    assert len(lines) == 1

@@ -8,10 +8,17 @@ import torch
 
 from common.errors import RankError, UsageError
 from common.paths import display_path
+from model.model_vlm import MiniMindVLM
 from trainer.setup import Run
 from trainer.watch.progress import Progress
 
 BAD_STEPS_IN_A_ROW = 10
+ORDINARY_SENTENCES = (
+    "今天天气很好，我们一起去公园散步吧。",
+    "你好！有什么我可以帮助你的吗？",
+    "The weather is nice today, so we went for a walk in the park.",
+    "Hello! How can I help you today?",
+)
 
 
 class BadSteps:
@@ -56,21 +63,43 @@ class BadSteps:
         self.logged = state["bad_steps"][0]
 
 
-def check_first_loss(run: Run, losses: torch.Tensor):
-    """Raises UsageError (warns with --ignore_high_loss) if the first loss is no better than guessing."""
+def check_first_loss(run: Run, model: MiniMindVLM, losses: torch.Tensor):
+    """Looks into a first loss that is no better than guessing: wrong tokenizer, or only words that are new?
+
+    The tokenizer is right where the weights' sidecar names it, or where the model knows ordinary sentences by it.
+
+    Raises:
+        UsageError: If it seems wrong, unless --ignore_high_loss was given.
+    """
     loss_sum, learned = losses.tolist()
     uniform = math.log(run.config.vocab_size)
     if run.weights is None or not learned or loss_sum / learned < uniform:
         return
     message = (
         f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = "
-        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}. Most likely these weights and "
-        f"the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: name the right one with "
-        "--tokenizer_path"
+        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}."
+    )
+    if "tokenizer_sha256" in run.weights.sidecar or loss_of_sentences(run, model) < uniform - 1:
+        run.log(f"note: {message} The tokenizer is the right one, so the texts are unlike what it was trained on")
+        return
+    message += (
+        f" Most likely these weights and the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: "
+        "name the right one with --tokenizer_path"
     )
     if not run.args.ignore_high_loss:
         raise UsageError(f"{message}, or train all the same with --ignore_high_loss")
     run.log(f"warning: {message}")
+
+
+@torch.no_grad()
+def loss_of_sentences(run: Run, model: MiniMindVLM) -> float:
+    """Returns the loss (nats per token) of a few ordinary sentences, which any language model has learned."""
+    losses = []
+    for sentence in ORDINARY_SENTENCES:
+        input_ids = torch.tensor([run.tokenizer.encode(sentence, add_special_tokens=False)], device=run.device)
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            losses.append(model(input_ids=input_ids, labels=input_ids).loss.item())
+    return sum(losses) / len(losses)
 
 
 @contextlib.contextmanager
