@@ -39,7 +39,7 @@ from common.paths import (  # noqa: E402
 from dataset.chat import ChatEncoder  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
-from dataset.prompts import prompt_batch, with_images  # noqa: E402
+from dataset.prompts import DEFAULT_FORM, prompt_batch, with_images  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash  # noqa: E402
@@ -88,13 +88,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = "folder whose pictures are described, one by one"
     add("--image_dir", type=Path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
     add("--image", type=Path, nargs="+", help="pictures to ask about together")
-    add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand")
+    add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand, \\n a line break")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
     add("--temperature", type=float, default=0.65, help="0 always takes the likeliest token")
     add("--top_p", type=float, default=0.85, help="draw from the likeliest tokens with this share")
     add("--seed", type=int, default=42, help="of the drawing")
     args = parser.parse_args(argv)
+    args.prompt = args.prompt.replace("\\n", "\n")  # as it is typed in a shell
     check_flags(args)
     return args
 
@@ -163,6 +164,7 @@ class Assistant:
             raise UsageError(
                 f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}"
             ) from error
+        self.prompt_form = weights.sidecar.get("prompt_form", DEFAULT_FORM)
         self.encoder = ChatEncoder(self.tokenizer, config.image_tokens)
         self.picture_format = PictureFormat(**tower.picture_settings)
         torch.manual_seed(args.seed)
@@ -186,7 +188,7 @@ class Assistant:
     def ask(self, prompt: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
         pictures = [self.load_picture(path) for path in paths]
-        self.answer([{"role": "user", "content": with_images(prompt, len(pictures))}], pictures)
+        self.answer([{"role": "user", "content": with_images(prompt, len(pictures), self.prompt_form)}], pictures)
 
     @torch.inference_mode()
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
@@ -218,7 +220,7 @@ def chat(assistant: Assistant):
                 print(f"    not added: {error}")
             continue
         try:
-            turn = {"role": "user", "content": with_images(line, len(added))}
+            turn = {"role": "user", "content": with_images(line, len(added), assistant.prompt_form)}
             reply = assistant.answer([*turns, turn], [*pictures, *added])
         except ValueError as error:
             print(f"    {error}")

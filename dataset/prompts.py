@@ -1,12 +1,22 @@
 """Prompts to generate from: conversations, or rows cut before their first answer, to one left-padded batch."""
 
+from collections import Counter
+
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import IMAGE_TAG, ChatEncoder
+from dataset.lm_dataset import VLMDataset
+
+PROMPT, NEWLINE = "{prompt}", "\n"
+FORMS = tuple(form for line in ("", NEWLINE) for form in (f"{PROMPT}{line}{IMAGE_TAG}", f"{IMAGE_TAG}{line}{PROMPT}"))
+DEFAULT_FORM = f"{PROMPT}{NEWLINE}{IMAGE_TAG}"
+ROWS_LOOKED_AT = 256
 
 
-def with_images(prompt: str, images: int) -> str:
-    """Returns the prompt with an `<image>` for each picture: as typed where it has that many, else after the text.
+def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
+    """Returns the prompt with an `<image>` for each picture: as typed where it has that many, else as `form` says.
 
     Raises:
         ValueError: If it has some, but not that many.
@@ -14,7 +24,34 @@ def with_images(prompt: str, images: int) -> str:
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, images):
         raise ValueError(f"the prompt has {tags} {IMAGE_TAG} for {images} picture(s)")
-    return prompt if tags else "\n".join([prompt, *[IMAGE_TAG] * images])
+    if tags or not images:
+        return prompt
+    return form.replace(IMAGE_TAG, NEWLINE.join([IMAGE_TAG] * images)).replace(PROMPT, prompt)
+
+
+def usual_form(data: VLMDataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the form of FORMS in which most rows ask about a picture; the default where it is about as usual.
+
+    A model asked in a form it was not trained on answers worse. At most 256 rows are looked at, spread evenly.
+    """
+    places = np.flatnonzero(data.image_counts == 1)
+    places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
+    rows = data.read_rows(data.positions[places].tolist()) if len(places) else []
+    counts = Counter(form_of(row, data.image_tokens, tokenizer) for row in rows)
+    del counts[None]
+    usual, count = max(counts.items(), key=lambda item: item[1], default=(DEFAULT_FORM, 0))
+    return DEFAULT_FORM if count < 2 * counts[DEFAULT_FORM] else usual
+
+
+def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the form of a tokenised row with one image; None where the image stands amid text or in a later turn."""
+    ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
+    before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + image_tokens : answer])
+    if start < answer and before.endswith(f"{tokenizer.bos_token}user\n"):
+        return f"{IMAGE_TAG}{NEWLINE * after.startswith(NEWLINE)}{PROMPT}"
+    if start < answer and after.startswith(tokenizer.eos_token):
+        return f"{PROMPT}{NEWLINE * before.endswith(NEWLINE)}{IMAGE_TAG}"
+    return None
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:

@@ -12,6 +12,7 @@ from common.errors import Stopped, UsageError
 from common.paths import display_path
 from dataset.features import tower_sha256
 from dataset.lm_dataset import VLMDataset
+from dataset.prompts import usual_form
 from model.model_vlm import MiniMindVLM
 from trainer import weights as weight_io
 from trainer.setup import Run
@@ -47,6 +48,7 @@ class Checkpoints:
             self._check_fingerprint(run.state["fingerprint"])
             if run.processes.is_main:
                 self._repair_weights(run.state["step"])
+        self.prompt_form = usual_form(data, run.tokenizer)
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
@@ -135,7 +137,9 @@ class Checkpoints:
             self.settings,
             title=run.stage.title,
         )
-        return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar | {"step": step})
+        return weight_io.weight_files(
+            run.files.weights, self.model, self.frozen, sidecar | {"step": step, "prompt_form": self.prompt_form}
+        )
 
 
 def random_state(device: torch.device) -> dict:

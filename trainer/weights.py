@@ -21,6 +21,7 @@ from safetensors.torch import load_file as load_safetensors
 from common.errors import UsageError
 from common.files import load_file
 from common.paths import ROOT, display_path
+from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import config_fields, projector_of
 
@@ -153,6 +154,8 @@ def checked_sidecar(sidecar) -> dict:
         kind = (int, float) if isinstance(known.get(name), float) else type(known.get(name))
         if name not in known or not isinstance(value, kind):
             wrong.append(f"config.{name}")
+    if sidecar.get("prompt_form", DEFAULT_FORM) not in FORMS:
+        wrong.append("prompt_form")
     if wrong or "config" not in sidecar:
         raise ValueError(f"{', '.join(wrong) or 'config'} is missing, unknown, or of another kind")
     return sidecar
