@@ -4,6 +4,7 @@ A row is tokenised once; the result is kept as memory-mapped Arrow by the `datas
 nor memory grows with the file, and a loader's worker only decodes images.
 """
 
+import copy
 import functools
 import glob
 import hashlib
@@ -180,6 +181,12 @@ class VLMDataset(Dataset):
     def use_features(self, features):
         """Lets samples come with the tower's features (a `dataset.features.FeatureFile`) in place of pixels."""
         self.features = features
+
+    def with_pixels(self) -> "VLMDataset":
+        """Returns the same rows, coming with pixels."""
+        data = copy.copy(self)
+        data.features = None
+        return data
 
     @functools.cached_property
     def first_slots(self) -> np.ndarray:

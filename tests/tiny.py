@@ -100,7 +100,8 @@ class World:
             "--save_dir": out,
         }
         flags = [[flag, os.path.relpath(path, cwd) if cwd else str(path)] for flag, path in paths.items()]
-        return [*(word for pair in flags for word in pair), "--num_workers", "0", "--device", "cpu"]
+        # Nothing held out, unless a test asks for it by a later --eval_data.
+        return [*(word for pair in flags for word in pair), *"--num_workers 0 --device cpu --eval_data none".split()]
 
     def eval_files(self, out: Path) -> list[str]:
         paths = {"--save_dir": out, "--tokenizer_path": TOKENIZER, "--vision_model_path": self.tower}

@@ -202,7 +202,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
     if features is not None:
         encode_once(run, model, data, features)
-    watch = None if heldout is None else Watch(run, model, heldout, eval_interval, state.step)
+    watch = Watch(run, model, data, heldout, eval_interval, state.step)
     seed_dropout(run)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
     batches = load_batches(data, sampler, device, args.num_workers, run.config.pad_token_id, multiple)
@@ -224,8 +224,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, state, epoch + 1, learning_rate, bad_steps, progress)
-                if watch is not None:
-                    watch.measure_if_due(progress, state.step, epoch + 1)
+                watch.measure_if_due(progress, state.step, epoch + 1)
                 save_if_due(checkpoints, state, (learner, bad_steps, progress), signals.asked, total_steps)
         finish(run, state, progress, watch)
 
@@ -278,11 +277,10 @@ def load_batches(
     return on_device(from_workers(loader), device, MODEL_INPUTS + IMAGE_INPUTS)
 
 
-def finish(run: Run, state: TrainState, progress: Progress, watch: Watch | None):
+def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):
     """Writes the run's page, and says what comes next."""
     if state.skipped_pictures:
         progress.log(f"{state.skipped_pictures} sample(s) were skipped because a picture could not be read")
-    if watch is not None:
-        watch.finish(progress, state.step)
+    watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
     progress.log(f"next: {run.stage.following.format(save_weight=run.args.save_weight)}")

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from common.files import load_file, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
-from dataset.holdout import hold_out
+from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
 from dataset.scenes.draw import draw_builtin_dataset
@@ -230,6 +230,12 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
         )
     if len(heldout) == 0:
         raise UsageError(f"--eval_data {display_path(path)} has no row to measure on")
+    both = rows_in_both(data, heldout)
+    if both:
+        run.log(
+            f"warning: {both:,} of the {len(heldout):,} rows of --eval_data {display_path(path)} are trained on too, "
+            "so the held-out loss says less than it seems to"
+        )
     return data, heldout
 
 

@@ -61,10 +61,13 @@ def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path
     assert not shown[0] & shown[1]
 
 
-def test_few_rows_are_all_trained_on(world, tokenizer, tmp_path):
-    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(99))
-    assert held_out is None
-    assert len(data) == 99
+@pytest.mark.parametrize(
+    ("rows", "pictures", "expected"), [(99, None, 1), (3, None, 1), (12, 3, 4), (2, None, 0), (40, 2, 0), (1, None, 0)]
+)
+def test_of_few_pictures_one_is_held_out_with_all_its_rows(world, tokenizer, tmp_path, rows, pictures, expected):
+    data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(rows, pictures))
+    assert (0 if held_out is None else len(held_out)) == expected
+    assert len(data) == rows - expected
 
 
 def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenizer, tmp_path):

@@ -370,3 +370,19 @@ def test_it_is_shown_in_the_bar_and_sent_to_wandb(world, tmp_path):
     [media] = out.glob("wandb/offline-run-*/files/media")
     assert len(list(media.glob("images/eval/pictures_2_*"))) == 8
     assert "描述这张图片" in next(media.glob("table/eval/descriptions_2_*")).read_text(encoding="utf-8")
+
+
+def test_without_held_out_rows_the_page_shows_pictures_that_were_trained_on(world, tmp_path):
+    """Every run leaves a page, however few its pictures are."""
+    result, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
+    assert "the pictures described at the end were trained on" in result.out
+    assert "pictures that were trained on" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8")
+    assert {row["step"] for row in read_jsonl(out / "sft_vlm_32_samples" / "samples.jsonl")} == {14}
+
+
+def test_held_out_rows_that_are_trained_on_are_told(world, tmp_path):
+    result, _ = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", world.root / "sft.jsonl")
+    assert "25 of the 25 rows of --eval_data" in result.out
+    assert "are trained on too" in result.out
+    result, _ = run(world, world.copy_of_out(tmp_path / "b"), "--eval_data", world.root / "pretrain.jsonl")
+    assert "are trained on too" not in result.out

@@ -10,6 +10,8 @@ from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from trainer.setup import Run
 
+FEW_ROWS = 30
+
 
 def print_header(
     run: Run,
@@ -45,9 +47,7 @@ def print_header(
         "writes": display_path(run.files.weights),
         "data": f"{display_path(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
         f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
-        "held out": "nothing: no loss is measured on rows that are not trained on"
-        if heldout is None
-        else f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {eval_interval} steps",
+        "held out": held_out(args, heldout, eval_interval),
         "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
         "features": "computed anew every epoch"
         if features is None
@@ -64,6 +64,15 @@ def print_header(
     }
     for name, value in rows.items():
         run.log(f"  {name:<12} {value}")
+
+
+def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:
+    """Returns what is measured on, in words."""
+    if heldout is None:
+        few = "" if args.eval_data == "none" else " (fewer than three pictures)"
+        return f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"
+    few = "; so few give a rough figure" if len(heldout) < FEW_ROWS else ""
+    return f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {eval_interval} steps{few}"
 
 
 def projector(config) -> str:

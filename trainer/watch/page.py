@@ -210,6 +210,7 @@ def samples(record: Record) -> str:
         by_image.setdefault((str(row.get("picture", "")), str(row.get("prompt", ""))), {})[row["step"]] = row
     if not by_image:
         return f"<h2>Pictures and words</h2>{left_out(record.missing.get('samples', 'no picture was described'))}"
+    whose = "held-out pictures" if record.evaluations else "pictures that were trained on (none were held out)"
     articles = []
     for (file_name, prompt), rows in list(by_image.items())[:MOST_IMAGES]:
         reference = next((str(row["reference"]) for row in rows.values() if row.get("reference") is not None), None)
@@ -228,7 +229,7 @@ def samples(record: Record) -> str:
             f'<article class="picture">{image}<p class="quiet">{question}</p><ol>{"".join(lines)}</ol></article>'
         )
     return (
-        '<h2>Pictures and words</h2><p class="quiet">Greedy descriptions of the same pictures as the run went on. '
+        f'<h2>Pictures and words</h2><p class="quiet">Greedy descriptions of {whose} as the run went on. '
         f"✓: word for word the reference.</p>{''.join(articles)}"
     )
 

@@ -24,20 +24,23 @@ class Watch:
 
     Args:
         run, model: What is watched.
-        heldout: Rows that are not trained on.
+        data, heldout: Rows that are trained on, and rows that are not; without the latter nothing is measured, and the
+            descriptions, at the end, are of images that were trained on.
         interval: Optimizer steps between measurements.
-        done_steps: Steps that a resumed run did before.
+        done: Steps that a resumed run did before.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM, heldout: VLMDataset, interval: int, done_steps: int):
+    def __init__(self, run: Run, model: MiniMindVLM, data, heldout: VLMDataset | None, interval: int, done: int):
         self.run, self.model, self.interval = run, model, interval
-        self.evaluator = Evaluator(heldout, model, run.processes, run.dtype, run.args.batch_size)
-        is_main = run.processes.is_main
-        self.samples = Samples(heldout, run.tokenizer, run.files.samples, done_steps) if is_main else None
+        self.evaluator = self.samples = None
+        if heldout is not None:
+            self.evaluator = Evaluator(heldout, model, run.processes, run.dtype, run.args.batch_size)
+        if run.processes.is_main:
+            self.samples = Samples(heldout or data.with_pixels(), run.tokenizer, run.files.samples, done)
 
     def measure_if_due(self, progress: Progress, step: int, epoch: int):
         """Measures and describes every `interval` steps and at the end, and reports both."""
-        if step % self.interval and step != progress.total_steps:
+        if self.evaluator is None or (step % self.interval and step != progress.total_steps):
             return
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
@@ -49,12 +52,13 @@ class Watch:
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
         self.evaluator.skipped.clear()
-        if self.samples is not None:
-            self._describe(progress, step)
+        self._describe(progress, step)
         self.run.processes.barrier()
         progress.exclude(time.perf_counter() - started)
 
     def _describe(self, progress: Progress, step: int):
+        if self.samples is None:
+            return
         try:
             generated = self.samples.describe(self.model, step)
         except (OSError, UsageError) as error:
@@ -67,6 +71,8 @@ class Watch:
         run = self.run
         if not run.processes.is_main:
             return
+        if self.evaluator is None:
+            self._describe(progress, step)
         try:
             if run.learns_scenes:
                 table = {"step": step, "scenes": len(heldout_scenes())}
