@@ -182,7 +182,7 @@ def parse_picture_names(value) -> list[str]:
     """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
 
     Raises:
-        RowError: If it is something else, or a name leads out of the pictures' folder.
+        RowError: If it is something else, or a name leads upwards. Absolute ones are left to the data set.
     """
     if value is None or value == "":
         return []
@@ -192,13 +192,23 @@ def parse_picture_names(value) -> list[str]:
     for name in names:
         check_characters(name, "a picture's name")
         path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+        is_foreign = path.is_absolute() and not name.startswith("/")
+        if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
             raise RowError(f"the picture's path leaves images_path: {name!r}")
     return names
 
 
-def check_images(turns: list[dict], pictures: int):
-    """Raises RowError unless the conversation has as many `<image>` as there are pictures."""
+def check_images(turns: list[dict], pictures: int) -> bool:
+    """Raises RowError unless the conversation has as many `<image>` as there are pictures.
+
+    Returns:
+        Whether a single picture had none: it is then put first, as LLaVA's loaders do.
+    """
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
+    if tags == 0 and pictures == 1:
+        asked = next(turn for turn in turns if turn["role"] == "user")
+        asked["content"] = f"{IMAGE_TAG}\n{asked['content']}"
+        return True
     if tags != pictures:
         raise RowError(f"{tags} {IMAGE_TAG} in the text, but {pictures} picture(s)")
+    return False

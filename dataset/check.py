@@ -81,6 +81,8 @@ def overview(data: VLMDataset) -> list[str]:
         images = percent(data.picture_count * data.image_tokens, total)
         report += fact("pictures", pictures(data))
         report += fact("tokens", f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures")
+    if data.tags_added:
+        report += fact("no <image>", f"in {counted(data.tags_added, 'row')}: the picture is put first")
     report += fact(f"cut at {data.max_length}", cut(data))
     return report + (fact("duplicates", duplicates(data)) if len(data) else [])
 

@@ -4,9 +4,9 @@ A row is tokenised once; the result is kept as memory-mapped Arrow by the `datas
 nor memory grows with the file, and a loader's worker only decodes images.
 """
 
+import contextlib
 import copy
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -22,15 +22,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UsageError
 from dataset.chat import ChatEncoder, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.formats import DataError, as_files, describe_foreign_row, image_column, load_rows, without_bars
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 ROWS_PER_PROCESS = 20_000
-BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 COLUMNS = datasets.Features(
     {
         "line": datasets.Value("int32"),
@@ -40,14 +39,11 @@ COLUMNS = datasets.Features(
         "image_starts": datasets.List(datasets.Value("int32")),
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
+        "tag_added": datasets.Value("bool"),  # the text had no <image>, so the picture was put first
         "learned_tokens": datasets.Value("int32"),
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
 )
-
-
-class DataError(UsageError):
-    """A data file that is missing, unreadable, or has too many bad rows."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class VLMDataset(Dataset):
     Args:
         data_path: A jsonl file (one {"conversations": [...], "image": "a.jpg, b.jpg"} a line) or a parquet file
             (`conversations`, `image_bytes`).
-        images_path: The folder of the jsonl's images; not needed for parquet.
+        images_path: The folder of the jsonl's images; by default the jsonl's own. Not needed for parquet.
         tokenizer: The tokenizer that belongs to the language model.
         max_length: Tokens a sample is cut at.
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
@@ -93,12 +89,12 @@ class VLMDataset(Dataset):
         num_proc: int | None = None,
     ):
         self.data_path = Path(data_path)
-        self.images_path = None if images_path is None else Path(images_path)
+        self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         raw = load_rows(self.data_path, self.is_parquet, cache_dir)
         self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, self.is_parquet, num_proc)
-        self.image_bytes = raw.select_columns(["image_bytes"]) if self.is_parquet else None
+        self.image_files = raw.select_columns([image_column(raw)]) if self.is_parquet else None
         self.features = None  # a dataset.features.FeatureFile, see use_features
         reasons = self.rows.data.column("reason")
         lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
@@ -108,7 +104,7 @@ class VLMDataset(Dataset):
         if not self.is_parquet:
             missing = self._missing_pictures(good)
             good[list(missing)] = False
-            self.bad_rows += [BadRow(int(lines[i]), f"no such picture: {name}") for i, name in missing.items()]
+            self.bad_rows += [BadRow(int(lines[i]), reason) for i, reason in missing.items()]
             self.bad_rows.sort(key=lambda row: row.line)
         self.positions = np.flatnonzero(good)  # of each sample among all rows
 
@@ -121,15 +117,16 @@ class VLMDataset(Dataset):
         return pc.list_value_length(self.rows.data.column(name)).to_numpy()
 
     def _missing_pictures(self, good: np.ndarray) -> dict[int, str]:
-        """The first missing image of each row that has one. Not cached with the tokens: images come and go."""
+        """Says of each row what its first image lacks. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
         named = np.flatnonzero(good & (self.list_lengths("pictures") > 0))
-        if len(named) and (self.images_path is None or not self.images_path.is_dir()):
+        if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
-            absent = [name for name in names[index].as_py() if not os.path.isfile(self.images_path / name)]
-            if absent:
-                missing[int(index)] = absent[0]
+            reasons = (why_missing(self.images_path, name) for name in names[index].as_py())
+            reason = next(filter(None, reasons), None)
+            if reason:
+                missing[int(index)] = reason
         return missing
 
     # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
@@ -158,6 +155,11 @@ class VLMDataset(Dataset):
     def cut_rows(self) -> int:
         """Samples that lose tokens to max_length."""
         return int((self.column("cut_tokens")[self.positions] > 0).sum())
+
+    @property
+    def tags_added(self) -> int:
+        """Samples whose text had no `<image>`: the picture is put first."""
+        return int(self.column("tag_added")[self.positions].sum())
 
     @property
     def left_out(self) -> np.ndarray:
@@ -252,51 +254,9 @@ class VLMDataset(Dataset):
             return [(self.images_path / name, name) for name in row["pictures"]]
         if not row["image_starts"]:
             return []
-        files = as_files(self.image_bytes[position]["image_bytes"])
+        [column] = self.image_files.column_names
+        files = as_files(self.image_files[position][column])
         return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
-
-
-def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dataset:
-    """Returns the file's rows, memory-mapped: `text` lines of a jsonl, the columns of a parquet.
-
-    Raises:
-        DataError: If the file is missing, of another kind, unreadable or empty.
-    """
-    if not data_path.is_file():
-        raise DataError(f"no such data file: {data_path}")
-    if data_path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"{data_path} is neither .jsonl nor .parquet")
-    if data_path.stat().st_size == 0:
-        raise DataError(f"{data_path} is empty")
-    # utf-8-sig: some editors on Windows begin a file with a byte order mark.
-    text = {"path": "text", "encoding": "utf-8-sig", "encoding_errors": "replace"}
-    kind = {"path": "parquet"} if is_parquet else text
-    files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
-    try:
-        rows = datasets.load_dataset(**kind, data_files=files, split="train", cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{data_path} cannot be read: {error.__cause__ or error}") from error
-    if len(rows) == 0:
-        raise DataError(f"{data_path} has no rows")
-    if is_parquet:
-        check_columns(data_path, rows)
-    return rows
-
-
-def check_columns(data_path: Path, rows: datasets.Dataset):
-    """Raises DataError unless a parquet file has the columns it needs, of the right types."""
-    if not {"conversations", "image_bytes"} <= set(rows.column_names):
-        raise DataError(f"{data_path} needs the columns conversations and image_bytes, it has {rows.column_names}")
-    column = rows.data.column("image_bytes").type
-    element = column.value_type if pa.types.is_list(column) or pa.types.is_large_list(column) else column
-    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
-        raise DataError(f"image_bytes must be a picture's bytes or a list of them, it is {column}")
-
-
-def as_files(image_bytes: bytes | list[bytes | None] | None) -> list[bytes]:
-    """Returns the image files of a parquet row."""
-    files = image_bytes if isinstance(image_bytes, list) else [image_bytes]
-    return [file for file in files if file is not None]
 
 
 def tokenise_rows(
@@ -305,17 +265,18 @@ def tokenise_rows(
     """Returns the tokenised rows (COLUMNS) in the file's order, from the cache where they are there."""
     key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION}"
     processes = num_proc or min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
-    return raw.map(
-        RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
-        input_columns=["conversations", "image_bytes"] if is_parquet else ["text"],
-        with_indices=True,
-        batched=True,
-        num_proc=processes if processes > 1 else None,
-        remove_columns=raw.column_names,
-        features=COLUMNS,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        desc="tokenising",
-    )
+    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else without_bars():
+        return raw.map(
+            RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
+            input_columns=["conversations", image_column(raw)] if is_parquet else ["text"],
+            with_indices=True,
+            batched=True,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=raw.column_names,
+            features=COLUMNS,
+            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            desc="tokenising",
+        )
 
 
 class RowTokeniser:
@@ -339,7 +300,7 @@ class RowTokeniser:
         ]
         return {name: [row[name] for row in rows] for name in COLUMNS}
 
-    def _row(self, index: int, chat, names: list[str], picture_hash: int) -> dict:
+    def _row(self, index: int, chat, names: list[str], picture_hash: int, tag_added: bool) -> dict:
         whole_length = len(chat.input_ids)
         try:
             chat = self.encoder.truncate(chat, self.max_length)
@@ -353,18 +314,30 @@ class RowTokeniser:
             "image_starts": chat.image_starts,
             "pictures": names,
             "picture_hash": picture_hash,
+            "tag_added": tag_added,
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
 
 
+def why_missing(folder: Path, name: str) -> str | None:
+    """Returns why an image cannot be taken from its folder, and what may help; None where it is there."""
+    if os.path.isabs(name) and not Path(name).is_relative_to(folder):
+        return f"the picture's path leaves images_path: {name!r}"
+    if os.path.isfile(folder / name):
+        return None
+    is_doubled = os.path.isfile(folder.parent / name)
+    return f"no such picture: {name}" + is_doubled * f" (it is in {folder.parent}: give that as --images_path)"
+
+
 def refused_row(index: int, reason: str) -> dict:
     lists = dict.fromkeys(("input_ids", "learned", "image_starts", "pictures"), [])
-    return {"line": index + 1, "reason": reason, **lists, "picture_hash": 0, "learned_tokens": 0, "cut_tokens": 0}
+    numbers = dict.fromkeys(("picture_hash", "tag_added", "learned_tokens", "cut_tokens"), 0)
+    return {"line": index + 1, "reason": reason, **lists, **numbers}
 
 
-def parse_line(line: str) -> tuple[list[dict], list[str], int]:
-    """Returns turns, image names and image hash of a jsonl line.
+def parse_line(line: str) -> tuple[list[dict], list[str], int, bool]:
+    """Returns turns, image names, image hash, and whether an `<image>` was added, of a jsonl line.
 
     Raises:
         RowError: If it cannot be learned from.
@@ -379,16 +352,19 @@ def parse_line(line: str) -> tuple[list[dict], list[str], int]:
         raise RowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
+    foreign = describe_foreign_row(row)
+    if foreign:
+        raise RowError(foreign)
     turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
-    check_images(turns, len(names))
-    return turns, names, hash_63(names[0].encode() if names else line.encode())
+    tag_added = check_images(turns, len(names))
+    return turns, names, hash_63(names[0].encode() if names else line.encode()), tag_added
 
 
-def parse_parquet_row(conversations, image_bytes) -> tuple[list[dict], list[str], int]:
-    """Returns turns, no names and image hash of a parquet row; raises RowError as `parse_line` does."""
+def parse_parquet_row(conversations, image_bytes) -> tuple[list[dict], list[str], int, bool]:
+    """Returns of a parquet row what `parse_line` does of a line (no names); raises RowError as it does."""
     turns, files = parse_conversation(conversations), as_files(image_bytes)
-    check_images(turns, len(files))
-    return turns, [], hash_63(files[0] if files else json.dumps(turns).encode())
+    tag_added = check_images(turns, len(files))
+    return turns, [], hash_63(files[0] if files else json.dumps(turns).encode()), tag_added
 
 
 def hash_63(content: bytes) -> int:

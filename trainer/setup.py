@@ -214,6 +214,8 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
+    if data.tags_added:
+        run.log(f"{data.tags_added:,} rows have a picture but no <image> in their text: the picture is put first")
     if len(data) == 0:
         raise DataError(f"{data.data_path} has no row to learn from")
     if args.eval_data == "none":
@@ -254,6 +256,8 @@ def report_bad_rows(run: Run, data: VLMDataset):
         return
     place = "row" if data.is_parquet else "line"
     report = [f"{data.data_path}: {len(data.bad_rows)} of {data.row_count} rows cannot be learned from"]
+    if any(row.reason.startswith("no such picture") for row in data.bad_rows):
+        report[0] += f" (pictures are looked for in {display_path(data.images_path)})"
     report += [f"  {place} {row.line}: {row.reason}" for row in data.bad_rows]
     if run.processes.is_main:
         path.write_text("\n".join(report) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
     ("flag", "value", "parts"),
     [
         ("--data_path", "nowhere.jsonl", ["no such data file", "nowhere.jsonl"]),
-        ("--data_path", "rows.csv", ["rows.csv is neither .jsonl nor .parquet"]),
+        ("--data_path", "rows.csv", ["rows.csv is a table; a jsonl is needed"]),
         ("--data_path", "empty.jsonl", ["empty.jsonl is empty"]),
         ("--data_path", "garbled.parquet", ["garbled.parquet cannot be read"]),
         ("--images_path", "nowhere", ["their folder is missing", "nowhere"]),

@@ -1,0 +1,151 @@
+"""The files that rows come from: jsonl and parquet are read; other usual forms are recognised, and the cure is told."""
+
+import contextlib
+import glob
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from common.errors import UsageError
+from dataset.chat import RowError
+
+BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
+RIGHT_FORM = (
+    '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
+    '{"role": "assistant", "content": "A cat."}]}'
+)
+SPLIT_LIST = (
+    'python -c "import json, sys; [print(json.dumps(row, ensure_ascii=False)) for row in '
+    "json.load(open(sys.argv[1], encoding='utf-8'))]\" {name} > {stem}.jsonl"
+)
+
+
+class DataError(UsageError):
+    """A data file that is missing, unreadable, or has too many bad rows."""
+
+
+def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dataset:
+    """Returns the file's rows, memory-mapped: `text` lines of a jsonl, the columns of a parquet.
+
+    Raises:
+        DataError: If the file is missing, of another kind, unreadable or empty.
+    """
+    check_file(data_path)
+    # utf-8-sig: some editors on Windows begin a file with a byte order mark.
+    text = {"path": "text", "encoding": "utf-8-sig", "encoding_errors": "replace"}
+    kind = {"path": "parquet"} if is_parquet else text
+    files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
+    try:
+        with without_bars():  # "Generating train split" means nothing to the person who trains
+            rows = datasets.load_dataset(**kind, data_files=files, split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{data_path} cannot be read: {error.__cause__ or error}") from error
+    if len(rows) == 0:
+        raise DataError(f"{data_path} has no rows")
+    if is_parquet:
+        rows = with_plain_images(rows)
+        check_columns(data_path, rows)
+    return rows
+
+
+@contextlib.contextmanager
+def without_bars():
+    """Turns off the progress bars of `datasets` for a while."""
+    had_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def check_file(path: Path):
+    """Raises DataError unless this is a jsonl or a parquet file that is not empty; names the usual other forms."""
+    if path.is_dir():
+        is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        save = "datasets.load_from_disk(folder).to_parquet('my.parquet') makes a parquet file of it"
+        raise DataError(f"{path} is a folder{f' that datasets saved: {save}' if is_saved else ', not a data file'}")
+    if not path.is_file():
+        raise DataError(f"no such data file: {path}")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise DataError(f"{path} is a table; a jsonl is needed, with a row like this on each line:\n  {RIGHT_FORM}")
+    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+        raise DataError(f"{path} is neither .jsonl nor .parquet")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    with open(path, "rb") as file:
+        begin = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() != ".parquet" and begin.startswith(b"["):
+        split = SPLIT_LIST.format(name=path.name, stem=path.stem)
+        raise DataError(
+            f"{path} is one JSON list (as LLaVA's files are); a jsonl has one row a line. This makes one:\n  {split}"
+        )
+
+
+def describe_foreign_row(row: dict) -> str | None:
+    """Names the known format of a jsonl row that is not of ours, and what to change; None where it is unknown."""
+    turns = row.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"from", "value"} <= turns[0].keys():
+        return 'LLaVA format ("from", "value"): write "role" and "content", user for human, assistant for gpt'
+    messages = row.get("messages")
+    if "conversations" not in row and isinstance(messages, list):
+        parts = messages and isinstance(messages[0], dict) and isinstance(messages[0].get("content"), list)
+        if parts:
+            return (
+                'OpenAI format (content in parts): write "conversations", each content as text, <image> for a picture'
+            )
+        return '"messages" format: call it "conversations", and name the picture in "image"'
+    if "conversations" not in row and "image" in row:
+        answer = next((key for key in ("caption", "text", "description") if key in row), None)
+        if answer:
+            return (
+                f'image and {answer}: write "conversations" with a question about <image>, and the {answer} as answer'
+            )
+    if "image" not in row and isinstance(row.get("images"), list):
+        return '"images": call it "image" (a list of names is accepted)'
+    return None
+
+
+def image_column(rows: datasets.Dataset) -> str:
+    """Returns which of a parquet's columns holds the images."""
+    return "image" if "image" in rows.column_names and "image_bytes" not in rows.column_names else "image_bytes"
+
+
+def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
+    """Returns rows whose `image` column, where it is one of `datasets` own, gives its files as they are, undecoded."""
+    feature = rows.features.get(image_column(rows))
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(image_column(rows), datasets.Image(decode=False))
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        return rows.cast_column(image_column(rows), datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def check_columns(data_path: Path, rows: datasets.Dataset):
+    """Raises DataError unless a parquet file has the columns it needs, of the right types."""
+    name = image_column(rows)
+    if not {"conversations", name} <= set(rows.column_names):
+        raise DataError(
+            f"{data_path} needs the columns conversations and image_bytes (or image), it has {rows.column_names}"
+        )
+    column = rows.data.column(name).type
+    element = column.value_type if pa.types.is_list(column) or pa.types.is_large_list(column) else column
+    if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes
+        element = element.field("bytes").type
+    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
+        raise DataError(f"{name} must be a picture's bytes or a list of them, it is {column}")
+
+
+def as_files(images) -> list[bytes]:
+    """Returns the image files of a parquet row: bytes, {"bytes", "path"}, or a list of them.
+
+    Raises:
+        RowError: If there is only a path to one, which is not followed: it may lead anywhere.
+    """
+    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+    files = [image["bytes"] if isinstance(image, dict) else image for image in images]
+    if any(file is None and image.get("path") for file, image in zip(files, images, strict=True)):
+        raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
+    return [file for file in files if file is not None]
