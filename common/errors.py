@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from common.output import outlive_output, report_lost_output
+
 
 class UsageError(Exception):
     """Something the person who typed the command can fix; the message says what is wrong and what to do."""
@@ -22,10 +24,22 @@ class Stopped(Exception):
         super().__init__(self.name)
 
 
-def run_script(main: Callable[[], None]):
-    """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status."""
+def run_script(main: Callable[[], None], outlives_output: bool = False):
+    """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status.
+
+    Args:
+        outlives_output: Whether it goes on where its output cannot be written (`| head`, a closed terminal).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # an output of ASCII only, as with LC_ALL=C, ends no program
     try:
-        main()
+        if outlives_output:
+            outlive_output()
+        try:
+            main()
+        finally:
+            report_lost_output()
     except RankError as error:
         rank = os.environ.get("RANK")
         print(f"error{'' if rank is None else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)

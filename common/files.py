@@ -1,10 +1,12 @@
 """Files written whole or not at all, and read without running code from them."""
 
+import errno
 import glob
 import hashlib
 import os
 import pickle
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -12,6 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from common.errors import UsageError
 from common.paths import display_path
@@ -70,10 +77,57 @@ def flush_folder(folder: Path):
             os.close(number)
 
 
-def remove_temporaries(folder: Path, name: str):
-    """Removes files that a run of this name left half written when it was killed."""
-    for path in folder.glob(f".{glob.escape(name)}*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+def remove_temporaries(path: Path):
+    """Removes what killed processes left of `path` half written: its temporaries whose process is gone."""
+    for hidden in (f".{path.name}", path.name):
+        for temporary in path.parent.glob(f"{glob.escape(hidden)}.*{TEMPORARY}"):
+            number = temporary.name.removeprefix(f"{hidden}.").removesuffix(TEMPORARY)
+            if number.isdecimal() and not is_alive(int(number)):
+                temporary.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    """Tells whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
+
+
+def lock(name: Path):
+    """Locks a name on this machine for as long as this process lives; the system releases it, however that ends.
+
+    The lock is a file in the system's temporary folder: not every folder knows locks, and none is left among the files.
+
+    Returns:
+        What holds the lock; None where the system knows no locks.
+
+    Raises:
+        BlockingIOError: If another process holds it; its number is the message.
+    """
+    if fcntl is None:
+        return None
+    digest = hashlib.sha256(str(name.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    try:
+        file = open(Path(tempfile.gettempdir()) / f"minimind-v-{digest}.lock", "a+")  # noqa: SIM115 (it stays open)
+    except OSError:  # another user's
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(holder or "unknown") from error
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def check_checksums(path: Path):

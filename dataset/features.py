@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import UsageError
+from common.files import remove_temporaries
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, load_picture
 
@@ -67,7 +68,8 @@ class FeatureFile:
                 f"the features of {self.shape[0]:,} pictures take {self.size / 1e9:.1f} GB, and {self.path.parent} has "
                 f"{free / 1e9:.1f} GB free: name another folder with --cache_vision, or say --cache_vision off"
             )
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        remove_temporaries(self.path)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
                 file.write(header.ljust(HEADER_BYTES, b"\0"))

@@ -43,12 +43,11 @@ class Checkpoints:
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: tensor for name, tensor in named if tensor in frozen})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
-        self.fingerprint = self._fingerprint(data)
+        self.fingerprint, self.prompt_form = self._fingerprint(data), usual_form(data, run.tokenizer)
         if run.state is not None:
             self._check_fingerprint(run.state["fingerprint"])
             if run.processes.is_main:
                 self._repair_weights(run.state["step"])
-        self.prompt_form = usual_form(data, run.tokenizer)
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What comes before training: functions that find, check and load what a run needs, and return it."""
 
+import glob
 import hashlib
 import shutil
 import time
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UsageError
-from common.files import load_file, remove_temporaries
+from common.errors import RankError, UsageError
+from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
 from dataset.holdout import hold_out, rows_in_both
@@ -26,6 +27,8 @@ from trainer.flags import Stage
 from trainer.support.processes import Processes
 
 SHOWN_BAD_ROWS = 20
+# Of the files a run writes, after its name.
+ENDINGS = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples", "_samples.md", ".bad_rows.txt")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Run:
         files: Where everything is written.
         state: The checkpoint to resume from, or None.
         started: `time.perf_counter()` at the start.
+        lock: Keeps another process from writing the same files.
     """
 
     stage: Stage
@@ -67,6 +71,7 @@ class Run:
     files: RunFiles
     state: dict | None
     started: float
+    lock: object
 
     @property
     def device(self) -> torch.device:
@@ -119,9 +124,14 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
     if args.compile and config.use_moe:
         processes.log("--compile 1: a model with experts cannot be compiled, so this one is not")
-    state = read_state(args, files, processes.log)
-    prepare_save_dir(files, processes)
-    return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started)
+    if weights is not None and weights.path.resolve() == files.weights.resolve():
+        raise UsageError(
+            f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
+            "from: give it another name"
+        )
+    held = prepare_save_dir(files, processes)
+    state = read_state(args, files, processes)
+    return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
 
 
 def find_starting_weights(args, log) -> weight_io.Weights | None:
@@ -174,30 +184,79 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     return config
 
 
-def read_state(args, files: RunFiles, log) -> dict | None:
-    """Reads the checkpoint to resume from; None to start anew."""
+def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
+    """Reads the checkpoint to resume from; None to start anew.
+
+    Raises:
+        UsageError: If it cannot be read, or an unfinished run would be overwritten without a word.
+    """
     if not args.from_resume:
+        if args.from_resume is None and is_unfinished(files.state):
+            raise UsageError(
+                f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
+                "--from_resume 0 begins anew and keeps its files beside, under a name with the date"
+            )
+        processes.barrier()  # no rank looks while the main one moves the files
+        if processes.is_main and args.from_resume == 0 and is_unfinished(files.state):
+            processes.log(f"kept the unfinished run as {display_path(keep_aside(files))}")
         return None
     if not files.state.is_file():
-        log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
+        processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
         return None
     state = load_file(files.state)
     if not isinstance(state, dict) or "fingerprint" not in state:
         raise UsageError(
-            f"{display_path(files.state)} is no checkpoint of this version of the project; leave --from_resume out"
+            f"{display_path(files.state)} is no checkpoint of this version of the project; --from_resume 0 begins anew"
         )
     return state
 
 
+def is_unfinished(path: Path) -> bool:
+    """Tells whether a checkpoint is of a run with epochs left; one that cannot be read is of no use to anybody."""
+    if not path.is_file():
+        return False
+    try:
+        state = load_file(path)
+        return state["epoch"] < int(state["arguments"]["epochs"])
+    except (UsageError, KeyError, TypeError, ValueError):
+        return False
+
+
+def keep_aside(files: RunFiles) -> Path:
+    """Renames a run's files to {name}.{date}; returns the path they share."""
+    kept = files.save_dir / f"{files.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+    for path in sorted(files.save_dir.glob(f"{glob.escape(files.name)}[._]*")):
+        ending = path.name.removeprefix(files.name)
+        if ending in ENDINGS:
+            path.rename(f"{kept}{ending}")
+    return kept
+
+
 def prepare_save_dir(files: RunFiles, processes: Processes):
-    """Makes the folder, tries to write to it, and removes what a run of this name left half written when killed."""
+    """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
+
+    Returns:
+        The lock on the run's name, held by the main rank.
+
+    Raises:
+        UsageError: If it cannot be written to, or another process writes the same files now.
+    """
     try:
         files.save_dir.mkdir(parents=True, exist_ok=True)
         probe = files.save_dir / f".writable.{processes.rank}"
         probe.touch()
         probe.unlink()
-        if processes.is_main:
-            remove_temporaries(files.save_dir, files.name)
+        if not processes.is_main:
+            return None
+        held = lock(files.save_dir / files.name)
+        for ending in ENDINGS:
+            remove_temporaries(files.save_dir / f"{files.name}{ending}")
+        return held
+    except BlockingIOError as error:
+        raise RankError(
+            f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
+            "run another --save_weight or --save_dir"
+        ) from error
     except OSError as error:
         raise UsageError(f"--save_dir {files.save_dir} cannot be written to: {error.strerror}") from error
 

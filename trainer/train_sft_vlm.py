@@ -49,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, outlives_output=True)

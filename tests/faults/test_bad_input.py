@@ -27,7 +27,7 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
     """Runs with these flags after all that is needed (the last of a kind counts), and returns the message."""
 
     def kept() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.endswith("bad_rows.txt")}
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix != ".txt"}
 
     before = kept()
     message = world.run(script, *world.files("pretrain", out), *flags, **how).refused()

@@ -15,8 +15,9 @@ STEPS = 14  # two epochs of 25 rows in steps of 4
 FLAGS = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 4, "--learning_rate", 1e-3, "--log_interval", 1]
 # Does something in the N-th forward pass.
 AT_FORWARD = """
-import os, signal, sys, threading, time, torch, model.model_vlm
+import functools, os, signal, sys, threading, time, torch, model.model_vlm
 forward, calls = model.model_vlm.MiniMindVLM.forward, []
+@functools.wraps(forward)
 def counted(*inputs, **named):
     calls.append(1)
     output = forward(*inputs, **named)
@@ -135,12 +136,12 @@ def test_a_last_save_that_fails_ends_in_an_error_and_keeps_the_one_before(world,
     """The limit on a file's size is what a full disk is to these files: real, and raised by the kernel."""
     out = world.copy_of_out(tmp_path / "out")
     run(world, out, "--epochs", 1).passed()
-    before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+    before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))"
     failed = run(world, out, "--cache_vision", "off", "--from_resume", 1, hook=limit)
     failed.refused("cannot be written: File too large")
     assert failed.out.count("could not be saved, training continues") == 0  # the one at the end is the only one
-    after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*")}
+    after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
     run(world, out, "--from_resume", 1).passed()
 

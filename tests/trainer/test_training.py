@@ -76,7 +76,7 @@ def fine_tuned_by_two(world, pretrained, tmp_path_factory) -> Ran:
 
 
 def test_all_files_land_in_save_dir_and_nothing_else_is_left_there(pretrained, fine_tuned, fine_tuned_by_two):
-    endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl")
+    endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples", "_samples.md")
     sft = {f"sft_vlm_32{ending}" for ending in endings} | {"vision_features"}
     both = {f"pretrain_vlm_32{ending}" for ending in endings} | sft | {"llm_32.pth"}
     assert {path.name for path in pretrained.out.iterdir()} == both
@@ -192,7 +192,7 @@ def test_pretraining_changes_the_projection_and_nothing_else(world, pretrained):
 
 @pytest.mark.parametrize("freeze_llm", [1, 2])
 def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze_llm):
-    """Frozen weights are rounded for the run only; those that learn stay in float32."""
+    """Frozen weights are rounded for the run only; those that learn stay in float32. It describes pictures all along."""
     out = world.copy_of_out(tmp_path / "out")
     flags = ["--dtype", "bfloat16", "--freeze_llm", freeze_llm, "--epochs", 1, "--batch_size", BATCH]
     world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()

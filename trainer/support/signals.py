@@ -1,17 +1,18 @@
-"""Ctrl-C and SIGTERM finish and save the step; a second signal exits immediately."""
+"""Ctrl-C, SIGTERM and a closed terminal finish and save the step; a second signal exits immediately."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 # On Ctrl-C torchrun sends its processes a signal of its own, though they got the first one too: it counts as the same.
 SAME_SECONDS = 2.0
 
 
 class StopSignals:
-    """While entered, keeps the first SIGINT or SIGTERM in `asked` (its number, else None).
+    """While entered, keeps the first SIGINT, SIGTERM or SIGHUP in `asked` (its number, else None).
 
     Args:
         speaks: Whether to acknowledge it on standard error.
@@ -21,7 +22,9 @@ class StopSignals:
         self.speaks, self.asked, self.asked_at = speaks, None, 0.0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # One that is ignored stays so, as SIGHUP under nohup.
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *exception):
@@ -42,7 +45,8 @@ class StopSignals:
     def _acknowledge(self, message: str):
         if self.speaks:
             # Not through Python's buffers: the code that the signal interrupted may be writing to them.
-            os.write(sys.stderr.fileno(), message.encode())
+            with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone
+                os.write(sys.stderr.fileno(), message.encode())
 
 
 def ignore_in_worker(worker: int):

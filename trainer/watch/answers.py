@@ -20,8 +20,11 @@ def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, **settings) 
         settings["cache_implementation"] = "static"
     was_training = model.training
     model.eval()
+    # While it trains, a model may hold its frozen matrices in half precision, and the rest in float32.
+    half = next((weight.dtype for weight in model.parameters() if weight.dtype != torch.float32), None)
     try:
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
+        with torch.autocast(model.device.type, half, enabled=half is not None):
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
     finally:
         model.train(was_training)
     return ids[:, inputs["input_ids"].shape[1] :]
