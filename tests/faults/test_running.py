@@ -1,6 +1,7 @@
 """What goes wrong while training: signals, full disks, losses that are not finite, processes that are gone."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ import time
 import pytest
 import torch
 from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl
+
+from common.files import lock
 
 pytest_plugins = ["tiny"]
 
@@ -53,7 +56,7 @@ def assert_same_weights(out, other):
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed, name, status):
     out = world.copy_of_out(tmp_path / "out")
     hook = AT_FORWARD.format(what=SIGNALLED.format(call=5, rank=0, name=name))
@@ -313,3 +316,43 @@ def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_
         subprocess.run(["pkill", "-9", "-f", str(script)], check=False)
         for agent in agents:
             agent.communicate(timeout=10)
+
+
+def test_two_runs_of_one_name_do_not_write_the_same_files(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    held = lock(out / "sft_vlm_32")  # as another run of that name does
+    run(world, out).refused(f"process {os.getpid()} is training sft_vlm_32", "--save_weight or --save_dir")
+    run(world, out, "--save_weight", "other").passed()
+    held.close()
+    run(world, out).passed()
+
+
+def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    dead, alive = 2**22 + 1, os.getpid()  # no process has a number above 2**22
+    leftovers = [f".sft_vlm_32.pth.{dead}.tmp", f".sft_vlm_32.json.{dead}.tmp", f".sft_vlm_32_moe.pth.{dead}.tmp"]
+    leftovers += [f".sft_vlm_32.pth.{alive}.tmp", ".sft_vlm_32.pth.my.tmp"]
+    for name in leftovers:
+        (out / name).touch()
+    run(world, out, "--epochs", 1).passed()
+    assert sorted(path.name for path in out.glob(".*")) == sorted(leftovers[2:])
+
+
+@pytest.mark.parametrize("where", ["full disk", "lost reader"])
+def test_output_that_cannot_be_written_ends_no_run(world, tmp_path, undisturbed, where):
+    """As `train >/dev/full` and `train | head -1`; the note about it goes to what is left."""
+    out = world.copy_of_out(tmp_path / "out")
+    command = [sys.executable, "-W", "ignore", SFT, *world.files("sft", out), *FLAGS]
+    with open("/dev/full" if where == "full disk" else os.devnull, "w") as target:
+        stdout = target if where == "full disk" else subprocess.PIPE
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=stdout, stderr=subprocess.PIPE, env=world.environment, text=True
+        )
+        if process.stdout:
+            process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(SECONDS) == 0, errors
+    assert "note: stdout could not be written" in errors
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    assert_same_weights(out, undisturbed)
+    assert losses(out) == losses(undisturbed)

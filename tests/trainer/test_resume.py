@@ -346,3 +346,25 @@ def test_the_state_of_pretraining_at_512_is_below_10_megabytes(world, save_dir, 
     size = (out / "pretrain_vlm_512_resume.pth").stat().st_size
     assert 3 * 4 * 768 * 512 < size < 10_000_000
     assert (out / "pretrain_vlm_512.pth").stat().st_size > 50_000_000
+
+
+def test_an_unfinished_run_is_not_overwritten_without_a_word(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    BASE.run(world, out, hook=KILLED_AT_FORWARD.format(call=5))
+    before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
+    BASE.run(world, out).refused("did not finish", "--from_resume 1 resumes it", "--from_resume 0 begins anew")
+    assert before == {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
+    result = BASE.run(world, out, "--from_resume", 0).passed()
+    assert "kept the unfinished run as " in result.out
+    [kept] = out.glob("sft_vlm_32.*_resume.pth")
+    assert kept.read_bytes() == before["sft_vlm_32_resume.pth"]
+    assert (out / f"{kept.name.removesuffix('_resume.pth')}.pth").read_bytes() == before["sft_vlm_32.pth"]
+    BASE.run(world, out).passed()  # the new one did finish
+
+
+def test_the_weights_it_starts_from_are_not_overwritten(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    before = (out / "llm_32.pth").read_bytes()
+    flags = ["--from_weight", "llm", "--save_weight", "llm"]
+    BASE.run(world, out, *flags).refused("--save_weight llm would overwrite", "llm_32.pth", "another name")
+    assert (out / "llm_32.pth").read_bytes() == before

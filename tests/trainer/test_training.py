@@ -192,7 +192,7 @@ def test_pretraining_changes_the_projection_and_nothing_else(world, pretrained):
 
 @pytest.mark.parametrize("freeze_llm", [1, 2])
 def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze_llm):
-    """Frozen weights are rounded for the run only; those that learn stay in float32. It describes pictures all along."""
+    """Frozen weights are rounded for the run only; those that learn stay in float32."""
     out = world.copy_of_out(tmp_path / "out")
     flags = ["--dtype", "bfloat16", "--freeze_llm", freeze_llm, "--epochs", 1, "--batch_size", BATCH]
     world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
