@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import pyarrow as pa
 from common.errors import UsageError
 from dataset.chat import RowError
 
+SAMPLED_BYTES = 1 << 16
 BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 RIGHT_FORM = (
     '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
@@ -38,7 +40,8 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
     files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
     try:
         with without_bars():  # "Generating train split" means nothing to the person who trains
-            rows = datasets.load_dataset(**kind, data_files=files, split="train", cache_dir=cache_dir)
+            key = content_key(data_path)
+            rows = datasets.load_dataset(**kind, data_files=files, split="train", name=key, cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{data_path} cannot be read: {error.__cause__ or error}") from error
     if len(rows) == 0:
@@ -47,6 +50,17 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
         rows = with_plain_images(rows)
         check_columns(data_path, rows)
     return rows
+
+
+def content_key(path: Path) -> str:
+    """Returns a hash of a file's size, head, middle and tail, for the cache: a copy may keep the time of another."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with open(path, "rb") as file:
+        for start in (0, size // 2, size - SAMPLED_BYTES):
+            file.seek(max(0, start))
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ MAX_RESIZED_PIXELS = 50_000_000
 # Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
 Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
 # What Pillow's decoders raise on a file that is cut off, garbled, or not a picture at all.
 DECODING_ERRORS = (
     OSError,
@@ -71,9 +73,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image, kind: str) -> Image.Image:
-    """Converts 16-bit grey to 8 bits (Pillow would clip everything above 255 to white); returns others unchanged."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # before Pillow 11 a PNG's is "I"
+    """Converts grey of more than 8 bits to 8, where Pillow would clip everything above 255; returns others unchanged.
+
+    16 bits are divided by 256; 32-bit integers and floats, whose range nothing tells, are scaled by the image's own.
+
+    Raises:
+        ValueError: If a float image holds NaN or infinity.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        if not np.isfinite(high - low):
+            raise ValueError("it holds NaN or infinity")
+        return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
     return image
 
 
@@ -129,6 +143,8 @@ def load_picture(
             if min(image.size) >= 4 * picture_format.size:
                 # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast; never below this.
                 image.draft("RGB", (2 * picture_format.size, 2 * picture_format.size))
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
             pixels = preprocess_image(to_8_bits(ImageOps.exif_transpose(image), image.format), picture_format)
     except FileNotFoundError as error:
         raise PictureError(name, "no such file") from error

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common.paths import display_path
 from dataset.features import FeatureFile, compute_features
@@ -22,7 +21,7 @@ from trainer.support.prefetch import on_device
 from trainer.support.processes import Processes
 from trainer.support.signals import StopSignals, ignore_in_worker
 from trainer.watch.header import print_header
-from trainer.watch.health import BadSteps, check_first_loss, from_workers, worker_errors
+from trainer.watch.health import BadSteps, UnreadableImages, check_first_loss, from_workers, worker_errors
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
 from trainer.weights import learned_parameters
@@ -158,10 +157,7 @@ def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
 
 
 def count(micro_batches: list[dict], processes: Processes) -> Counts:
-    """Sums what a step consists of over all ranks; names this rank's unreadable images."""
-    for batch in micro_batches:
-        for error in batch["skipped"]:
-            tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
+    """Sums what a step consists of over all ranks."""
     counts = processes.sum(
         sum(len(batch["learned_positions"]) for batch in micro_batches),
         sum(len(batch["input_ids"]) for batch in micro_batches),
@@ -181,7 +177,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     args, processes, device = run.args, run.processes, run.device
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
-    state, bad_steps = TrainState(), BadSteps(device)
+    state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)
     if run.state is not None:
         state.load_state_dict(run.state)
         bad_steps.load_state_dict(run.state)
@@ -218,7 +214,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 counts = count(micro_batches, processes)
                 learning_rate = cosine_learning_rate(args.learning_rate, sampler.done(epoch, first_sample))
                 losses, is_bad = train_step(learner, micro_batches, counts, learning_rate)
-                state.advance(counts.skipped, *sampler.after(epoch, first_sample))
+                unreadable.note(micro_batches)
+                state.advance(counts.skipped, counts.learned, *sampler.after(epoch, first_sample))
                 if state.step == 1:
                     check_first_loss(run, model, losses)
                 bad_steps.add(is_bad)
@@ -280,7 +277,8 @@ def load_batches(
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):
     """Writes the run's page, and says what comes next."""
     if state.skipped_pictures:
-        progress.log(f"{state.skipped_pictures} sample(s) were skipped because a picture could not be read")
+        listed = display_path(run.files.bad_rows)
+        progress.log(f"{state.skipped_pictures} sample(s) were skipped, a picture cannot be read: they are in {listed}")
     watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
     progress.log(f"next: {run.stage.following.format(save_weight=run.args.save_weight)}")

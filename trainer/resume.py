@@ -171,18 +171,20 @@ class TrainState:
     epoch: int = 0
     sample: int = 0
     skipped_pictures: int = 0
+    learned_tokens: int = 0
 
-    def advance(self, skipped_pictures: int, epoch: int, sample: int):
-        """Counts a step, after which the sample `sample` of epoch `epoch` is next."""
+    def advance(self, skipped_pictures: int, learned: int, epoch: int, sample: int):
+        """Counts a step that learned so many tokens, after which the sample `sample` of epoch `epoch` is next."""
         self.step, self.epoch, self.sample = self.step + 1, epoch, sample
         self.skipped_pictures += skipped_pictures
+        self.learned_tokens += learned
 
     def state_dict(self) -> dict:
         return asdict(self)
 
     def load_state_dict(self, state: dict):
         for name in asdict(self):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 1))  # only checkpoints from before it was counted lack `learned_tokens`
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):
@@ -201,6 +203,12 @@ def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked
     minutes_are_up = run.processes.is_main and checkpoints.minutes_are_up()
     minutes_are_up, anybody = run.processes.sum(minutes_are_up, asked is not None)
     if state.step % run.args.save_interval == 0 or state.sample == 0 or minutes_are_up or anybody:
+        if state.learned_tokens == 0:
+            raise UsageError(
+                f"nothing was learned in {state.step:,} step(s), so nothing is saved: none of the "
+                f"{state.skipped_pictures:,} pictures so far can be read (python -m dataset.check "
+                f"{display_path(run.args.data_path)} --pictures says why)"
+            )
         error = checkpoints.save({name: value for part in (state, *parts) for name, value in part.state_dict().items()})
         if error is not None and (anybody or state.step == total_steps):
             raise error

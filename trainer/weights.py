@@ -26,7 +26,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import config_fields, projector_of
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
-CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)
+CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
@@ -107,7 +107,7 @@ def read_sidecar_or_empty(path: Path) -> dict:
     """Reads the JSON beside a weight file; {} where it is missing or unreadable (`read_weights` says why)."""
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return sidecar if isinstance(sidecar, dict) else {}
 
@@ -151,8 +151,8 @@ def checked_sidecar(sidecar) -> dict:
     wrong = [name for name, kind in kinds.items() if not isinstance(sidecar.get(name, kind()), kind)]
     known = config_fields(VLMConfig())
     for name, value in (sidecar["config"] if "config" in sidecar and not wrong else {}).items():
-        kind = (int, float) if isinstance(known.get(name), float) else type(known.get(name))
-        if name not in known or not isinstance(value, kind):
+        kinds = {float, int} if isinstance(known.get(name), float) else {type(known.get(name))}
+        if name not in known or type(value) not in kinds:
             wrong.append(f"config.{name}")
     if sidecar.get("prompt_form", DEFAULT_FORM) not in FORMS:
         wrong.append("prompt_form")
@@ -203,6 +203,8 @@ def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
         UsageError: If they are not a MiniMind model's.
     """
     layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    if sorted(set(layers)) != list(range(len(set(layers)))):
+        raise UsageError(f"{display_path(path)} is no MiniMind weight file: its layers are not 0, 1, 2 ... in full")
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
         use_moe = "model.layers.0.mlp.gate.weight" in tensors
@@ -269,8 +271,13 @@ def load_into(model: MiniMindVLM, weights: Weights):
     for name in expected.keys() & found.keys():
         if expected[name].shape != found[name].shape:
             problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif not is_plain(found[name]):
+            problems.append(f"{name} is {found[name].dtype}, {found[name].layout}: plain floating point is expected")
         elif not bool(torch.isfinite(found[name]).all()):
             problems.append(f"{name} holds NaN or infinity")
+    embedding, head = (found.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not problems and not torch.equal(embedding, head):
+        problems.append("lm_head.weight differs from model.embed_tokens.weight, which the model shares")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         remedy = ""
@@ -280,6 +287,12 @@ def load_into(model: MiniMindVLM, weights: Weights):
             f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}"
         )
     model.load_state_dict(found)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor holds numbers that a model can be made of: not fp8, quantised, sparse, or without data."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return is_dense and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:

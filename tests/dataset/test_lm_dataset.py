@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -419,3 +420,16 @@ def test_a_picture_is_that_of_load_picture(folder, tokenizer):
     (folder / "images" / "noise.jpg").write_bytes(file.getvalue())
     data = build(folder, [row("<image>", "noise", "noise.jpg")], tokenizer)
     assert torch.equal(data[0]["pixel_values"][0], load_picture(folder / "images" / "noise.jpg"))
+
+
+def test_a_file_that_was_edited_with_its_time_kept_is_read_anew(folder, tokenizer):
+    """As `rsync -t` and `cp -p` leave it: the same size and time, other words."""
+    before = build(folder, [row(answer="cats")] * 3, tokenizer)
+    stat = (folder / "data.jsonl").stat()
+    after_rows = [row(answer="cats")] * 2 + [row(answer="dogs")]
+    (folder / "data.jsonl").write_text("".join(json.dumps(of) + "\n" for of in after_rows), encoding="utf-8")
+    os.utime(folder / "data.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = opened(folder, tokenizer)
+    assert (folder / "data.jsonl").stat().st_size == stat.st_size
+    assert after.content_sha256 != before.content_sha256
+    assert tokenizer.decode(after[2]["input_ids"]).count("dogs") == 1

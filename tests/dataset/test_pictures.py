@@ -232,3 +232,49 @@ def test_a_large_jpeg_is_decoded_at_part_of_its_size_and_looks_the_same(tmp_path
         assert image.size == (800, 600)  # what was decoded
     expected = preprocess_image(picture).astype(int)
     assert np.abs(found.numpy() - expected).max() <= 6
+
+
+def grey(values, mode, kind) -> bytes:
+    """A grey picture's file, 14 x 14 pixels of 16 x 16 equal values each, so that resizing changes none of them."""
+    file = io.BytesIO()
+    Image.fromarray(np.kron(values, np.ones((16, 16))).astype(mode)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "scale"),
+    [
+        ("uint8", "PNG", lambda values: values),
+        ("uint16", "PNG", lambda values: values // 256),
+        ("uint16", "TIFF", lambda values: values // 256),
+        ("uint16", "PPM", lambda values: values // 256),
+        ("int32", "TIFF", lambda values: np.round((values - values.min()) / (values.max() - values.min()) * 255)),
+        ("float32", "TIFF", lambda values: np.round((values - values.min()) / (values.max() - values.min()) * 255)),
+    ],
+)
+def test_grey_of_any_depth_keeps_its_shades(mode, kind, scale):
+    """Held to arithmetic: Pillow itself would make all above 255 white."""
+    highest = {"uint8": 255, "uint16": 65535, "int32": 10**6, "float32": 1000}[mode]
+    values = np.random.default_rng(0).integers(-highest if mode in ("int32", "float32") else 0, highest, (14, 14))
+    pixels = load_picture(grey(values, mode, kind)).numpy()
+    expected = np.kron(scale(values.astype(np.float64)), np.ones((16, 16))).astype(np.uint8)
+    assert (pixels == expected).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_float_picture_that_is_not_finite_is_refused(value):
+    values = np.zeros((14, 14))
+    values[3, 4] = value
+    with pytest.raises(PictureError, match="NaN or infinity"):
+        load_picture(grey(values, "float32", "TIFF"))
+    assert (load_picture(grey(np.full((14, 14), 7.0), "float32", "TIFF")) == 0).all()  # one shade only
+
+
+def test_a_picture_of_too_many_pixels_is_refused_unless_a_jpeg_is_reduced(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500 * 1500)
+    picture, png, jpeg = Image.new("RGB", (2000, 2000), "red"), io.BytesIO(), io.BytesIO()
+    picture.save(png, "PNG")
+    picture.save(jpeg, "JPEG")
+    with pytest.raises(PictureError, match="2000 x 2000 pixels is too large"):
+        load_picture(png.getvalue())
+    assert load_picture(jpeg.getvalue()).shape == (3, 224, 224)

@@ -356,3 +356,15 @@ def test_output_that_cannot_be_written_ends_no_run(world, tmp_path, undisturbed,
     assert "Traceback" not in errors and "Exception ignored" not in errors
     assert_same_weights(out, undisturbed)
     assert losses(out) == losses(undisturbed)
+
+
+def test_where_every_picture_is_broken_nothing_is_saved_and_that_is_an_error(world, tmp_path):
+    out, images = world.copy_of_out(tmp_path / "out"), tmp_path / "images"
+    images.mkdir()
+    for path in world.images.iterdir():
+        (images / path.name).write_bytes(b"no picture")
+    result = world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--images_path", images)
+    result.refused("nothing was learned in ", "pictures so far can be read", "--pictures says why")
+    assert not list(out.glob("pretrain_vlm_32*.pth"))
+    assert result.out.count("skipped a sample, its picture cannot be read: ") <= 20
+    assert len(set((out / "pretrain_vlm_32.bad_rows.txt").read_text().splitlines())) == 12  # each picture once

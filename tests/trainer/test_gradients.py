@@ -177,7 +177,7 @@ def learn(trainer, batches: list[dict]) -> float:
     return float(losses[0])
 
 
-def test_a_batch_with_nothing_to_learn_changes_nothing(trainer, capsys):
+def test_a_batch_with_nothing_to_learn_changes_nothing(trainer):
     collate = VLMCollator()
     good = [collate([trainer.data[0], trainer.data[1]])]
     assert math.isfinite(learn(trainer, good))  # from here on the optimizer has moments that would move the weights
@@ -188,7 +188,6 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(trainer, capsys):
         assert learn(trainer, batches) == 0.0
         assert all(torch.equal(a, b) for a, b in zip(everything(trainer), before, strict=True))
     assert trainer.skipped_pictures == 4
-    assert capsys.readouterr().out.count("skipped a sample") == 4
     # Beside samples that are learned from, such a batch adds nothing either.
     assert math.isfinite(learn(trainer, [*good, collate([])]))
     assert any(not torch.equal(a, b) for a, b in zip(everything(trainer), before, strict=True))

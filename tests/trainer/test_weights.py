@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl
 from common import files
 from common.errors import UsageError
 from model.model_vlm import VLMConfig
+from model.vlm_config import config_fields
 from trainer import weights as checkpoint
 
 pytest_plugins = ["tiny"]
@@ -260,7 +262,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 def test_a_full_disk_ends_in_a_message_and_leaves_what_was_saved(world, with_sidecar, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    for path in with_sidecar.glob("pretrain_vlm_32*"):
+    for path in filter(Path.is_file, with_sidecar.glob("pretrain_vlm_32*")):
         (out / path.name).write_bytes(path.read_bytes())
     weights = (out / "pretrain_vlm_32.pth").read_bytes()
     result = world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--seed", 9, hook=SMALL_DISK)
@@ -300,3 +302,49 @@ def test_a_typo_in_a_tinkerers_configuration_is_not_called_a_damaged_file(world,
     monkeypatch.setattr(checkpoint, "VLMConfig", lambda **fields: tinkered() if fields else VLMConfig())
     with pytest.raises(AttributeError, match="typo"):
         checkpoint.read_weights(out / "llm_32.pth")
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: {HEAD: t[HEAD] + 1},
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ),
+        (lambda t: {NORM: torch.ones(32, dtype=torch.bool)}, "model.norm.weight is torch.bool"),
+        (
+            lambda t: {NORM: torch.ones(32, dtype=torch.complex64)},
+            "model.norm.weight is torch.complex64",
+        ),
+        (lambda t: {NORM: torch.ones(32).to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn"),
+        (lambda t: {NORM: torch.ones(32).to_sparse()}, "torch.sparse_coo"),
+        (lambda t: {NORM: torch.ones(32, device="meta")}, "plain floating point is expected"),
+        (lambda t: {"model.layers.999999.mlp.up_proj.weight": torch.ones(1)}, "layers are not 0, 1, 2 ... in full"),
+    ],
+)
+def test_tensors_that_make_no_model_are_refused(world, tmp_path, change, words):
+    out = world.copy_of_out(tmp_path / "out")
+    tensors = language_model()
+    torch.save(tensors | change(tensors), out / "llm_32.pth")
+    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.pth", words)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"rope_theta": 0}, {"rope_theta": float("nan")}, {"rms_norm_eps": -1}, {"max_position_embeddings": -1}]
+    + [{"dropout": 2.0}, {"hidden_size": True}, {"torch_dtype": 5}, {"attn_implementation": 3}, {"return_dict": "x"}],
+)
+def test_a_configuration_that_makes_no_model_is_refused(world, tmp_path, changed):
+    out = world.copy_of_out(tmp_path / "out")
+    config = config_fields(VLMConfig(hidden_size=32, num_hidden_layers=2))
+    (out / "llm_32.json").write_text(json.dumps({"config": config | changed}))
+    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.json", "cannot be read")
+
+
+def test_a_sidecar_nested_too_deeply_is_refused(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    (out / "llm_32.json").write_text('{"config": ' + "[" * 100_000)
+    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.json", "cannot be read")

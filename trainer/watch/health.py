@@ -3,8 +3,10 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common.errors import RankError, UsageError
 from common.paths import display_path
@@ -13,6 +15,7 @@ from trainer.setup import Run
 from trainer.watch.progress import Progress
 
 BAD_STEPS_IN_A_ROW = 10
+NAMED_ON_SCREEN = 20
 ORDINARY_SENTENCES = (
     "今天天气很好，我们一起去公园散步吧。",
     "你好！有什么我可以帮助你的吗？",
@@ -61,6 +64,29 @@ class BadSteps:
     def load_state_dict(self, state: dict):
         self.counts = torch.tensor(state["bad_steps"], device=self.counts.device)
         self.logged = state["bad_steps"][0]
+
+
+class UnreadableImages:
+    """Names this rank's images that cannot be read: the first few on the screen, all of them in a file.
+
+    Args:
+        path: {name}.bad_rows.txt, which holds the rows that were left out at the start.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.named = path, set()
+
+    def note(self, micro_batches: list[dict]):
+        """Names what of these batches was skipped and was not named before."""
+        errors = dict.fromkeys(str(error) for batch in micro_batches for error in batch["skipped"])
+        for error in (error for error in errors if error not in self.named):
+            self.named.add(error)
+            if len(self.named) <= NAMED_ON_SCREEN:
+                tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
+            elif len(self.named) == NAMED_ON_SCREEN + 1:
+                tqdm.write(f"more pictures cannot be read: all of them are in {display_path(self.path)}")
+            with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"  a picture cannot be read: {error}\n")
 
 
 def check_first_loss(run: Run, model: MiniMindVLM, losses: torch.Tensor):
