@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import os
 from pathlib import Path
 
 import datasets
@@ -163,3 +164,13 @@ def as_files(images) -> list[bytes]:
     if any(file is None and image.get("path") for file, image in zip(files, images, strict=True)):
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     return [file for file in files if file is not None]
+
+
+def why_missing(folder: Path, name: str) -> str | None:
+    """Returns why an image cannot be taken from its folder, and what may help; None where it is there."""
+    if os.path.isabs(name) and not Path(name).is_relative_to(folder):
+        return f"the picture's path leaves images_path: {name!r}"
+    if os.path.isfile(folder / name):
+        return None
+    is_doubled = os.path.isfile(folder.parent / name)
+    return f"no such picture: {name}" + is_doubled * f" (it is in {folder.parent}: give that as --images_path)"

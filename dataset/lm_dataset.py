@@ -23,7 +23,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import ChatEncoder, RowError, check_images, parse_conversation, parse_picture_names
-from dataset.formats import DataError, as_files, describe_foreign_row, image_column, load_rows, without_bars
+from dataset.formats import (
+    DataError,
+    as_files,
+    describe_foreign_row,
+    image_column,
+    load_rows,
+    why_missing,
+    without_bars,
+)
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
 from dataset.tokenizer import tokenizer_hash
 
@@ -318,16 +326,6 @@ class RowTokeniser:
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
-
-
-def why_missing(folder: Path, name: str) -> str | None:
-    """Returns why an image cannot be taken from its folder, and what may help; None where it is there."""
-    if os.path.isabs(name) and not Path(name).is_relative_to(folder):
-        return f"the picture's path leaves images_path: {name!r}"
-    if os.path.isfile(folder / name):
-        return None
-    is_doubled = os.path.isfile(folder.parent / name)
-    return f"no such picture: {name}" + is_doubled * f" (it is in {folder.parent}: give that as --images_path)"
 
 
 def refused_row(index: int, reason: str) -> dict:
