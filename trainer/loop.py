@@ -21,7 +21,14 @@ from trainer.support.prefetch import on_device
 from trainer.support.processes import Processes
 from trainer.support.signals import StopSignals, ignore_in_worker
 from trainer.watch.header import print_header
-from trainer.watch.health import BadSteps, UnreadableImages, check_first_loss, from_workers, worker_errors
+from trainer.watch.health import (
+    BadSteps,
+    UnreadableImages,
+    check_first_loss,
+    from_workers,
+    report_if_due,
+    worker_errors,
+)
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
 from trainer.weights import learned_parameters
@@ -220,7 +227,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                     check_first_loss(run, model, losses)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
-                report_if_due(run, state, epoch + 1, learning_rate, bad_steps, progress)
+                report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
                 save_if_due(checkpoints, state, (learner, bad_steps, progress), signals.asked, total_steps)
         finish(run, state, progress, watch)
@@ -238,18 +245,6 @@ def seed_dropout(run: Run):
     torch.manual_seed(run.args.seed + run.processes.rank)
     if run.state is not None:
         restore_random_state(run.state["random"], run.processes.rank, run.device)
-
-
-def report_if_due(
-    run: Run, state: TrainState, epoch: int, learning_rate: float, bad_steps: BadSteps, progress: Progress
-):
-    """Logs a line every --log_interval steps, and skipped steps as soon as that costs no sync."""
-    is_due = progress.due(state.step, epoch_ends=state.sample == 0)
-    if is_due or run.device.type != "cuda":
-        bad_steps.check(run, progress, state.step)
-    if is_due:
-        skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": bad_steps.logged}
-        progress.report(state.step, epoch, learning_rate, skipped)
 
 
 def load_batches(

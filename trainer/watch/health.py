@@ -66,6 +66,20 @@ class BadSteps:
         self.logged = state["bad_steps"][0]
 
 
+def report_if_due(run: Run, progress: Progress, state, epoch: int, learning_rate: float, bad_steps: BadSteps):
+    """Logs a line every --log_interval steps, and skipped steps as soon as that costs no sync.
+
+    Args:
+        state: The run's `TrainState`.
+    """
+    is_due = progress.due(state.step, epoch_ends=state.sample == 0)
+    if is_due or run.device.type != "cuda":
+        bad_steps.check(run, progress, state.step)
+    if is_due:
+        skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": bad_steps.logged}
+        progress.report(state.step, epoch, learning_rate, skipped)
+
+
 class UnreadableImages:
     """Names this rank's images that cannot be read: the first few on the screen, all of them in a file.
 
