@@ -262,8 +262,7 @@ class VLMDataset(Dataset):
             return [(self.images_path / name, name) for name in row["pictures"]]
         if not row["image_starts"]:
             return []
-        [column] = self.image_files.column_names
-        files = as_files(self.image_files[position][column])
+        files = as_files(*self.image_files[position].values())
         return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
 
 

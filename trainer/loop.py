@@ -272,8 +272,7 @@ def load_batches(
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):
     """Writes the run's page, and says what comes next."""
     if state.skipped_pictures:
-        listed = display_path(run.files.bad_rows)
-        progress.log(f"{state.skipped_pictures} sample(s) were skipped, a picture cannot be read: they are in {listed}")
+        progress.log(f"{state.skipped_pictures} sample(s) were skipped, see {display_path(run.files.bad_rows)}")
     watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
     progress.log(f"next: {run.stage.following.format(save_weight=run.args.save_weight)}")

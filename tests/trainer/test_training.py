@@ -313,7 +313,7 @@ def test_broken_pictures_are_named_and_counted_and_the_run_goes_on(world, tmp_pa
         assert len(re.findall(rf"skipped a sample, its picture cannot be read: {name}: .+", result.out)) == 1, (
             result.out
         )
-    assert "2 sample(s) were skipped because a picture could not be read" in result.out
+    assert "2 sample(s) were skipped, see " in result.out
     metrics = read_jsonl(out / "sft_vlm_32.metrics.jsonl")
     assert len(metrics) == 6
     assert sum(record["learned_tokens"] == 0 for record in metrics) == 2
