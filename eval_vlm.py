@@ -14,6 +14,7 @@ were never trained on, it describes correctly.
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import TextStreamer, set_seed  # noqa: E402
 from common.cli import HelpFormatter  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import (  # noqa: E402
+    BUILTIN_DATASET_DIR,
     BUILTIN_MODEL_DIR,
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
@@ -36,7 +38,7 @@ from common.paths import (  # noqa: E402
     TOWER_DIR,
     display_path,
 )
-from dataset.chat import ChatEncoder  # noqa: E402
+from dataset.chat import IMAGE_TAG, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
 from dataset.prompts import DEFAULT_FORM, prompt_batch, with_images  # noqa: E402
@@ -54,6 +56,7 @@ from trainer.watch.scene_table import scene_table  # noqa: E402
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DRAWN_EVAL_IMAGES = 8
+LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -105,8 +108,8 @@ def check_flags(args):
     problems = []
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    if not args.temperature >= 0:
-        problems.append(f"--temperature {args.temperature}: must not be negative")
+    if not (args.temperature == 0 or args.temperature >= LEAST_TEMPERATURE):
+        problems.append(f"--temperature {args.temperature}: must be 0 or at least {LEAST_TEMPERATURE:g}")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
     chosen = [name for name in ("image", "image_dir", "chat", "eval_data") if getattr(args, name)]
@@ -115,10 +118,34 @@ def check_flags(args):
     for name, least in (("batch_size", 1), ("max_seq_len", 8), ("short_answer", 0)):
         if getattr(args, name) < least:
             problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
+    for name in ("save_dir", "image_dir", "eval_data", "images_path", "json", "tokenizer_path", "vision_model_path"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name).expanduser())
+    if not is_unicode(args.prompt):
+        problems.append("--prompt is not UTF-8: type it in a terminal that is")
+    args.image = args.image and [path.expanduser() for path in args.image]
+    args.weight = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
+    problems += [f"--image {path}: a file is needed, not an address" for path in args.image or () if is_url(path)]
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        problems.append(f"--json {args.json}: there is no such folder, or it is a folder itself")
+    if not -(2**63) <= args.seed < 2**63 or args.seed < 0:
+        problems.append(f"--seed {args.seed}: must be at least 0 and below 2**63")
     if args.json and not args.eval_data:
         problems.append("--json: there is something to write with --eval_data only")
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_url(path: Path) -> bool:
+    return re.match(r"[a-z]+:/", str(path)) is not None
 
 
 def find_weights(args) -> weight_io.Weights:
@@ -145,13 +172,23 @@ def choose_path(flag: Path | None, weights: weight_io.Weights, name: str, builti
     return ROOT / trained_with if trained_with else published
 
 
+def knows_only_scenes(sidecar: dict) -> bool:
+    """Tells whether weights were trained on the built-in set and nothing else."""
+    data = sidecar.get("arguments", {}).get("data_path")
+    return sidecar.get("assets") == "built-in" and (data is None or ROOT / str(data) in builtin_files())
+
+
+def builtin_files() -> list[Path]:
+    return [BUILTIN_DATASET_DIR / name for name in ("pretrain.jsonl", "sft.jsonl")]
+
+
 class Assistant:
     """A model, its tokenizer, and how it is to answer."""
 
     def __init__(self, args, processes: Processes):
         self.args, self.processes = args, processes
         weights = find_weights(args)
-        self.is_builtin = weights.sidecar.get("assets") == "built-in"
+        self.knows_only_scenes = knows_only_scenes(weights.sidecar)
         own = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
         tokenizer_path = choose_path(args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own)
         tower_path = choose_path(args.vision_model_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
@@ -176,6 +213,8 @@ class Assistant:
             f"{display_path(weights.path)}: {parameters / 1e6:.3f} M parameters, {config.num_hidden_layers} layers; "
             f"tower {display_path(tower_path)}, tokenizer {display_path(tokenizer_path)}, {processes.device}"
         )
+        if knows_only_scenes(weights.sidecar) and (args.image or args.image_dir or args.chat):
+            processes.log("These weights know only the drawn shapes of the built-in set, and speak only Chinese.")
         if not weights.has_projection:
             processes.log(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
@@ -187,13 +226,40 @@ class Assistant:
 
     def ask(self, prompt: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
-        pictures = [self.load_picture(path) for path in paths]
-        self.answer([{"role": "user", "content": with_images(prompt, len(pictures), self.prompt_form)}], pictures)
+        conversation = [{"role": "user", "content": with_images(prompt, len(paths), self.prompt_form)}]
+        self.check_length(conversation)
+        self.answer(conversation, [self.load_picture(path) for path in paths])
+
+    def check_length(self, conversation: list[dict]):
+        """Raises ValueError where the conversation and its answer have more tokens than the model has positions."""
+        length = len(self.encoder.encode([conversation], add_generation_prompt=True)[0].input_ids)
+        most = self.model.config.max_position_embeddings
+        if length + self.args.max_new_tokens > most:
+            raise ValueError(
+                f"{length:,} tokens and --max_new_tokens {self.args.max_new_tokens:,} are more than the model's "
+                f"{most:,} positions: ask less at once"
+            )
+
+    def let_go_of_oldest(self, turns: list[dict], pictures: list) -> tuple[list[dict], list]:
+        """Drops the oldest question and answer, with their pictures, as long as all is too long; says so."""
+        self.check_length(turns[-1:])
+        dropped = 0
+        while len(turns) > 1:
+            try:
+                self.check_length(turns)
+                break
+            except ValueError:
+                pictures = pictures[turns[0]["content"].count(IMAGE_TAG) :]
+                turns, dropped = turns[2:], dropped + 1
+        if dropped:
+            print(f"    (the conversation is too long: the oldest {dropped} question(s) and answer(s) are let go)")
+        return turns, pictures
 
     @torch.inference_mode()
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
         args = self.args
+        self.check_length(conversation)
         sampling = {"do_sample": False}
         if args.temperature > 0:
             sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
@@ -206,27 +272,55 @@ class Assistant:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+CHAT_HELP = """Type a question; name a picture in it by its path, or add one before:
+  /image PATH   adds a picture to the next question (a line that is only a path does so too)
+  /new          forgets the conversation
+  /help         shows this
+  /quit         ends, as an empty line does
+"""
+
+
 def chat(assistant: Assistant):
-    """Chats at the terminal until an empty line or the end of input."""
-    print("Type a question. A picture's path on a line of its own adds it to your next question. An empty line ends.\n")
+    """Chats at the terminal until /quit, an empty line or the end of input."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 ends no conversation
+    print(CHAT_HELP)
     turns, pictures, added = [], [], []
-    while line := read_line("you> "):
-        path = Path(line.strip("'\"")).expanduser()
-        if path.suffix.lower() in PICTURE_ENDINGS:
-            try:
-                added.append(assistant.load_picture(path))
-                print(f"    added {path.name}: ask about it")
-            except PictureError as error:
-                print(f"    not added: {error}")
+    while (line := read_line("you> ")) and line != "/quit":
+        command, _, rest = line.partition(" ")
+        if line == "/new":
+            turns, pictures, added = [], [], []
+            print("    a new conversation")
+            continue
+        if command.startswith("/") and command != "/image" and not picture_paths(line):
+            print(CHAT_HELP if line == "/help" else f"    no command {command}; /help names them all")
+            continue
+        paths = [rest] if command == "/image" else picture_paths(line)
+        question = "" if command == "/image" else without_paths(line, paths)
+        loaded = load_pictures(assistant, paths)
+        if loaded is None:
+            continue
+        added += loaded
+        if not question:
+            print(f"    {len(added)} picture(s) added: ask about them")
             continue
         try:
-            turn = {"role": "user", "content": with_images(line, len(added), assistant.prompt_form)}
-            reply = assistant.answer([*turns, turn], [*pictures, *added])
+            turn = {"role": "user", "content": with_images(question, len(added), assistant.prompt_form)}
+            turns, pictures = assistant.let_go_of_oldest([*turns, turn], [*pictures, *added])
+            reply = assistant.answer(turns, pictures)
         except ValueError as error:
             print(f"    {error}")
+            turns = turns[:-1] if turns and turns[-1]["role"] == "user" else turns
             continue
-        turns += [turn, {"role": "assistant", "content": reply}]
-        pictures, added = [*pictures, *added], []
+        turns, added = [*turns, {"role": "assistant", "content": reply}], []
+
+
+def picture_paths(line: str) -> list[str]:
+    """Returns the words of a line, quoted or not, that look like a picture's path; the whole line where it is one."""
+    if Path(line.strip("'\"")).suffix.lower() in PICTURE_ENDINGS and Path(line.strip("'\"")).expanduser().is_file():
+        return [line]
+    words = re.findall(r"""'[^']*'|"[^"]*"|\S+""", line)
+    return [word for word in words if Path(word.strip("'\"")).suffix.lower() in PICTURE_ENDINGS]
 
 
 def read_line(prompt: str) -> str:
@@ -234,6 +328,24 @@ def read_line(prompt: str) -> str:
         return input(prompt).strip()
     except EOFError:
         return ""
+
+
+def without_paths(line: str, paths: list[str]) -> str:
+    for path in paths:
+        line = line.replace(path, "", 1)
+    return " ".join(line.split())
+
+
+def load_pictures(assistant: Assistant, paths: list[str]) -> list[torch.Tensor] | None:
+    """Returns the pictures; says which cannot be read, and then returns None: the question is not asked without it."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(assistant.load_picture(Path(path.strip("'\" ")).expanduser()))
+        except PictureError as error:
+            print(f"    not added, and nothing asked: {error}")
+            return None
+    return pictures
 
 
 def measure(assistant: Assistant):
@@ -278,14 +390,14 @@ def as_gap(loss: float | None, gap: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}: a grounding gap of {gap:.4f}"
 
 
-def pictures_to_describe(args, is_builtin: bool) -> list[Path]:
+def pictures_to_describe(args, knows_only_scenes: bool) -> list[Path]:
     """Returns the pictures of --image_dir; for the built-in set eight held-out scenes are drawn where there are none.
 
     Raises:
         UsageError: If there are none.
     """
     folder = args.image_dir or EVAL_IMAGES_DIR
-    if not folder.is_dir() and is_builtin and args.image_dir is None:
+    if not folder.is_dir() and knows_only_scenes and args.image_dir is None:
         folder.mkdir(parents=True)
         for number, scene in enumerate(heldout_scenes()[:DRAWN_EVAL_IMAGES]):
             draw(scene).save(folder / f"scene_{number}.jpg", quality=92)
@@ -338,7 +450,7 @@ def main():
 def describe_folder(args, assistant: Assistant):
     """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
     unreadable = 0
-    for path in pictures_to_describe(args, assistant.is_builtin):
+    for path in pictures_to_describe(args, assistant.knows_only_scenes):
         print(f"{path.name}: {args.prompt}")
         try:
             assistant.ask(args.prompt, [path])
@@ -347,7 +459,7 @@ def describe_folder(args, assistant: Assistant):
             print(f"    skipped: {error}\n")
         except ValueError as error:
             raise UsageError(str(error)) from error
-    if assistant.is_builtin and args.image_dir is None:
+    if assistant.knows_only_scenes and args.image_dir is None:
         print_scene_table(assistant)
     if unreadable:
         raise UsageError(f"{unreadable} picture(s) could not be read")

@@ -337,21 +337,59 @@ def test_eval_flags_that_do_not_fit_are_told(world, watched, flags, said):
     world.run(EVAL, *world.eval_files(watched[1]), *flags).refused(said)
 
 
-def test_a_talk_keeps_its_history_and_takes_pictures(world, watched):
-    lines = ["你好", str(world.images / "0.jpg"), str(world.images / "none.jpg"), "图中有什么？", "在哪里？", ""]
+def talk(world, out, *lines: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", EVAL, *world.eval_files(watched[1]), "--chat", "--temperature", "0"],
-        input="\n".join(lines),
+        [sys.executable, "-W", "ignore", EVAL, *world.eval_files(out), "--chat", "--temperature", "0"],
+        input="\n".join([*lines, ""]).encode("utf-8", "surrogateescape"),
         env=world.environment,
         capture_output=True,
-        text=True,
         timeout=SECONDS,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tokens/s") == 3
-    assert "added 0.jpg" in done.stdout
-    assert "not added: " in done.stdout
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done.stdout.decode()
+
+
+def test_a_talk_keeps_its_history_and_takes_pictures(world, watched):
+    picture, missing = world.images / "0.jpg", world.images / "none.jpg"
+    said = talk(
+        world,
+        watched[1],
+        *("你好", str(picture), str(missing), "图中有什么？", "在哪里？"),
+        f"'{picture}' 这是什么？",  # a path and a question in one line
+        f"{missing} 这是什么？",  # is not asked without its picture
+        *(f"/image {picture}", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
+    )
+    assert said.count("tokens/s") == 6
+    assert said.count("1 picture(s) added: ask about them") == 2
+    assert said.count("not added, and nothing asked: ") == 2
+    assert "a new conversation" in said
+    assert said.count("/image PATH") == 2  # at the start, and for /help
+    assert "no command /forget" in said
+
+
+def test_a_talk_that_is_too_long_lets_go_of_its_oldest_turns(world, watched):
+    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "天" * 40_000, "你好")
+    assert said.count("(the conversation is too long: the oldest 1 question(s) and answer(s) are let go)") == 1
+    assert "are more than the model's 32,768 positions" in said
+    assert said.count("tokens/s") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--image", *["0.jpg"] * 170], "are more than the model's 32,768 positions"),
+        (["--image", "0.jpg", "--prompt", "你" * 40_000], "are more than the model's 32,768 positions"),
+        (["--image", "https://example.org/a.jpg"], "a file is needed, not an address"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--seed", str(2**64)], "must be at least 0 and below 2**63"),
+        (["--eval_data", "0.jpg", "--json", "missing/r.json"], "--json missing/r.json: there is no such folder"),
+        (["--image", "0.jpg", "--prompt", "\udcff"], "--prompt is not UTF-8"),
+        (["--temperature", "1e-320"], "--temperature"),
+    ],
+)
+def test_eval_refuses_what_cannot_be_before_it_computes(world, watched, flags, words):
+    world.run(EVAL, *world.eval_files(watched[1]), *flags, cwd=world.images).refused(words)
 
 
 def test_first_answer():
