@@ -374,8 +374,8 @@ def measure(assistant: Assistant):
     lines = {
         "rows": f"{held_out.samples:,} with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s",
         "loss": f"{held_out.loss:.4f} nats per token (perplexity {result['perplexity']:.3f})",
-        "with other rows' pictures": as_gap(held_out.loss_shuffled, held_out.gap_shuffled),
-        "without pictures": as_gap(held_out.loss_blind, held_out.gap_blind),
+        "shuffled images": as_gap(held_out.loss_shuffled, held_out.gap_shuffled),
+        "no images": as_gap(held_out.loss_blind, held_out.gap_blind),
         "short answers": f"{right / asked:.1%} of {asked:,} to the letter" if asked else "none asked",
     }
     if data.bad_rows:
@@ -412,7 +412,7 @@ def pictures_to_describe(args, knows_only_scenes: bool) -> list[Path]:
 
 
 def print_scene_table(assistant: Assistant):
-    """Prints the share of right attributes and captions of the held-out scenes, beside shuffled pictures and chance."""
+    """Prints the share of right attributes and captions of the held-out scenes, beside shuffled images and chance."""
     started = time.perf_counter()
     rows = scene_table(assistant.model, assistant.tokenizer)
     seconds = time.perf_counter() - started

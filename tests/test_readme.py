@@ -1,7 +1,10 @@
 """The README's commands name scripts and flags that exist."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ def commands() -> list[str]:
         part.split("  #")[0].strip()
         for line in lines
         for part in line.split(" && ")
-        if re.match(r"python|torchrun", part)
+        if re.match(r"python (?!-m venv)|torchrun", part)
     ]
 
 
@@ -62,3 +65,28 @@ def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->")[1].split("<!-- end -->")[0]
     commands = [line.strip() for line in block.splitlines() if line.strip()]
     assert commands == ["pip install -r requirements.txt -r tests/requirements.txt", "python -m pytest"]
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_own_photos_are_learned_and_described_as_the_readme_says(tmp_path):
+    """Its three commands, as written but for the folder that is written to."""
+    lines = [line.strip() for line in section("Your own photos in ten minutes").splitlines() if line.startswith("    ")]
+    assert lines[0] in (ROOT / "dataset/example/photos.jsonl").read_text(encoding="utf-8").splitlines()
+    out = []
+    for command in lines[1:]:
+        words = shlex.split(command)
+        save_dir = ["--save_dir", str(tmp_path)] if "dataset.check" not in words else []
+        done = subprocess.run(
+            [sys.executable, *words[1:], *save_dir], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+        )
+        assert done.returncode == 0, done.stderr
+        out.append(done.stdout)
+    assert "Training would start with this file" in out[0]
+    assert "your data, learned by the small built-in model" in out[1]
+    assert "8 of 8 pictures that were trained on are described word for word" in out[1]
+    rows = [json.loads(line) for line in (ROOT / "dataset/example/photos.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert f"\n{row['conversations'][1]['content']}\n" in out[2]

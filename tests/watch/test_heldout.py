@@ -175,7 +175,7 @@ def test_it_is_measured_at_the_interval_and_at_the_end(watched):
     last = evals(out)[-1]["eval"]
     assert last["samples"] == 26
     assert last["gap_shuffled"] == pytest.approx(last["loss_shuffled"] - last["loss"], abs=2e-6)
-    assert f"step 14  held out: loss {last['loss']:.4f}  other pictures {last['loss_shuffled']:.4f}" in result.out
+    assert f"step 14  held out: loss {last['loss']:.4f}  shuffled images {last['loss_shuffled']:.4f}" in result.out
     assert "held out     26 rows of " in result.out
     assert "measured every 4 steps" in result.out
 
@@ -402,7 +402,7 @@ def test_it_is_shown_in_the_bar_and_sent_to_wandb(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     files = [*world.files("pretrain", out), *watching(world), "--epochs", 1]
     result = world.run(PRETRAIN, *files, "--use_wandb", env={"WANDB_MODE": "offline"}, terminal=True).passed()
-    assert "held out=" in result.out
+    assert ", gap " in result.out
     [log] = out.glob("wandb/offline-run-*/run-*.wandb")
     assert b"gap_shuffled" in log.read_bytes()
     [media] = out.glob("wandb/offline-run-*/files/media")

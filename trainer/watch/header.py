@@ -1,6 +1,9 @@
 """What a run is about to do, printed before its first step."""
 
 import math
+import shutil
+import sys
+import textwrap
 
 import torch
 
@@ -63,7 +66,15 @@ def print_header(
         f"{', compiled' if is_compiled else ''}, {args.num_workers} worker(s) each",
     }
     for name, value in rows.items():
-        run.log(f"  {name:<12} {value}")
+        run.log(in_terminal(f"  {name:<12} {value}"))
+
+
+def in_terminal(line: str) -> str:
+    """Wraps a line at words to a terminal's width; a file gets it whole."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns - 1
+    return textwrap.fill(line, width, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False)
 
 
 def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:

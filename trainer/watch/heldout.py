@@ -61,9 +61,8 @@ class HeldOut:
             return "-" if value is None else f"{value:.4f}"
 
         return (
-            f"held out: loss {shown(self.loss)}  other pictures {shown(self.loss_shuffled)}  no pictures "
-            f"{shown(self.loss_blind)}  "
-            f"grounding gap {shown(self.gap_shuffled)}"
+            f"held out: loss {shown(self.loss)}  shuffled images {shown(self.loss_shuffled)}  no images "
+            f"{shown(self.loss_blind)}  grounding gap {shown(self.gap_shuffled)}"
         )
 
 

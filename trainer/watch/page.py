@@ -154,7 +154,7 @@ def curves(record: Record) -> str:
     epochs = [row["step"] for row, later in zip(rows, rows[1:], strict=False) if row.get("epoch") != later.get("epoch")]
     epochs = epochs if len(epochs) < MOST_EPOCHS else []
     losses = [Series("training", points(rows, "loss")), Series("held out", points(held_out, "eval", "loss"), True)]
-    gaps = {"shuffled pictures": "gap_shuffled", "no pictures": "gap_blind"}
+    gaps = {"shuffled images": "gap_shuffled", "no images": "gap_blind"}
     gaps = [Series(name, points(held_out, "eval", key), True) for name, key in gaps.items()]
     rate, speed = Series("", points(rows, "learning_rate")), Series("", points(rows, "samples_per_second"))
     none = "the metrics hold none"
@@ -188,7 +188,7 @@ def grounding(record: Record) -> str:
         return ""
     last = {key: number(value) for key, value in record.evaluations[-1]["eval"].items()}
     rows = []
-    for what, end in (("the right pictures", ""), ("shuffled among the samples", "_shuffled"), ("none", "_blind")):
+    for what, end in (("right images", ""), ("shuffled images", "_shuffled"), ("no images", "_blind")):
         loss, gap = last.get(f"loss{end}"), last.get(f"gap{end}")
         perplexity = "–" if loss is None or loss > 50 else f"{math.exp(loss):,.2f}"
         rows.append((what, nats(loss), perplexity, nats(gap) if end else ""))

@@ -36,7 +36,13 @@ class Progress:
         self.has_begun = False
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix}, ETA {remaining} {bar}",
+            )
         self.can_write, self.figures, self.heldout_figures = True, {}, {}
         self._reset()
 
@@ -168,9 +174,9 @@ class Progress:
         self.log(f"epoch {record['epoch']}  step {record['step']}/{self.total_steps}  {line}")
 
     def _set_postfix(self):
-        if self.bar is not None:  # the losses first: a narrow terminal cuts off the rest
-            loss = {name: self.figures[name] for name in ("loss",) if name in self.figures}
-            self.bar.set_postfix(loss | self.heldout_figures | self.figures)
+        if self.bar is not None and self.figures:
+            gap = "".join(f", {name} {value}" for name, value in self.heldout_figures.items())
+            self.bar.set_postfix_str(f"loss {self.figures['loss']}{gap}, {self.figures['samples/s']} samples/s")
 
     def log(self, message: str):
         """Prints a line, above the bar where there is one."""

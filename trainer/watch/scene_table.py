@@ -43,7 +43,7 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     random_caption, constant_caption = chance(facts)
     rows = {
         "right pictures": score(describe(model, tokenizer, pictures), facts),
-        "shuffled pictures": score(describe(model, tokenizer, pictures[half:] + pictures[:half]), facts),
+        "shuffled images": score(describe(model, tokenizer, pictures[half:] + pictures[:half]), facts),
         "chance: another scene's caption": random_caption,
         "chance: best single caption": constant_caption,
     }

@@ -46,8 +46,7 @@ class Watch:
             torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
         started = time.perf_counter()
         held_out = self.evaluator.measure()
-        losses = {"held out": held_out.loss, "other pictures": held_out.loss_shuffled, "none": held_out.loss_blind}
-        figures = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+        figures = {} if held_out.gap_shuffled is None else {"gap": f"{held_out.gap_shuffled:.3f}"}
         progress.report_heldout(step, epoch, held_out.as_dict(), figures, f"step {step}  {held_out}")
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
@@ -65,6 +64,9 @@ class Watch:
             progress.log(f"warning: the descriptions of step {step} cannot be written, training continues: {error}")
             return
         progress.log_samples(step, generated, self.run.files.samples)
+        if self.evaluator is None and generated:
+            right = sum(row["description"] == row["reference"] for row in generated)
+            progress.log(f"{right} of {len(generated)} pictures that were trained on are described word for word")
 
     def finish(self, progress: Progress, step: int):
         """Writes the run's page, with the graded scenes for the built-in set."""
