@@ -139,7 +139,14 @@ def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
         "not given",
     ):
         assert told in page.text
-    for told in ("Fine-tuning · built-in files", "2.13.0", "abcdef012345 and changes", "描述这张图片", "✓", "0.001"):
+    for told in (
+        "Fine-tuning · built-in model and scenes",
+        "It looks at the pictures",
+        "2.13.0",
+        "abcdef012345 and changes",
+        "描述这张图片",
+        "✓",
+    ):
         assert told in page.text
     assert "Left out" not in page.text and "ignored)" not in page.text
 
@@ -332,3 +339,37 @@ def test_the_command_from_another_folder(tmp_path):
     failed = subprocess.run([*command, "out/gone"], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
     assert "gone.metrics.jsonl" in failed.stderr
+
+
+def test_equal_descriptions_of_several_steps_are_one_line(out):
+    rows = [sample_row(step, "first" if step < 30 else "then") for step in (10, 20, 30, 40, 50)]
+    write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
+    text = Page(write_report(out, NAME)).text
+    assert "steps 10 to 20" in text and "steps 30 to 50" in text
+    assert (text.count("first"), text.count("then")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([evaluation_row(50, gap=0.001)], "It ignores the pictures"),
+        ([evaluation_row(50, 0.3), evaluation_row(100, 0.4)], "lowest at step 50 (0.300) and has risen since"),
+        ([evaluation_row(50, 0.4), evaluation_row(100, 0.3)], "The held-out loss fell to the end."),
+        ([evaluation_row(50, 5.0), evaluation_row(100, 4.9)], "New rows cost it far more"),
+        ([], "Nothing was held out"),
+    ],
+)
+def test_the_page_says_what_its_figures_mean(out, rows, words):
+    write_metrics(out, [training_row(step) for step in range(10, 110, 10)] + rows)
+    assert words in Page(write_report(out, NAME)).text
+
+
+def test_the_page_names_own_data_and_links_to_the_run_it_starts_from(out):
+    sidecar = json.loads((out / f"{NAME}.json").read_text())
+    sidecar["arguments"] |= {"data_path": "mine/photos.jsonl", "from_weight": "pretrain_vlm"}
+    (out / f"{NAME}.json").write_text(json.dumps(sidecar))
+    assert "starts from" not in Page(write_report(out, NAME)).text
+    (out / "pretrain_vlm_128.report.html").touch()
+    path = write_report(out, NAME)
+    assert "built-in model, data mine/photos.jsonl" in Page(path).text
+    assert '<a href="pretrain_vlm_128.report.html">' in path.read_text(encoding="utf-8")

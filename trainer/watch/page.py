@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from common.errors import UsageError
 from common.files import write_atomically
-from common.paths import display_path
+from common.paths import BUILTIN_DATASET_DIR, display_path
 from trainer.watch.charts import Series, line_chart
 from trainer.watch.progress import clock
 
 METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STEPS, MOST_EPOCHS = 8, 6, 12
 NO_GAP = 0.01  # nats per token; below this a few hundred samples cannot tell a gap from none
+BY_HEART, FAR_ABOVE = 1.05, 1.0  # the last held-out loss by the lowest; above the training loss, in nats per token
 IMAGE_KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}  # by their first bytes
 MAIN_CONFIG = ("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens")
 MAIN_ARGUMENTS = (
@@ -134,19 +136,73 @@ def seconds_of(record: Record) -> float:
 
 def header(record: Record) -> str:
     sidecar = record.sidecar
-    title, assets, written = sidecar.get("title") or sidecar.get("stage"), sidecar.get("assets"), sidecar.get("written")
-    facts = [title, assets and f"{assets} files", written and f"{str(written)[:16].replace('T', ' ')} UTC"]
+    title, written = sidecar.get("title") or sidecar.get("stage"), sidecar.get("written")
+    facts = [title, files_used(sidecar), written and f"{str(written)[:16].replace('T', ' ')} UTC"]
     loss, gap = last_of(record.evaluations, "eval", "loss"), last_of(record.evaluations, "eval", "gap_shuffled")
     kind = "Training" if loss is None else "Held-out"
     outcome = [f"{kind} loss <strong>{nats(last_of(record.training, 'loss') if loss is None else loss)}</strong>"]
     if gap is not None:
-        verdict = ' <span class="warning">(the picture is ignored)</span>' if abs(gap) < NO_GAP else ""
-        outcome.append(f"grounding gap <strong>{nats(gap)}</strong> nats per token{verdict}")
+        warning = ' <span class="warning">(the picture is ignored)</span>' if abs(gap) < NO_GAP else ""
+        outcome.append(f"grounding gap <strong>{nats(gap)}</strong> nats per token{warning}")
     step = max(row["step"] for row in record.training + record.evaluations)
     outcome.append(f"{step:,} steps in <strong>{clock(seconds_of(record))}</strong>")
     told = " · ".join(escape(str(fact)) for fact in facts if fact)
     outcome = f'<p class="outcome">{", ".join(outcome)}.</p>'
-    return f'<header><h1>{escape(record.name)}</h1><p class="quiet">{told}</p>{outcome}</header>'
+    judged = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(record))
+    return (
+        f'<header><h1>{escape(record.name)}</h1><p class="quiet">{told}{link_to_start(record)}</p>{outcome}'
+        f"<ul>{judged}</ul></header>"
+    )
+
+
+def files_used(sidecar: dict) -> str | None:
+    """Returns in words whose model learned from whose data."""
+    data = sidecar["arguments"].get("data_path")
+    if not sidecar.get("assets"):
+        return None
+    if sidecar["assets"] == "built-in":
+        is_scenes = data is None or str(data).startswith(display_path(BUILTIN_DATASET_DIR))
+        return "built-in model and scenes" if is_scenes else f"built-in model, data {data}"
+    return f"data {data}" if data else None
+
+
+def link_to_start(record: Record) -> str:
+    """Returns a link to the page of the run that made the starting weights, where that lies beside."""
+    start, config = record.sidecar["arguments"].get("from_weight"), record.sidecar["config"]
+    name = f"{Path(str(start)).stem if str(start).endswith('.pth') else start}"
+    name += "" if str(start).endswith(".pth") else f"_{config.get('hidden_size')}{'_moe' * bool(config.get('use_moe'))}"
+    page = f"{name}{REPORT}"
+    if name == record.name or not (record.folder.parent / page).is_file():
+        return ""
+    return f' · starts from <a href="{quote(page)}">{escape(name)}</a>'
+
+
+def verdict(record: Record) -> list[str]:
+    """Says in words what the losses and the gap mean, by the rules of trainer/README.md."""
+    losses = [(step, loss) for step, loss in points(record.evaluations, "eval", "loss") if loss is not None]
+    if not losses:
+        return ["Nothing was held out, so how it does on new pictures was not measured."]
+    gap, trained = last_of(record.evaluations, "eval", "gap_shuffled"), last_of(record.training, "loss")
+    said = []
+    if gap is not None:
+        looks = f"It looks at the pictures: wrong ones cost it {nats(gap)} nats a token."
+        ignores = (
+            "It ignores the pictures: wrong ones cost it nothing. Were they matched to their texts, and stage 1 done?"
+        )
+        said.append(looks if gap >= NO_GAP else ignores)
+    best_step, best = min(losses, key=lambda at: at[1])
+    if losses[-1][1] > BY_HEART * best:
+        said.append(
+            f"The held-out loss was lowest at step {best_step:,} ({nats(best)}) and has risen since: it learns "
+            "its rows by heart. Fewer epochs, or more data."
+        )
+    elif len(losses) > 1 and losses[-1][1] < losses[0][1]:
+        said.append(
+            "The held-out loss fell to the end." if losses[-1][1] == best else "The held-out loss has levelled."
+        )
+    if trained is not None and losses[-1][1] > trained + FAR_ABOVE:
+        said.append("New rows cost it far more than those it learned: there are too few, or other ones.")
+    return said
 
 
 def curves(record: Record) -> str:
@@ -215,11 +271,11 @@ def samples(record: Record) -> str:
     for (file_name, prompt), rows in list(by_image.items())[:MOST_IMAGES]:
         reference = next((str(row["reference"]) for row in rows.values() if row.get("reference") is not None), None)
         lines = []
-        for step in evenly(sorted(rows), MOST_STEPS):
-            text = str(rows[step].get("description", "")).strip()
+        for first, last in evenly(alike(rows), MOST_STEPS):
+            text = str(rows[last].get("description", "")).strip()
             is_right = reference is not None and text == reference.strip()
             mark = ' <span class="right" title="as the reference">✓</span>' if is_right else ""
-            lines.append(f'<li><span>step {step:,}</span><span class="said">{escape(text)}{mark}</span></li>')
+            lines.append(f'<li><span>{steps(first, last)}</span><span class="said">{escape(text)}{mark}</span></li>')
         if reference is not None:
             text = f'<span class="said">{escape(reference.strip())}</span>'
             lines.append(f'<li class="reference"><span>reference</span>{text}</li>')
@@ -232,6 +288,21 @@ def samples(record: Record) -> str:
         f'<h2>Pictures and words</h2><p class="quiet">Greedy descriptions of {whose} as the run went on. '
         f"✓: word for word the reference.</p>{''.join(articles)}"
     )
+
+
+def alike(rows: dict[int, dict]) -> list[tuple[int, int]]:
+    """Returns the (first, last) steps of each stretch that had the same description."""
+    stretches = []
+    for step in sorted(rows):
+        if stretches and rows[step].get("description") == rows[stretches[-1][1]].get("description"):
+            stretches[-1] = stretches[-1][0], step
+        else:
+            stretches.append((step, step))
+    return stretches
+
+
+def steps(first: int, last: int) -> str:
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
 def embedded_image(path: Path, file_name: str) -> str:
