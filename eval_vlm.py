@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from transformers import TextStreamer, set_seed  # noqa: E402
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import (  # noqa: E402
     BUILTIN_DATASET_DIR,
@@ -61,7 +61,7 @@ LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError with everything that is wrong with them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("the model").add_argument
     add(
         "--load_from",
@@ -69,28 +69,28 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="model: the weight files in --save_dir; anything else: a transformers folder",
     )
     what = "where the weight files lie"
-    add("--save_dir", type=Path, help=f"{what} (default: {display_path(SAVE_DIR)})")
+    add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})")
     add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
     add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
     add("--num_hidden_layers", type=int, help="layers (default: what the file says)")
     add("--use_moe", type=int, choices=(0, 1), help="1: the file with experts (default: what the file says)")
     trained_with = "(default: what the weights were trained with)"
-    add("--tokenizer_path", type=Path, help=f"the tokenizer's folder {trained_with}")
-    add("--vision_model_path", type=Path, help=f"the vision tower's folder {trained_with}")
+    add("--tokenizer_path", type=file_path, help=f"the tokenizer's folder {trained_with}")
+    add("--vision_model_path", type=file_path, help=f"the vision tower's folder {trained_with}")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     add = parser.add_argument_group("chat or measure").add_argument
     add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
-    add("--eval_data", type=Path, help="rows to measure on, jsonl or parquet as for training")
-    add("--images_path", type=Path, help="folder of the jsonl's pictures")
+    add("--eval_data", type=file_path, help="rows to measure on, jsonl or parquet as for training")
+    add("--images_path", type=file_path, help="folder of the jsonl's pictures")
     add("--batch_size", type=int, default=16, help="rows per process and forward pass")
     add("--max_seq_len", type=int, default=1536, help="tokens a row is cut at")
     what = "also ask for the answers of at most this many tokens, and compare them word for word; 0 asks nothing"
     add("--short_answer", type=int, default=16, help=what)
-    add("--json", type=Path, help="write what was measured there")
+    add("--json", type=file_path, help="write what was measured there")
     add = parser.add_argument_group("pictures and question").add_argument
     what = "folder whose pictures are described, one by one"
-    add("--image_dir", type=Path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
-    add("--image", type=Path, nargs="+", help="pictures to ask about together")
+    add("--image_dir", type=file_path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
+    add("--image", type=file_path, nargs="+", help="pictures to ask about together")
     add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand, \\n a line break")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
@@ -118,12 +118,8 @@ def check_flags(args):
     for name, least in (("batch_size", 1), ("max_seq_len", 8), ("short_answer", 0)):
         if getattr(args, name) < least:
             problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
-    for name in ("save_dir", "image_dir", "eval_data", "images_path", "json", "tokenizer_path", "vision_model_path"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).expanduser())
     if not is_unicode(args.prompt):
         problems.append("--prompt is not UTF-8: type it in a terminal that is")
-    args.image = args.image and [path.expanduser() for path in args.image]
     args.weight = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
     problems += [f"--image {path}: a file is needed, not an address" for path in args.image or () if is_url(path)]
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -154,7 +150,7 @@ def find_weights(args) -> weight_io.Weights:
     if args.load_from != "model":
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
-        save_dir = SAVE_DIR if args.save_dir is None else args.save_dir.expanduser()
+        save_dir = args.save_dir or SAVE_DIR
         if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not TOWER_DIR.exists():
             save_dir = BUILTIN_MODEL_DIR
         weights = weight_io.read_weights(weight_io.find_weights(save_dir, args.weight, args.hidden_size, use_moe))
@@ -361,6 +357,8 @@ def measure(assistant: Assistant):
     shows = processes.is_main and sys.stderr.isatty()
     evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure(shows)
+    if held_out.loss is None:
+        raise UsageError(f"nothing in {args.eval_data} could be measured on: none of its pictures can be read")
     right, asked = (
         exact_match(evaluator, assistant.tokenizer, args.short_answer, shows) if args.short_answer else (0, 0)
     )

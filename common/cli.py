@@ -1,6 +1,10 @@
 """What every command line here shares."""
 
 import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import NoReturn
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -9,3 +13,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action: argparse.Action) -> str:
         is_empty = action.default is None or action.default is False or action.default is argparse.SUPPRESS
         return action.help if is_empty or not action.option_strings else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in a line, without the list of all flags, and which known flag an unknown one is like."""
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            like = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown: {' '.join(unknown)}" + (f" (did you mean {like[0]}?)" if like else ""))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n{self.prog} --help shows all flags\n")
+
+
+def file_path(text: str) -> Path:
+    """Returns what was typed as a path, ~ expanded; of a kind that argparse reports where no file can be there."""
+    try:
+        path = Path(text).expanduser()
+        os.path.lexists(path)  # raises for a NUL character
+        path.resolve().exists()  # raises for names that are too long, and links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody, or a circle
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {reason}") from error
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return path

@@ -20,4 +20,9 @@ BUILTIN_HIDDEN_SIZE = 128
 def display_path(path: str | Path) -> str:
     """Returns the path as a person reads it: relative to the project's folder where it lies inside."""
     path = Path(path)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return printable(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def printable(text: str | Path) -> str:
+    """Returns a text with what a terminal would obey (escape codes) or cannot show written as backslash codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

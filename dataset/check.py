@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path  # noqa: E402
 from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
@@ -45,14 +45,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: If a number is too small.
     """
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("data_path", metavar="FILE", type=Path, help="jsonl or parquet")
-    add("--images_path", type=Path, help="folder of the jsonl's pictures")
+    add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
+    add("--images_path", type=file_path, help="folder of the jsonl's pictures")
     what = (
         f"default: {display_path(TOKENIZER_DIR)}, or where it was not downloaded {display_path(BUILTIN_TOKENIZER_DIR)}"
     )
-    add("--tokenizer_path", type=Path, help=f"the tokenizer that training will use ({what})")
+    add("--tokenizer_path", type=file_path, help=f"the tokenizer that training will use ({what})")
     what = "tokens a sample is cut at; the defaults of training are 640 (pretraining) and 1536 (fine-tuning)"
     add("--max_seq_len", type=int, default=640, help=what)
     what = "tokens a picture takes: 196 with the published tower and projection"

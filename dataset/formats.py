@@ -1,6 +1,7 @@
 """The files that rows come from: jsonl and parquet are read; other usual forms are recognised, and the cure is told."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -10,6 +11,7 @@ import datasets
 import pyarrow as pa
 
 from common.errors import UsageError
+from common.paths import printable
 from dataset.chat import RowError
 
 SAMPLED_BYTES = 1 << 16
@@ -44,7 +46,7 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
             key = content_key(data_path)
             rows = datasets.load_dataset(**kind, data_files=files, split="train", name=key, cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{data_path} cannot be read: {error.__cause__ or error}") from error
+        raise data_error(data_path, error.__cause__ or error) from error
     if len(rows) == 0:
         raise DataError(f"{data_path} has no rows")
     if is_parquet:
@@ -76,6 +78,28 @@ def without_bars():
             datasets.enable_progress_bars()
 
 
+@contextlib.contextmanager
+def keeping_rows_of(data_path: Path):
+    """Explains what a full disk raises while tokenised rows are written to the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise data_error(data_path, error) from error
+
+
+def data_error(data_path: Path, error: BaseException) -> DataError:
+    """Returns what to tell about an error of `datasets`: the file is unreadable, or the cache cannot be written."""
+    cache = datasets.config.HF_DATASETS_CACHE
+    named = str(getattr(error, "filename", None) or "")
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if is_full or (named and named != str(data_path)):
+        reason = f"{error.strerror} ({named})" if named else error.strerror
+        return DataError(
+            f"the rows of {data_path} cannot be kept in {cache}: {reason}. Make room, or name another folder by HF_HOME"
+        )
+    return DataError(f"{data_path} cannot be read: {error}")
+
+
 def check_file(path: Path):
     """Raises DataError unless this is a jsonl or a parquet file that is not empty; names the usual other forms."""
     if path.is_dir():
@@ -84,6 +108,8 @@ def check_file(path: Path):
         raise DataError(f"{path} is a folder{f' that datasets saved: {save}' if is_saved else ', not a data file'}")
     if not path.is_file():
         raise DataError(f"no such data file: {path}")
+    if "::" in path.name:
+        raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
     if path.suffix.lower() in (".csv", ".tsv"):
         raise DataError(f"{path} is a table; a jsonl is needed, with a row like this on each line:\n  {RIGHT_FORM}")
     if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
@@ -173,4 +199,5 @@ def why_missing(folder: Path, name: str) -> str | None:
     if os.path.isfile(folder / name):
         return None
     is_doubled = os.path.isfile(folder.parent / name)
-    return f"no such picture: {name}" + is_doubled * f" (it is in {folder.parent}: give that as --images_path)"
+    hint = f" (it is in {folder.parent}: give that as --images_path)"
+    return f"no such picture: {printable(name)}{hint * is_doubled}"

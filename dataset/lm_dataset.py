@@ -22,16 +22,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dataset import formats
 from dataset.chat import ChatEncoder, RowError, check_images, parse_conversation, parse_picture_names
-from dataset.formats import (
-    DataError,
-    as_files,
-    describe_foreign_row,
-    image_column,
-    load_rows,
-    why_missing,
-    without_bars,
-)
+from dataset.formats import DataError
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
 from dataset.tokenizer import tokenizer_hash
 
@@ -100,9 +93,10 @@ class VLMDataset(Dataset):
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
-        raw = load_rows(self.data_path, self.is_parquet, cache_dir)
-        self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, self.is_parquet, num_proc)
-        self.image_files = raw.select_columns([image_column(raw)]) if self.is_parquet else None
+        raw = formats.load_rows(self.data_path, self.is_parquet, cache_dir)
+        with formats.keeping_rows_of(self.data_path):
+            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, self.is_parquet, num_proc)
+        self.image_files = raw.select_columns([formats.image_column(raw)]) if self.is_parquet else None
         self.features = None  # a dataset.features.FeatureFile, see use_features
         reasons = self.rows.data.column("reason")
         lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
@@ -131,7 +125,7 @@ class VLMDataset(Dataset):
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
-            reasons = (why_missing(self.images_path, name) for name in names[index].as_py())
+            reasons = (formats.why_missing(self.images_path, name) for name in names[index].as_py())
             reason = next(filter(None, reasons), None)
             if reason:
                 missing[int(index)] = reason
@@ -262,7 +256,7 @@ class VLMDataset(Dataset):
             return [(self.images_path / name, name) for name in row["pictures"]]
         if not row["image_starts"]:
             return []
-        files = as_files(*self.image_files[position].values())
+        files = formats.as_files(*self.image_files[position].values())
         return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
 
 
@@ -272,10 +266,10 @@ def tokenise_rows(
     """Returns the tokenised rows (COLUMNS) in the file's order, from the cache where they are there."""
     key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION}"
     processes = num_proc or min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
-    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else without_bars():
+    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
             RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
-            input_columns=["conversations", image_column(raw)] if is_parquet else ["text"],
+            input_columns=["conversations", formats.image_column(raw)] if is_parquet else ["text"],
             with_indices=True,
             batched=True,
             num_proc=processes if processes > 1 else None,
@@ -349,7 +343,7 @@ def parse_line(line: str) -> tuple[list[dict], list[str], int, bool]:
         raise RowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
-    foreign = describe_foreign_row(row)
+    foreign = formats.describe_foreign_row(row)
     if foreign:
         raise RowError(foreign)
     turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
@@ -359,7 +353,7 @@ def parse_line(line: str) -> tuple[list[dict], list[str], int, bool]:
 
 def parse_parquet_row(conversations, image_bytes) -> tuple[list[dict], list[str], int, bool]:
     """Returns of a parquet row what `parse_line` does of a line (no names); raises RowError as it does."""
-    turns, files = parse_conversation(conversations), as_files(image_bytes)
+    turns, files = parse_conversation(conversations), formats.as_files(image_bytes)
     tag_added = check_images(turns, len(files))
     return turns, [], hash_63(files[0] if files else json.dumps(turns).encode()), tag_added
 

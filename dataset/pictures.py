@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from common.paths import printable
+
 # A picture so long and thin that resizing its short edge makes it larger than this is refused.
 MAX_RESIZED_PIXELS = 50_000_000
 # Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
@@ -54,7 +56,7 @@ class PictureError(ValueError):
     """A picture that is missing or cannot be decoded: `name` says which, the message why."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
+        super().__init__(f"{printable(name)}: {reason}")
         self.name, self.reason = name, reason
 
     def __reduce__(self):

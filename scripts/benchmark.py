@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.chat import ChatEncoder, parse_conversation  # noqa: E402
@@ -398,7 +398,7 @@ def print_table(what: str, results: dict[str, dict]):
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("what", nargs="*", metavar="WHAT", help="train, data, generate (default: all three)")
     add("--stage", choices=tuple(STAGES), default=next(iter(STAGES)), help="which stage's step")
@@ -409,7 +409,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=3, help="timed steps of each measurement")
     add("--repeats", type=int, default=3, help="rounds through all lines; medians are shown")
     add("--num_workers", type=int, default=min(16, cores()), help="of the loader")
-    add("--json", type=Path, help="write the figures there")
+    add("--json", type=file_path, help="write the figures there")
     add("--one", help=argparse.SUPPRESS)  # a single measurement, printed as JSON: what this script starts itself
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))

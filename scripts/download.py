@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError  # noqa: E402
 from common.paths import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR
 from scripts.transfer import (  # noqa: E402
@@ -189,14 +189,16 @@ def check_disk(files: list[RemoteFile]) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; without a part, all parts are meant."""
     parts = "\n".join(f"  {name:<10} {part.about} ({part.repo_id})" for name, part in PARTS.items())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=f"Fetch the published files.\n\nparts (default: all):\n{parts}",
         epilog="Run it again after an interruption: it resumes. Set HF_ENDPOINT to use a mirror of the hub.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to fetch: {', '.join(PARTS)}")
     parser.add_argument("--hidden_size", type=int, choices=(512, 768), default=512, help="which language model")
-    parser.add_argument("--dest", type=Path, default=ROOT, help="put everything under this folder, not the project's")
+    parser.add_argument(
+        "--dest", type=file_path, default=ROOT, help="put everything under this folder, not the project's"
+    )
     parser.add_argument("--keep_zip", action="store_true", help="keep a zip of pictures after it is unpacked")
     args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
 from common.paths import (  # noqa: E402
@@ -149,13 +149,13 @@ def compare(curves: dict[str, list]) -> list[str]:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
     folder = SAVE_DIR / "reference"
     what = f"where runs are kept (default: {display_path(folder)}, or {display_path(folder)}_quick)"
-    parser.add_argument("--folder", type=Path, help=what)
+    parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
     # Made absolute: the runs are started from the project's folder.
     args.folder = (args.folder or Path(f"{folder}{'_quick' if args.quick else ''}")).expanduser().resolve()

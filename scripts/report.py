@@ -6,13 +6,12 @@
 Training writes the page at its end too.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import ROOT, SAVE_DIR, display_path  # noqa: E402
 from trainer.watch.page import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
@@ -48,10 +47,10 @@ def find_run(given: Path) -> tuple[Path, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     what = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
     parser.add_argument(
-        "run", nargs="?", type=Path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})"
+        "run", nargs="?", type=file_path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})"
     )
     print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")
 

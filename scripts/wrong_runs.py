@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from common.paths import SAVE_DIR, display_path  # noqa: E402
 from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, run_stage  # noqa: E402
@@ -72,9 +72,9 @@ def outcome(folder: Path) -> dict:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     folder = SAVE_DIR / "wrong_runs"
-    parser.add_argument("--folder", type=Path, help=f"where runs are kept (default: {display_path(folder)})")
+    parser.add_argument("--folder", type=file_path, help=f"where runs are kept (default: {display_path(folder)})")
     args = parser.parse_args(argv)
     args.folder = (args.folder or folder).expanduser().resolve()
     return args

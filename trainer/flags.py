@@ -5,9 +5,8 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from common.cli import HelpFormatter
+from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.vlm_config import PROJECTORS
@@ -41,9 +40,9 @@ class Stage:
     loss: Callable
 
 
-def build_parser(stage: Stage, description: str) -> argparse.ArgumentParser:
+def build_parser(stage: Stage, description: str) -> ArgumentParser:
     """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=description,
         formatter_class=HelpFormatter,
         epilog="Nothing downloaded and no path given: the small built-in set is used, with settings of its own.",
@@ -77,15 +76,15 @@ def add_model_flags(add, default: dict):
 
 def add_file_flags(add, stage: Stage):
     data = stage.data
-    add("--data_path", type=Path, help=f"jsonl or parquet (default: dataset/{data}_data.jsonl or .parquet)")
+    add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.jsonl or .parquet)")
     folder = f"the jsonl's own; dataset/{data}_images for published data"
-    add("--images_path", type=Path, help=f"folder of the jsonl's images (default: {folder})")
+    add("--images_path", type=file_path, help=f"folder of the jsonl's images (default: {folder})")
     what = "the tokenizer that belongs to the weights"
-    add("--tokenizer_path", type=Path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
+    add("--tokenizer_path", type=file_path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
     what = "folder of the vision tower, CLIP or SigLIP"
-    add("--vision_model_path", type=Path, help=f"{what} (default: {display_path(TOWER_DIR)})")
+    add("--vision_model_path", type=file_path, help=f"{what} (default: {display_path(TOWER_DIR)})")
     what = "where weights, checkpoints and metrics are written"
-    add("--save_dir", type=Path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
+    add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
     add("--save_weight", default=stage.defaults["save_weight"], help="the weights' name")
     what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
@@ -93,7 +92,7 @@ def add_file_flags(add, stage: Stage):
     what = "held-out rows to measure on, jsonl or parquet, or: none"
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
     add("--eval_data", metavar="FILE", help=f"{what} (default: {held_out})")
-    add("--eval_images_path", type=Path, help="folder of their images (default: --images_path)")
+    add("--eval_images_path", type=file_path, help="folder of their images (default: --images_path)")
     what = "leave out up to this many rows that cannot be learned from"
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
 
@@ -145,7 +144,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     args = build_parser(stage, description).parse_args(argv)
     for name in ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "save_dir"):
         if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).expanduser().resolve())
+            setattr(args, name, getattr(args, name).resolve())
+    args.from_weight = os.path.expanduser(args.from_weight)
     problems = []
     try:
         args.assets, paths = choose_assets(args, stage.data)
@@ -194,6 +194,9 @@ def flag_problems(args) -> list[str]:
         value = getattr(args, name)
         if not (math.isfinite(value) and value > 0):
             problems.append(f"--{name} {value}: must be above 0")
+    if args.seed >= 2**63:
+        problems.append(f"--seed {args.seed}: must be below 2**63")
+    problems += [f"--{name}: an empty path" for name in ("cache_vision", "eval_data") if getattr(args, name) == ""]
     if not args.save_weight or any(character in args.save_weight for character in "/\\"):
         problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
     return problems

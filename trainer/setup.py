@@ -319,7 +319,10 @@ def report_bad_rows(run: Run, data: VLMDataset):
         report[0] += f" (pictures are looked for in {display_path(data.images_path)})"
     report += [f"  {place} {row.line}: {row.reason}" for row in data.bad_rows]
     if run.processes.is_main:
-        path.write_text("\n".join(report) + "\n", encoding="utf-8")
+        try:
+            path.write_text("\n".join(report) + "\n", encoding="utf-8")
+        except OSError as error:
+            run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
     lines = report[: SHOWN_BAD_ROWS + 1]
     if len(report) > len(lines):
         lines.append(f"  ... and {len(report) - len(lines)} more, all in {display_path(path)}")

@@ -30,6 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import ArgumentParser, file_path  # noqa: E402
 from common.paths import SAVE_DIR  # noqa: E402
 from dataset.chat import SYSTEM_PROMPT  # noqa: E402
 
@@ -252,13 +253,16 @@ def print_summary(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Train a byte-level BPE tokenizer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--data_path", type=Path, nargs="+", help="texts: .txt or .jsonl files; left out, the built-in corpus is used"
+        "--data_path",
+        type=file_path,
+        nargs="+",
+        help="texts: .txt or .jsonl files; left out, the built-in corpus is used",
     )
-    parser.add_argument("--save_dir", type=Path, default=SAVE_DIR / "tokenizer", help="folder to write")
+    parser.add_argument("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="number of entries")
     args = parser.parse_args()
     problems = []

@@ -72,7 +72,8 @@ def find_weights(
             raise UsageError(f"no weight file {name}")
         return Path(name)
     pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
-    found = {path: match for path in save_dir.glob("*.pth") if (match := pattern.fullmatch(path.name))}
+    matches = {path: pattern.fullmatch(path.name) for path in save_dir.glob("*.pth")}
+    found = {path: match for path, match in matches.items() if match and path.is_file()}  # no folder, no dangling link
     of_size = [
         path
         for path, match in found.items()

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.files import write_together  # noqa: E402
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
@@ -273,9 +273,9 @@ def save(model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, args, r
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=BUILTIN_MODEL_DIR, help="where it is written")
-    parser.add_argument("--tokenizer_path", type=Path, default=BUILTIN_TOKENIZER_DIR, help="the tokenizer")
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out_dir", type=file_path, default=BUILTIN_MODEL_DIR, help="where it is written")
+    parser.add_argument("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help="the tokenizer")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="texts a step (half as many with full grids)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="the peak")

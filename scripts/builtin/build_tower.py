@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import HelpFormatter  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.paths import BUILTIN_MODEL_DIR  # noqa: E402
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene  # noqa: E402
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES  # noqa: E402
@@ -154,8 +154,8 @@ def save(tower: CLIPVisionModel, processor: CLIPImageProcessorPil, folder: Path)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=BUILTIN_MODEL_DIR / "tower", help="where it is written")
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out_dir", type=file_path, default=BUILTIN_MODEL_DIR / "tower", help="where it is written")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step, each drawn anew")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="the peak")
