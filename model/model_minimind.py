@@ -12,6 +12,9 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+# transformers 5.24 renamed the key/value cache `past_key_values` to `cache`.
+CACHE_NAME = "cache" if hasattr(MoeCausalLMOutputWithPast, "cache") else "past_key_values"
+
 
 class MiniMindConfig(PretrainedConfig):
     """The decoder's shape.
@@ -165,17 +168,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values, cache_position):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position):
         x_BLD = hidden_states
         batch, length, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         k_BKLE = self.k_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         v_BKLE = self.v_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q_BHLE, k_BKLE = apply_rotary(q_BHLE, *rotary), apply_rotary(k_BKLE, *rotary)
-        if past_key_values is not None:
+        if cache is not None:
             # Early releases of transformers 5 do not count what a static cache holds: they need the position.
             cache_kwargs = {"cache_position": cache_position}
-            k_BKLE, v_BKLE = past_key_values.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
+            k_BKLE, v_BKLE = cache.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
         out_BHLE = F.scaled_dot_product_attention(
             q_BHLE,
             k_BKLE,
@@ -258,9 +261,9 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values, cache_position, token_mask):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask):
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attn(normed, rotary, attention_mask, past_key_values, cache_position)
+        attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position)
         hidden_states = hidden_states + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MoEFeedForward):
@@ -335,12 +338,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
             self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
         return self
 
-    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, past_key_values=None, token_mask=None):
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None):
         """Runs the blocks over (B, L, D); returns the normed (B, L, D) and the balancing loss per sequence or None."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        key_length = past_key_values.layers[0].max_cache_len if is_static else past_length + length
+        past_length = cache.get_seq_length() if cache is not None else 0
+        is_static = cache is not None and cache.is_compileable
+        key_length = cache.layers[0].max_cache_len if is_static else past_length + length
         cache_position = past_length + torch.arange(length, device=device)
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, cache_position)
@@ -350,9 +353,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         aux_losses = []
         for layer in self.layers:
-            hidden_states, aux_loss = layer(
-                hidden_states, rotary, attention_mask, past_key_values, cache_position, token_mask
-            )
+            hidden_states, aux_loss = layer(hidden_states, rotary, attention_mask, cache, cache_position, token_mask)
             aux_losses.append(aux_loss)
         return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
 
@@ -396,13 +397,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         learned_positions: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        past_key_values=None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Runs the decoder over the tokens.
@@ -410,7 +412,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L) token ids, or inputs_embeds: (B, L, D).
             attention_mask: (B, keys), 0 at pads. Pads at the right of a training batch need none: attention is causal.
-            past_key_values: A cache (transformers' own), filled in place; any number of tokens may follow a filled one.
+            cache: transformers' own (past_key_values before 5.24), filled in place; any number of tokens may follow.
             labels: (B, L), -100 where nothing is learned; the token at position i is learned from position i - 1.
             logits_to_keep: Compute the logits of this many last positions only; 0 is all of them.
             learned_positions: (N,) positions in the flattened (B * L) labels, to compute logits there only: `logits` is
@@ -421,16 +423,17 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
         Returns:
             A new output: `loss` (mean cross-entropy over the learned tokens, 0 where there is none, plus the experts'
-            balancing loss), `aux_loss` (that balancing loss, mean over samples), `logits`, `past_key_values`.
+            balancing loss), `aux_loss` (that balancing loss, mean over samples), `logits`, and the cache.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         token_mask = None
         if self.config.use_moe and input_ids is not None:
             token_mask = input_ids != self.config.pad_token_id
-        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, past_key_values, token_mask)
+        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask)
 
         if learned_positions is not None:
             # The logits at i - 1 predict position i; a first position cannot be predicted.
@@ -446,7 +449,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss = causal_lm_loss(predicted, targets, num_items_in_batch)
             if aux_loss is not None and num_items_in_batch is None:
                 loss = loss + aux_loss
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE_NAME: cache})
 
 
 def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:

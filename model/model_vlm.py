@@ -132,10 +132,11 @@ class MiniMindVLM(MiniMindForCausalLM):
         labels: torch.Tensor | None = None,
         image_starts: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         image_features: torch.Tensor | None = None,
+        past_key_values=None,
         **kwargs,
     ):
         """Runs text and images through the model; see `MiniMindForCausalLM.forward` for the other arguments.
@@ -164,7 +165,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,

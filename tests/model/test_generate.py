@@ -5,6 +5,7 @@ import torch
 from tiny_models import AT, IMAGE, IMAGES, PROMPTS, batch, pictures, prompt, save_tower, tiny_vlm
 from transformers import CompileConfig
 
+from model.model_minimind import CACHE_NAME
 from model.model_vlm import MiniMindVLM
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -81,15 +82,16 @@ def test_a_users_own_placeholder_beside_an_image_in_generate(any_vlm):
     assert with_cache[:, -8].tolist() == first.tolist()
 
 
-def test_several_tokens_into_a_filled_cache(any_vlm):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_several_tokens_into_a_filled_cache(any_vlm, name):
     inputs = batch(PROMPTS[1:4], pad="left")
     pixel_values, mask = pictures(sum(IMAGES[1:4])), inputs["attention_mask"]
     more = torch.randint(3, 30, (3, 6), generator=torch.Generator().manual_seed(0))
     ids, longer_mask = torch.cat((inputs["input_ids"], more), 1), torch.cat((mask, torch.ones_like(more)), 1)
     whole = any_vlm(ids, attention_mask=longer_mask, pixel_values=pixel_values).logits
-    filled = any_vlm(**inputs, pixel_values=pixel_values, use_cache=True).past_key_values
+    filled = any_vlm(**inputs, pixel_values=pixel_values, use_cache=True)[CACHE_NAME]
     pieces = [
-        any_vlm(piece, attention_mask=longer_mask[:, :end], past_key_values=filled).logits
+        any_vlm(piece, attention_mask=longer_mask[:, :end], **{name: filled}).logits
         for piece, end in zip(more.split([4, 1, 1], 1), (-2, -1, None), strict=True)
     ]
     torch.testing.assert_close(torch.cat(pieces, 1), whole[:, -6:], atol=1e-5, rtol=1e-5)
@@ -101,7 +103,7 @@ def test_a_conversation_goes_on_from_its_cache(any_vlm, asked):
     first = any_vlm.generate(ids, pixel_values=pictures(1), return_dict_in_generate=True, **GREEDY)
     longer = torch.cat((first.sequences, torch.tensor([asked])), dim=1)
     new = pictures(2)[1:] if AT in asked else None
-    continued = any_vlm.generate(longer, pixel_values=new, past_key_values=first.past_key_values, **GREEDY)
+    continued = any_vlm.generate(longer, pixel_values=new, **{CACHE_NAME: first[CACHE_NAME]}, **GREEDY)
     both = pictures(2 if AT in asked else 1)
     both[0] = pictures(1)[0]
     assert continued.tolist() == any_vlm.generate(longer, pixel_values=both, **GREEDY).tolist()

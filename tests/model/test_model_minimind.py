@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, rotary_frequencies
+from model.model_minimind import CACHE_NAME, MiniMindConfig, MiniMindForCausalLM, rotary_frequencies
 
 # So that of a head's 8 pairs two keep their frequency, three are blended and three are stretched.
 YARN = {"hidden_size": 64, "rope_theta": 100.0, "inference_rope_scaling": True, "yarn_factor": 4.0}
@@ -188,8 +188,8 @@ def test_pads_between_a_prompt_and_what_follows_it_do_not_count(any_model):
     with_pads, mask = torch.tensor([[1, 50, 60, 0, 0, 70, 80]]), torch.tensor([[1, 1, 1, 0, 0, 1, 1]])
     expected = any_model(with_pads[mask.bool()][None]).logits[0]
     torch.testing.assert_close(any_model(with_pads, attention_mask=mask).logits[mask.bool()], expected)
-    cache = any_model(with_pads[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
-    after = any_model(with_pads[:, 5:], attention_mask=mask, past_key_values=cache).logits[0]
+    cache = any_model(with_pads[:, :5], attention_mask=mask[:, :5], use_cache=True)[CACHE_NAME]
+    after = any_model(with_pads[:, 5:], attention_mask=mask, cache=cache).logits[0]
     torch.testing.assert_close(after, expected[3:])
 
 
@@ -215,14 +215,14 @@ def test_several_tokens_into_a_filled_cache(any_model, kind, padded):
 def test_use_cache_makes_a_cache_and_training_makes_none(dense):
     ids = random_ids(1, 6)
     first = dense(ids, use_cache=True)
-    assert first.past_key_values.get_seq_length() == 6
-    assert dense(ids).past_key_values is None
+    assert first[CACHE_NAME].get_seq_length() == 6
+    assert CACHE_NAME not in dense(ids)
 
 
 def test_a_conversation_goes_on_from_its_cache(any_model):
     first = any_model.generate(torch.tensor([PROMPTS[0]]), return_dict_in_generate=True, **GREEDY)
     longer = torch.cat((first.sequences, torch.tensor([[5, 6, 7, 8]])), dim=1)
-    continued = any_model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    continued = any_model.generate(longer, **{CACHE_NAME: first[CACHE_NAME]}, **GREEDY)
     assert continued.tolist() == any_model.generate(longer, **GREEDY).tolist()
 
 
