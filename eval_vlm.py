@@ -37,6 +37,7 @@ from common.paths import (  # noqa: E402
     TOKENIZER_DIR,
     TOWER_DIR,
     display_path,
+    printable,
 )
 from dataset.chat import IMAGE_TAG, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
@@ -436,7 +437,7 @@ def main():
         elif args.chat:
             chat(assistant)
         elif args.image:
-            print(f"{', '.join(map(str, args.image))}: {args.prompt}")
+            print(f"{', '.join(map(printable, args.image))}: {args.prompt}")
             try:
                 assistant.ask(args.prompt, args.image)
             except (PictureError, ValueError) as error:
@@ -449,7 +450,7 @@ def describe_folder(args, assistant: Assistant):
     """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
     unreadable = 0
     for path in pictures_to_describe(args, assistant.knows_only_scenes):
-        print(f"{path.name}: {args.prompt}")
+        print(f"{printable(path.name)}: {args.prompt}")
         try:
             assistant.ask(args.prompt, [path])
         except PictureError as error:

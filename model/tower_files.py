@@ -96,6 +96,8 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     try:
         config = CLASSES[kind][0].from_pretrained(path, local_files_only=True)
         patches = config.image_size // config.patch_size
+        if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
+            raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
     except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(": .")
         raise unreadable(path, f"config.json: {reason}") from error

@@ -41,10 +41,9 @@ def run_script(*arguments, cwd=ROOT, **environment):
 def assert_one_line_error(result, *words):
     assert result.returncode in (1, 2)
     assert "Traceback" not in result.stderr
-    last_line = result.stderr.strip().splitlines()[-1]
-    assert "error:" in last_line
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     for word in words:
-        assert word in last_line
+        assert word in line
 
 
 def write_corpus(folder):
