@@ -1,4 +1,4 @@
-"""The files that rows come from: jsonl and parquet are read; other usual forms are recognised, and the cure is told."""
+"""Data files: jsonl and parquet are read; other common formats are recognised, with a hint how to convert them."""
 
 import contextlib
 import errno
@@ -42,7 +42,7 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
     kind = {"path": "parquet"} if is_parquet else text
     files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
     try:
-        with without_bars():  # "Generating train split" means nothing to the person who trains
+        with without_bars():  # "Generating train split" means nothing to the user
             key = content_key(data_path)
             rows = datasets.load_dataset(**kind, data_files=files, split="train", name=key, cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
@@ -56,7 +56,7 @@ def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dat
 
 
 def content_key(path: Path) -> str:
-    """Returns a hash of a file's size, head, middle and tail, for the cache: a copy may keep the time of another."""
+    """Hashes a file's size, head, middle and tail as its cache key: copies may share a modification time."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with open(path, "rb") as file:
@@ -68,7 +68,7 @@ def content_key(path: Path) -> str:
 
 @contextlib.contextmanager
 def without_bars():
-    """Turns off the progress bars of `datasets` for a while."""
+    """Hides the progress bars of `datasets`."""
     had_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -80,7 +80,7 @@ def without_bars():
 
 @contextlib.contextmanager
 def keeping_rows_of(data_path: Path):
-    """Explains what a full disk raises while tokenised rows are written to the cache."""
+    """Explains an error, such as a full disk, while tokenised rows are written to the cache."""
     try:
         yield
     except OSError as error:
@@ -88,20 +88,20 @@ def keeping_rows_of(data_path: Path):
 
 
 def data_error(data_path: Path, error: BaseException) -> DataError:
-    """Returns what to tell about an error of `datasets`: the file is unreadable, or the cache cannot be written."""
+    """Explains an error of `datasets`: the file is unreadable, or the cache cannot be written."""
     cache = datasets.config.HF_DATASETS_CACHE
     named = str(getattr(error, "filename", None) or "")
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if is_full or (named and named != str(data_path)):
         reason = f"{error.strerror} ({named})" if named else error.strerror
         return DataError(
-            f"the rows of {data_path} cannot be kept in {cache}: {reason}. Make room, or name another folder by HF_HOME"
+            f"the rows of {data_path} cannot be kept in {cache}: {reason}. Make room, or set HF_HOME to another folder"
         )
     return DataError(f"{data_path} cannot be read: {error}")
 
 
 def check_file(path: Path):
-    """Raises DataError unless this is a jsonl or a parquet file that is not empty; names the usual other forms."""
+    """Raises DataError unless this is a jsonl or parquet file that is not empty; names other common formats."""
     if path.is_dir():
         is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
         save = "datasets.load_from_disk(folder).to_parquet('my.parquet') makes a parquet file of it"
@@ -126,46 +126,45 @@ def check_file(path: Path):
 
 
 def describe_foreign_row(row: dict) -> str | None:
-    """Names the known format of a jsonl row that is not of ours, and what to change; None where it is unknown."""
-    turns = row.get("conversations")
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"from", "value"} <= turns[0].keys():
+    """Names the known format that a jsonl row has instead of ours, and what to change; None if there is none."""
+
+    def first(name: str) -> dict:
+        turns = row.get(name)
+        return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+
+    if {"from", "value"} <= first("conversations").keys():
         return 'LLaVA format ("from", "value"): write "role" and "content", user for human, assistant for gpt'
-    messages = row.get("messages")
-    if "conversations" not in row and isinstance(messages, list):
-        parts = messages and isinstance(messages[0], dict) and isinstance(messages[0].get("content"), list)
-        if parts:
-            return (
-                'OpenAI format (content in parts): write "conversations", each content as text, <image> for a picture'
-            )
-        return '"messages" format: call it "conversations", and name the picture in "image"'
-    if "conversations" not in row and "image" in row:
-        answer = next((key for key in ("caption", "text", "description") if key in row), None)
-        if answer:
-            return (
-                f'image and {answer}: write "conversations" with a question about <image>, and the {answer} as answer'
-            )
+    if "conversations" not in row:
+        if isinstance(first("messages").get("content"), list):
+            return 'OpenAI format (content in parts): write "conversations", each content as text with <image> in it'
+        if isinstance(row.get("messages"), list):
+            return '"messages" format: call it "conversations", and name the picture in "image"'
+        text = next((key for key in ("caption", "text", "description") if key in row), None)
+        if "image" in row and text:
+            return f'image and {text}: write "conversations" with a question about <image>, and the {text} as answer'
     if "image" not in row and isinstance(row.get("images"), list):
         return '"images": call it "image" (a list of names is accepted)'
     return None
 
 
 def image_column(rows: datasets.Dataset) -> str:
-    """Returns which of a parquet's columns holds the images."""
+    """Returns the name of a parquet's image column."""
     return "image" if "image" in rows.column_names and "image_bytes" not in rows.column_names else "image_bytes"
 
 
 def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
-    """Returns rows whose `image` column, where it is one of `datasets` own, gives its files as they are, undecoded."""
-    feature = rows.features.get(image_column(rows))
+    """Returns the rows with image files as bytes, where `datasets` would decode them."""
+    name, plain = image_column(rows), datasets.Image(decode=False)
+    feature = rows.features.get(name)
     if isinstance(feature, datasets.Image):
-        return rows.cast_column(image_column(rows), datasets.Image(decode=False))
+        return rows.cast_column(name, plain)
     if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        return rows.cast_column(image_column(rows), datasets.List(datasets.Image(decode=False)))
+        return rows.cast_column(name, datasets.List(plain))
     return rows
 
 
 def check_columns(data_path: Path, rows: datasets.Dataset):
-    """Raises DataError unless a parquet file has the columns it needs, of the right types."""
+    """Raises DataError unless a parquet file has the required columns, of the right types."""
     name = image_column(rows)
     if not {"conversations", name} <= set(rows.column_names):
         raise DataError(
@@ -186,14 +185,14 @@ def as_files(images) -> list[bytes]:
         RowError: If there is only a path to one, which is not followed: it may lead anywhere.
     """
     images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
-    files = [image["bytes"] if isinstance(image, dict) else image for image in images]
-    if any(file is None and image.get("path") for file, image in zip(files, images, strict=True)):
+    images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
+    if any(image["bytes"] is None and image.get("path") for image in images):
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
-    return [file for file in files if file is not None]
+    return [image["bytes"] for image in images if image["bytes"] is not None]
 
 
 def why_missing(folder: Path, name: str) -> str | None:
-    """Returns why an image cannot be taken from its folder, and what may help; None where it is there."""
+    """Returns why an image is not found in its folder, with a hint; None if it is there."""
     if os.path.isabs(name) and not Path(name).is_relative_to(folder):
         return f"the picture's path leaves images_path: {name!r}"
     if os.path.isfile(folder / name):

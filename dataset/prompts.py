@@ -1,6 +1,7 @@
-"""Prompts to generate from: conversations, or rows cut before their first answer, to one left-padded batch."""
+"""Builds left-padded batches of prompts from conversations, or from rows cut before their first answer."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ ROWS_LOOKED_AT = 256
 
 
 def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
-    """Returns the prompt with an `<image>` for each picture: as typed where it has that many, else as `form` says.
+    """Returns the prompt with one `<image>` per image: as typed if it has them, else placed by `form`.
 
     Raises:
-        ValueError: If it has some, but not that many.
+        ValueError: If the prompt has `<image>` tags, but not one per image.
     """
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, images):
@@ -30,9 +31,9 @@ def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
 
 
 def usual_form(data: VLMDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the form of FORMS in which most rows ask about a picture; the default where it is about as usual.
+    """Returns the most common of FORMS among rows with one image; the default if that is at least half as common.
 
-    A model asked in a form it was not trained on answers worse. At most 256 rows are looked at, spread evenly.
+    A model answers worse when asked in a form it was not trained on. Samples at most 256 rows, evenly spaced.
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
@@ -44,7 +45,7 @@ def usual_form(data: VLMDataset, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns the form of a tokenised row with one image; None where the image stands amid text or in a later turn."""
+    """Returns the form of a tokenised row with one image; None if the image is amid text or in a later turn."""
     ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
     before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + image_tokens : answer])
     if start < answer and before.endswith(f"{tokenizer.bos_token}user\n"):
@@ -55,15 +56,15 @@ def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """Returns what `generate` takes for a batch of conversations that the assistant is to answer.
+    """Returns the inputs of `generate` for conversations that the assistant is to answer.
 
     Args:
-        conversations: Turns, the last of them the user's.
-        pictures: Each conversation's pictures in order, uint8 (3, size, size).
+        conversations: Lists of turns that end with the user's.
+        pictures: Each conversation's images in order, uint8 (3, size, size).
 
     Returns:
-        input_ids and attention_mask (B, L), padded at the left; pixel_values (all images, 3, size, size) and
-        image_starts (all images, 2), or None where no conversation has a picture.
+        input_ids and attention_mask (B, L), left-padded; pixel_values (all images, 3, size, size) and image_starts
+        (all images, 2), or None if there is no image.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for row, chat in enumerate(chats):
@@ -71,12 +72,12 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         if tags != given:
             raise ValueError(f"conversation {row + 1} has {tags} {IMAGE_TAG}, but {given} picture(s) were given")
     batch = left_padded([chat.input_ids for chat in chats], [chat.image_starts for chat in chats], encoder.pad_id)
-    flat = [picture for of_one in pictures for picture in of_one]
+    flat = list(chain.from_iterable(pictures))
     return batch | {"pixel_values": torch.stack(flat) if flat else None}
 
 
 def row_prompts(rows: list[dict], pad_token_id: int) -> dict:
-    """Returns what `generate` takes for samples (as `VLMDataset` gives them, with pixels), up to their first answer."""
+    """Returns the inputs of `generate` for samples of `VLMDataset` (with pixels), up to their first answer."""
     prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
     starts = [[start for start in row["image_starts"].tolist() if start < len(prompt)]
               for row, prompt in zip(rows, prompts, strict=True)]  # fmt: skip
@@ -93,14 +94,10 @@ def first_answer(labels: torch.Tensor) -> tuple[int, int]:
 
 
 def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
-    """Joins prompts of any lengths to one batch.
-
-    Args:
-        prompts: Each one's token ids.
-        image_starts: Each one's images' first positions.
+    """Left-pads prompts (token ids) into a batch, with the first position of each of their images.
 
     Returns:
-        input_ids and attention_mask (B, L), and image_starts (all images, 2) or None where there is no image.
+        input_ids and attention_mask (B, L), and image_starts (all images, 2) or None if there is no image.
     """
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad_token_id)

@@ -9,173 +9,111 @@ Run it again after an interruption: it resumes, and fetches nothing that is alre
 """
 
 import argparse
-import errno
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError  # noqa: E402
+from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR
-from scripts.transfer import (  # noqa: E402
-    RemoteFile,
-    fetch,
-    human,
-    list_repo,
-    open_zip,
-    unpack,
-    unpacked_bytes,
-)
+from scripts.transfer import RemoteFile, fetch, human, list_hub, unpack  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one word asks for: a repository of the hub, and the folder its files go to."""
+    """What one word on the command line asks for: the first of the choices that its repository has in full."""
 
-    repo_id: str
     repo_type: str
+    repo_id: str
     folder: Path
     about: str
+    choices: tuple[str, ...]
 
 
+def data_part(name: str, about: str) -> Part:
+    """Returns one stage's data: rows and a zip of pictures, or both in one parquet file."""
+    choices = (f"{name}_data.jsonl + {name}_images.zip", f"{name}_data.parquet", f"{name}_i2t.parquet")
+    return Part("dataset", "jingyaogong/minimind-v_dataset", DATASET_DIR, about, choices)
+
+
+TOWER_CONFIG = "config.json + preprocessor_config.json"
+TOWER_FILES = (f"{TOWER_CONFIG} + model.safetensors", f"{TOWER_CONFIG} + pytorch_model.bin")
+LLM_FILES = ("llm_{hidden_size}.pth",)
+TOKENIZER_FILES = ("tokenizer.json + tokenizer_config.json",)
 PARTS = {
-    "tower": Part("openai/clip-vit-base-patch16", "model", TOWER_DIR, "the vision tower"),
-    "llm": Part("jingyaogong/MiniMind2-V-PyTorch", "model", SAVE_DIR, "the language model to start from"),
-    "tokenizer": Part("jingyaogong/MiniMind2-V", "model", TOKENIZER_DIR, "that model's tokenizer"),
-    "pretrain": Part("jingyaogong/minimind-v_dataset", "dataset", DATASET_DIR, "pictures with captions"),
-    "sft": Part("jingyaogong/minimind-v_dataset", "dataset", DATASET_DIR, "pictures with conversations"),
+    "tower": Part("model", "openai/clip-vit-base-patch16", TOWER_DIR, "the vision tower", TOWER_FILES),
+    "llm": Part("model", "jingyaogong/MiniMind2-V-PyTorch", SAVE_DIR, "the language model to start from", LLM_FILES),
+    "tokenizer": Part("model", "jingyaogong/MiniMind2-V", TOKENIZER_DIR, "that model's tokenizer", TOKENIZER_FILES),
+    "pretrain": data_part("pretrain", "pictures with captions"),
+    "sft": data_part("sft", "pictures with conversations"),
 }
 
-UNPACKED_PER_ZIP = 1.6  # until the zip can be read: JPEGs of 4 kB do not shrink in it, and fill whole blocks on disk
+UNPACKED_PER_ZIP = 1.6  # a guess: JPEGs of 4 kB do not shrink in a zip, and fill whole blocks on disk
 
 
-def choose_files(part: str, names: set[str], hidden_size: int) -> dict[str, str]:
-    """Picks a part's files out of a repository's.
-
-    Args:
-        part: a key of `PARTS`.
-        names: all file names of the part's repository.
-        hidden_size: which language model, 512 or 768.
-
-    Returns:
-        For each name in the repository the name it gets in the part's folder.
-
-    Raises:
-        UsageError: A file is not there.
-    """
-    if part == "tower":
-        weights = "model.safetensors" if "model.safetensors" in names else "pytorch_model.bin"
-        wanted = ["config.json", "preprocessor_config.json", weights]
-    elif part == "llm":
-        wanted = [f"llm_{hidden_size}.pth"]
-    elif part == "tokenizer":
-        wanted = ["tokenizer.json", "tokenizer_config.json"]
-    else:
-        wanted = [f"{part}_data.jsonl", f"{part}_images.zip"]
-        if not names.issuperset(wanted):
-            usual = [name for name in (f"{part}_data.parquet", f"{part}_i2t.parquet") if name in names]
-            similar = [name for name in names if name.startswith(part) and name.endswith(".parquet")]
-            if usual or len(similar) == 1:
-                return {(usual or similar)[0]: f"{part}_data.parquet"}
-    absent = [name for name in wanted if name not in names]
-    if absent:
-        parquet = f" (nor {part}_i2t.parquet)" if part in ("pretrain", "sft") else ""
-        there = ", ".join(sorted(name for name in names if not name.startswith("."))) or "nothing"
-        raise UsageError(
-            f"{PARTS[part].repo_id} on {ENDPOINT} has no {' and no '.join(absent)}{parquet}. It has: {there}."
-        )
-    return {name: name for name in wanted}
+def choose_files(part: Part, published: dict[str, RemoteFile], hidden_size: int) -> list[RemoteFile]:
+    """Picks a part's files out of those of its repository."""
+    choices = [choice.format(hidden_size=hidden_size) for choice in part.choices]
+    for choice in choices:
+        names = choice.split(" + ")
+        if published.keys() >= set(names):
+            return [published[name] for name in names]
+    there = ", ".join(sorted(name for name in published if not name.startswith("."))) or "nothing"
+    raise UsageError(f"{part.repo_id} on {ENDPOINT} has no {' and no '.join(choices)}. It has: {there}.")
 
 
-def plan(parts: list[str], hidden_size: int, dest: Path) -> list[RemoteFile]:
-    """Asks the hub what makes up the wanted parts, in the order in which they are to be fetched."""
-    listings, files = {}, []
-    for part in parts:
-        source = PARTS[part]
-        if source.repo_id not in listings:
-            listings[source.repo_id] = list_repo(source.repo_id, source.repo_type)
-        commit, there = listings[source.repo_id]
-        for name, local_name in choose_files(part, set(there), hidden_size).items():
-            entry = there[name]
-            if entry.size is None:
-                raise UsageError(f"{ENDPOINT} does not tell how large {name} is: set HF_ENDPOINT to another mirror.")
-            files.append(
-                RemoteFile(
-                    part=part,
-                    repo_id=source.repo_id,
-                    repo_type=source.repo_type,
-                    commit=commit,
-                    name=name,
-                    size=entry.size,
-                    sha256=entry.lfs.sha256 if entry.lfs else None,
-                    blob_id=entry.blob_id,
-                    path=dest / source.folder.relative_to(ROOT) / local_name,
-                )
-            )
+def plan(parts: list[str], hidden_size: int, dest: Path) -> dict[str, dict[Path, RemoteFile]]:
+    """Asks the hub what makes up the wanted parts: for each of them, path here -> published file."""
+    files = {}
+    for name in parts:
+        part = PARTS[name]
+        folder = dest / part.folder.relative_to(ROOT)
+        chosen = choose_files(part, list_hub(part.repo_id, part.repo_type), hidden_size)
+        # Training looks for pretrain_data.parquet, whichever name it was published under.
+        files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
     return files
 
 
-def is_in_place(file: RemoteFile) -> bool:
-    """Tells whether nothing is left to do for a file.
+def final_path(path: Path) -> Path:
+    """Returns where a file ends up: for a zip, the folder it is unpacked to."""
+    return path.with_suffix("") if path.suffix == ".zip" else path
 
-    Raises:
-        UsageError: Something else has its name. It may be the user's own, so it is not overwritten.
-    """
-    if file.folder and file.folder.is_dir() and any(file.folder.iterdir()):
+
+def is_in_place(path: Path, file: RemoteFile) -> bool:
+    """Tells whether nothing is left to do for a file; raises where the user's own file has its name."""
+    final = final_path(path)
+    if final.is_dir() and any(final.iterdir()):
         return True
-    if not file.path.exists():
-        return False
-    size = file.path.stat().st_size
-    if size != file.size:
+    if path.exists() and path.stat().st_size != file.size:
         raise UsageError(
-            f"{file.path} has {size:,} bytes, the published file {file.size:,}. "
-            f"Move or delete it, then run this again (or name the parts to fetch, without {file.part})."
+            f"{path} has {path.stat().st_size:,} bytes, the published file {file.size:,}. "
+            "Move or delete it, then run this again (or name the other parts to fetch only those)."
         )
-    return file.folder is None
+    return final.is_file()
 
 
-def existing_folder(path: Path) -> Path:
-    """Returns the nearest folder above a path that exists already."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+def bytes_to_fetch(path: Path, file: RemoteFile) -> int:
+    """Returns how much of a file is still to be downloaded."""
+    here = path if path.exists() else file.part(path)
+    return file.size - here.stat().st_size if here.exists() else file.size
 
 
-def to_fetch(file: RemoteFile) -> int:
-    """Returns the bytes still to be transferred."""
-    if file.path.exists():
-        return 0
-    return max(0, file.size - (file.partial.stat().st_size if file.partial.exists() else 0))
-
-
-def to_unpack(file: RemoteFile) -> int:
-    """Returns the bytes that unpacking takes on disk: exact where the zip is here, else a cautious guess."""
-    if file.folder is None:
-        return 0
-    if not file.path.exists():
-        return round(file.size * UNPACKED_PER_ZIP)
-    with open_zip(file.path) as archive:
-        return unpacked_bytes(archive)
-
-
-def check_disk(files: list[RemoteFile]) -> None:
-    """Compares what is still missing with the free disk, before anything is fetched.
-
-    Raises:
-        UsageError: There is not enough room; with the figures.
-    """
-    by_disk: dict[int, list[RemoteFile]] = {}
-    for file in files:  # dataset/ is often a link to a larger disk
-        by_disk.setdefault(existing_folder(file.path).stat().st_dev, []).append(file)
-    for here in by_disk.values():
-        folder = existing_folder(here[0].path)
-        fetched, unpacked = sum(map(to_fetch, here)), sum(map(to_unpack, here))
+def check_disk(missing: dict[Path, RemoteFile]) -> None:
+    """Prints how much is to be fetched, and raises where the disk is too small for it."""
+    by_disk: dict[int, tuple[Path, list[Path]]] = {}
+    for path in missing:  # dataset/ is often a link to a larger disk
+        folder = next(folder for folder in path.parents if folder.is_dir())
+        by_disk.setdefault(folder.stat().st_dev, (folder, []))[1].append(path)
+    for folder, paths in by_disk.values():
+        fetched = sum(bytes_to_fetch(path, missing[path]) for path in paths)
+        unpacked = sum(round(missing[path].size * UNPACKED_PER_ZIP) for path in paths if path != final_path(path))
         free = shutil.disk_usage(folder).free
         figures = f"{human(fetched)} to fetch" + (f" + about {human(unpacked)} of unpacked pictures" * (unpacked > 0))
         if fetched + unpacked > free:
@@ -187,114 +125,87 @@ def check_disk(files: list[RemoteFile]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; without a part, all parts are meant."""
+    """Reads the command line."""
     parts = "\n".join(f"  {name:<10} {part.about} ({part.repo_id})" for name, part in PARTS.items())
-    parser = ArgumentParser(
-        description=f"Fetch the published files.\n\nparts (default: all):\n{parts}",
-        epilog="Run it again after an interruption: it resumes. Set HF_ENDPOINT to use a mirror of the hub.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to fetch: {', '.join(PARTS)}")
+    parser = ArgumentParser(description=f"{__doc__}\nparts (default: all):\n{parts}", formatter_class=HelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=("all", *PARTS), default="all", metavar="PART", help="see above")
     parser.add_argument("--hidden_size", type=int, choices=(512, 768), default=512, help="which language model")
-    parser.add_argument(
-        "--dest", type=file_path, default=ROOT, help="put everything under this folder, not the project's"
-    )
+    parser.add_argument("--dest", type=file_path, default=ROOT, help="put everything under this folder")
     parser.add_argument("--keep_zip", action="store_true", help="keep a zip of pictures after it is unpacked")
     args = parser.parse_args(argv)
-    unknown = [part for part in args.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
-    args.parts = [part for part in PARTS if part in args.parts or not args.parts]
+    args.parts = [part for part in PARTS if part in args.parts or "all" in args.parts]
     return args
 
 
-def check_endpoint() -> None:
-    """Catches the usual slip, HF_ENDPOINT without https://, which would fail later in words of httpx."""
-    if urlsplit(ENDPOINT).scheme not in ("http", "https") or not urlsplit(ENDPOINT).hostname:
-        raise UsageError(f"HF_ENDPOINT={ENDPOINT} is not an address: it must look like https://MIRROR")
-
-
 def run(args: argparse.Namespace) -> None:
-    """Asks, checks the disk, fetches, unpacks and says where things lie."""
-    check_endpoint()
+    """Asks the hub, checks the disk, fetches, unpacks and prints where everything is."""
     dest = args.dest.absolute()
     print(f"Asking {ENDPOINT} ...", flush=True)
-    files = plan(args.parts, args.hidden_size, dest)
-    missing = [file for file in files if not is_in_place(file)]
-    for part in args.parts:
-        here = [file for file in missing if file.part == part]
-        names = ", ".join(file.name for file in here) or "already here"
-        print(f"  {part:<10} {names}" + (f" ({human(sum(map(to_fetch, here)))})" if here else ""))
-    if missing:
-        check_disk(missing)
-    for file in missing:
-        if not file.path.exists():
-            fetch(file)
-            print(f"  fetched   {file.path.relative_to(dest).as_posix()} ({human(file.size)})", flush=True)
-        if file.folder:
-            unpack(file.path, file.folder)
-            print(f"  unpacked  {file.folder.relative_to(dest).as_posix()}/", flush=True)
+    files, missing = plan(args.parts, args.hidden_size, dest), {}
+    for part, published in files.items():
+        here = {path: file for path, file in published.items() if not is_in_place(path, file)}
+        size = human(sum(bytes_to_fetch(path, file) for path, file in here.items()))
+        names = ", ".join(file.name for file in here.values())
+        print(f"  {part:<10} {f'{names} ({size})' if here else 'already here'}")
+        missing |= here
+    check_disk(missing)
+    for path, file in missing.items():
+        if not path.exists():
+            fetch(file, path)
+            print(f"  fetched   {path.relative_to(dest).as_posix()} ({human(file.size)})", flush=True)
+        if (folder := final_path(path)) != path:
+            unpack(path, folder)
+            print(f"  unpacked  {folder.relative_to(dest).as_posix()}/", flush=True)
             if not args.keep_zip:
-                file.path.unlink()
+                path.unlink()
     report(args, files, dest)
 
 
-def report(args: argparse.Namespace, files: list[RemoteFile], dest: Path) -> None:
-    """Prints what lies where, and the command to type next."""
+def report(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]], dest: Path) -> None:
+    """Prints what is where, and the command to type next."""
     print(f"\nIn place, under {dest}:")
-    for part in args.parts:
-        places = [file.folder or file.path for file in files if file.part == part]
-        if part in ("tower", "tokenizer"):
-            places = [places[0].parent]
-        names = [place.relative_to(dest).as_posix() + "/" * place.is_dir() for place in places]
+    for part, published in files.items():
+        paths = [final_path(path) for path in published]
+        if PARTS[part].folder in (TOWER_DIR, TOKENIZER_DIR):
+            paths = [paths[0].parent]
+        names = [path.relative_to(dest).as_posix() + "/" * path.is_dir() for path in paths]
         print(f"  {part:<10} {' + '.join(names)}")
     if dest != ROOT:
         print(f"Training looks under {ROOT}: move these folders there.")
-    here = Path.cwd()
     size = f" --hidden_size {args.hidden_size}" if args.hidden_size != 512 else ""
-    for word, name in (("Next:", "pretrain"), ("then:", "sft")):
-        script = ROOT / "trainer" / f"train_{name}_vlm.py"
-        if word == "Next:" or name in args.parts:
-            print(f"{word}  python {os.path.relpath(script) if here.is_relative_to(ROOT) else script}{size}")
+    for word, stage in (("Next:", "pretrain"), ("then:", "sft")):
+        script = ROOT / "trainer" / f"train_{stage}_vlm.py"
+        if stage == "pretrain" or stage in args.parts:
+            print(f"{word}  python {os.path.relpath(script) if Path.cwd().is_relative_to(ROOT) else script}{size}")
 
 
-def explain(error: Exception) -> str:
+def explain(error: HTTPError | OSError) -> str:
     """Returns a line for the person who typed the command: what is wrong, and what to do."""
-    if isinstance(error, UsageError):
-        return str(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids asking the hub: unset it and run this again."
-    if isinstance(error, HfHubHTTPError):
-        status, url = error.response.status_code, str(error.response.url).split("?")[0]
-        advice = {401: "check the access token (HF_TOKEN)", 403: "check the access token (HF_TOKEN)", 404: "not there"}
-        return (
-            f"the hub answers {status} for {url}: {advice.get(status, 'try again later')}, "
-            "or set HF_ENDPOINT to another mirror."
-        )
-    if isinstance(error, HTTPError):
+    if not isinstance(error, HTTPError):
+        return str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
+    if not isinstance(error, HfHubHTTPError):
         reason = str(error) or type(error).__name__
-        return (
-            f"{ENDPOINT} cannot be reached ({reason}). Check the network, or set HF_ENDPOINT to a mirror "
-            "(HF_ENDPOINT=https://MIRROR python scripts/download.py). What has arrived is kept."
-        )
-    if getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return "the disk is full. What has arrived is kept: make room and run the same command again."
-    return str(error)
+        return f"the connection to {ENDPOINT} failed ({reason}): check the network, or set HF_ENDPOINT=https://MIRROR"
+    status, url = error.response.status_code, str(error.response.url).split("?")[0]
+    advice = "try again later, or set HF_ENDPOINT to another mirror"
+    if isinstance(error, GatedRepoError):
+        advice = "it needs a login: accept the terms on its page, then set HF_TOKEN"
+    elif status in (401, 403, 404):
+        advice = "not there, or private: check HF_TOKEN (your access token), or set HF_ENDPOINT to another mirror"
+    return f"{url} answers {status}: {advice}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command."""
     args = parse_args(argv)
     try:
         run(args)
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes.", file=sys.stderr)
-        return 130
-    except (UsageError, HTTPError, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(130)
+    except (HTTPError, OSError) as error:
+        raise UsageError(f"{explain(error)}. What has arrived is kept: the same command resumes.") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

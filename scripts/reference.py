@@ -1,11 +1,11 @@
-"""The reference run: both stages on the built-in set, and whether they learn as well as they did.
+"""Run both stages on the built-in set, and check that they learn as well as they did when the figures were recorded.
 
     python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
     python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
-    python scripts/reference.py --quick      both stages on their first rows only; with --record writes that part
+    python scripts/reference.py --quick      both stages on their first rows only; with --record, records those figures
 
-Compared is the held-out loss (200 scenes whose combinations of colour, shape and place are never trained on): it must
-not exceed the recorded mean by more than the recorded spread (highest less lowest of three seeds).
+The held-out loss (on 200 scenes whose combinations of colour, shape and place are never trained on) must not exceed the
+recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
 """
 
 import argparse
@@ -19,14 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
-from common.paths import (  # noqa: E402
-    BUILTIN_MODEL_DIR,
-    BUILTIN_TOKENIZER_DIR,
-    BUILTIN_TOWER_DIR,
-    ROOT,
-    SAVE_DIR,
-    display_path,
-)
+from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR  # noqa: E402
 from dataset.scenes.draw import draw_builtin_dataset  # noqa: E402
 from trainer.flags import Stage  # noqa: E402
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
@@ -39,34 +32,30 @@ PROCESSES = {PRETRAIN: 1, SFT: 2}
 QUICK_ROWS = {PRETRAIN: 2560, SFT: 1280}  # seen once
 
 
-def held_out_losses(metrics: Path) -> list[list[float]]:
-    """Returns [step, held-out loss, grounding gap] of each measurement of a run."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows if "eval" in row]
+def read_jsonl(path: Path) -> list[dict]:
+    """Returns the rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[float]]:
-    """Runs a training script as the README does, and returns its curve.
+    """Runs a training script as the README does.
+
+    Returns:
+        [step, held-out loss, grounding gap] of each measurement.
 
     Raises:
-        UsageError: If it fails; what it printed has been shown.
+        UsageError: If it fails; its output has been shown.
     """
-    name = stage.defaults["save_weight"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES[stage])]
-    launch = [sys.executable, *(torchrun if PROCESSES[stage] > 1 else [])]
-    command = [
-        *launch,
-        str(ROOT / "trainer" / f"train_{name}.py"),
-        "--seed",
-        str(seed),
-        "--save_dir",
-        str(folder),
-        *flags,
-    ]
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
+    name, processes = stage.defaults["save_weight"], PROCESSES[stage]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(ROOT / "trainer" / f"train_{name}.py"), "--seed", str(seed), "--save_dir", str(folder), *flags]
+    if subprocess.run(command).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
     [metrics] = folder.glob(f"{name}_*.metrics.jsonl")
-    return held_out_losses(metrics)
+    rows = read_jsonl(metrics)
+    return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows if "eval" in row]
 
 
 def run_both(seed: int, folder: Path, *flags: str) -> dict:
@@ -76,13 +65,13 @@ def run_both(seed: int, folder: Path, *flags: str) -> dict:
 
 
 def first_rows(stage: Stage) -> list[str]:
-    """Returns the lines that a quick run learns from."""
+    """Returns the lines that a quick run is trained on."""
     lines = (draw_builtin_dataset() / f"{stage.data}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return lines[: QUICK_ROWS[stage]]
 
 
 def quick_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list[str]:
-    """Returns the flags of a run of one epoch on these lines, which leaves nothing in out/."""
+    """Returns the flags of a run of one epoch on these lines that writes nothing to out/."""
     few = folder / f"{stage.data}.jsonl"
     write_atomically(few, lambda file: file.write("".join(lines).encode("utf-8")))
     data = draw_builtin_dataset()
@@ -122,9 +111,9 @@ def summary(curves: dict[str, list]) -> dict:
 
 
 def record(run, folder: Path):
-    """Runs every seed, and writes the figures beside those already recorded."""
+    """Runs every seed, and adds the figures to those already recorded."""
     by_seed = {seed: run(seed, folder / f"seed_{seed}", "--from_resume", "1") for seed in SEEDS}
-    recorded = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for name in by_seed[SEEDS[0]]:
         recorded[name] = summary({f"seed {seed}": by_seed[seed][name] for seed in SEEDS})
         print(f"{name}: held-out loss {recorded[name]['held_out_loss']} (spread {recorded[name]['spread']})")
@@ -135,16 +124,11 @@ def compare(curves: dict[str, list]) -> list[str]:
     """Prints each curve beside the recorded one; returns what is worse."""
     recorded, worse = json.loads(RECORD.read_text(encoding="utf-8")), []
     for name, curve in curves.items():
-        if name not in recorded:
-            print(f"{name}: held-out loss {curve[-1][1]:.4f}; nothing is recorded to compare it with (--record does)")
-            continue
-        expected, loss = recorded[name], curve[-1][1]
-        limit = expected["held_out_loss"] + expected["spread"]
-        recorded_loss = f"{expected['held_out_loss']:.4f} (spread {expected['spread']:.4f})"
-        line = f"{name}: held-out loss {loss:.4f}, recorded {recorded_loss}"
+        expected, spread, loss = recorded[name]["held_out_loss"], recorded[name]["spread"], curve[-1][1]
+        line = f"{name}: held-out loss {loss:.4f}, recorded {expected:.4f} (spread {spread:.4f})"
         print(line)
-        if not loss <= limit:
-            worse.append(f"{line}: worse than {limit:.4f}")
+        if not loss <= expected + spread:  # NaN is worse too
+            worse.append(f"{line}: worse than {expected + spread:.4f}")
     return worse
 
 
@@ -153,12 +137,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
-    folder = SAVE_DIR / "reference"
-    what = f"where runs are kept (default: {display_path(folder)}, or {display_path(folder)}_quick)"
+    what = "where runs are kept (default: out/reference, or out/reference_quick)"
     parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
-    # Made absolute: the runs are started from the project's folder.
-    args.folder = (args.folder or Path(f"{folder}{'_quick' if args.quick else ''}")).expanduser().resolve()
+    args.folder = args.folder or SAVE_DIR / ("reference_quick" if args.quick else "reference")
     return args
 
 

@@ -1,9 +1,9 @@
-"""Write the page of a run: curves, images and their descriptions, settings, in one HTML file that opens anywhere.
+"""Write a run's page: curves, images with their descriptions, and settings, in one HTML file that opens anywhere.
 
     python scripts/report.py out/sft_vlm_128     writes out/sft_vlm_128.report.html
     python scripts/report.py                     the same, where out/ holds one run
 
-Training writes the page at its end too.
+Training writes the page too, at its end.
 """
 
 import sys
@@ -14,25 +14,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import ROOT, SAVE_DIR, display_path  # noqa: E402
-from trainer.watch.page import METRICS, REPORT, SAMPLES, write_report  # noqa: E402
+from trainer.setup import ENDINGS  # noqa: E402
+from trainer.watch.page import METRICS, write_report  # noqa: E402
 
-# The endings of a run's files: any of them names the run.
-ENDINGS = (METRICS, REPORT, "_resume.pth", SAMPLES, f"{SAMPLES}.md", ".pth", ".json")
+A_RUN = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
 
 
 def find_run(given: Path) -> tuple[Path, str]:
-    """Returns folder and name of the run that a path means: any of its files, their common beginning, or its folder.
+    """Returns the folder and name of the run a path means: one of its files, their common beginning, or its folder.
 
     Raises:
-        UsageError: If it means none, or several.
+        UsageError: If it means no run, or several.
     """
     for path in (given.expanduser().resolve(), (ROOT / given).resolve()):
-        endings = [""] + [ending for ending in ENDINGS if path.name.endswith(ending)]
-        for name in (path.name[: len(path.name) - len(ending)] for ending in endings):
-            if name and (path.parent / f"{name}{METRICS}").is_file():
+        for name in (path.name.removesuffix(ending) for ending in ("", *ENDINGS)):
+            if (path.parent / f"{name}{METRICS}").is_file():
                 return path.parent, name
         if path.is_dir():
-            names = sorted(file.name[: -len(METRICS)] for file in path.glob(f"*{METRICS}"))
+            names = sorted(file.name.removesuffix(METRICS) for file in path.glob(f"*{METRICS}"))
             if len(names) == 1:
                 return path, names[0]
             if names:
@@ -41,17 +40,14 @@ def find_run(given: Path) -> tuple[Path, str]:
     path = given.expanduser().resolve()
     wanted = path / f"*{METRICS}" if path.is_dir() else path.with_name(path.name + METRICS)
     raise UsageError(
-        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes as it goes. Name "
-        "a run like out/sft_vlm_512, one of its files, or a folder that holds one run"
+        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes. Name {A_RUN}"
     )
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    what = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
-    parser.add_argument(
-        "run", nargs="?", type=file_path, default=SAVE_DIR, help=f"{what} (default: {display_path(SAVE_DIR)})"
-    )
+    default = f"default: {display_path(SAVE_DIR)}"
+    parser.add_argument("run", nargs="?", type=file_path, default=SAVE_DIR, help=f"{A_RUN} ({default})")
     print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")
 
 

@@ -1,11 +1,10 @@
-"""Training that goes wrong on purpose: what held-out loss, grounding gap and descriptions look like then.
+"""Let training go wrong on purpose, to show what held-out loss, grounding gap and descriptions look like then.
 
     python scripts/wrong_runs.py      nine short runs on the built-in set (about ten minutes on two cores), then a table
 
-Two of them are right, to compare with. trainer/README.md explains the figures.
+Two of them are right, for comparison. trainer/README.md explains the figures.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,37 +13,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import run_script  # noqa: E402
-from common.paths import SAVE_DIR, display_path  # noqa: E402
-from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, run_stage  # noqa: E402
+from common.paths import SAVE_DIR  # noqa: E402
+from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage  # noqa: E402
 from trainer.flags import Stage  # noqa: E402
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
 RATE = SFT.builtin["learning_rate"]
+BUILTIN_SHAPE = {"hidden_size": 128, "num_hidden_layers": 4}
 
 
 def with_other_pictures(lines: list[str]) -> list[str]:
-    """Returns the rows, each with the picture of the row half the file away."""
+    """Returns the rows, each with the image of the row half the file away."""
     rows = [json.loads(line) for line in lines]
     half = len(rows) // 2
-    pictures = [row["image"] for row in rows[half:] + rows[:half]]
-    changed = [row | {"image": picture} for row, picture in zip(rows, pictures, strict=True)]
+    changed = [row | {"image": rows[n - half]["image"]} for n, row in enumerate(rows)]
     return [json.dumps(row, ensure_ascii=False) + "\n" for row in changed]
 
 
 def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
-    """Returns what is done, in which stage, from which lines, with which flags."""
+    """Returns each run's title, stage, training lines and changed flags."""
     captions, dialogues = first_rows(PRETRAIN), first_rows(SFT)
     after_stage_1 = {"from_weight": folder / "1" / "pretrain_vlm_128.pth"}
     return [
         ("stage 1 as it should be", PRETRAIN, captions, {}),
         ("captions of other pictures", PRETRAIN, with_other_pictures(captions), {}),
         (f"{FEW_ROWS} rows, {MANY_EPOCHS} times", PRETRAIN, captions[:FEW_ROWS], {"epochs": MANY_EPOCHS}),
-        (
-            "--from_weight none",
-            PRETRAIN,
-            captions,
-            {"from_weight": "none", "hidden_size": 128, "num_hidden_layers": 4},
-        ),
+        ("--from_weight none", PRETRAIN, captions, {"from_weight": "none"} | BUILTIN_SHAPE),
         ("stage 2 as it should be", SFT, dialogues, after_stage_1),
         ("stage 2 without stage 1", SFT, dialogues, {}),
         ("the same, --learning_rate 1e-6", SFT, dialogues, {"learning_rate": 1e-6}),
@@ -56,32 +50,23 @@ def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
 def outcome(folder: Path) -> dict:
     """Returns the last losses of the run in this folder, its grounding gap, and its first two descriptions."""
     [metrics] = folder.glob("*.metrics.jsonl")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     [samples] = folder.glob("*_samples/samples.jsonl")
-    rows_of_samples = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    held_out = next(row["eval"] for row in reversed(rows) if "eval" in row)
+    rows = read_jsonl(metrics)
+    held_out = [row["eval"] for row in rows if "eval" in row][-1]
+    described = [row for row in read_jsonl(samples) if row["picture"] in ("0.jpg", "1.jpg")]
     return {
-        "training": next(row["loss"] for row in reversed(rows) if "loss" in row),
+        "training": [row["loss"] for row in rows if "loss" in row][-1],
         "held out": held_out["loss"],
         "gap": held_out["gap_shuffled"],
-        "says": [
-            " ".join(row["description"].split()) for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")
-        ],
-        "expected": [row["reference"] for row in rows_of_samples if row["picture"] in ("0.jpg", "1.jpg")],
+        "says": [" ".join(row["description"].split()) for row in described],
+        "expected": [row["reference"] for row in described],
     }
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    folder = SAVE_DIR / "wrong_runs"
-    parser.add_argument("--folder", type=file_path, help=f"where runs are kept (default: {display_path(folder)})")
-    args = parser.parse_args(argv)
-    args.folder = (args.folder or folder).expanduser().resolve()
-    return args
-
-
 def main():
-    folder, results = parse_arguments().folder, {}
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--folder", type=file_path, help="where runs are kept (default: out/wrong_runs)")
+    folder, results = parser.parse_args().folder or SAVE_DIR / "wrong_runs", {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):
         print(f"\n== {number}. {name}", flush=True)
         flags = quick_flags(stage, lines, folder / str(number), cache_vision=folder / "features", **changed)

@@ -9,13 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Read by transformers, datasets and huggingface_hub when they are imported, here and in the scripts that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So a shell starts what runs in the background, and so the scripts would be started by the tests that
-    # interrupt them.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch
 import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+# Shells ignore SIGINT in what runs in the background, nohup ignores SIGHUP, and child processes inherit that: the
+# scripts that a test interrupts would never notice.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)

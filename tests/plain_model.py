@@ -1,7 +1,7 @@
-"""MiniMind-V in plain mathematics: what the fast model is compared with.
+"""MiniMind-V in plain mathematics, the reference for the fast model.
 
-Loops and whole matrices in float64, straight from the papers' formulas, sharing no code with `model/`. Also the formula
-that fills the weights behind the recorded figures in tests/data.
+Loops and whole matrices in float64 from the papers' formulas, sharing no code with `model/`. Also the formula for the
+weights behind the recorded figures in tests/data.
 """
 
 import json
@@ -18,7 +18,7 @@ PLACEHOLDER = 34
 
 
 def fill_by_name(name: str, tensor: torch.Tensor):
-    """The weights behind the recorded figures: a sine whose phase and pitch come from the parameter's name."""
+    """Fills a tensor with the weights behind the recorded figures: a sine that depends on the parameter's name."""
     phase = zlib.crc32(name.encode()) % 1000
     wave = np.sin(np.arange(tensor.numel(), dtype=np.float64) * 0.37 * (1 + phase / 1000) + phase)
     norms = ("layernorm.weight", "layrnorm.weight", "layer_norm1.weight", "layer_norm2.weight")
@@ -28,7 +28,7 @@ def fill_by_name(name: str, tensor: torch.Tensor):
 
 
 def fill_tower(tower):
-    """Fills a vision tower by the names of the published checkpoint, whatever transformers calls them inside."""
+    """Fills a vision tower by the names of the published checkpoint, whatever transformers calls them."""
     for name, tensor in tower.state_dict().items():
         fill_by_name("vision_model." + name.removeprefix("vision_model."), tensor)
 
@@ -40,7 +40,7 @@ def fill_decoder(model):
 
 
 def recorded(case: str) -> dict:
-    """One recorded case: shape, input_ids (B, L), pixel_values or None, columns, logits, loss."""
+    """Loads one recorded case: shape, input_ids (B, L), pixel_values or None, columns, logits, loss."""
     arrays = np.load(DATA / f"{case}.npz")
     images = len(arrays["spans"])
     index = np.arange(images * 3 * 224 * 224, dtype=np.float64)
@@ -57,11 +57,11 @@ def recorded(case: str) -> dict:
 
 
 def angular_frequencies(config) -> tuple[list[float], float]:
-    """Radians per position of each pair of a head, and the factor on queries and keys, pair by pair.
+    """Returns the radians per position of each pair of a head, and the factor on queries and keys.
 
     YaRN (https://arxiv.org/abs/2309.00071): a pair that turns more than beta_fast times within the original context
-    stays, one that turns less than beta_slow times is interpolated by the factor, and between them (as pairs, rounded
-    outwards, as in the authors' code) a straight line leads from the one to the other.
+    stays, one that turns less than beta_slow times is divided by the factor, and in between (pair indices rounded
+    outwards, as in the authors' code) the two are blended linearly.
     """
     size, theta = config.hidden_size // config.num_attention_heads, config.rope_theta
     plain = [theta ** (-2 * pair / size) for pair in range(size // 2)]
@@ -85,7 +85,7 @@ def rms_norm(x_LD, weight, eps):
 
 
 def rotate(x_LHE, frequencies, scale):
-    """Each pair (i, i + E/2) of a head is one complex number, turned by position times frequency."""
+    """Rotates each pair (i, i + E/2) of a head as one complex number by position times frequency."""
     half = x_LHE.shape[-1] // 2
     pairs = torch.complex(x_LHE[..., :half], x_LHE[..., half:])
     angles = torch.arange(len(x_LHE), dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
@@ -112,7 +112,7 @@ def feed_forward(x, weights):
 
 
 def experts(x_LD, weights, config, is_token):
-    """Token by token: its best experts by softmax, weighed to sum 1, and the shared ones. Also the balancing loss."""
+    """Sums each token's best experts, weighted to sum 1, and the shared ones; also returns the balancing loss."""
     number, best = config.n_routed_experts, config.num_experts_per_tok
     out, choices, probability = [], [0] * number, [0.0] * number
     for x_D, counts in zip(x_LD, is_token, strict=True):
@@ -138,12 +138,12 @@ def below(weights: dict, prefix: str) -> dict:
 
 
 def embed(model, input_ids: list[int]) -> torch.Tensor:
-    """(L, D) float64 embeddings of one sample."""
+    """Returns one sample's float64 embeddings (L, D)."""
     return model.state_dict()["model.embed_tokens.weight"].double()[input_ids]
 
 
 def decode(model, x_LD: torch.Tensor, is_token=None) -> tuple[torch.Tensor, float]:
-    """Logits (L, V) of one sample from its embeddings, and its balancing loss; `is_token` is 0 at pads."""
+    """Returns one sample's logits (L, V) from its embeddings, and its balancing loss; `is_token` is 0 at pads."""
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     is_token = [1] * len(x_LD) if is_token is None else is_token
@@ -163,7 +163,7 @@ def decode(model, x_LD: torch.Tensor, is_token=None) -> tuple[torch.Tensor, floa
 
 
 def splice(x_LD: torch.Tensor, starts: list[int], projected: list[torch.Tensor]) -> torch.Tensor:
-    """One sample's embeddings with row j of its image i written at `starts[i] + j`, patch by patch."""
+    """Writes row j of image i at `starts[i] + j` of one sample's embeddings, patch by patch."""
     x_LD = x_LD.clone()
     for start, image in zip(starts, projected, strict=True):
         for patch in range(PATCHES):
@@ -172,20 +172,19 @@ def splice(x_LD: torch.Tensor, starts: list[int], projected: list[torch.Tensor])
 
 
 def image_starts(ids: list[int]) -> list[int]:
-    """Where images begin in one sample: walking left to right, 196 placeholders in a row are one."""
+    """Returns where images begin in one sample: from left to right, 196 placeholders in a row are one."""
     starts, position = [], 0
     while position < len(ids):
         if ids[position : position + PATCHES] == [PLACEHOLDER] * PATCHES:
             starts.append(position)
             position += PATCHES
         else:
-            # What is left of a run is text up to its end; it cannot hold another whole image.
             position += 1
     return starts
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets: list[int]) -> float:
-    """Mean of -log p over the targets that are learned."""
+    """Returns the mean of -log p over the learned targets."""
     losses = [
         -math.log(torch.softmax(row.detach().double(), 0)[target])
         for row, target in zip(logits_NV, targets, strict=True)

@@ -1,8 +1,9 @@
-"""eval_vlm.py, run as its users run it: pictures of a folder, pictures of your own, weights of every kind."""
+"""eval_vlm.py: a folder of images, your own images, and every kind of weights."""
 
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ UNTRAINED = "the projection is untrained"
 
 @pytest.fixture(scope="module")
 def out(world, tmp_path_factory):
-    """A --save_dir after both stages."""
+    """Returns a --save_dir after both stages."""
     out = world.copy_of_out(tmp_path_factory.mktemp("eval") / "out")
     flags = ["--epochs", 1, "--learning_rate", 1e-3, "--batch_size", 13]
     world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
@@ -28,19 +29,18 @@ def out(world, tmp_path_factory):
 
 
 def answers(result) -> list[tuple[str, str]]:
-    """(heading, answer) of each answer that was printed with its speed."""
+    """Returns (name, question) of each answer that was printed with its speed."""
     parts = SPEED.split(result.passed().out)
     assert len(parts) > 1, result.out
-    headings = [re.findall(r"^(.*\.jpg): (.*)$", part, re.MULTILINE)[-1] for part in parts[:-1]]
-    return [(name, asked) for name, asked in headings]
+    return [re.findall(r"^(.*\.jpg): (.*)$", part, re.MULTILINE)[-1] for part in parts[:-1]]
 
 
 def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
-    """Typed in a folder of the user's own, with paths relative to it."""
+    """Typed in the user's own folder, with paths relative to it."""
     (tmp_path / "notes.txt").write_text("no picture")
     pictures = os.path.relpath(world.images, tmp_path)
     script, save_dir = os.path.relpath(EVAL, tmp_path), os.path.relpath(out, tmp_path)
-    # Tokenizer and tower: those that the weights were trained with.
+    # Tokenizer and tower default to those of the weights.
     result = world.start(script, "--save_dir", save_dir, "--image_dir", pictures, "--max_new_tokens", 4, cwd=tmp_path)
     asked = answers(result)
     assert sorted(name for name, _ in asked) == sorted(f"{number}.jpg" for number in range(PICTURES))
@@ -50,7 +50,7 @@ def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_all_ways_to_start_it_give_the_same(world, out, tmp_path):
+def test_it_gives_the_same_from_every_folder(world, out, tmp_path):
     flags = [*world.eval_files(out), "--image", world.images / "0.jpg"]
     texts = [world.run(EVAL, *flags, cwd=cwd).passed().out for cwd in (ROOT, ROOT / "trainer", tmp_path)]
     texts = [SPEED.sub("", text) for text in texts]
@@ -65,7 +65,7 @@ def test_a_question_about_one_picture_and_about_several(world, out):
 
 
 def test_the_pictures_matter(world, out):
-    """Weights that say nothing but what they see: the answer changes with the picture, and with the pictures' order."""
+    """With random weights that outweigh the words, the answer depends on the images and their order."""
 
     def said(*pictures: str) -> str:
         flags = ["--temperature", 0, "--max_new_tokens", 12, "--image", *pictures]
@@ -78,7 +78,7 @@ def test_the_pictures_matter(world, out):
 
 
 def loud(world, out):
-    """The weights with the random projection and layers made large, so that pictures outweigh the words."""
+    """Returns a --save_dir with large random weights, so that images outweigh the words."""
     folder = out.parent / "loud"
     if not folder.exists():
         folder.mkdir()
@@ -89,7 +89,7 @@ def loud(world, out):
     return folder
 
 
-def test_the_seed_decides_what_is_drawn(world, out):
+def test_the_seed_decides_the_samples(world, out):
     def said(*flags) -> str:
         files = [*world.eval_files(loud(world, out)), "--image", world.images / "0.jpg", "--temperature", 5]
         return SPEED.sub("", world.run(EVAL, *files, "--max_new_tokens", 8, *flags).passed().out)
@@ -97,7 +97,7 @@ def test_the_seed_decides_what_is_drawn(world, out):
     assert said() == said() == said("--seed", 42) != said("--seed", 43)
 
 
-def test_a_language_model_answers_with_an_untrained_projection_and_that_is_said(world, out):
+def test_a_language_model_alone_answers_with_a_warning(world, out):
     result = world.run(EVAL, *world.eval_files(out), "--weight", "llm", "--image", world.images / "0.jpg").passed()
     assert result.out.count(UNTRAINED) == 1
     assert "llm_32.pth" in result.out
@@ -107,24 +107,21 @@ def test_a_language_model_answers_with_an_untrained_projection_and_that_is_said(
         assert UNTRAINED not in world.run(EVAL, *world.eval_files(out), *flags).passed().out
 
 
-def test_a_path_and_a_size_choose_the_weights_too(world, out, tmp_path):
+def test_weights_by_path_and_by_size(world, out, tmp_path):
     picture = ["--image", world.images / "0.jpg"]
     result = world.run(EVAL, *world.eval_files(tmp_path), *picture, "--weight", "pretrain_vlm_32.pth", cwd=out).passed()
     assert "pretrain_vlm_32.pth" in result.out
-    result = world.run(EVAL, *world.eval_files(out), *picture, "--hidden_size", 32, "--load_from", "model").passed()
+    here = [*world.eval_files(out), *picture]
+    result = world.run(EVAL, *here, "--hidden_size", 32, "--load_from", "model").passed()
     assert "hidden_size" not in result.err
-    world.run(EVAL, *world.eval_files(out), *picture, "--hidden_size", 768).refused(
-        "sft_vlm_768.pth", "there: sft_vlm_32.pth"
-    )
-    world.run(EVAL, *world.eval_files(out), *picture, "--num_hidden_layers", 8).refused(
-        "--num_hidden_layers 8 contradicts"
-    )
+    world.run(EVAL, *here, "--hidden_size", 768).refused("sft_vlm_768.pth", "there: sft_vlm_32.pth")
+    world.run(EVAL, *here, "--num_hidden_layers", 8).refused("--num_hidden_layers 8 contradicts")
     world.run(EVAL, *world.eval_files(tmp_path), *picture).refused("no weight file sft_vlm_*.pth", "Train it first")
 
 
 @pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])
 def test_load_from_a_transformers_folder(world, out, tmp_path, form):
-    """Its name begins with `model`, which is no reason to look for weight files."""
+    """A folder name that begins with `model` is still taken as a folder."""
     weights = checkpoint.read_weights(out / "sft_vlm_32.pth")
     folder = tmp_path / "model_of_mine"
     if form == "saved":
@@ -151,16 +148,14 @@ def test_load_from_a_transformers_folder(world, out, tmp_path, form):
     assert SPEED.sub("", from_folder).splitlines()[1:] == SPEED.sub("", from_file).splitlines()[1:]
 
 
-def test_the_folders_config_json_decides_what_its_tensors_do_not_tell(tmp_path):
-    config = VLMConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=0.1
-    )
-    MiniMindVLM(config).save_pretrained(tmp_path)
+def test_config_json_decides_what_the_tensors_do_not_tell(tmp_path):
+    told = {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 0.1}
+    MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=1, **told)).save_pretrained(tmp_path)
     found = checkpoint.read_folder(tmp_path).config
-    assert (found.num_attention_heads, found.num_key_value_heads, found.rms_norm_eps) == (4, 4, 0.1)
+    assert {name: getattr(found, name) for name in told} == told
 
 
-def test_a_load_from_that_is_no_transformers_folder_is_refused(world, out, tmp_path):
+def test_load_from_something_else_is_refused(world, out, tmp_path):
     flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--load_from"]
     world.run(EVAL, *flags, "nowhere").refused("--load_from nowhere", "config.json and model.safetensors")
     (tmp_path / "config.json").write_text('{"hidden_size": 30}')
@@ -186,14 +181,14 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_reported(world, out, tmp_p
     assert re.search(r"skipped: .*c\.png: ", result.out)
 
 
-def test_pictures_that_are_not_there_are_refused(world, out, tmp_path):
+def test_missing_pictures_are_refused(world, out, tmp_path):
     files = world.eval_files(out)
     world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("no folder", "nowhere", "--image")
     world.run(EVAL, *files, "--image_dir", tmp_path).refused("no pictures in", ".jpg")
     world.run(EVAL, *files, "--image", "nowhere.jpg").refused("nowhere.jpg: no such file")
 
 
-def test_a_prompt_with_the_wrong_number_of_places_for_pictures_is_refused(world, out):
+def test_a_prompt_with_the_wrong_number_of_image_tags_is_refused(world, out):
     files = [*world.eval_files(out), "--image", "0.jpg", "1.jpg", "--prompt"]
     world.run(EVAL, *files, "<image>在哪里？", cwd=world.images).refused("1 <image>", "2 picture(s)")
     world.run(EVAL, *files, "左<image>右<image>", cwd=world.images).passed()
@@ -202,10 +197,7 @@ def test_a_prompt_with_the_wrong_number_of_places_for_pictures_is_refused(world,
 
 
 def test_weights_and_tokenizer_must_belong_together(world, out, tmp_path):
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((world.tokenizer / name).read_bytes())
+    folder = shutil.copytree(world.tokenizer, tmp_path / "tokenizer")
     other = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     other["model"]["merges"] = other["model"]["merges"][:-1]
     (folder / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")

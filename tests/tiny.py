@@ -1,8 +1,7 @@
-"""A tiny world for the tests of the scripts - tower, language model, pictures, rows - and ways to run a script in it.
+"""A tiny world for the tests of the scripts (tower, language model, images, rows) and ways to run a script in it.
 
-A script runs either as its user types it (`World.start`, `World.torchrun`: 5 to 20 seconds of imports), or in a process
-forked from one that has done the imports and nothing else (`World.run`: the same script, arguments, current folder,
-output and exit status in a second).
+`World.start` and `World.torchrun` run a script as its user types it: 5 to 20 seconds of imports. `World.run` runs it in
+a process forked from one that has done the imports: the same arguments, folder, output and exit status in a second.
 
 PYTEST_DONT_REWRITE (the tests import this file before pytest takes its fixture from it)
 """
@@ -12,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import io
 import json
 import os
 import pty
@@ -24,19 +24,20 @@ import struct
 import subprocess
 import sys
 import termios
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "model" / "tokenizer"
 PRETRAIN, SFT, EVAL = ROOT / "trainer/train_pretrain_vlm.py", ROOT / "trainer/train_sft_vlm.py", ROOT / "eval_vlm.py"
-SECONDS = 240  # after which a script that hangs is ended
+SECONDS = 240  # the timeout of a script
 PICTURES = 12
-PRETRAIN_ROWS, SFT_ROWS = 26, 25  # no multiples of the batch sizes in use: the last step of an epoch is smaller
+PRETRAIN_ROWS, SFT_ROWS = 26, 25  # not multiples of the batch sizes in use: an epoch's last step is smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a script ended, and what it printed (in a terminal all of it is `out`)."""
+    """How a script ended and what it printed (in a terminal, `out` has it all)."""
 
     code: int
     out: str
@@ -51,7 +52,7 @@ class Result:
         return self
 
     def refused(self, *parts: str) -> str:
-        """The one message a user's mistake ends in, which must hold `parts`: status 1 and no traceback."""
+        """Returns the one error message, which must contain `parts`; checks for status 1 and no traceback."""
         assert self.code == 1, f"exit status {self.code}\n{self.text}"
         assert "Traceback" not in self.text, self.text
         assert self.err.count("error: ") == 1, self.text
@@ -68,7 +69,7 @@ def free_port() -> int:
 
 
 class World:
-    """The folder: tower/, images/, pretrain.jsonl, sft.jsonl, out/llm_32.pth (as the original's: without a sidecar)."""
+    """A folder with tower/, images/, pretrain.jsonl, sft.jsonl, out/llm_32.pth (without a sidecar, as published)."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -80,18 +81,18 @@ class World:
             "PYTHONUTF8": "1",
         }
         self.tower, self.tokenizer, self.images, self.out = root / "tower", TOKENIZER, root / "images", root / "out"
-        self._build()
         command = [sys.executable, "-W", "ignore", __file__]
         self.launcher = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, cwd=root, text=True
         )
         self.runs = 0
+        self._build()  # while the launcher imports
 
     def close(self):
         self.launcher.communicate(timeout=SECONDS)
 
     def files(self, stage: str, out: Path, cwd: Path | None = None) -> list[str]:
-        """The flags that name this world's files; relative to `cwd` where it is given."""
+        """Returns the flags that name this world's files, relative to `cwd` if it is given."""
         paths = {
             "--data_path": self.root / f"{stage}.jsonl",
             "--images_path": self.images,
@@ -100,7 +101,7 @@ class World:
             "--save_dir": out,
         }
         flags = [[flag, os.path.relpath(path, cwd) if cwd else str(path)] for flag, path in paths.items()]
-        # Nothing held out, unless a test asks for it by a later --eval_data.
+        # Nothing is held out unless a later --eval_data asks for it.
         return [*(word for pair in flags for word in pair), *"--num_workers 0 --device cpu --eval_data none".split()]
 
     def eval_files(self, out: Path) -> list[str]:
@@ -108,19 +109,23 @@ class World:
         return [*(str(word) for pair in paths.items() for word in pair), "--device", "cpu", "--max_new_tokens", "4"]
 
     def copy_of_out(self, folder: Path) -> Path:
-        """A --save_dir with nothing but the language model."""
+        """Makes a --save_dir with only the language model."""
         folder.mkdir(parents=True)
         shutil.copy(self.out / "llm_32.pth", folder)
         return folder
 
-    def run(self, script: Path, *arguments, cwd=None, env=None, ranks: int = 1, hook="", terminal=False) -> Result:
-        """Runs a script in forked processes, `ranks` of them as torchrun would, and returns what came of rank 0.
+    def run(
+        self, script: Path, *arguments, cwd=None, env=None, ranks: int = 1, hook="", terminal=False, typed=b""
+    ) -> Result:
+        """Runs a script in forked processes, `ranks` of them as torchrun would, and returns the result of rank 0.
 
         Args:
             hook: Python to execute before the script.
             terminal: Whether it writes to a terminal.
+            typed: Its standard input.
         """
         self.runs += 1
+        (self.root / f"run_{self.runs}.in").write_bytes(typed)
         port, jobs = str(free_port()), []
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(Terminal()) if terminal else None
@@ -133,26 +138,27 @@ class World:
                         "cwd": str(cwd or self.root),
                         "env": (env or {}) | (of_rank if ranks > 1 else {}),
                         "hook": hook,
+                        "input": str(self.root / f"run_{self.runs}.in"),
                         "files": [str(self.root / f"run_{self.runs}_{rank}.{name}") for name in ("out", "err")],
                         "terminal": reader.name if reader else None,
                     }
                 )
             self.launcher.stdin.write(json.dumps(jobs) + "\n")
             self.launcher.stdin.flush()
-            typed = reader.read() if reader else None
+            shown = reader.read() if reader else None
             codes = json.loads(self.launcher.stdout.readline())
         if terminal:
-            return Result(codes[0], typed, "")
+            return Result(codes[0], shown, "")
         texts = [Path(name).read_text(encoding="utf-8") for name in jobs[0]["files"]]
         assert ranks == 1 or len(set(codes)) == 1, f"the ranks ended differently: {codes}\n{''.join(texts)}"
         return Result(codes[0], *texts)
 
-    def start(self, *command, cwd: Path) -> Result:
+    def start(self, *command, cwd: Path, env: dict | None = None) -> Result:
         """Runs `python *command` as it is typed."""
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *map(str, command)],
             cwd=cwd,
-            env=self.environment,
+            env=self.environment | (env or {}),
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -161,7 +167,7 @@ class World:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def torchrun(self, *command, cwd: Path) -> Result:
-        """Runs `torchrun --nproc_per_node 2 *command` (on a free port, so that other runs are not in the way)."""
+        """Runs `torchrun --nproc_per_node 2 *command` on a free port."""
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
         return self.start(*torchrun, *command, cwd=cwd)
 
@@ -180,7 +186,7 @@ class World:
 
 
 class Terminal:
-    """A pseudo-terminal that a process may write to; `name` is its device."""
+    """A pseudo-terminal for a process to write to; `name` is its device."""
 
     def __enter__(self):
         self.ours, self.theirs = pty.openpty()
@@ -192,13 +198,13 @@ class Terminal:
         os.close(self.ours)
 
     def read(self) -> str:
-        """All that is written, until nobody has it open."""
+        """Returns all that is written until no process has it open."""
         read, parts = True, []
-        # The process opens it by name; what keeps it open until then is our own end.
+        # The process opens it by name; our own end keeps it open until then.
         while read:
             try:
                 read = os.read(self.ours, 65536)
-            except OSError:  # how Linux says that the other end was closed
+            except OSError:  # on Linux: the other end was closed
                 break
             parts.append(read)
             if self.theirs is not None:
@@ -227,6 +233,24 @@ def draw_pictures(folder: Path) -> Path:
     return folder
 
 
+def as_file(image, kind: str, **options) -> bytes:
+    """Encodes a Pillow image."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    """Writes a PNG of any bit depth (Pillow writes few); colour 0 is grey, 2 is RGB; each row begins with a zero."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
 def turn(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
@@ -238,7 +262,7 @@ def pretrain_row(number: int) -> dict:
 
 
 def sft_row(number: int) -> dict:
-    """Rows of very different lengths, with no picture (every fifth), with one and with two, of one turn and of two."""
+    """Returns a row of one or two turns with zero (every fifth), one or two images; lengths vary a lot."""
     pictures = (0, 2, 1, 1, 1)[number % 5]
     names = ", ".join(f"{(number + offset) % PICTURES}.jpg" for offset in range(pictures))
     tags = "<image>" * pictures if number % 2 else "\n<image>" * pictures
@@ -249,7 +273,7 @@ def sft_row(number: int) -> dict:
 
 
 def language_model(steps: int = 20, **shape) -> dict:
-    """A decoder that has read the rows' answers for so many steps: 20 bring its loss well below that of guessing."""
+    """Trains a decoder on the rows' answers: 20 steps bring its loss well below that of guessing."""
     from transformers import AutoTokenizer
 
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -270,10 +294,11 @@ def language_model(steps: int = 20, **shape) -> dict:
 
 
 def serve():
-    """Forks a process for each job of each line of jobs (JSON) on standard input; answers with their exit statuses."""
+    """Forks a process per job for each line of jobs (JSON) on standard input; prints their exit statuses."""
     for module in ("trainer.loop", "dataset.scenes.draw", "transformers", "pyarrow.parquet"):
         __import__(module)
-    gc.freeze()  # so that a collection in a forked process does not touch, and so copy, all that was imported
+    sys.modules["trainer.watch.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
+    gc.freeze()  # a garbage collection in a forked process would copy every imported page
     for line in sys.stdin:
         processes = []
         for job in json.loads(line):
@@ -283,14 +308,14 @@ def serve():
                 code = run_job(job)
                 atexit._run_exitfuncs()
                 sys.stdout.flush()
-                os._exit(code)  # without the half second that taking all modules apart takes
+                os._exit(code)  # skips the half second of tearing modules down
             processes.append(process)
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
         print(json.dumps(codes), flush=True)
 
 
 def run_job(job: dict) -> int:
-    """Runs the job's script in this process as if it had been started by its command; returns the exit status."""
+    """Runs the job's script in this process as its command would; returns the exit status."""
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     if job["terminal"]:
@@ -298,11 +323,11 @@ def run_job(job: dict) -> int:
         targets = [os.open(job["terminal"], os.O_RDWR)] * 2
     else:
         targets = [os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in job["files"]]
-    for source, target in zip([os.open(os.devnull, os.O_RDONLY), *targets], range(3), strict=True):
+    for source, target in zip([os.open(job["input"], os.O_RDONLY), *targets], range(3), strict=True):
         os.dup2(source, target)
     for source in set(targets):
         os.close(source)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = open(0, errors="surrogateescape"), open(1, "w"), open(2, "w", buffering=1)
     sys.argv, script = job["argv"], job["argv"][0]
     sys.path.insert(0, str(Path(script).parent))
     exec(job["hook"], {})
@@ -330,7 +355,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    """Built once; a test that writes does so into a folder of its own (`copy_of_out`)."""
+    """Built once per session; a test writes only to a folder of its own (`copy_of_out`)."""
     world = World(tmp_path_factory.mktemp("tiny"))
     yield world
     world.close()

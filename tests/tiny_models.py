@@ -1,6 +1,5 @@
-"""Tiny vision towers and models for tests, and prompts with images in them."""
+"""Tiny vision towers and models, and prompts with images."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ AT = plain_model.PLACEHOLDER
 
 
 def save_tower(folder: Path, width: int = 32, prefix: str = "vision_model.", **shape) -> Path:
-    """Writes a tower with the published names and the weights that the formula of the recorded figures gives."""
+    """Writes a tower with the published names and the weights behind the recorded figures."""
     shape = TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width} | shape
     tower = CLIPVisionModel(CLIPVisionConfig(**shape))
     plain_model.fill_tower(tower)
@@ -28,14 +27,12 @@ def save_tower(folder: Path, width: int = 32, prefix: str = "vision_model.", **s
 
 
 def tiny_vlm(tower: Path | None = None, **shape) -> MiniMindVLM:
-    """Two layers of width 32, far from ties between tokens; it never ends by itself, and its tower is read and gone."""
+    """Makes two layers of width 32, without near-ties between tokens; generation never stops early."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128} | shape
-    folder = Path(tempfile.mkdtemp())
-    try:
-        model = MiniMindVLM(VLMConfig(eos_token_id=127, **shape), vision_model_path=tower or save_tower(folder)).eval()
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        tower = tower or save_tower(Path(folder))
+        model = MiniMindVLM(VLMConfig(eos_token_id=127, **shape), vision_model_path=tower).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config.eos_token_id = None
@@ -43,7 +40,7 @@ def tiny_vlm(tower: Path | None = None, **shape) -> MiniMindVLM:
 
 
 def prompt(*parts) -> tuple[list[int], list[int]]:
-    """Token ids and image starts of a prompt given in parts: lists of ids, and IMAGE."""
+    """Returns token ids and image starts of a prompt given in parts: lists of ids, and IMAGE."""
     ids, starts = [], []
     for part in parts:
         if part == IMAGE:
@@ -54,7 +51,7 @@ def prompt(*parts) -> tuple[list[int], list[int]]:
 
 
 def batch(prompts, pad="right") -> dict[str, torch.Tensor]:
-    """Prompts of `prompt` as input_ids, attention_mask (both (B, L)) and image_starts (images, 2)."""
+    """Returns prompts as input_ids and attention_mask (B, L) and image_starts (images, 2)."""
     longest = max(len(ids) for ids, _ in prompts)
     rows, masks, image_starts = [], [], []
     for sample, (ids, starts) in enumerate(prompts):
@@ -71,13 +68,13 @@ def batch(prompts, pad="right") -> dict[str, torch.Tensor]:
 
 
 def pictures(number: int, seed: int = 0) -> torch.Tensor:
-    """(number, 3, 224, 224) uint8 noise, each picture of another brightness."""
+    """Returns (number, 3, 224, 224) uint8 noise, each image of another brightness."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 100, (number, 3, 224, 224), generator=generator)
     return (noise + torch.randint(0, 156, (number, 3, 1, 1), generator=generator)).to(torch.uint8)
 
 
-# Lengths and numbers of images differ; a user's own @ stands before, between and after images.
+# Of different lengths and numbers of images, with the user's own @ before, between and after images.
 PROMPTS = [
     prompt([1, 50, 60, 70]),
     prompt([1, 5, AT, 7], IMAGE, [9, 8]),

@@ -21,45 +21,45 @@ MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "gr
 
 
 class Checkpoints:
-    """Saves a run, and restores the model it left.
+    """Saves a run; restores its model where it resumes (UsageError if the checkpoint is of another run).
 
-    To be made of the model as loaded, frozen and not yet rounded: weight files keep frozen weights as they were loaded.
+    Make it before the frozen weights are rounded: weight files keep them as they were loaded.
 
     Args:
-        run: Which run.
-        model: Its model; filled from the run's checkpoint where it resumes.
-        data: What it learns from.
-        settings: The flags as they are in effect, for sidecar and state.
-
-    Raises:
-        UsageError: If the checkpoint to resume from is of another run.
+        settings: The flags in effect, for sidecar and state.
     """
 
     def __init__(self, run: Run, model: MiniMindVLM, data: VLMDataset, settings: dict):
         self.run, self.model, self.settings = run, model, settings
         if run.state is not None:
             weight_io.load_learned(model, run.state["learned"], run.files.state)
-        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         named = model.state_dict(keep_vars=True).items()
-        self.frozen = weight_io.in_half_precision({name: tensor for name, tensor in named if tensor in frozen})
+        self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
-        self.fingerprint, self.prompt_form = self._fingerprint(data), usual_form(data, run.tokenizer)
+        self.prompt_form = usual_form(data, run.tokenizer)
+        self.fingerprint = self._fingerprint(data)
         if run.state is not None:
-            self._check_fingerprint(run.state["fingerprint"])
-            if run.processes.is_main:
-                self._repair_weights(run.state["step"])
+            saved, step = run.state["fingerprint"], run.state["step"]
+            for name, value in self.fingerprint.items():
+                if saved.get(name) != value:
+                    raise UsageError(
+                        f"{display_path(run.files.state)} is of a run with other {name} ({saved.get(name)}; now "
+                        f"{value}): repeat that run's flags, or leave --from_resume out to begin anew"
+                    )
+            written = weight_io.read_sidecar_or_empty(run.files.weights).get("step")
+            if run.processes.is_main and (written != step or not run.files.weights.is_file()):
+                # The run was killed between the renames of state and weights.
+                files.write_together(self._weight_files(step))
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
-        """Returns what must be the same to resume: otherwise the samples or the model would differ."""
+        """Returns what must not change on resume: samples and model depend on it."""
         run, config = self.run, self.run.config
         rows = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]
-        shape = (
-            f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} and "
-            f"{config.num_key_value_heads} heads, {config.vocab_size} tokens{', experts' if config.use_moe else ''}"
-        )
         return {
-            "model": shape,
+            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, "
+            f"{config.num_attention_heads} and {config.num_key_value_heads} heads, {config.vocab_size} tokens"
+            f"{', experts' if config.use_moe else ''}",
             "max_seq_len": str(run.args.max_seq_len),
             "seed": str(run.args.seed),
             "tokenizer": run.tokenizer_sha256[:12],
@@ -68,48 +68,36 @@ class Checkpoints:
             "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
         }
 
-    def _check_fingerprint(self, saved: dict[str, str]):
-        for name, value in self.fingerprint.items():
-            if saved.get(name) != value:
-                raise UsageError(
-                    f"{display_path(self.run.files.state)} is of a run with other {name} ({saved.get(name)}; now "
-                    f"{value}): repeat that run's flags, or leave --from_resume out to begin anew"
-                )
-
-    def _repair_weights(self, step: int):
-        """Writes the weight file anew where the run was killed between the renames of state and weights."""
-        path = self.run.files.weights
-        if weight_io.read_sidecar_or_empty(path).get("step") != step or not path.is_file():
-            files.write_together(self._weight_files(step))
+    def _weight_files(self, step: int) -> dict:
+        run, config = self.run, self.model.config
+        made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
+        sidecar = weight_io.describe(config, *made_by) | {"step": step, "prompt_form": self.prompt_form}
+        return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
 
     def minutes_are_up(self) -> bool:
         """Tells whether --save_minutes have passed since the last save."""
         return time.monotonic() - self.saved_at >= 60 * self.run.args.save_minutes
 
     def save(self, state: dict) -> UsageError | None:
-        """Writes state, weights and sidecar, all or none; all ranks call it, the main one writes.
-
-        Args:
-            state: What the loop needs to resume.
+        """Writes `state`, weights and sidecar, all or none; all ranks call it, the main one writes.
 
         Returns:
-            What went wrong, as a full disk; the files are then those of the save before.
+            Why they could not be written (the disk is full); the files are then those of the save before.
 
         Raises:
             UsageError: If the weights are not finite.
         """
-        run, error = self.run, None
-        learned = weight_io.learned_parameters(self.model)
-        largest = torch.finfo(torch.float16).max
+        run, args, error = self.run, self.run.args, None
+        learned, largest = weight_io.learned_parameters(self.model), torch.finfo(torch.float16).max
         if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in learned.values()):
             raise UsageError(
                 f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a "
-                f"lower --learning_rate than {run.args.learning_rate:g} or a lower --grad_clip than "
-                f"{run.args.grad_clip:g} may help"
+                f"lower --learning_rate than {args.learning_rate:g} or a lower --grad_clip than {args.grad_clip:g} "
+                "may help"
             )
         random = run.processes.gather(random_state(run.device))
+        self.saved_at = time.monotonic()  # also when the save fails: do not retry at every step
         if run.processes.is_main:
-            self.saved_at = time.monotonic()  # of a save that fails too: it is not tried again at every step
             state = state | {
                 "learned": {name: parameter.detach().cpu() for name, parameter in learned.items()},
                 "random": random,
@@ -118,7 +106,7 @@ class Checkpoints:
                 "fingerprint": self.fingerprint,
             }
             try:
-                # The state first: if the power fails between the renames, the weights can be made of it.
+                # The state first: if the process dies between the renames, the weights can be made from it.
                 state_file = {run.files.state: lambda file: torch.save(state, file)}
                 files.write_together(state_file | self._weight_files(state["step"]))
             except UsageError as failure:
@@ -126,29 +114,14 @@ class Checkpoints:
         run.processes.barrier()
         return error
 
-    def _weight_files(self, step: int) -> dict:
-        run = self.run
-        sidecar = weight_io.describe(
-            self.model.config,
-            run.stage.name,
-            run.args.assets,
-            run.tokenizer_sha256,
-            self.settings,
-            title=run.stage.title,
-        )
-        return weight_io.weight_files(
-            run.files.weights, self.model, self.frozen, sidecar | {"step": step, "prompt_form": self.prompt_form}
-        )
-
 
 def random_state(device: torch.device) -> dict:
     """Returns this rank's random state, on the CPU and on its GPU."""
-    is_cuda = device.type == "cuda"
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if is_cuda else None}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def restore_random_state(states: list[dict], rank: int, device: torch.device):
-    """Sets this rank's random state; a rank the saved run did not have keeps its own."""
+    """Restores this rank's random state; a rank that the saved run did not have keeps its own."""
     if rank < len(states):
         torch.set_rng_state(states[rank]["cpu"])
         if states[rank]["cuda"] is not None and device.type == "cuda":
@@ -156,7 +129,7 @@ def restore_random_state(states: list[dict], rank: int, device: torch.device):
 
 
 def changed_settings(state: dict, args, world_size: int) -> str:
-    """Returns which of the settings that may change differ from the saved run's, in words."""
+    """Describes which of the settings that may change differ from the saved run's."""
     before = state["arguments"] | {"processes": str(state["processes"])}
     now = {name: str(getattr(args, name)) for name in MAY_CHANGE} | {"processes": str(world_size)}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
@@ -174,7 +147,7 @@ class TrainState:
     learned_tokens: int = 0
 
     def advance(self, skipped_pictures: int, learned: int, epoch: int, sample: int):
-        """Counts a step that learned so many tokens, after which the sample `sample` of epoch `epoch` is next."""
+        """Counts a step; `epoch` and `sample` come next."""
         self.step, self.epoch, self.sample = self.step + 1, epoch, sample
         self.skipped_pictures += skipped_pictures
         self.learned_tokens += learned
@@ -184,22 +157,22 @@ class TrainState:
 
     def load_state_dict(self, state: dict):
         for name in asdict(self):
-            setattr(self, name, state.get(name, 1))  # only checkpoints from before it was counted lack `learned_tokens`
+            setattr(self, name, state.get(name, 1))  # old checkpoints lack `learned_tokens`
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):
-    """Saves at --save_interval, after --save_minutes, at an epoch's end, and where a signal came; all ranks call it.
+    """Saves at --save_interval, after --save_minutes, at an epoch's end, and on a signal; all ranks call it.
 
     Args:
         parts: What else has a state_dict to save; the last of them is the Progress, which logs.
-        asked: The signal that came to this rank, or None.
+        asked: The signal this rank received, or None.
 
     Raises:
-        Stopped: If one came, to any rank.
+        Stopped: If any rank received one.
         UsageError: If the run's last save fails.
     """
     run, progress = checkpoints.run, parts[-1]
-    # All ranks decide the same: by the main rank's clock, and by everybody's signals.
+    # All ranks must decide the same: by the main rank's clock and any rank's signal.
     minutes_are_up = run.processes.is_main and checkpoints.minutes_are_up()
     minutes_are_up, anybody = run.processes.sum(minutes_are_up, asked is not None)
     if state.step % run.args.save_interval == 0 or state.sample == 0 or minutes_are_up or anybody:

@@ -1,7 +1,7 @@
 """Weight files: read so that nothing is guessed, described by a sidecar.
 
-A weight file is a plain state dict in half precision without the tower, as the original's. Beside it lies a JSON, the
-"sidecar", that says what it is; a file without one is the original's, and its shape is read from its tensors.
+A weight file is a plain state dict in half precision without the tower, as the original's. The JSON beside it, the
+"sidecar", says what it is; a file without one is the original's, and its shape is read from its tensors.
 """
 
 import datetime
@@ -29,6 +29,7 @@ from model.vlm_config import config_fields, projector_of
 CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -51,12 +52,7 @@ def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
 
 
 def find_weights(
-    save_dir: Path,
-    name: str,
-    hidden_size: int | None = None,
-    use_moe: bool | None = None,
-    builtin: bool | None = None,
-    log=print,
+    save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin: bool | None = None, log=print
 ) -> Path:
     """Finds the weight file of that name in `save_dir`, the newest of several. A name that ends in .pth is a path.
 
@@ -71,27 +67,22 @@ def find_weights(
         if not Path(name).is_file():
             raise UsageError(f"no weight file {name}")
         return Path(name)
-    pattern = re.compile(re.escape(name) + r"_(\d+)(_moe)?\.pth")
-    matches = {path: pattern.fullmatch(path.name) for path in save_dir.glob("*.pth")}
-    found = {path: match for path, match in matches.items() if match and path.is_file()}  # no folder, no dangling link
-    of_size = [
-        path
-        for path, match in found.items()
-        if hidden_size in (None, int(match[1])) and use_moe in (None, bool(match[2]))
-    ]
-    is_builtin = {path: read_sidecar_or_empty(path).get("assets") == "built-in" for path in of_size}
-    fitting = [path for path in of_size if builtin in (None, is_builtin[path])]
+    files = sorted(path for path in save_dir.glob("*.pth") if path.is_file())  # no folder, no dangling link
+    found = [path for path in files if re.fullmatch(rf"{re.escape(name)}_\d+(_moe)?", path.stem)]
+    size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
+    of_size = [path for path in found if re.fullmatch(rf"{re.escape(name)}_{size}{moe}", path.stem)]
+    fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
     if not fitting:
-        wanted = weight_name(name, hidden_size, bool(use_moe)) if hidden_size else f"{name}_*"
-        others = ", ".join(sorted(path.name for path in found)) or "none of that name"
+        wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
+        there = ", ".join(path.name for path in found) or "none of that name"
         if of_size:
-            others += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
+            there += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
         raise UsageError(
-            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {others}). {hint(name)}".rstrip()
+            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name)}".rstrip()
         )
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
-        others = ", ".join(path.name for path in sorted(fitting) if path != newest)
+        others = ", ".join(path.name for path in fitting if path != newest)
         log(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
     return newest
 
@@ -114,60 +105,53 @@ def read_sidecar_or_empty(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> Weights:
-    """Reads a weight file and its sidecar.
-
-    Raises:
-        UsageError: If either is unreadable, or they contradict each other.
-    """
+    """Reads a weight file and its sidecar; raises UsageError if one is unreadable or they contradict each other."""
     tensors = load_file(path)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
         raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
-    shape, sidecar_path = shape_of(tensors, path), path.with_suffix(".json")
+    from_tensors, sidecar_path = config_of(tensors, path), path.with_suffix(".json")
     if not sidecar_path.is_file():
-        return Weights(path, tensors, build_config(shape, path), {})
+        return Weights(path, tensors, from_tensors, {})
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-        config = VLMConfig(**checked_sidecar(sidecar)["config"])
+        check_sidecar(sidecar)
+        config = VLMConfig(**sidecar["config"])
     except (OSError, *CONFIG_ERRORS) as error:
         raise UsageError(
             f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error}. Delete it if the "
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
     for key in SHAPE_KEYS:
-        if getattr(config, key) != shape[key]:
+        said, actual = getattr(config, key), getattr(from_tensors, key)
+        if said != actual:
             raise UsageError(
-                f"{display_path(sidecar_path)} says {key} {getattr(config, key)}, but {path.name} has {shape[key]}: "
-                "they do not belong together"
+                f"{display_path(sidecar_path)} says {key} {said}, but {path.name} has {actual}: they do not belong "
+                "together"
             )
     return Weights(path, tensors, config, sidecar)
 
 
-def checked_sidecar(sidecar) -> dict:
-    """Returns the sidecar; raises ValueError unless its parts are of the kinds that `describe` writes."""
-    if not isinstance(sidecar, dict):
-        raise ValueError("it is no JSON object")
-    kinds = {"config": dict, "arguments": dict, "tokenizer_sha256": str}
-    wrong = [name for name, kind in kinds.items() if not isinstance(sidecar.get(name, kind()), kind)]
+def check_sidecar(sidecar):
+    """Raises ValueError unless a sidecar's parts are of the types that `describe` writes."""
+    if not isinstance(sidecar, dict) or not isinstance(sidecar.get("config"), dict):
+        raise ValueError("it has no config")
+    types = {"arguments": dict, "tokenizer_sha256": str}
+    wrong = [name for name, kind in types.items() if not isinstance(sidecar.get(name, kind()), kind)]
     known = config_fields(VLMConfig())
-    for name, value in (sidecar["config"] if "config" in sidecar and not wrong else {}).items():
+    for name, value in sidecar["config"].items():
         kinds = {float, int} if isinstance(known.get(name), float) else {type(known.get(name))}
         if name not in known or type(value) not in kinds:
             wrong.append(f"config.{name}")
     if sidecar.get("prompt_form", DEFAULT_FORM) not in FORMS:
         wrong.append("prompt_form")
-    if wrong or "config" not in sidecar:
-        raise ValueError(f"{', '.join(wrong) or 'config'} is missing, unknown, or of another kind")
-    return sidecar
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} is unknown or of another type")
 
 
 def read_folder(folder: Path) -> Weights:
-    """Reads a transformers folder: config.json, model.safetensors or pytorch_model.bin.
-
-    Raises:
-        UsageError: If it is missing or unreadable.
-    """
+    """Reads a transformers folder (config.json and its weights); raises UsageError if missing or unreadable."""
     config_path = folder / "config.json"
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not config_path.is_file() or not files:
@@ -181,54 +165,40 @@ def read_folder(folder: Path) -> Weights:
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
     names = config_fields(VLMConfig())
-    kept = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
+    known = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, build_config(shape_of(tensors, files[0]) | kept, files[0]), {})
+    return Weights(files[0], tensors, config_of(tensors, files[0], known), {})
 
 
-def build_config(shape: dict, path: Path) -> VLMConfig:
-    """Returns the configuration of that shape; raises UsageError if no model has it."""
-    try:
-        return VLMConfig(**shape)
-    except CONFIG_ERRORS as error:
-        raise UsageError(f"{display_path(path)} is no MiniMind weight file: {error}") from error
-
-
-def shape_of(tensors: dict[str, torch.Tensor], path: Path) -> dict:
-    """Returns the configuration that the tensors' names and shapes tell (8 heads, as all of the original's models).
+def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
+    """Returns the configuration that the tensors' names and shapes tell, overridden by `known` fields.
 
     Raises:
         UsageError: If they are not a MiniMind model's.
     """
-    layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
-    if sorted(set(layers)) != list(range(len(set(layers)))):
-        raise UsageError(f"{display_path(path)} is no MiniMind weight file: its layers are not 0, 1, 2 ... in full")
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
-        use_moe = "model.layers.0.mlp.gate.weight" in tensors
-        feed_forward = "model.layers.0.mlp." + ("experts.0." if use_moe else "")
+        keys, router = tensors["model.layers.0.self_attn.k_proj.weight"], tensors.get("model.layers.0.mlp.gate.weight")
+        feed_forward = "model.layers.0.mlp." + ("" if router is None else "experts.0.")
         shape = {
             "hidden_size": hidden_size,
-            "num_hidden_layers": max(layers) + 1,
+            "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
             "num_attention_heads": ORIGINAL_HEADS,
-            "num_key_value_heads": tensors["model.layers.0.self_attn.k_proj.weight"].shape[0]
-            // (hidden_size // ORIGINAL_HEADS),
+            "num_key_value_heads": keys.shape[0] // (hidden_size // ORIGINAL_HEADS),
             "vocab_size": vocab_size,
             "intermediate_size": tensors[f"{feed_forward}gate_proj.weight"].shape[0],
-            "use_moe": use_moe,
+            "use_moe": router is not None,
         }
-        if use_moe:
+        if router is not None:
             shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
-            routed = tensors["model.layers.0.mlp.gate.weight"].shape[0]
-            shape |= {"n_routed_experts": routed, "n_shared_experts": len(shared)}
-        return shape | projector_of(tensors)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"{display_path(path)} is no MiniMind weight file: {error} is missing or of another shape"
-        ) from error
+            shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
+        return VLMConfig(**shape | projector_of(tensors) | (known or {}))
+    except (LookupError, *CONFIG_ERRORS) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UsageError(f"{display_path(path)} is no MiniMind weight file: {reason}") from error
 
 
 def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe):
@@ -259,41 +229,45 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, voc
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; every tensor must be found and fit. Only a language model may lack the projection.
-
-    Raises:
-        UsageError: If a tensor is missing, unknown, of another shape, or not finite.
-    """
+    """Loads the weights; raises UsageError unless every tensor fits. Only a language model may lack the projection."""
     expected, found = model.state_dict(), dict(weights.tensors)
     if not weights.has_projection:
         found |= {name: tensor for name, tensor in expected.items() if name.startswith("vision_proj.")}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not is_plain(found[name]):
-            problems.append(f"{name} is {found[name].dtype}, {found[name].layout}: plain floating point is expected")
-        elif not bool(torch.isfinite(found[name]).all()):
-            problems.append(f"{name} holds NaN or infinity")
-    embedding, head = (found.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    if not problems and not torch.equal(embedding, head):
-        problems.append("lm_head.weight differs from model.embed_tokens.weight, which the model shares")
+    problems = mismatches(expected, found)
+    if not problems and not torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"]):
+        problems = ["lm_head.weight differs from model.embed_tokens.weight, which the model shares"]
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        remedy = ""
+        message = f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}"
+        message += f" (and {len(problems) - 5} more)." if len(problems) > 5 else "."
         if any(problem.startswith("vision_proj.") for problem in problems):
-            remedy = " The projection fits one tower: name the tower it was trained with by --vision_model_path."
-        raise UsageError(
-            f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}{more}.{remedy}"
-        )
+            message += " The projection fits one tower: name the tower it was trained with by --vision_model_path."
+        raise UsageError(message)
     model.load_state_dict(found)
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Tells whether a tensor holds numbers that a model can be made of: not fp8, quantised, sparse, or without data."""
-    is_dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-    return is_dense and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Path):
+    """Loads what learns from a checkpoint; raises UsageError if other tensors learn now, or of other shapes."""
+    problems = mismatches(learned_parameters(model), learned)
+    if problems:
+        raise UsageError(
+            f"{display_path(path)} is of another run: {problems[0]}. Leave --from_resume out, or repeat its flags"
+        )
+    model.load_state_dict(model.state_dict() | learned)
+
+
+def mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    """Returns why the found tensors cannot be loaded into the expected ones, a reason per tensor."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"{name} is unknown")
+        elif tensor.shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        elif tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:  # is_meta: without data
+            problems.append(f"{name} is {tensor.dtype}, {tensor.layout}: plain floating point is expected")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
+    return problems
 
 
 def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
@@ -301,31 +275,11 @@ def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Path):
-    """Loads what learns from a checkpoint.
-
-    Raises:
-        UsageError: If the checkpoint holds other tensors than those that learn now.
-    """
-    parameters = learned_parameters(model)
-    for name in sorted(parameters.keys() ^ learned.keys()):
-        where = "learns now but is not" if name in parameters else "does not learn now but is"
-        raise UsageError(
-            f"{display_path(path)} is of another run: {name} {where} in it. Leave --from_resume out, or repeat its "
-            "flags"
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != learned[name].shape:
-            shapes = f"{tuple(learned[name].shape)} there, {tuple(parameter.shape)} here"
-            raise UsageError(f"{display_path(path)} is of another model: {name} is {shapes}")
-    model.load_state_dict(model.state_dict() | learned)
-
-
 def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors as float16 on the CPU; tied ones (the embedding and the head) stay one."""
     halves = {}
     return {
-        name: halves.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", torch.float16))
+        name: halves.setdefault((tensor.device, tensor.data_ptr()), tensor.detach().to("cpu", torch.float16))
         for name, tensor in named.items()
     }
 
@@ -336,16 +290,12 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
     Args:
         frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
     """
-    state = model.state_dict()
-    learned = in_half_precision({name: tensor for name, tensor in state.items() if name not in frozen})
-    tensors = {name: frozen[name] if name in frozen else learned[name] for name in state}
+    tensors = in_half_precision(model.state_dict() | frozen)
     text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
     return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
 
 
-def describe(
-    config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title: str | None = None
-) -> dict:
+def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title=None) -> dict:
     """Returns the sidecar: what a weight file is, and how it was made."""
     return {
         "config": config_fields(config),
@@ -353,9 +303,7 @@ def describe(
         "title": title or stage,
         "assets": assets,
         "tokenizer_sha256": tokenizer_sha256,
-        "arguments": {
-            key: display_path(value) if isinstance(value, Path) else value for key, value in arguments.items()
-        },
+        "arguments": {key: display_path(it) if isinstance(it, Path) else it for key, it in arguments.items()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

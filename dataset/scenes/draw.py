@@ -1,21 +1,19 @@
-"""The built-in data set: scenes of coloured shapes, drawn by code, in the exact form of the published data.
+"""The built-in data set: scenes of coloured shapes, drawn by code, in the format of the published data.
 
 A scene is one or two objects on a light background, each with a colour, a shape, a size and a place in a 3 x 3 grid.
-Scene, picture and rows are functions of an index alone, so that the set need not be stored: `draw_builtin_dataset()`
-draws it when it is first needed. About one in seven (colour, shape, place) combinations is held out: training never
-shows one, and the held-out scenes show nothing else. The texts are in `language.py`, the
-grading of descriptions in `grading.py`.
+Scenes, images and rows depend on an index alone, so the set is not stored: `draw_builtin_dataset()` draws it when it is
+first needed. One in seven (colour, shape, place) combinations is held out: training never shows one, and held-out
+scenes show nothing else. The texts are in `language.py`, the grading of descriptions in `grading.py`.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
-import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,7 +22,7 @@ from common.paths import BUILTIN_DATASET_DIR
 from dataset.scenes import language as scene_language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
 
-PICTURE_SIZE = 128  # pixels a side, as the published pictures
+PICTURE_SIZE = 128  # pixels a side, as in the published data
 PATCHES_PER_SIDE = 14  # of the vision tower: 224 pixels in patches of 16
 TRAINING_SCENES = 5000
 HELDOUT_SCENES = 200
@@ -44,12 +42,29 @@ CELL = PICTURE_SIZE / 3
 SUPERSAMPLING = 4
 JPEG_QUALITY = 92
 STAMP = "complete.json"
-STALE_AFTER_SECONDS = 600  # drawing takes about 15; an unfinished folder this old belongs to a run that died
+
+
+def _corners(radii: list[float]) -> list[tuple[float, float]]:
+    turn = 2 * math.pi / len(radii)
+    return [(radius * math.sin(i * turn), -radius * math.cos(i * turn)) for i, radius in enumerate(radii)]
+
+
+# Corner points around (0, 0), y downwards, about as large as the unit circle.
+OUTLINES = {
+    "正方形": [(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)],
+    "三角形": _corners([1.2] * 3),
+    "五角星": _corners([1.22, 0.5] * 5),
+    "菱形": [(0, -1.22), (0.82, 0), (0, 1.22), (-0.82, 0)],
+    "十字形": [
+        (-0.36, -1.12), (0.36, -1.12), (0.36, -0.36), (1.12, -0.36), (1.12, 0.36), (0.36, 0.36),
+        (0.36, 1.12), (-0.36, 1.12), (-0.36, 0.36), (-1.12, 0.36), (-1.12, -0.36), (-0.36, -0.36),
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object: its attributes, and its geometry in pixels of the 128 x 128 picture."""
+    """One object: its attributes, and its geometry in pixels of the 128 x 128 image."""
 
     facts: Facts
     x: float
@@ -61,7 +76,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects in reading order, and the two ends of the background's gradient."""
+    """One or two objects in reading order, and the two end colours of the background's gradient."""
 
     objects: tuple[SceneObject, ...]
     background: tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -81,32 +96,21 @@ def is_held_out(colour: str, shape: str, place: str) -> bool:
     return (COLOURS.index(colour) + 2 * SHAPES.index(shape) + 3 * PLACES.index(place)) % 7 == 0
 
 
-def combinations(held_out: bool) -> list[tuple[str, str, str]]:
-    """Returns all (colour, shape, place) combinations that are held out, or all that are not."""
-    return [
-        (colour, shape, place)
-        for colour in COLOURS
-        for shape in SHAPES
-        for place in PLACES
-        if is_held_out(colour, shape, place) == held_out
-    ]
-
-
-TRAINING_COMBINATIONS = combinations(held_out=False)
-HELDOUT_COMBINATIONS = combinations(held_out=True)
+_COMBINATIONS = list(product(COLOURS, SHAPES, PLACES))
+HELDOUT_COMBINATIONS = [combination for combination in _COMBINATIONS if is_held_out(*combination)]
+TRAINING_COMBINATIONS = [combination for combination in _COMBINATIONS if not is_held_out(*combination)]
 
 
 def training_scene(index: int) -> Scene:
-    """Scene number `index` of an endless row of scenes without a held-out combination.
+    """Returns scene `index` of an endless sequence without held-out combinations.
 
-    The first TRAINING_SCENES of them are the data set's; the scripts that build the tower and the language model go on
-    from there.
+    The data set has the first TRAINING_SCENES; the scripts that build the tower and the language model use more.
     """
     return _scene(Random(f"training scene {index}"), TRAINING_COMBINATIONS)
 
 
 def heldout_scenes() -> list[Scene]:
-    """The HELDOUT_SCENES scenes that consist of held-out combinations only."""
+    """Returns the HELDOUT_SCENES scenes, which consist of held-out combinations only."""
     return [_scene(Random(f"held-out scene {index}"), HELDOUT_COMBINATIONS) for index in range(HELDOUT_SCENES)]
 
 
@@ -134,30 +138,8 @@ def _scene_object(rng: Random, colour: str, shape: str, place: str) -> SceneObje
     )
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
-    # Corner points around (0, 0), y downwards, of about the unit circle's size.
-    if shape == "正方形":
-        return [(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)]
-    if shape == "三角形":
-        return _corners([1.2] * 3)
-    if shape == "五角星":
-        return _corners([1.22, 0.5] * 5)
-    if shape == "菱形":
-        return [(0, -1.22), (0.82, 0), (0, 1.22), (-0.82, 0)]
-    arm, half = 1.12, 0.36  # a cross
-    return [
-        (-half, -arm), (half, -arm), (half, -half), (arm, -half), (arm, half), (half, half),
-        (half, arm), (-half, arm), (-half, half), (-arm, half), (-arm, -half), (-half, -half),
-    ]  # fmt: skip
-
-
-def _corners(radii: list[float]) -> list[tuple[float, float]]:
-    turn = 2 * math.pi / len(radii)
-    return [(radius * math.sin(i * turn), -radius * math.cos(i * turn)) for i, radius in enumerate(radii)]
-
-
 def _mask(thing: SceneObject, side: int) -> Image.Image:
-    # White where the object is, on a canvas of side x side pixels that stands for the whole picture.
+    # White where the object is; side x side pixels that show the whole image.
     scale = side / PICTURE_SIZE
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
@@ -166,104 +148,77 @@ def _mask(thing: SceneObject, side: int) -> Image.Image:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     else:
         cos, sin = math.cos(thing.angle) * radius, math.sin(thing.angle) * radius
-        pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _outline(thing.facts.shape)], fill=255)
+        pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in OUTLINES[thing.facts.shape]], fill=255)
     return canvas
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draws the scene as an RGB picture of 128 x 128 pixels, antialiased."""
+    """Draws the scene as an antialiased RGB image of 128 x 128 pixels."""
     size = (PICTURE_SIZE, PICTURE_SIZE)
     near, far = (Image.new("RGB", size, rgb) for rgb in scene.background)
-    picture = Image.composite(far, near, Image.linear_gradient("L").resize(size))
+    image = Image.composite(far, near, Image.linear_gradient("L").resize(size))
     for thing in scene.objects:
-        mask = _mask(thing, PICTURE_SIZE * SUPERSAMPLING).reduce(SUPERSAMPLING)
-        picture.paste(thing.rgb, mask=mask)
-    return picture
+        image.paste(thing.rgb, mask=_mask(thing, PICTURE_SIZE * SUPERSAMPLING).reduce(SUPERSAMPLING))
+    return image
 
 
 def patch_coverage(scene: Scene) -> np.ndarray:
-    """Returns how much of each of the tower's patches each object covers.
-
-    Returns:
-        Shares from 0 to 1, of shape (objects, 14, 14); rows from top to bottom.
-    """
+    """Returns how much of each of the tower's patches each object covers, 0 to 1, (objects, 14, 14)."""
     masks = [_mask(thing, PATCHES_PER_SIDE * 16).reduce(16) for thing in scene.objects]
     return np.stack([np.asarray(mask, dtype=np.float32) / 255 for mask in masks])
 
 
 def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
-    """Tells whether the complete set, drawn by this very code, is in `root`."""
+    """Tells whether `root` holds the complete set, drawn by this very code."""
     stamp = root / STAMP
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp()
 
 
+def _stamp() -> str:
+    # The code is the version: any change to it may change the set.
+    code = b"".join(Path(path).read_bytes() for path in (__file__, scene_language.__file__))
+    return json.dumps({"drawn_by": hashlib.sha256(code).hexdigest()})
+
+
 def draw_builtin_dataset(root: Path = BUILTIN_DATASET_DIR, training: int = TRAINING_SCENES) -> Path:
-    """Draws the whole set into `root`, unless it is there already.
+    """Draws pretrain.jsonl, sft.jsonl, images/, heldout.jsonl and heldout_images/ into `root`, if not there.
 
-    The set is drawn beside `root` and then renamed, so that an interrupted drawing never counts as a complete one; a
-    set that other code drew is replaced. Several processes may call this at the same time.
-
-    Args:
-        root: the folder that will hold pretrain.jsonl, sft.jsonl, images/, heldout.jsonl and heldout_images/.
-        training: the number of training scenes; fewer are of use to tests only.
-
-    Returns:
-        `root`.
+    They are drawn in a temporary folder that is then renamed, so an interrupted drawing never counts as complete; a set
+    drawn by other code is replaced. Several processes may call this at the same time. Only tests pass `training`.
     """
     if is_drawn(root):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in root.parent.glob(f"{root.name}.drawing-*"):
-        if time.time() - leftover.stat().st_mtime > STALE_AFTER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = root.with_name(f"{root.name}.drawing-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        _draw_into(unfinished, training)
-        _put_in_place(unfinished, root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.drawing-") as folder:
+        new, old = Path(folder, "new"), Path(folder, "old")
+        _draw_into(new, training)
+        try:
+            if root.exists() and not is_drawn(root):
+                root.rename(old)
+            new.rename(root)
+        except OSError:
+            if not is_drawn(root):  # otherwise another process was faster and drew the same
+                raise
     return root
 
 
 def _draw_into(folder: Path, training: int) -> None:
-    scenes = [training_scene(index) for index in range(training)]
-    names = _save_pictures(scenes, folder / "images", "scene")
-    facts = [scene.facts for scene in scenes]
+    folder.mkdir()
+    facts, names = _save_images([training_scene(index) for index in range(training)], folder / "images", "scene")
     _write_rows(folder / "pretrain.jsonl", scene_language.pretrain_rows(facts, names))
     _write_rows(folder / "sft.jsonl", scene_language.sft_rows(facts, names))
-    scenes = heldout_scenes()
-    names = _save_pictures(scenes, folder / "heldout_images", "heldout")
-    _write_rows(folder / "heldout.jsonl", scene_language.heldout_rows([scene.facts for scene in scenes], names))
+    facts, names = _save_images(heldout_scenes(), folder / "heldout_images", "heldout")
+    _write_rows(folder / "heldout.jsonl", scene_language.heldout_rows(facts, names))
     (folder / STAMP).write_text(_stamp(), encoding="utf-8")
 
 
-def _save_pictures(scenes: list[Scene], folder: Path, prefix: str) -> list[str]:
+def _save_images(scenes: list[Scene], folder: Path, prefix: str) -> tuple[list[tuple[Facts, ...]], list[str]]:
     folder.mkdir()
     names = [f"{prefix}_{index:04d}.jpg" for index in range(len(scenes))]
     for scene, name in zip(scenes, names, strict=True):
         draw(scene).save(folder / name, quality=JPEG_QUALITY)
-    return names
+    return [scene.facts for scene in scenes], names
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _stamp() -> str:
-    # The code is the version: whatever changes it may change the set.
-    digest = hashlib.sha256()
-    for path in (Path(__file__), Path(scene_language.__file__)):
-        digest.update(path.read_bytes())
-    return json.dumps({"drawn_by": digest.hexdigest()})
-
-
-def _put_in_place(finished: Path, root: Path) -> None:
-    if root.exists() and not is_drawn(root):
-        shutil.rmtree(root)
-    try:
-        os.rename(finished, root)
-    except OSError:
-        if not is_drawn(root):  # otherwise another process was faster, and drew the same
-            raise

@@ -1,13 +1,13 @@
-"""Grading a description of a built-in scene, and what guessing would get."""
+"""Grades descriptions of the built-in scenes, and computes what guessing would score."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
 
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts, caption
 
-# Longer spellings first, so that 左上角 is not read as 上. A description need not use the canonical words.
+# Longer spellings first, so that 左上角 is not read as 上. Descriptions may use other words than the canonical ones.
 _SPELLINGS = {
     "colour": {spelling: word for word in COLOURS for spelling in (word, word[0])},
     "shape": {
@@ -31,14 +31,13 @@ _CLAUSE_ENDS = re.compile(r"[，。；：、,.;:\n]+")
 ATTRIBUTES = tuple(_SPELLINGS)
 
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     """How much of a description is right.
 
     Attributes:
-        right: attributes that are right, of `total`: colour, shape, size and place of each object, and their number.
-        total: attributes that the scene has.
-        whole: whether everything is right, and nothing is described that is not there.
+        right: Correct attributes, of `total`: colour, shape, size and place of each object, and the number of objects.
+        total: Attributes of the scene.
+        whole: Whether everything is right and nothing is invented.
     """
 
     right: int
@@ -46,8 +45,7 @@ class Grade:
     whole: bool
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Grades over many scenes, as shares from 0 to 1."""
 
     attributes: float
@@ -55,21 +53,17 @@ class Score:
 
 
 def parse_caption(text: str) -> list[dict[str, str]]:
-    """Parses the objects of a description, tolerating other spellings, missing words and other punctuation.
+    """Parses a description's objects, tolerating other spellings, missing words and other punctuation.
 
     Returns:
-        One dictionary an object, in the text's order, with those of the keys colour, shape, size and place that were
-        found, in the canonical words. A clause that names only what the object before it lacks belongs to that object.
+        One dictionary per object, in the text's order: those of colour, shape, size and place that were found, as
+        canonical words. A clause that only names what the previous object lacks is added to that object.
     """
     objects: list[dict[str, str]] = []
     for clause in _CLAUSE_ENDS.split(text):
-        found = {}
-        for attribute, pattern in _PATTERNS.items():
-            match = pattern.search(clause)
-            if match:
-                found[attribute] = _SPELLINGS[attribute][match.group()]
-        completes = bool(objects) and "shape" not in found and not found.keys() & objects[-1].keys()
-        if completes:
+        matches = {attribute: pattern.search(clause) for attribute, pattern in _PATTERNS.items()}
+        found = {attribute: _SPELLINGS[attribute][match.group()] for attribute, match in matches.items() if match}
+        if objects and "shape" not in found and not found.keys() & objects[-1].keys():
             objects[-1].update(found)
         elif "shape" in found or "colour" in found:
             objects.append(found)
@@ -77,20 +71,12 @@ def parse_caption(text: str) -> list[dict[str, str]]:
 
 
 def grade(text: str, objects: Sequence[Facts]) -> Grade:
-    """Grades a description of one picture.
-
-    The described objects are matched with those of the scene in whichever way gets the most right, so the order of
-    description does not matter.
-
-    Args:
-        text: the description.
-        objects: what the scene holds, as `Scene.facts`.
-    """
+    """Grades a description of an image that shows these objects (`Scene.facts`), in whichever order gets most right."""
     return _grade(parse_caption(text), objects)
 
 
 def _grade(described: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
-    candidates = described[:4] + [{}] * len(objects)  # {}: an object that is not described
+    candidates = described[:4] + [{}] * len(objects)  # {}: an object left out
     right = max(
         sum(
             found.get(key) == getattr(thing, key)
@@ -105,11 +91,11 @@ def _grade(described: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
 
 
 def score(texts: Sequence[str], scenes: Sequence[Sequence[Facts]]) -> Score:
-    """Grades one description for each scene, and sums up."""
-    return _sum_up([grade(text, objects) for text, objects in zip(texts, scenes, strict=True)])
+    """Grades one description per scene, and returns the overall shares."""
+    return _overall([grade(text, objects) for text, objects in zip(texts, scenes, strict=True)])
 
 
-def _sum_up(grades: list[Grade]) -> Score:
+def _overall(grades: list[Grade]) -> Score:
     return Score(
         attributes=sum(grade.right for grade in grades) / sum(grade.total for grade in grades),
         captions=sum(grade.whole for grade in grades) / len(grades),
@@ -117,20 +103,16 @@ def _sum_up(grades: list[Grade]) -> Score:
 
 
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
-    """What describing without looking gets.
+    """Returns what describing without looking scores.
 
     Returns:
-        The score of describing each scene by the true caption of some other scene (the mean over all others, which is
-        what shuffled pictures must fall to), and the score of the one caption among them that, given to every scene,
-        gets the most attributes right.
+        The score of true captions of other scenes (the mean over all others: what shuffled images should fall to), and
+        the score of the single caption that, given to every other scene, gets the most attributes right.
     """
     described = [parse_caption(caption(objects)) for objects in scenes]
     others = [
-        [_grade(objects_of, objects) for at, objects in enumerate(scenes) if at != source]
-        for source, objects_of in enumerate(described)
+        [_grade(parsed, objects) for index, objects in enumerate(scenes) if index != source]
+        for source, parsed in enumerate(described)
     ]
-    by_constant = [_sum_up(grades) for grades in others]
-    return (
-        _sum_up([grade for grades in others for grade in grades]),
-        max(by_constant, key=lambda score: (score.attributes, score.captions)),
-    )
+    everything = [grade for grades in others for grade in grades]
+    return _overall(everything), max(map(_overall, others))  # by attributes, then by captions

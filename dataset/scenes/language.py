@@ -1,7 +1,4 @@
-"""The texts of the built-in scenes: captions, questions with answers, and the rows of the data set.
-
-Everything here is text; pictures are drawn in `scenes.py`, and captions are graded in `grading.py`.
-"""
+"""The texts of the built-in scenes: captions, questions with answers, and the rows of the data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +12,7 @@ PLACES = ("左上角", "上方", "右上角", "左边", "中间", "右边", "左
 DESCRIBE = "描述这张图片"
 DESCRIBE_REQUESTS = (
     DESCRIBE,
-    "请描述这张图片的内容。",
-    "请说一说画面上都有些什么。",
-    "这张图片里有什么？",
-    "图中有哪些物体？",
-    "你看到了什么？",
+    *"请描述这张图片的内容。 请说一说画面上都有些什么。 这张图片里有什么？ 图中有哪些物体？ 你看到了什么？".split(),
 )
 DESCRIBE_TWO_REQUESTS = ("描述这两张图片", "请依次描述这两张图片的内容。", "这两张图片里分别有什么？")
 
@@ -35,14 +28,9 @@ class Facts:
 
 
 def caption(objects: Sequence[Facts]) -> str:
-    """Returns the one canonical description of a scene, its objects in reading order."""
+    """Returns the canonical description of a scene: its objects in reading order."""
     parts = "，".join(f"{thing.place}有一个{thing.size}的{thing.colour}{thing.shape}" for thing in objects)
     return f"图中有{_count(objects)}个物体：{parts}。"
-
-
-def caption_two(first: Sequence[Facts], second: Sequence[Facts]) -> str:
-    """Returns the canonical description of two pictures."""
-    return f"第一张{caption(first)}第二张{caption(second)}"
 
 
 def _count(objects: Sequence[Facts]) -> str:
@@ -50,7 +38,7 @@ def _count(objects: Sequence[Facts]) -> str:
 
 
 def questions(objects: Sequence[Facts], rng: Random) -> list[tuple[str, str]]:
-    """Returns short questions about a scene with their answers, in random order, each with one right answer only."""
+    """Returns short questions about a scene with their answers, in random order; each has only one right answer."""
     asked = [("图中有几个物体？", f"{_count(objects)}个。")]
     for thing in objects:
         name = thing.colour + thing.shape
@@ -60,14 +48,13 @@ def questions(objects: Sequence[Facts], rng: Random) -> list[tuple[str, str]]:
             (f"{thing.place}的物体是什么形状的？", f"{thing.shape}。"),
             (f"{thing.place}的物体是大的还是小的？", f"{thing.size}的。"),
         ]
-        others = [other for other in objects if other is not thing]
-        if all(other.shape != thing.shape for other in others):
+        if sum(other.shape == thing.shape for other in objects) == 1:
             asked.append((f"{thing.shape}是什么颜色的？", f"{thing.colour}。"))
             asked.append((f"{thing.shape}在哪里？", f"在{thing.place}。"))
-        if all(other.colour != thing.colour for other in others):
+        if sum(other.colour == thing.colour for other in objects) == 1:
             asked.append((f"{thing.colour}的物体是什么形状的？", f"{thing.shape}。"))
             asked.append((f"{thing.colour}的物体在哪里？", f"在{thing.place}。"))
-    # As many with the answer yes as with no; a no differs from the scene in one word only.
+    # One question with the answer yes and one with no, which differs from the scene in one word.
     thing = rng.choice(objects)
     asked.append((f"图中有{thing.colour}的{thing.shape}吗？", "有。"))
     seen = {(other.colour, other.shape) for other in objects}
@@ -91,18 +78,18 @@ def _beside(request: str, shown: str, rng: Random) -> str:
 
 
 def description(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
-    """Returns a conversation of one turn that asks for the caption.
+    """Returns a conversation of one question and answer: the caption.
 
     Args:
         objects: The scene.
-        rng: Chooses the request's wording, and whether it comes before or after the picture.
-        shown: The picture's placeholder, or something else in its place that describes the scene.
+        rng: Chooses the request's wording, and whether it comes before or after the image.
+        shown: The image's placeholder, or a description that stands in its place.
     """
     return _turns((_beside(rng.choice(DESCRIBE_REQUESTS), shown, rng), caption(objects)))
 
 
 def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
-    """Returns a conversation of two to four turns about one scene; arguments as of `description`."""
+    """Returns a conversation of two to four questions about one scene; arguments as in `description`."""
     pairs = questions(objects, rng)[: rng.randint(2, 4)]
     if rng.random() < 0.25:
         pairs[0] = (rng.choice(DESCRIBE_REQUESTS), caption(objects))
@@ -113,18 +100,14 @@ def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> l
 def description_of_two(
     scenes: Sequence[Sequence[Facts]], rng: Random, shown: Sequence[str] = ("<image>", "<image>")
 ) -> list[dict]:
-    """Returns a conversation of one turn that asks for the captions of two pictures; arguments as of `description`."""
-    pictures = rng.choice(("", "\n")).join(shown)
-    return _turns((_beside(rng.choice(DESCRIBE_TWO_REQUESTS), pictures, rng), caption_two(*scenes)))
+    """Returns a conversation that asks for the captions of two images; arguments as in `description`."""
+    images = rng.choice(("", "\n")).join(shown)
+    request = _beside(rng.choice(DESCRIBE_TWO_REQUESTS), images, rng)
+    return _turns((request, f"第一张{caption(scenes[0])}第二张{caption(scenes[1])}"))
 
 
 def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns the rows of the first stage: one description of each picture.
-
-    Args:
-        scenes: The objects of each picture.
-        names: The pictures' file names.
-    """
+    """Returns the rows of the first stage: a description of each image, given its objects and its file name."""
     return [
         {"conversations": description(objects, Random(f"pretrain row {index}")), "image": name}
         for index, (objects, name) in enumerate(zip(scenes, names, strict=True))
@@ -132,12 +115,12 @@ def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> li
 
 
 def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns the rows of the second stage: descriptions, dialogues, some of two pictures, and some of text only."""
+    """Returns the rows of the second stage: descriptions and dialogues, some of two images, some of text only."""
     rows = []
     for index, (objects, name) in enumerate(zip(scenes, names, strict=True)):
         rng = Random(f"sft row {index}")
         kind = rng.random()
-        if kind < 0.03:  # no picture: the scene is described in words
+        if kind < 0.03:  # no image: the scene is described in words
             rows.append({"conversations": dialogue(objects, rng, shown=caption(objects))})
         elif kind < 0.08:
             other = rng.randrange(len(scenes))
@@ -150,7 +133,7 @@ def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[di
 
 
 def heldout_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns one row a picture, all with the same request."""
+    """Returns one row per image, all with the same request."""
     return [
         {"conversations": _turns((f"{DESCRIBE}\n<image>", caption(objects))), "image": name}
         for objects, name in zip(scenes, names, strict=True)

@@ -3,19 +3,21 @@
     python scripts/builtin/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
     python scripts/builtin/build_tower.py --steps 50 --out_dir /tmp/tower
 
-The tower is trained once on pictures of training scenes, then frozen for good, like the real one. A single linear
-layer must be able to turn its patch features into words, so that is what it is trained with: from each patch's
-feature a linear head tells whether an object covers the patch, and that object's colour, shape, size and place. The
-head is thrown away.
+The tower is trained once on images of training scenes, then frozen. A single linear layer must be able to turn its
+patch features into words, so it is trained with one: from each patch's feature a linear head predicts whether an object
+covers the patch, and that object's colour, shape, size and place. The head is thrown away.
 """
 
-import argparse
+import copy
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.paths import BUILTIN_MODEL_DIR  # noqa: E402
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene  # noqa: E402
-from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES  # noqa: E402
+from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts  # noqa: E402
 
 CONFIG = CLIPVisionConfig(
     hidden_size=128,
@@ -40,163 +42,168 @@ CONFIG = CLIPVisionConfig(
     patch_size=16,
     image_size=224,
 )
-GROUPS = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
-TARGETS = 1 + sum(len(words) for words in GROUPS.values())  # the first: is there an object at all
-COVERED, EMPTY = 0.2, 0.01  # a patch covered less than COVERED and more than EMPTY is not learned from
+# What the head predicts from a patch: whether an object is there at all, and each word about it.
+TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
+GROUPS = {
+    attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
+    for attribute, words in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}.items()
+}
+COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
+
+
+def word_targets(facts: Facts) -> list[int]:
+    """Returns the positions in TARGETS of an object's colour, shape, size and place."""
+    return [TARGETS.index(word) for word in astuple(facts)]
 
 
 def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
-    """Returns the scenes as the tower sees them later: drawn, through JPEG, preprocessed; (scenes, 3, 224, 224)."""
-    pictures = []
+    """Returns the scenes as the tower will see them: drawn, JPEG-compressed and preprocessed, (B, 3, 224, 224)."""
+    images = []
     for scene in scenes:
         file = io.BytesIO()
         draw(scene).save(file, format="JPEG", quality=JPEG_QUALITY)
-        pictures.append(Image.open(file))
-    return processor(images=pictures, return_tensors="pt")["pixel_values"]
+        images.append(Image.open(file))
+    return processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Returns what each patch's feature must encode.
 
     Returns:
-        Ones and zeros of shape (scenes, 196, TARGETS): an object is there, then its colour, shape, size and place by
-        GROUPS, all zeros where no object is; and of shape (scenes, 196) which patches are to be learned from.
+        Ones and zeros (B, 196, len(TARGETS)), all zeros where no object is, and which patches are learned (B, 196).
     """
-    targets = np.zeros((len(scenes), 196, TARGETS), dtype=np.float32)
+    targets = np.zeros((len(scenes), 196, len(TARGETS)), dtype=np.float32)
     learned = np.ones((len(scenes), 196), dtype=bool)
     for row, scene in enumerate(scenes):
-        for thing, coverage in zip(scene.objects, patch_coverage(scene).reshape(-1, 196), strict=True):
+        for facts, coverage in zip(scene.facts, patch_coverage(scene).reshape(-1, 196), strict=True):
             covered = np.flatnonzero(coverage >= COVERED)
             learned[row, (coverage > EMPTY) & (coverage < COVERED)] = False
-            targets[row, covered, 0] = 1
-            start = 1
-            for attribute, words in GROUPS.items():
-                targets[row, covered, start + words.index(getattr(thing.facts, attribute))] = 1
-                start += len(words)
+            targets[row, covered[:, None], [0, *word_targets(facts)]] = 1
     return torch.from_numpy(targets), torch.from_numpy(learned)
 
 
 def features(tower: CLIPVisionModel, pixel_values: Tensor) -> Tensor:
-    """Returns the patch features as a VLM uses them: last_hidden_state without class token, (images, 196, width)."""
+    """Returns the patch features as a VLM uses them: last_hidden_state without the class token, (B, 196, width)."""
     return tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
 
-def reading_loss(told: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
-    """Squared error of all that is told, plus cross-entropy of each group where an object is.
+def head_loss(predicted: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
+    """Returns the squared error of all targets, plus the cross-entropy of each group where an object is.
 
-    The squared error makes the values themselves linear in the feature (a projection into word embeddings needs
-    that); the cross-entropy makes the words differ clearly.
+    The squared error makes the targets linear in the feature, which a projection into word embeddings needs; the
+    cross-entropy separates the words.
     """
-    told, targets = told[learned], targets[learned]
+    predicted, targets = predicted[learned], targets[learned]
     covered = targets[:, 0] == 1
-    # Most patches are empty: half the weight for these, half for the rest.
-    squares = (told - targets).square().sum(dim=1)
+    # Most patches are empty: they get half the weight, the others the other half.
+    squares = (predicted - targets).square().sum(dim=1)
     loss = squares[covered].mean() + squares[~covered].mean()
-    start = 1
-    for words in GROUPS.values():
-        group = slice(start, start + len(words))
-        loss = loss + F.cross_entropy(6 * told[covered, group], targets[covered, group].argmax(dim=1))
-        start += len(words)
+    for group in GROUPS.values():
+        loss = loss + F.cross_entropy(6 * predicted[covered, group], targets[covered, group].argmax(dim=1))
     return loss
 
 
 @torch.no_grad()
-def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcessorPil, scenes: list[Scene]) -> dict:
-    """Measures how often the linear head is right, as shares from 0 to 1.
+def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcessorPil) -> dict:
+    """Measures how often the linear head is right on the held-out scenes, as shares from 0 to 1.
 
-    For each group, over objects (the mean over the patches that an object covers); `whole` where all four groups are
-    right; `patch` for objects told from background, over patches.
+    For each group, over objects (from the mean over an object's patches); `whole`: all four groups are right;
+    `patch`: object or background is right, over patches.
     """
-    told = torch.cat(
-        [head(features(tower, pixels(scenes[at : at + 50], processor))) for at in range(0, len(scenes), 50)]
-    )
+    scenes = heldout_scenes()
+    parts = [scenes[start : start + 50] for start in range(0, len(scenes), 50)]
+    predicted = torch.cat([head(features(tower, pixels(part, processor))) for part in parts])
     targets, learned = patch_targets(scenes)
-    right: dict[str, list[bool]] = {name: [] for name in (*GROUPS, "whole")}
+    right = []
     for row, scene in enumerate(scenes):
         for coverage in patch_coverage(scene).reshape(-1, 196):
             covered = torch.from_numpy(coverage >= COVERED)
-            mean, target, start, all_right = told[row, covered].mean(dim=0), targets[row, covered][0], 1, True
-            for name, words in GROUPS.items():
-                group = slice(start, start + len(words))
-                right[name].append(bool(mean[group].argmax() == target[group].argmax()))
-                all_right &= right[name][-1]
-                start += len(words)
-            right["whole"].append(all_right)
-    result = {name: round(sum(values) / len(values), 4) for name, values in right.items()}
-    result["patch"] = round(float(((told[..., 0] > 0.5) == (targets[..., 0] == 1))[learned].float().mean()), 4)
-    return result
-
-
-def batches(batch_size: int, processor: CLIPImageProcessorPil) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless batches of training scenes, none twice: pictures, targets, and which patches to learn from."""
-    index = 0
-    while True:
-        scenes = [training_scene(index + offset) for offset in range(batch_size)]
-        index += batch_size
-        yield pixels(scenes, processor), *patch_targets(scenes)
+            mean, target = predicted[row, covered].mean(dim=0), targets[row, covered][0]
+            right.append([bool(mean[group].argmax() == target[group].argmax()) for group in GROUPS.values()])
+    shares = dict(zip(GROUPS, np.mean(right, axis=0), strict=True)) | {"whole": np.all(right, axis=1).mean()}
+    shares["patch"] = ((predicted[..., 0] > 0.5) == (targets[..., 0] == 1))[learned].float().mean()
+    return {name: round(float(share), 4) for name, share in shares.items()}
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then a cosine down to 1 % of the peak."""
+    """Returns a linear warm-up over 5 % of the steps, then a cosine down to 1 % of the peak."""
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
-def save(tower: CLIPVisionModel, processor: CLIPImageProcessorPil, folder: Path) -> None:
-    """Writes config.json, model.safetensors (half precision) and preprocessor_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    half = CLIPVisionModel(CONFIG).half()
-    half.load_state_dict(tower.state_dict())
-    half.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out_dir", type=file_path, default=BUILTIN_MODEL_DIR / "tower", help="where it is written")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures a step, each drawn anew")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="the peak")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+def make_parser(description: str, **defaults) -> ArgumentParser:
+    """Returns a parser of the flags that both build scripts have."""
+    parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--out_dir", type=file_path, help="folder to write")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--batch_size", type=int, help="examples per step, each a new scene")
+    parser.add_argument("--learning_rate", type=float, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the texts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log_interval", type=int, default=100, help="steps between printed lines")
-    parser.add_argument("--save_interval", type=int, default=300, help="steps between measured and saved states")
-    return parser.parse_args()
+    parser.add_argument("--log_interval", type=int, help="steps between printed lines")
+    parser.add_argument("--save_interval", type=int, help="steps between measuring and saving")
+    parser.set_defaults(**defaults)
+    return parser
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    processor = CLIPImageProcessorPil()
-    tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, TARGETS)
-    parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    scenes, started, recent = heldout_scenes(), time.time(), []
-    print(
-        f"tower of {sum(p.numel() for p in tower.parameters()):,} parameters, {args.steps} steps of {args.batch_size}"
-    )
-    for step, (pixel_values, targets, learned) in zip(
-        range(args.steps), batches(args.batch_size, processor), strict=False
-    ):
+def train(
+    args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of: Callable, measure_and_save: Callable
+) -> None:
+    """Trains with AdamW, printing losses and held-out results as it goes.
+
+    Args:
+        args: The flags of `make_parser`.
+        groups: AdamW's parameter groups; "factor" scales a group's learning rate.
+        batches: One (name of the loss, batch) per step.
+        loss_of: Returns the loss of a batch.
+        measure_and_save: Writes the weights and returns the held-out results.
+    """
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    parameters = [weight for group in groups for weight in group["params"]]
+    started, recent = time.time(), defaultdict(list)
+    for step, (name, batch) in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            told = head(features(tower, pixel_values))
-        loss = reading_loss(told.float(), targets, learned)
+            group["lr"] = group["factor"] * learning_rate(step, args.steps, args.learning_rate)
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        recent.append(loss.item())
-        if (step + 1) % args.log_interval == 0:
-            print(f"step {step + 1} loss {np.mean(recent):.4f} {time.time() - started:.0f} s", flush=True)
+        recent[name].append(loss.item())
+        done = step + 1
+        if done % args.log_interval == 0:
+            losses = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
+            print(f"step {done} {losses} {time.time() - started:.0f} s", flush=True)
             recent.clear()
-        if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
-            save(tower, processor, args.out_dir)
-            print(f"held-out scenes: {json.dumps(measure(tower, head, processor, scenes))}", flush=True)
+        if done % args.save_interval == 0 or done == args.steps:
+            print(f"held-out scenes: {json.dumps(measure_and_save())}", flush=True)
+
+
+def main() -> None:
+    defaults = {"steps": 1500, "batch_size": 32, "learning_rate": 1e-3, "log_interval": 100, "save_interval": 300}
+    args = make_parser(__doc__, out_dir=BUILTIN_MODEL_DIR / "tower", **defaults).parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    processor = CLIPImageProcessorPil()
+    tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, len(TARGETS))
+
+    def loss_of(first_scene: int) -> Tensor:
+        scenes = [training_scene(first_scene + index) for index in range(args.batch_size)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predicted = head(features(tower, pixels(scenes, processor)))
+        return head_loss(predicted.float(), *patch_targets(scenes))
+
+    def measure_and_save() -> dict:
+        copy.deepcopy(tower).half().save_pretrained(args.out_dir)
+        processor.save_pretrained(args.out_dir)
+        return measure(tower, head, processor)
+
+    print(f"tower of {tower.num_parameters():,} parameters, {args.steps} steps of {args.batch_size}")
+    groups = [{"params": [*tower.parameters(), *head.parameters()], "factor": 1.0, "weight_decay": 0.02}]
+    batches = (("loss", step * args.batch_size) for step in range(args.steps))
+    train(args, groups, batches, loss_of, measure_and_save)
 
 
 if __name__ == "__main__":

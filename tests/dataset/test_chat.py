@@ -1,4 +1,4 @@
-"""Conversations to token ids, what is learned of them, and prompts to generate from."""
+"""Conversations to token ids and learned positions, and prompts to generate from."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ LOOK_ALIKES = "<|im_end|>\n<|im_start|>assistant\n好<|im_end|>\n<|endoftext|>"
 
 
 def said(*contents):
-    """A conversation in which user and assistant speak in turn."""
+    """Returns a conversation of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
@@ -45,7 +45,7 @@ def encoder(tokenizer):
 
 @pytest.fixture(scope="module")
 def published_tokenizer():
-    """The original's: where MINIMIND2_TOKENIZER says, or where scripts/download.py puts it."""
+    """Loads the published tokenizer: from MINIMIND2_TOKENIZER or where scripts/download.py puts it."""
     folder = Path(os.environ.get("MINIMIND2_TOKENIZER") or ROOT / "model" / "tokenizer_minimind2")
     if not (folder / "tokenizer.json").is_file():
         pytest.skip(f"no original tokenizer in {folder}: set MINIMIND2_TOKENIZER, or scripts/download.py tokenizer")
@@ -54,8 +54,9 @@ def published_tokenizer():
 
 @pytest.mark.parametrize("case", json.loads(LOSS_MASK.read_text(encoding="utf-8")))
 def test_ids_and_learned_positions_are_those_of_the_original(published_tokenizer, case):
-    [chat] = ChatEncoder(published_tokenizer, 196).encode([case["conversations"]])
-    chat = ChatEncoder(published_tokenizer, 196).truncate(chat, case["max_length"])
+    encoder = ChatEncoder(published_tokenizer, 196)
+    [chat] = encoder.encode([case["conversations"]])
+    chat = encoder.truncate(chat, case["max_length"])
     mask = [0] * len(chat.input_ids)
     for start, end in chat.learned:
         mask[start:end] = [1] * (end - start)
@@ -75,7 +76,7 @@ def test_ids_and_learned_positions_are_those_of_the_original(published_tokenizer
         said("", "x"),
     ],
 )
-def test_structure_is_that_of_the_chat_template(tokenizer, encoder, turns):
+def test_ids_follow_the_chat_template(tokenizer, encoder, turns):
     expanded = [{**turn, "content": turn["content"].replace("<image>", "@" * 196)} for turn in turns]
 
     def template_ids(count, **options):
@@ -89,7 +90,7 @@ def test_structure_is_that_of_the_chat_template(tokenizer, encoder, turns):
 
 
 @pytest.mark.parametrize("answer", ["红色", "\n\n红色", " red", "\n", "assistant\n", "@", LOOK_ALIKES])
-def test_an_answer_is_learned_after_exactly_the_ids_that_generation_starts_from(encoder, answer):
+def test_an_answer_is_learned_after_the_ids_generation_starts_from(encoder, answer):
     turns = said("颜色？<image>", answer)
     [chat] = encoder.encode([turns])
     [prompt] = encoder.encode([turns[:1]], add_generation_prompt=True)
@@ -103,27 +104,20 @@ def test_conversations_encoded_together_are_those_encoded_alone(encoder):
     assert encoder.encode([]) == []
 
 
-def test_special_tokens_in_a_text_are_text(tokenizer, encoder):
-    [chat] = encoder.encode([said(LOOK_ALIKES + "<image>", LOOK_ALIKES)])
-    assert [chat.input_ids.count(special) for special in (0, 1, 2)] == [0, 3, 3]
-    [(start, end)] = chat.learned
-    assert tokenizer.decode(chat.input_ids[start:end]) == LOOK_ALIKES + "<|im_end|>\n"
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
-def test_they_are_text_in_a_process_that_got_the_encoder_too(encoder, copied):
+def test_special_tokens_in_a_text_stay_text_in_a_copied_encoder(encoder, copied):
     turns = said(LOOK_ALIKES, "好")
     assert copied(encoder).encode([turns]) == encoder.encode([turns])
 
 
-def test_padding_and_truncation_left_in_a_tokenizer_do_nothing(encoder):
+def test_padding_and_truncation_set_in_a_tokenizer_are_ignored(encoder):
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model" / "tokenizer"))
     tokenizer(["a", "a long text"], padding=True, truncation=True, max_length=2)
     turns = said("describe the picture", "a red circle")
     assert ChatEncoder(tokenizer, 196).encode([turns]) == encoder.encode([turns])
 
 
-def test_a_tokenizer_of_another_form_is_refused(tmp_path, tokenizer):
+def test_an_unsuitable_tokenizer_is_refused(tmp_path, tokenizer):
     folder = tmp_path / "merged"
     tokenizer.save_pretrained(str(folder))
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -154,7 +148,7 @@ def test_truncated(encoder):
         encoder.truncate(chat, chat.learned[0][0])
 
 
-def test_parse_conversation_takes_json_text_and_lists():
+def test_parse_conversation_accepts_json_and_lists():
     turns = [{"role": "system", "content": ""}, *said("<image>", "b", "", "d")]
     assert parse_conversation(json.dumps(turns)) == parse_conversation(turns) == turns
     assert parse_conversation([{**turn, "from": 1} for turn in turns]) == turns
@@ -190,10 +184,10 @@ def test_parse_conversation_takes_json_text_and_lists():
         (said("a", "b\udfff"), "turn 2 holds half a surrogate pair"),
     ],
 )
-def test_parse_conversation_says_what_is_wrong(value, reason):
+def test_parse_conversation_refuses(value, reason):
     with pytest.raises(RowError, match=reason) as error:
         parse_conversation(value)
-    str(error.value).encode("utf-8")  # it goes into a report
+    str(error.value).encode("utf-8")  # reports are UTF-8 files
 
 
 @pytest.mark.parametrize(
@@ -212,24 +206,21 @@ def test_parse_picture_names(value, names):
     assert parse_picture_names(value) == names
 
 
+OUTSIDE = ["../x", "a/../../b", "C:\\x", "c:x", "a\\..\\..\\b", "\\abs", "\\\\server\\share\\x", "..", "a\0b"]
+NO_NAMES = [5, {"a": 1}, ["a", 1], [None], "a,,b", "a.jpg,", [""], True]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["../x", "a/../../b", "C:\\x", "c:x", "a\\..\\..\\b", "\\abs", "\\\\server\\share\\x", "..", "a\0b"],
+    ("value", "reason"),
+    [
+        *((f"ok.jpg, {name}", "leaves images_path") for name in OUTSIDE),
+        *((value, "neither names of pictures nor empty") for value in NO_NAMES),
+        ("\ud800.jpg", "surrogate"),
+    ],
 )
-def test_a_picture_outside_its_folder_is_refused(name):
-    with pytest.raises(RowError, match="leaves images_path"):
-        parse_picture_names(f"ok.jpg, {name}")
-
-
-@pytest.mark.parametrize("value", [5, {"a": 1}, ["a", 1], [None], "a,,b", "a.jpg,", [""], True])
-def test_what_is_no_name_of_a_picture_is_refused(value):
-    with pytest.raises(RowError, match="neither names of pictures nor empty"):
+def test_parse_picture_names_refuses(value, reason):
+    with pytest.raises(RowError, match=reason):
         parse_picture_names(value)
-
-
-def test_a_name_that_no_file_can_have_is_refused():
-    with pytest.raises(RowError, match="surrogate"):
-        parse_picture_names("\ud800.jpg")
 
 
 def test_check_images():
@@ -246,7 +237,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None, database=None)  # no database: nothing is written into the project
+@settings(max_examples=150, deadline=None, database=None)  # no database: writes nothing into the project
 @given(
     texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
     system=st.none() | TEXTS,
@@ -254,7 +245,7 @@ TEXTS = st.lists(
 )
 @example([("@<image>@<image><image>@", "@ <|im_end|>"), ("<image>" + LOOK_ALIKES, "\n@\n")], None, 2000)
 @example([("<im<image>age>\n\n", " \n答")], "@\n", 230)
-def test_learned_and_image_positions_whatever_is_said(tokenizer, encoder, texts, system, max_length):
+def test_learned_and_image_positions_of_any_text(tokenizer, encoder, texts, system, max_length):
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns += said(*[text for pair in texts for text in pair])
     spoken_for_others = "<image>" in "\0".join(turn["content"] for turn in turns if turn["role"] != "user")
@@ -264,7 +255,7 @@ def test_learned_and_image_positions_whatever_is_said(tokenizer, encoder, texts,
         return
     [chat] = encoder.encode([parse_conversation(turns)])
 
-    # The same conversation as one text, and where answers and images stand in it.
+    # The same conversation as one text, with the places of answers and images.
     text, answers, images = "", [], []
     for turn in turns if system is not None else [{"role": "system", "content": SYSTEM_PROMPT}, *turns]:
         text += f"<|im_start|>{turn['role']}\n"
@@ -309,10 +300,8 @@ ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "to
 @example([("user", "<image>@<image>"), ("assistant", "两张。")], ["a.jpg", "a.jpg"], True, 640)
 @example([("system", "@"), ("user", LOOK_ALIKES), ("assistant", LOOK_ALIKES)], [], False, 640)
 @example([("user", "<image>"), ("assistant", "一"), ("user", "二"), ("assistant", "三")], ["a.jpg"], True, 640)
-def test_a_row_is_refused_with_a_reason_or_learned_as_it_should(
-    tokenizer, encoder, turns, pictures, as_text, max_length
-):
-    """Any mix of roles and pictures: exactly the assistant's turns are learned, and 196 tokens stand for a picture."""
+def test_any_row_is_refused_with_a_reason_or_learned(tokenizer, encoder, turns, pictures, as_text, max_length):
+    """Exactly the assistant's turns are learned, and each image takes 196 tokens."""
     conversation = [{"role": role, "content": content} for role, content in turns]
     names = ", ".join(pictures) if as_text else pictures
     row = json.dumps({"conversations": conversation, "image": names}, ensure_ascii=False)
@@ -339,7 +328,7 @@ def test_a_row_is_refused_with_a_reason_or_learned_as_it_should(
         assert learned[:-1] == answers[: len(learned) - 1]
 
 
-def test_prompt_batch_is_padded_at_the_left(encoder):
+def test_prompt_batch_is_left_padded(encoder):
     conversations = [said("hi"), said("<image>@<image>", "two", "why?"), said("@ <image>")]
     pictures = [torch.full((3, 224, 224), shade, dtype=torch.uint8) for shade in range(3)]
     batch = prompt_batch(encoder, conversations, [[], pictures[:2], pictures[2:]])
@@ -361,7 +350,7 @@ def test_prompt_batch_without_a_picture(encoder):
     assert batch["image_starts"] is None
 
 
-def test_prompt_batch_names_the_conversation_whose_pictures_do_not_fit(encoder):
+def test_prompt_batch_names_the_conversation_with_a_mismatch(encoder):
     picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"conversation 2 has 1 <image>, but 2 picture\(s\)"):
         prompt_batch(encoder, [said("hi"), said("<image>"), said("<image>")], [[], [picture, picture], []])

@@ -1,4 +1,4 @@
-"""The tower's features on disk: the right ones or none, computed once and shared, and the same training."""
+"""The cache of vision features: never a stale one, computed once, shared by ranks; training is the same."""
 
 import json
 import pickle
@@ -32,19 +32,19 @@ def file(tmp_path) -> FeatureFile:
     return FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
 
 
-def test_a_slot_holds_for_its_image_only(file):
+def test_a_slot_is_valid_for_its_image_only(file):
     stamps = np.array([[5, 6]])
     assert not file.is_current(np.array([1]), stamps).any()
     file.write([(1, (5, 6), some_features(1)), (2, (7, 8), None)])
     assert file.is_current(np.array([1]), stamps).all()
-    assert not file.is_current(np.array([1]), stamps + [[0, 1]]).any()  # written to since
+    assert not file.is_current(np.array([1]), stamps + [[0, 1]]).any()  # changed since
     assert not file.is_current(np.array([0]), stamps).any()
     assert np.array_equal(file.get(1), some_features(1))
     assert file.is_current(np.array([2]), np.array([[7, 8]])).all()
     assert file.get(2) is None  # known to be unreadable
 
 
-def test_it_lasts_and_a_worker_maps_it_itself(file, tmp_path):
+def test_it_persists_and_a_worker_maps_it_itself(file, tmp_path):
     file.write([(3, (1, 1), some_features(3))])
     assert file.path.stat().st_size == file.size == file_bytes(SHAPE)
     assert file_bytes((1, 196, 768)) - file_bytes((0, 196, 768)) == pytest.approx(301_000, rel=1e-3)
@@ -54,14 +54,14 @@ def test_it_lasts_and_a_worker_maps_it_itself(file, tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(file)).get(3), some_features(3))
 
 
-def test_a_full_disk_is_refused_in_advance(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_in_advance(tmp_path, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
     with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB, and .* free: .*--cache_vision"):
         FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_something_else_is_refused(file, tmp_path):
+def test_a_file_of_another_tower_is_refused(file, tmp_path):
     with open(file.path, "r+b") as opened:
         header = json.loads(opened.read(features.HEADER_BYTES).rstrip(b"\0"))
         opened.seek(0)
@@ -79,7 +79,7 @@ def test_towers_are_told_apart(world):
 
 
 class Encoder:
-    """Makes features of the mean of each image's pixels, and counts the images."""
+    """Makes features from the mean of each image's pixels and counts the images."""
 
     def __init__(self):
         self.images = 0
@@ -105,9 +105,7 @@ def computed(data, folder, encoder, **share) -> FeatureFile:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
-    expected = [
-        sample["pixel_values"].float().mean(dim=(1, 2, 3)).half() for sample in map(data.__getitem__, range(15))
-    ]
+    expected = [data[index]["pixel_values"].float().mean(dim=(1, 2, 3)).half() for index in range(15)]
     encoder = Encoder()
     for rank in range(ranks):
         file = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
@@ -159,10 +157,10 @@ def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Two epochs of the same rows: without a cache, with one, with one that is full, and divided over two processes."""
+    """Trains two epochs on the same rows: without a cache, with an empty and a full one, and on two ranks."""
     folder = tmp_path_factory.mktemp("cached")
 
-    def run(name: str, flags: list, ranks: int = 1) -> list[float]:
+    def run(name: str, flags: list, ranks: int = 1) -> tuple:
         out = world.copy_of_out(folder / name)
         result = world.run(SFT, *world.files("sft", out), *FLAGS, *flags, ranks=ranks).passed()
         return [record["loss"] for record in read_jsonl(out / "sft_vlm_32.metrics.jsonl")], result, out
@@ -172,18 +170,18 @@ def runs(world, tmp_path_factory):
         "default": run("default", ["--batch_size", 8]),
         "filling": run("filling", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
         "full": run("full", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
-        "two processes": run("two", ["--batch_size", 4], ranks=2),
+        "two ranks": run("two", ["--batch_size", 4], ranks=2),
     }
 
 
 def test_training_is_the_same_with_a_cache(runs):
-    """Up to the rounding of features to float16, 2 ** -11 relative."""
+    """Up to the rounding of features to float16: 2 ** -11 relative."""
     assert runs["filling"][0] == pytest.approx(runs["off"][0], rel=1e-4)
 
 
-def test_an_empty_a_full_and_a_divided_cache_give_the_same(runs):
+def test_an_empty_a_full_and_a_shared_cache_give_the_same(runs):
     assert runs["default"][0] == runs["filling"][0] == runs["full"][0]
-    assert runs["two processes"][0] == pytest.approx(runs["default"][0], rel=1e-5)
+    assert runs["two ranks"][0] == pytest.approx(runs["default"][0], rel=1e-5)
     assert "encoding images, once" in runs["filling"][1].err
     assert "encoding images, once" not in runs["full"][1].err
 
@@ -196,7 +194,7 @@ def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
     assert kept.suffix == ".features"
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_if_it_was_named(world, tmp_path):
+def test_a_named_folder_that_cannot_be_made_is_an_error(world, tmp_path):
     (tmp_path / "file").write_text("in the way")
     out = world.copy_of_out(tmp_path / "out")
     result = world.run(SFT, *world.files("sft", out), *FLAGS, "--cache_vision", tmp_path / "file" / "features")

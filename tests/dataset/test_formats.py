@@ -1,4 +1,4 @@
-"""First tries: data in other usual forms is read, or the cure is told."""
+"""Data in other common formats is read, or the message says how to convert it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Held-out rows: a hundredth, the same whatever the order, and no image on both sides."""
+"""Held-out rows: one percent, the same in any order, and no image on both sides."""
 
 import pytest
 from tiny import pretrain_row, write_jsonl
@@ -30,7 +30,7 @@ def answers(data: VLMDataset, tokenizer) -> set[str]:
 
 
 def many_rows(count: int, pictures: int | None = None) -> list[dict]:
-    """Rows that each say something else; each about a picture of its own, or of a few."""
+    """Returns rows with different answers, each with its own image or sharing a few."""
     rows = []
     for number in range(count):
         row = pretrain_row(number)
@@ -40,7 +40,7 @@ def many_rows(count: int, pictures: int | None = None) -> list[dict]:
     return rows
 
 
-def test_one_percent_is_held_out_and_not_trained_on_whatever_the_order(world, tokenizer, tmp_path):
+def test_one_percent_is_held_out_in_any_order(world, tokenizer, tmp_path):
     rows = many_rows(400)
     data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
     assert (len(data), len(held_out)) == (396, 4)
@@ -64,7 +64,7 @@ def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("rows", "pictures", "expected"), [(99, None, 1), (3, None, 1), (12, 3, 4), (2, None, 0), (40, 2, 0), (1, None, 0)]
 )
-def test_of_few_pictures_one_is_held_out_with_all_its_rows(world, tokenizer, tmp_path, rows, pictures, expected):
+def test_with_few_pictures_one_is_held_out_with_its_rows(world, tokenizer, tmp_path, rows, pictures, expected):
     data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(rows, pictures))
     assert (0 if held_out is None else len(held_out)) == expected
     assert len(data) == rows - expected
@@ -75,7 +75,7 @@ def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenize
     assert (len(data), len(held_out)) == (297, 3)
 
 
-def test_rows_without_pictures_are_held_out_by_their_words(world, tokenizer, tmp_path):
+def test_rows_without_pictures_are_held_out_by_their_text(world, tokenizer, tmp_path):
     rows = many_rows(300)
     for row in rows:
         del row["image"]

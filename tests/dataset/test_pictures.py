@@ -1,9 +1,6 @@
-"""A picture's file to uint8 pixels: the same as transformers' own, and every broken file a PictureError."""
+"""An image file to uint8 pixels: equal to transformers' own; every broken file is a PictureError."""
 
-import io
 import pickle
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import as_file, png
 
 from dataset.pictures import PictureError, load_picture, preprocess_image
 
@@ -18,14 +16,14 @@ try:
     from transformers import CLIPImageProcessorPil
 
     LAYS_TRANSPARENCY_ON_WHITE = True
-except ImportError:  # the first releases of transformers 5 have it by this name, and let transparent pixels show
+except ImportError:  # early releases of transformers 5 use this name and ignore transparency
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
     LAYS_TRANSPARENCY_ON_WHITE = False
 
 MODES = ["RGB", "L", "P", "CMYK", "I;16", "1", "YCbCr", "I", "F"]
 TRANSPARENT_MODES = ["RGBA", "LA", "PA", "P one colour", "P levels", "L one level", "RGB one colour"]
-SIZES = [(1, 1), (224, 224), (128, 128), (500, 30), (30, 500), (333, 101), (225, 223), (223, 226), (3, 2), (640, 480)]
+SIZES = [(1, 1), (224, 224), (128, 128), (500, 30), (30, 500), (333, 101), (225, 223), (320, 240)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def processor():
 
 
 def drawn(mode, size):
-    """Noise, so that a pixel out of place shows."""
+    """Draws noise, in which a misplaced pixel shows."""
     width, height = size
     rng = np.random.default_rng(width * 1000 + height)
     if mode == "I;16":
@@ -52,15 +50,14 @@ def drawn(mode, size):
 
 
 def expected(processor, image):
-    pixels = processor(
-        image, do_rescale=False, do_normalize=False, return_tensors="np", input_data_format="channels_last"
-    )["pixel_values"][0]
+    options = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
+    pixels = processor(image, **options, return_tensors="np")["pixel_values"][0]
     assert pixels.dtype == np.uint8
     return pixels
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES + TRANSPARENT_MODES * LAYS_TRANSPARENCY_ON_WHITE)
 def test_pixels_are_those_of_transformers(processor, mode, size):
     image = drawn(mode, size)
     pixels = preprocess_image(image)
@@ -68,30 +65,16 @@ def test_pixels_are_those_of_transformers(processor, mode, size):
     np.testing.assert_array_equal(pixels, expected(processor, image))
 
 
-@pytest.mark.skipif(not LAYS_TRANSPARENCY_ON_WHITE, reason="this release of transformers has no CLIPImageProcessorPil")
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("mode", TRANSPARENT_MODES)
-def test_transparent_pixels_are_those_of_transformers(processor, mode, size):
-    image = drawn(mode, size)
-    np.testing.assert_array_equal(preprocess_image(image), expected(processor, image))
-
-
-def test_what_is_transparent_is_white():
+def test_transparent_pixels_become_white():
     image = Image.new("RGBA", (50, 50), (255, 0, 0, 0))
     assert (preprocess_image(image) == 255).all()
 
 
-@settings(max_examples=60, deadline=None, database=None)  # no database: nothing is written into the project
+@settings(max_examples=60, deadline=None, database=None)  # no database: writes nothing into the project
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
 def test_pixels_are_those_of_transformers_at_any_size(processor, width, height):
     image = drawn("RGB", (width, height))
     np.testing.assert_array_equal(preprocess_image(image), expected(processor, image))
-
-
-def as_file(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def test_load_picture_takes_a_path_and_bytes(tmp_path):
@@ -116,7 +99,7 @@ def test_load_picture_takes_a_path_and_bytes(tmp_path):
         (8, Image.Transpose.ROTATE_270),
     ],
 )
-def test_a_picture_is_upright_by_its_exif_orientation(kind, orientation, stored_by):
+def test_exif_orientation_is_applied(kind, orientation, stored_by):
     upright = Image.new("RGB", (40, 60), "red")
     upright.paste("blue", (0, 0, 40, 20))
     stored = upright if stored_by is None else upright.transpose(stored_by)
@@ -124,18 +107,12 @@ def test_a_picture_is_upright_by_its_exif_orientation(kind, orientation, stored_
     exif[0x112] = orientation
     loaded = load_picture(as_file(stored, kind, exif=exif), "rotated")
     difference = loaded.int() - torch.from_numpy(preprocess_image(upright).astype(np.int32))
-    assert difference.abs().float().mean() < 3  # JPEG is not exact
+    assert difference.abs().float().mean() < 3  # JPEG is lossy
 
 
 def png_of_size(width, height):
-    """A PNG that is small on disk whatever it says its size is."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    rows = zlib.compress(b"\0" * min(height * (width + 1), 10**6))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    """Writes a grey PNG that is small on disk whatever size it claims."""
+    return png(width, height, 8, 0, b"\0" * min(height * (width + 1), 10**6))
 
 
 def replaced(data, position, value):
@@ -154,7 +131,7 @@ BROKEN = {
     "thin.png": (png_of_size(1, 100_000), "1 x 100000 pixels is too long and thin"),
     "wide.png": (png_of_size(2000, 1), "2000 x 1 pixels is too long and thin"),
     "no pixels.png": (png_of_size(0, 0), "."),
-    # The format is that of the bytes, whatever the name says, so Pillow's rarer decoders are reached too.
+    # The bytes decide the format, not the name, so Pillow's rarer decoders are reached too.
     "dds.jpg": (replaced(as_file(NOISE, "DDS"), 80, b"\0\0\0\0"), "known format"),
     "blp.jpg": (replaced(as_file(NOISE.quantize(), "BLP"), 8, b"\x09"), "known format"),
 }
@@ -198,7 +175,7 @@ FILES = [with_exif(kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF")] + [
 ]
 
 
-# Pillow warns of sizes and tags that a changed byte makes up; that is not what is tested here.
+# Pillow warns of the sizes and tags that a changed byte makes up.
 @pytest.mark.filterwarnings("ignore:::PIL")
 @settings(max_examples=200, deadline=None, database=None)
 @given(data=st.data())
@@ -221,7 +198,7 @@ def test_a_picture_error_survives_pickling():
     assert (str(error), error.name, error.reason) == ("a.jpg: no such file", "a.jpg", "no such file")
 
 
-def test_a_large_jpeg_is_decoded_at_part_of_its_size_and_looks_the_same(tmp_path):
+def test_a_large_jpeg_is_decoded_at_half_size_and_looks_the_same(tmp_path):
     columns, rows = np.meshgrid(np.linspace(0, 6, 1600), np.linspace(0, 4, 1200))
     waves = np.stack([np.sin(columns), np.cos(rows), np.sin(columns + rows)], axis=-1)
     picture = Image.fromarray((127 + 120 * waves).astype(np.uint8))
@@ -235,10 +212,8 @@ def test_a_large_jpeg_is_decoded_at_part_of_its_size_and_looks_the_same(tmp_path
 
 
 def grey(values, mode, kind) -> bytes:
-    """A grey picture's file, 14 x 14 pixels of 16 x 16 equal values each, so that resizing changes none of them."""
-    file = io.BytesIO()
-    Image.fromarray(np.kron(values, np.ones((16, 16))).astype(mode)).save(file, kind)
-    return file.getvalue()
+    """Writes a grey image of 14 x 14 blocks of 16 x 16 equal pixels, which resizing leaves unchanged."""
+    return as_file(Image.fromarray(np.kron(values, np.ones((16, 16))).astype(mode)), kind)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +228,7 @@ def grey(values, mode, kind) -> bytes:
     ],
 )
 def test_grey_of_any_depth_keeps_its_shades(mode, kind, scale):
-    """Held to arithmetic: Pillow itself would make all above 255 white."""
+    """Compared with arithmetic, as Pillow itself would make all above 255 white."""
     highest = {"uint8": 255, "uint16": 65535, "int32": 10**6, "float32": 1000}[mode]
     values = np.random.default_rng(0).integers(-highest if mode in ("int32", "float32") else 0, highest, (14, 14))
     pixels = load_picture(grey(values, mode, kind)).numpy()
@@ -262,7 +237,7 @@ def test_grey_of_any_depth_keeps_its_shades(mode, kind, scale):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_float_picture_that_is_not_finite_is_refused(value):
+def test_a_float_picture_with_nan_or_infinity_is_refused(value):
     values = np.zeros((14, 14))
     values[3, 4] = value
     with pytest.raises(PictureError, match="NaN or infinity"):
@@ -272,9 +247,7 @@ def test_a_float_picture_that_is_not_finite_is_refused(value):
 
 def test_a_picture_of_too_many_pixels_is_refused_unless_a_jpeg_is_reduced(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500 * 1500)
-    picture, png, jpeg = Image.new("RGB", (2000, 2000), "red"), io.BytesIO(), io.BytesIO()
-    picture.save(png, "PNG")
-    picture.save(jpeg, "JPEG")
+    picture = Image.new("RGB", (2000, 2000), "red")
     with pytest.raises(PictureError, match="2000 x 2000 pixels is too large"):
-        load_picture(png.getvalue())
-    assert load_picture(jpeg.getvalue()).shape == (3, 224, 224)
+        load_picture(as_file(picture, "PNG"))
+    assert load_picture(as_file(picture, "JPEG")).shape == (3, 224, 224)

@@ -1,4 +1,4 @@
-"""Which samples make up which batch, on any number of processes and after a stop."""
+"""Which samples make up which batch, on any number of ranks and after resuming."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def lengths_of(count):
 
 
 def all_batches(lengths, batch_size, accumulation_steps, world_size, start=(0, 0), **options):
-    """[step][micro step][rank] -> indices, as the ranks' own samplers give them."""
+    """Returns indices by [step][micro-batch][rank], from each rank's own sampler."""
     ranks = []
     for rank in range(world_size):
         sampler = BatchSampler(lengths, batch_size, accumulation_steps, rank=rank, world_size=world_size, **options)
@@ -24,7 +24,7 @@ def all_batches(lengths, batch_size, accumulation_steps, world_size, start=(0, 0
         assert len(sampler) == len(batches)
         assert len(batches) == accumulation_steps * len(list(sampler.steps()))
         ranks.append(batches)
-    assert len({len(batches) for batches in ranks}) == 1  # or one waits for the others forever
+    assert len({len(batches) for batches in ranks}) == 1  # otherwise one would wait forever
     micro_steps = [list(of_ranks) for of_ranks in zip(*ranks, strict=True)]
     return [micro_steps[i : i + accumulation_steps] for i in range(0, len(micro_steps), accumulation_steps)]
 
@@ -33,7 +33,7 @@ def flat(steps):
     return [index for step in steps for micro_step in step for batch in micro_step for index in batch]
 
 
-@settings(max_examples=60, deadline=None, database=None)  # no database: nothing is written into the project
+@settings(max_examples=60, deadline=None, database=None)  # no database: writes nothing into the project
 @given(count=st.integers(0, 5000), seed=st.integers(0, 2**32), epoch=st.integers(0, 100))
 def test_an_order_has_every_index_once(count, seed, epoch):
     lengths = lengths_of(count)
@@ -43,7 +43,7 @@ def test_an_order_has_every_index_once(count, seed, epoch):
 
 
 @pytest.mark.parametrize("lengths", [lengths_of(1000), np.full(1000, 300), np.arange(1000)], ids=["any", "one", "own"])
-def test_an_order_is_that_of_its_seed_and_epoch(lengths):
+def test_every_seed_and_epoch_has_its_own_order(lengths):
     orders = [epoch_order(lengths, seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
     for i, order in enumerate(orders):
         for other in orders[:i]:
@@ -52,7 +52,7 @@ def test_an_order_is_that_of_its_seed_and_epoch(lengths):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_a_step_is_the_next_stretch_of_the_order(world_size, accumulation_steps):
+def test_a_step_is_the_next_slice_of_the_order(world_size, accumulation_steps):
     lengths, batch_size = lengths_of(203), 4
     steps = all_batches(lengths, batch_size, accumulation_steps, world_size, epochs=2, seed=7)
     group = batch_size * accumulation_steps * world_size
@@ -65,7 +65,7 @@ def test_a_step_is_the_next_stretch_of_the_order(world_size, accumulation_steps)
         assert len(step) == accumulation_steps
         sizes = [len(batch) for micro_step in step for batch in micro_step]
         assert max(sizes) <= batch_size
-        assert max(sizes) - min(sizes) <= 1  # the uneven tail is divided evenly
+        assert max(sizes) - min(sizes) <= 1  # the last step is divided evenly
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -77,7 +77,7 @@ def test_a_step_is_the_next_stretch_of_the_order(world_size, accumulation_steps)
     epochs=st.integers(1, 3),
     data=st.data(),
 )
-def test_every_sample_once_an_epoch_and_a_resumed_run_goes_on_exactly(
+def test_every_sample_once_an_epoch_and_an_exact_resume(
     count, batch_size, accumulation_steps, world_size, epochs, data
 ):
     options = {"epochs": epochs, "seed": 3}
@@ -90,7 +90,7 @@ def test_every_sample_once_an_epoch_and_a_resumed_run_goes_on_exactly(
     assert len(positions) == len(steps)
     step = data.draw(st.integers(0, len(steps) - 1))
     assert all_batches(lengths, *sizes, start=positions[step], **options) == steps[step:]
-    # Even with other sizes: what was seen is not seen again, what was not seen is.
+    # With other sizes too, exactly the samples not yet seen follow.
     epoch, sample = positions[step]
     assert flat(all_batches(lengths, 5, 1, 2, start=(epoch, sample), **options)) == seen[epoch * count + sample :]
 
@@ -104,7 +104,7 @@ def test_steps_per_epoch():
     assert [BatchSampler(lengths_of(n), 4, 2, world_size=2).steps_per_epoch for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
 
 
-def test_fewer_samples_than_processes():
+def test_fewer_samples_than_ranks():
     [step] = all_batches(lengths_of(2), 1, 2, 4)
     assert sorted(flat([step])) == [0, 1]
     assert sum(len(batch) == 0 for micro_step in step for batch in micro_step) == 6
@@ -129,8 +129,8 @@ def dialogues_mostly_short(rng, count):
 
 @pytest.mark.parametrize("draw", [captions, dialogues_of_any_length, dialogues_mostly_short])
 @pytest.mark.parametrize("seed", range(2))
-def test_at_least_95_percent_of_a_batch_is_no_padding(draw, seed):
-    """Also with lengths rounded up to a multiple of 8; a plain shuffle gives less than 80 % at a batch of 256."""
+def test_at_most_5_percent_of_a_batch_is_padding(draw, seed):
+    """With lengths rounded up to a multiple of 8; a plain shuffle has over 20 % at a batch of 256."""
     lengths = draw(np.random.default_rng(seed), 20_000)
     shuffled = [lengths[i : i + 256] for i in range(0, len(lengths), 256)]
     assert lengths.sum() / sum(batch.max() * len(batch) for batch in shuffled) < 0.8
@@ -138,14 +138,12 @@ def test_at_least_95_percent_of_a_batch_is_no_padding(draw, seed):
         assert useful_share(lengths, batch_size) >= 0.95
 
 
-def test_small_files_are_shuffled_too():
-    """As many as fit into a batch: not in order of their length, and not in the same order every epoch."""
+def test_a_file_smaller_than_a_batch_is_shuffled_too():
     orders = {tuple(epoch_order(np.arange(12) * 50 + 200, 0, epoch)) for epoch in range(5)}
     assert len(orders) == 5
 
 
-def test_neighbours_change_from_epoch_to_epoch():
-    """A sample's batch is not the same every time, though every length is another."""
+def test_neighbours_change_even_if_all_lengths_differ():
     lengths = np.sort(dialogues_of_any_length(np.random.default_rng(0), 5000)) + np.linspace(0, 0.9, 5000)
     first, second = (list(BatchSampler(lengths, 16, seed=seed)) for seed in (1, 2))
     mates = {index: set(batch) for batch in first for index in batch}
@@ -154,7 +152,7 @@ def test_neighbours_change_from_epoch_to_epoch():
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows that are read a batch at a time, as VLMDataset's are."""
+    """Reads rows a batch at a time, as VLMDataset does."""
 
     def __len__(self):
         return 21

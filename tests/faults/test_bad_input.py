@@ -1,9 +1,8 @@
-"""What the person who typed the command did wrong ends in one message that helps, exit status 1, and nothing lost."""
+"""A user's mistake ends in one helpful message and exit status 1, and loses nothing."""
 
 import argparse
 import json
-import os
-import stat
+import shutil
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def out(world, tmp_path):
 
 
 def refused(world, out, *flags, script=PRETRAIN, **how):
-    """Runs with these flags after all that is needed (the last of a kind counts), and returns the message."""
+    """Runs with these flags after the required ones (the last of a kind counts) and returns the error message."""
 
     def kept() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix != ".txt"}
@@ -54,7 +53,7 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
         ("--max_seq_len", 100, ["26 of 26 rows cannot be learned from", "an image is cut off"]),
     ],
 )
-def test_a_flag_that_names_what_is_not_there(world, out, tmp_path, flag, value, parts):
+def test_a_flag_with_an_unusable_value(world, out, tmp_path, flag, value, parts):
     (tmp_path / "rows.csv").write_text("a,b\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "garbled.parquet").write_bytes(b"PAR1 and then nothing")
@@ -66,24 +65,14 @@ def test_a_flag_that_names_what_is_not_there(world, out, tmp_path, flag, value, 
         assert part in message, message
 
 
-def test_all_that_is_wrong_with_the_flags_is_said_at_once(world, out):
-    wrong = ["--epochs", 0, "--batch_size", -1, "--accumulation_steps", 0, "--learning_rate", "nan", "--grad_clip", -1]
-    wrong += [
-        "--num_workers",
-        -1,
-        "--save_interval",
-        0,
-        "--log_interval",
-        0,
-        "--save_weight",
-        "a/b",
-        "--max_seq_len",
-        1,
-    ]
+def test_all_wrong_flags_are_reported_at_once(world, out):
+    wrong = "--epochs 0 --batch_size -1 --accumulation_steps 0 --learning_rate nan --grad_clip -1 --num_workers -1"
+    wrong += " --save_interval 0 --log_interval 0 --save_weight a/b --max_seq_len 1"
+    wrong = wrong.split()
     message = refused(world, out, *wrong)
     for flag in wrong[::2]:
         assert f"\n{flag} " in message.replace("error: ", "\n"), (flag, message)
-    # With what is missing too.
+    # Together with missing files.
     missing = world.run(PRETRAIN, "--data_path", "rows.jsonl", "--epochs", 0, "--save_dir", out).refused()
     assert "--epochs 0" in missing
     assert "download.py" in missing
@@ -93,27 +82,16 @@ def test_a_shape_without_weights_that_no_model_can_have(world, out):
     assert "--hidden_size 100" in refused(world, out, "--from_weight", "none", "--hidden_size", 100)
 
 
-def test_a_flag_that_there_is_not_is_refused_with_the_usage(world, out):
-    result = world.run(PRETRAIN, "--learning_rat", "x")
-    assert result.code == 2
-    assert "--help shows all flags" in result.err
-    assert "Traceback" not in result.err
-
-
-def test_a_save_dir_that_cannot_be_written_to(world, out, tmp_path):
+def test_a_save_dir_that_is_a_file(world, out, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     start = ["--from_weight", out / "llm_32.pth"]
     assert "file cannot be written to" in refused(world, out, *start, "--save_dir", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "not a folder"
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    if not os.access(locked, os.W_OK):  # root may write anywhere
-        assert "locked cannot be written to" in refused(world, out, *start, "--save_dir", locked)
 
 
 def bad_rows() -> list[dict]:
-    """A hundred good rows, then one of each kind of bad one: from line 101 on."""
+    """Returns 100 good rows, short ones, then from line 101 on a bad one of each kind."""
+    text = {"conversations": [turn("user", "说。"), turn("assistant", "好。")]}
     good, asked = pretrain_row(0), [turn("user", "什么？\n<image>"), turn("assistant", "圆。")]
     bad = [
         good | {"image": "nowhere.jpg"},
@@ -123,14 +101,14 @@ def bad_rows() -> list[dict]:
         {"conversations": [turn("assistant", "圆。")], "image": ""},
         {"image": "0.jpg"},
     ]
-    return [pretrain_row(number) for number in range(100)] + bad
+    return [pretrain_row(0)] + [text] * 99 + bad
 
 
-def test_bad_rows_are_listed_and_refused_and_left_out_where_that_is_allowed(world, out, tmp_path):
+def test_bad_rows_are_listed_then_refused_or_left_out(world, out, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", bad_rows())
     with data.open("a", encoding="utf-8") as file:
         file.write("{this is not json\n")
-    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 50]
+    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 20]
     expected = {
         101: "no such picture: nowhere.jpg",
         102: "the picture's path leaves images_path",
@@ -146,23 +124,21 @@ def test_bad_rows_are_listed_and_refused_and_left_out_where_that_is_allowed(worl
         assert "--max_bad_rows" in message
         for line, reason in expected.items():
             assert f"line {line}: {reason}" in message
-    result = world.run(
-        PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7, "--eval_data", "none"
-    ).passed()
+    result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7).passed()
     assert "They are left out." in result.out
-    assert ": 100 rows, 100 pictures" in result.out
+    assert ": 100 rows, 1 pictures" in result.out
     report = (out / "pretrain_vlm_32.bad_rows.txt").read_text(encoding="utf-8")
     assert all(f"line {line}: {reason}" in report for line, reason in expected.items())
 
 
-def test_one_percent_of_bad_rows_is_left_out_unasked(world, out, tmp_path):
+def test_one_percent_of_bad_rows_is_left_out_by_default(world, out, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", bad_rows()[:101])
-    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 100]
+    flags = ["--data_path", data, "--epochs", 1, "--batch_size", 20]
     result = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed()
     assert "line 101: no such picture: nowhere.jpg" in result.out
 
 
-def test_long_reports_are_cut_in_the_terminal_and_whole_in_the_file(world, out, tmp_path):
+def test_a_long_report_is_cut_in_the_terminal_only(world, out, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"conversations": []} for _ in range(30)])
     message = refused(world, out, "--data_path", data)
     assert message.count("  line ") == 20
@@ -170,7 +146,7 @@ def test_long_reports_are_cut_in_the_terminal_and_whole_in_the_file(world, out, 
     assert (out / "pretrain_vlm_32.bad_rows.txt").read_text(encoding="utf-8").count("  line ") == 30
 
 
-def test_with_two_processes_a_mistake_is_said_once_and_nobody_waits(world, out):
+def test_with_two_ranks_a_mistake_is_reported_once_and_neither_hangs(world, out):
     world.run(PRETRAIN, *world.files("pretrain", out), "--data_path", "nowhere.jsonl", ranks=2).refused("nowhere.jsonl")
     world.run(SFT, *world.files("sft", out), "--max_seq_len", 400, "--from_weight", "llm", ranks=2).refused(
         "5 of 25 rows"
@@ -187,7 +163,7 @@ def test_devices_that_are_not_there(monkeypatch):
     assert pick_device("cuda:1", 0, 1) == torch.device("cuda", 1)
     with pytest.raises(UsageError, match=r"3 GPU\(s\) are asked for, but there are 2"):
         pick_device("cuda:2", 0, 1)
-    # Four processes on one machine with two GPUs: each of them must find it, not the third and fourth alone.
+    # Four ranks on one machine with two GPUs: all four must raise, not just the third and fourth.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for local_rank in range(4):
         with pytest.raises(UsageError, match=r"4 GPU\(s\) are asked for, but there are 2"):
@@ -198,7 +174,7 @@ def test_devices_that_are_not_there(monkeypatch):
 
 
 class Place:
-    """A project folder in which some of the published files are there."""
+    """A project folder with some of the published files."""
 
     def __init__(self, root, monkeypatch):
         self.root = root
@@ -231,18 +207,18 @@ PUBLISHED_TOKENIZER = "model/tokenizer_minimind2/tokenizer.json"
 DATA = ("dataset/pretrain_data.jsonl", "dataset/pretrain_images")
 
 
-def test_where_nothing_is_there_the_built_in_set_is_used(place):
+def test_without_published_files_the_built_in_set_is_used(place):
     args = place.choose()
     assert args.assets == "built-in"
     assert args.vision_model_path == assets.BUILTIN_TOWER_DIR
     assert args.tokenizer_path == assets.BUILTIN_TOKENIZER_DIR
     assert args.data_path == assets.BUILTIN_DATASET_DIR / "pretrain.jsonl"
     assert place.choose("sft", "pretrain_vlm").data_path.name == "sft.jsonl"
-    # What an earlier run on the built-in set left is none of the published files.
+    # Weights of an earlier run on the built-in set do not count as published files.
     assert place.has("out/pretrain_vlm_128.pth").choose("sft", "pretrain_vlm").assets == "built-in"
 
 
-def test_where_all_is_there_it_is_used(place):
+def test_published_files_are_used_if_complete(place):
     args = place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_768.pth").choose()
     assert args.assets == "published"
     assert args.vision_model_path == (place.root / TOWER).parent
@@ -265,7 +241,7 @@ def test_parquet_needs_no_folder_of_pictures(place):
         (["out/llm_512.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
         (["out/llm_768.pth"], ["vision tower", "tokenizer", "data", "pictures"]),
         ([DATA[0], TOWER, PUBLISHED_TOKENIZER, "out/llm_512.pth"], ["pictures"]),
-        # Folders that a download left when it was stopped.
+        # Folders of an interrupted download.
         (
             ["model/vision_model/clip-vit-base-patch16/config.json", PUBLISHED_TOKENIZER, *DATA],
             ["vision tower", "language model"],
@@ -273,7 +249,7 @@ def test_parquet_needs_no_folder_of_pictures(place):
         (["model/tokenizer_minimind2", TOWER, *DATA, "out/llm_512.pth"], ["tokenizer"]),
     ],
 )
-def test_where_some_is_there_and_some_not_it_says_what_is_missing_and_how_to_get_it(place, there, missing):
+def test_missing_published_files_are_listed_with_their_download(place, there, missing):
     commands = {
         "vision tower": ("clip-vit-base-patch16", "python scripts/download.py tower"),
         "tokenizer": ("tokenizer_minimind2", "python scripts/download.py tokenizer"),
@@ -291,20 +267,19 @@ def test_where_some_is_there_and_some_not_it_says_what_is_missing_and_how_to_get
         assert f"({command})" in line
 
 
-def test_the_built_in_set_is_not_mixed_with_paths_of_ones_own(place):
+def test_the_built_in_set_is_not_mixed_with_own_paths(place):
     for flags in ({"images_path": place.root}, {"tokenizer_path": place.root}, {"hidden_size": 768}):
-        with pytest.raises(UsageError, match=r"download\.py tower"):
+        with pytest.raises(UsageError, match=r"download\.py tower") as error:
             place.choose(**flags)
-    with pytest.raises(UsageError, match="--hidden_size 768"):
-        place.choose(hidden_size=768)
+    assert "--hidden_size 768" in str(error.value)
 
 
-def test_data_of_ones_own_is_learned_by_the_model_that_is_there(place):
+def test_own_data_trains_whichever_model_is_there(place):
     mine = place.root / "mine" / "rows.jsonl"
     args = place.choose(data_path=mine)  # nothing downloaded
     assert (args.assets, args.vision_model_path) == ("built-in", assets.BUILTIN_TOWER_DIR)
     assert (args.data_path, args.images_path, args.eval_data) == (mine, mine.parent, None)
-    # The newest weights of the name say whose tower and tokenizer they need, whatever was downloaded.
+    # The newest weights of that name decide on tower and tokenizer, whatever was downloaded.
     place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_512.pth", "out/sft_vlm_128.pth")
     (place.root / "out/sft_vlm_128.json").write_text('{"assets": "built-in"}')
     assert place.choose(data_path=mine).assets == "published"
@@ -329,7 +304,7 @@ def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):
         place.choose()
 
 
-def test_eval_says_all_that_is_wrong_with_its_flags(world, out):
+def test_eval_reports_all_wrong_flags_at_once(world, out):
     wrong = ["--max_new_tokens", 0, "--temperature", -1, "--top_p", 2, "--image", "a.jpg", "--image_dir", "b"]
     world.run(EVAL, *world.eval_files(out), *wrong).refused(
         "--max_new_tokens 0", "--temperature -1", "--top_p 2", "--image and"
@@ -337,10 +312,7 @@ def test_eval_says_all_that_is_wrong_with_its_flags(world, out):
 
 
 def test_a_garbled_tokenizer_is_refused(world, out, tmp_path):
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((world.tokenizer / name).read_bytes())
+    folder = shutil.copytree(world.tokenizer, tmp_path / "tokenizer")
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     for content in ('{"model"', json.dumps(whole | {"model": whole["model"] | {"vocab": {"a": 1}, "merges": []}})):
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")

@@ -1,14 +1,15 @@
-"""What goes wrong while training: signals, full disks, losses that are not finite, processes that are gone."""
+"""What goes wrong while training: signals, full disks, non-finite losses, lost ranks."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl
+from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl, write_jsonl
 
 from common.files import lock
 
@@ -16,7 +17,7 @@ pytest_plugins = ["tiny"]
 
 STEPS = 14  # two epochs of 25 rows in steps of 4
 FLAGS = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 4, "--learning_rate", 1e-3, "--log_interval", 1]
-# Does something in the N-th forward pass.
+# Executes `what` after a forward pass; `calls` counts them.
 AT_FORWARD = """
 import functools, os, signal, sys, threading, time, torch, model.model_vlm
 forward, calls = model.model_vlm.MiniMindVLM.forward, []
@@ -72,7 +73,7 @@ def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed, n
     assert losses(out) == losses(undisturbed)
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp_path):
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     hook = AT_FORWARD.format(what=SIGNALLED.format(call=5, rank=1, name="SIGTERM"))
     stopped = run(world, out, "--batch_size", 2, ranks=2, hook=hook)
@@ -83,7 +84,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp
     assert len(losses(out)) == STEPS
 
 
-def test_a_second_signal_leaves_at_once(world, tmp_path):
+def test_a_second_signal_exits_immediately(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     again = "threading.Timer(2.3, os.kill, (os.getpid(), signal.SIGINT)).start()"
     what = f"if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM); {again}; time.sleep(60)"
@@ -95,21 +96,20 @@ def test_a_second_signal_leaves_at_once(world, tmp_path):
     assert load(out / "sft_vlm_32_resume.pth")["step"] == 4
 
 
-def test_ctrl_c_before_the_first_step_is_no_traceback(world, tmp_path):
+def test_ctrl_c_before_the_first_step_prints_no_traceback(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     hook = "import trainer.setup\ndef interrupt(*a): raise KeyboardInterrupt\ntrainer.setup.load_data = interrupt"
     stopped = run(world, out, hook=hook)
     assert (stopped.code, stopped.err) == (130, "interrupted\n")
 
 
-def test_it_is_saved_after_so_many_minutes(world, tmp_path):
+def test_save_minutes(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    what = "if len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)"
-    flags = ["--save_interval", 1000, "--save_minutes", 0.00001]
-    assert run(world, out, *flags, hook=AT_FORWARD.format(what=what)).code == -9
-    assert load(out / "sft_vlm_32_resume.pth")["step"] == 4
-    hook = AT_FORWARD.format(what=what)
-    assert run(world, out, "--save_interval", 1000, "--save_minutes", 5, "--save_weight", "later", hook=hook).code == -9
+    hook = AT_FORWARD.format(what="if len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)")
+    for name, minutes in (("soon", 0.00001), ("later", 5)):
+        flags = ["--save_interval", 1000, "--save_minutes", minutes, "--save_weight", name]
+        assert run(world, out, *flags, hook=hook).code == -9
+    assert load(out / "soon_32_resume.pth")["step"] == 4
     assert not list(out.glob("later*pth"))
 
 
@@ -125,9 +125,9 @@ os.fsync = full
 """
 
 
-def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path, undisturbed):
+def test_training_goes_on_after_a_failed_save(world, tmp_path, undisturbed):
     out = world.copy_of_out(tmp_path / "out")
-    # Each save of three files flushes them and, three times, their folder; two flushes are of metrics.jsonl before it.
+    # Each save flushes three files and three times their folder, after two flushes of metrics.jsonl.
     done = run(world, out, "--save_interval", 3, hook=FULL_DISK.format(fails=range(9, 12))).passed()
     assert "warning: step 6 could not be saved, training continues: " in done.out
     assert "cannot be written: No space left on device" in done.out
@@ -135,22 +135,22 @@ def test_a_save_that_fails_is_told_and_training_goes_on(world, tmp_path, undistu
     assert not any(path.suffix == ".tmp" for path in out.iterdir())
 
 
-def test_a_last_save_that_fails_ends_in_an_error_and_keeps_the_one_before(world, tmp_path):
-    """The limit on a file's size is what a full disk is to these files: real, and raised by the kernel."""
+def test_a_failed_last_save_is_an_error_and_keeps_the_one_before(world, tmp_path):
+    """A limit on the file size stands for a full disk: the kernel raises it."""
     out = world.copy_of_out(tmp_path / "out")
     run(world, out, "--epochs", 1).passed()
     before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))"
     failed = run(world, out, "--cache_vision", "off", "--from_resume", 1, hook=limit)
     failed.refused("cannot be written: File too large")
-    assert failed.out.count("could not be saved, training continues") == 0  # the one at the end is the only one
+    assert failed.out.count("could not be saved, training continues") == 0
     after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
     run(world, out, "--from_resume", 1).passed()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_bad_step_is_skipped_counted_and_told(world, tmp_path, value):
+def test_a_bad_step_is_skipped_and_counted(world, tmp_path, value):
     out = world.copy_of_out(tmp_path / "out")
     done = run(world, out, hook=AT_FORWARD.format(what=SPOILED.format(calls=[1, 6], value=value))).passed()
     assert "by step 1 the loss or the gradient was not finite in 1 step(s) more: skipped" in done.out
@@ -166,7 +166,7 @@ def test_a_bad_step_is_skipped_counted_and_told(world, tmp_path, value):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_bad_step_of_one_process_is_skipped_by_both(world, tmp_path):
+def test_a_bad_step_of_one_rank_is_skipped_by_both(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     what = "if len(calls) == 2 and os.environ['RANK'] == '1': output.loss = output.loss * float('nan')"
     run(world, out, "--batch_size", 2, ranks=2, hook=AT_FORWARD.format(what=what)).passed()
@@ -174,7 +174,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_both(world, tmp_path):
     assert all(bool(torch.isfinite(tensor).all()) for tensor in load(out / "sft_vlm_32.pth").values())
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(world, tmp_path):
+def test_ten_bad_steps_in_a_row_are_an_error(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     spoiled = SPOILED.format(calls=range(4, 99), value="nan")
     ended = run(world, out, "--save_interval", 3, hook=AT_FORWARD.format(what=spoiled))
@@ -182,23 +182,20 @@ def test_ten_bad_steps_in_a_row_end_the_run(world, tmp_path):
     assert all(bool(torch.isfinite(tensor).all()) for tensor in load(out / "sft_vlm_32.pth").values())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_of_gloo_give_the_losses_of_one_process(world, tmp_path, undisturbed, ranks):
-    """25 rows, a fifth of them without a picture, in steps of 4: the last step has one row, so others have none."""
+def test_four_ranks_give_the_losses_of_one(world, tmp_path, undisturbed):
+    """25 rows, a fifth of them without an image, in steps of 4: in the last step three ranks have no row."""
     out = world.copy_of_out(tmp_path / "out")
-    run(world, out, "--batch_size", 4 // ranks, ranks=ranks).passed()
+    run(world, out, "--batch_size", 1, ranks=4).passed()
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
-def test_a_rank_with_nothing_to_learn_gives_the_losses_of_one_process(world, tmp_path):
-    """A broken picture leaves its rank an empty batch: of two rows a step, a rank has one."""
+def test_a_rank_with_only_a_broken_picture_gives_the_losses_of_one(world, tmp_path):
+    """Steps of two rows, one per rank: a broken image leaves its rank an empty batch."""
     rows = [row for row in read_jsonl(world.root / "sft.jsonl") if "," not in row.get("image", "")][:9]
-    bad = tmp_path / "images"
-    bad.mkdir()
-    for path in world.images.iterdir():
-        (bad / path.name).write_bytes(path.read_bytes() if path.name not in ("2.jpg", "4.jpg") else b"no picture")
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    bad = shutil.copytree(world.images, tmp_path / "images")
+    for name in ("2.jpg", "4.jpg"):
+        (bad / name).write_bytes(b"no picture")
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = []
     for ranks in (1, 2):
         out = world.copy_of_out(tmp_path / f"out_{ranks}")
@@ -210,7 +207,7 @@ def test_a_rank_with_nothing_to_learn_gives_the_losses_of_one_process(world, tmp
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-# Under torchrun: a script that does something to itself, then is the training script.
+# A script for torchrun: runs the hook on rank 1 (unless restarted), then the training script.
 WRAPPED = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
@@ -234,33 +231,26 @@ def torchrun(*flags) -> list[str]:
 
 
 def started(world, cwd, *command) -> subprocess.Popen:
-    """Starts it at the head of a process group of its own, as a terminal does."""
+    """Starts a command in a process group of its own, as a terminal does."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], env=world.environment, cwd=cwd, start_new_session=True, **pipes)
 
 
-def test_torchrun_goes_on_by_itself_after_a_killed_rank(world, tmp_path):
+def test_torchrun_restarts_and_resumes_after_a_killed_rank(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)")
     flags = ["--epochs", 2, "--batch_size", 2, "--save_interval", 2, "--log_interval", 1, "--from_resume", 1]
     command = ["--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", 1, script]
-    done = subprocess.run(
-        [*torchrun(*command), *world.files("pretrain", out), *map(str, flags)],
-        env=world.environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "so this run starts from the beginning" in done.stdout
-    assert "resumes      after step 4, 10 to go" in done.stdout
-    assert "another process of this run has ended or does not answer" in done.stderr
+    command = ["-m", "torch.distributed.run", *command, *world.files("pretrain", out), *flags]
+    done = world.start(*command, cwd=tmp_path).passed()
+    assert "so this run starts from the beginning" in done.out
+    assert "resumes      after step 4, 10 to go" in done.out
+    assert "another process of this run has ended or does not answer" in done.err
     assert [row["step"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == list(range(1, 15))
 
 
 def test_ctrl_c_to_torchrun_saves(world, tmp_path):
-    """It reaches the whole group: torchrun, which sends its processes a signal of its own, and the processes."""
+    """Ctrl-C reaches the whole group: torchrun, which signals its ranks too, and the ranks."""
     out = world.copy_of_out(tmp_path / "out")
     what = "if len(calls) == 5: os.killpg(0, signal.SIGINT)"
     script = wrapped(world, tmp_path, SFT, what)
@@ -276,7 +266,7 @@ def test_ctrl_c_to_torchrun_saves(world, tmp_path):
 
 
 def two_agents(world, tmp_path, out, script, *flags) -> list[subprocess.Popen]:
-    """Two torchrun agents that meet at an address, as on two machines."""
+    """Starts two torchrun agents that rendezvous at a port, as on two machines."""
     port = free_port()
     meeting = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "tiny"]
     meeting += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
@@ -296,11 +286,11 @@ def test_two_agents_train_together(world, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_path):
-    """Stopped, not killed: its connection stays open, as that of a machine that lost its power."""
+def test_a_silent_peer_ends_the_run_within_the_timeout(world, tmp_path):
+    """Stopped, not killed: its connection stays open, as when a machine loses power."""
     out = world.copy_of_out(tmp_path / "out")
     script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 3: os.kill(os.getpid(), signal.SIGSTOP)")
-    # Which of the two agents has rank 1 is theirs to say; the timeout is 6 seconds.
+    # Either agent may get rank 1.
     agents = two_agents(world, tmp_path, out, script, "--epochs", 2, "--batch_size", 2, "--timeout_minutes", 0.1)
     since = time.monotonic()
     try:
@@ -312,15 +302,15 @@ def test_a_peer_that_does_not_answer_ends_the_run_within_the_timeout(world, tmp_
         assert "error (process 0): another process of this run has ended or does not answer" in said
         assert "--from_resume 1 resumes from there" in said
     finally:
-        # The training processes lead groups of their own.
+        # The ranks are in groups of their own.
         subprocess.run(["pkill", "-9", "-f", str(script)], check=False)
         for agent in agents:
             agent.communicate(timeout=10)
 
 
-def test_two_runs_of_one_name_do_not_write_the_same_files(world, tmp_path):
+def test_a_second_run_of_the_same_name_is_refused(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    held = lock(out / "sft_vlm_32")  # as another run of that name does
+    held = lock(out / "sft_vlm_32")
     run(world, out).refused(f"process {os.getpid()} is training sft_vlm_32", "--save_weight or --save_dir")
     run(world, out, "--save_weight", "other").passed()
     held.close()
@@ -329,7 +319,7 @@ def test_two_runs_of_one_name_do_not_write_the_same_files(world, tmp_path):
 
 def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    dead, alive = 2**22 + 1, os.getpid()  # no process has a number above 2**22
+    dead, alive = 2**22 + 1, os.getpid()  # process ids end at 2**22
     leftovers = [f".sft_vlm_32.pth.{dead}.tmp", f".sft_vlm_32.json.{dead}.tmp", f".sft_vlm_32_moe.pth.{dead}.tmp"]
     leftovers += [f".sft_vlm_32.pth.{alive}.tmp", ".sft_vlm_32.pth.my.tmp"]
     for name in leftovers:
@@ -339,8 +329,8 @@ def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["full disk", "lost reader"])
-def test_output_that_cannot_be_written_ends_no_run(world, tmp_path, undisturbed, where):
-    """As `train >/dev/full` and `train | head -1`; the note about it goes to what is left."""
+def test_training_goes_on_if_stdout_cannot_be_written(world, tmp_path, undisturbed, where):
+    """As `train >/dev/full` and `train | head -1`; the note goes to stderr."""
     out = world.copy_of_out(tmp_path / "out")
     command = [sys.executable, "-W", "ignore", SFT, *world.files("sft", out), *FLAGS]
     with open("/dev/full" if where == "full disk" else os.devnull, "w") as target:
@@ -358,11 +348,10 @@ def test_output_that_cannot_be_written_ends_no_run(world, tmp_path, undisturbed,
     assert losses(out) == losses(undisturbed)
 
 
-def test_where_every_picture_is_broken_nothing_is_saved_and_that_is_an_error(world, tmp_path):
-    out, images = world.copy_of_out(tmp_path / "out"), tmp_path / "images"
-    images.mkdir()
-    for path in world.images.iterdir():
-        (images / path.name).write_bytes(b"no picture")
+def test_if_every_picture_is_broken_nothing_is_saved_and_it_is_an_error(world, tmp_path):
+    out, images = world.copy_of_out(tmp_path / "out"), shutil.copytree(world.images, tmp_path / "images")
+    for path in images.iterdir():
+        path.write_bytes(b"no picture")
     result = world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--images_path", images)
     result.refused("nothing was learned in ", "pictures so far can be read", "--pictures says why")
     assert not list(out.glob("pretrain_vlm_32*.pth"))

@@ -1,4 +1,4 @@
-"""Twenty steps with every technique on are twenty steps of a training loop as it is first written."""
+"""Twenty training steps with every technique on give the losses of a naive training loop."""
 
 import math
 import shutil
@@ -22,7 +22,7 @@ FLAGS += ["--max_seq_len", MAX_LENGTH, "--from_weight", "llm"]
 
 
 class PlainLoop:
-    """Everything padded to max_seq_len, a tower call per picture through transformers' image processor, all logits."""
+    """Pads to max_seq_len, calls the tower per image after transformers' processor, computes all logits."""
 
     def __init__(self, world, stage: str):
         self.images = world.images
@@ -42,7 +42,7 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(self.learned, lr=RATE, foreach=False)
 
     def embedded(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A row's (max_seq_len, D) embeddings with its pictures in, and its labels."""
+        """Returns a row's (max_seq_len, D) embeddings, images included, and its labels."""
         row, chat = self.rows[index], self.chats[index]
         assert len(chat.input_ids) <= MAX_LENGTH
         input_ids, labels = torch.zeros(MAX_LENGTH, dtype=torch.int64), torch.full((MAX_LENGTH,), -100)
@@ -68,7 +68,7 @@ class PlainLoop:
                 logits = self.model(inputs_embeds=embeds).logits
                 loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
                 losses.append(loss.item())
-                # To zero, not to nothing: a step without a picture is a step for the projection too.
+                # Zero, not None: a step without an image still applies moments and weight decay to the projection.
                 self.optimizer.zero_grad(set_to_none=False)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
@@ -82,7 +82,7 @@ class PlainLoop:
 
 @pytest.mark.parametrize(("stage", "script"), [("pretrain", PRETRAIN), ("sft", SFT)])
 def test_twenty_steps(world, tmp_path, stage, script):
-    """1e-4: features kept in float16 (2 ** -11), sums in another order, and twenty steps for both to grow."""
+    """Within 1e-4: features cached in float16 (2 ** -11) and another order of sums, over twenty steps."""
     out = world.copy_of_out(tmp_path / "out")
     techniques = ["--cache_vision", tmp_path / "features", "--num_workers", 1]
     techniques += ["--compile", int(shutil.which("g++") is not None)]
@@ -91,4 +91,4 @@ def test_twenty_steps(world, tmp_path, stage, script):
     expected = PlainLoop(world, stage).losses()
     assert len(found) == len(expected) >= 20
     assert found == pytest.approx(expected, rel=1e-4)
-    assert len({round(loss, 3) for loss in expected}) > 10  # they move
+    assert len({round(loss, 3) for loss in expected}) > 10  # the weights do move

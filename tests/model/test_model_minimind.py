@@ -1,4 +1,4 @@
-"""The decoder: against recorded figures, against plain mathematics, with and without its cache, and its loss."""
+"""The decoder: recorded logits, plain mathematics, the cache, attention, experts, and the loss."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.model_minimind import CACHE_NAME, MiniMindConfig, MiniMindForCausalLM, rotary_frequencies
 
-# So that of a head's 8 pairs two keep their frequency, three are blended and three are stretched.
+# Of a head's 8 pairs two keep their frequency, three are blended and three are stretched.
 YARN = {"hidden_size": 64, "rope_theta": 100.0, "inference_rope_scaling": True, "yarn_factor": 4.0}
 YARN |= {"original_max_position_embeddings": 64, "yarn_beta_fast": 2.0, "yarn_beta_slow": 1.0}
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -20,7 +20,7 @@ PROMPTS = [[1, 50, 60, 70, 80, 2, 9], [1, 5], [1, 77, 30, 4], [1]]
 
 
 def tiny_model(**shape) -> MiniMindForCausalLM:
-    """Two layers of width 32, far from ties between tokens; it never ends by itself."""
+    """Makes two layers of width 32, without near-ties between tokens; generation never stops early."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128} | shape
     model = MiniMindForCausalLM(MiniMindConfig(eos_token_id=127, **shape)).eval()
@@ -77,8 +77,8 @@ def test_equals_plain_mathematics(any_model):
         torch.testing.assert_close(logits[sample].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_yarn_changes_the_logits_and_plain_yarn_is_transformers_own():
-    """Guards the comparison above: at these settings YaRN is not a no-op, and its plain form is not mine alone."""
+def test_yarn_changes_the_logits_and_plain_yarn_equals_transformers():
+    """Guards the test above: YaRN is not a no-op here, and the plain form is right."""
     ids, stretched = random_ids(1, 40), tiny_model(**YARN)
     plain = tiny_model(hidden_size=64, rope_theta=100.0)
     assert (stretched(ids).logits - plain(ids).logits).abs().max() > 0.1
@@ -117,7 +117,7 @@ def test_half_precision_keeps_exact_angles(dense, tmp_path):
     assert torch.equal(loaded.model.rotary_frequencies, exact)
 
 
-def test_saved_model_is_the_same_model(any_model, tmp_path):
+def test_a_saved_model_loads_as_the_same(any_model, tmp_path):
     any_model.save_pretrained(tmp_path)
     loaded = MiniMindForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(random_ids(1, 9)).logits, any_model(random_ids(1, 9)).logits)
@@ -136,7 +136,7 @@ def test_shape_that_does_not_divide_is_refused(shape, words):
 def test_parameter_counts(hidden_size, layers, millions):
     with torch.device("meta"):
         model = MiniMindForCausalLM(MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=layers))
-    # Without memory not every release ties the head to the embedding, so it is left out by its name.
+    # Not every release ties the head to the embedding on the meta device, so it is skipped by name.
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name != "lm_head.weight"}
     assert sum(sizes.values()) / 1e6 == pytest.approx(millions, abs=0.005)
 
@@ -167,7 +167,7 @@ def test_a_left_padded_batch_is_one_by_one(any_model, how):
 
 
 def test_prompt_lookup_gives_the_same(any_model):
-    """Several candidate tokens at once go into the filled cache, and wrong ones are taken out again."""
+    """Several candidate tokens enter the filled cache at once; wrong ones are removed again."""
     for prompt in PROMPTS:
         ids = torch.tensor([prompt * 3])
         expected = any_model.generate(ids, eos_token_id=0, **GREEDY)
@@ -183,8 +183,8 @@ def test_left_pads_do_not_change_the_logits(any_model):
         torch.testing.assert_close(row[-len(prompt) :], any_model(torch.tensor([prompt])).logits[0])
 
 
-def test_pads_between_a_prompt_and_what_follows_it_do_not_count(any_model):
-    """As where a batch padded at the right fills the cache, and each of its conversations goes on."""
+def test_pads_in_the_middle_do_not_count(any_model):
+    """As when a right-padded batch fills the cache and its conversations continue."""
     with_pads, mask = torch.tensor([[1, 50, 60, 0, 0, 70, 80]]), torch.tensor([[1, 1, 1, 0, 0, 1, 1]])
     expected = any_model(with_pads[mask.bool()][None]).logits[0]
     torch.testing.assert_close(any_model(with_pads, attention_mask=mask).logits[mask.bool()], expected)
@@ -217,13 +217,6 @@ def test_use_cache_makes_a_cache_and_training_makes_none(dense):
     first = dense(ids, use_cache=True)
     assert first[CACHE_NAME].get_seq_length() == 6
     assert CACHE_NAME not in dense(ids)
-
-
-def test_a_conversation_goes_on_from_its_cache(any_model):
-    first = any_model.generate(torch.tensor([PROMPTS[0]]), return_dict_in_generate=True, **GREEDY)
-    longer = torch.cat((first.sequences, torch.tensor([[5, 6, 7, 8]])), dim=1)
-    continued = any_model.generate(longer, **{CACHE_NAME: first[CACHE_NAME]}, **GREEDY)
-    assert continued.tolist() == any_model.generate(longer, **GREEDY).tolist()
 
 
 def test_a_fresh_output_per_forward(dense):
@@ -259,7 +252,7 @@ def attention_calls(monkeypatch):
 
 def test_keys_are_not_repeated_and_causal_needs_no_mask(dense, attention_calls):
     ids = random_ids(2, 12)
-    ids[1, 8:] = 0  # pads at the right, as in training
+    ids[1, 8:] = 0  # right-padded, as in training
     for attention_mask in (None, torch.ones_like(ids)):
         attention_calls.clear()
         dense(ids, attention_mask=attention_mask, labels=ids)
@@ -298,11 +291,11 @@ def test_balancing_loss_is_per_sequence_and_without_pads():
         each.append(balance)
     assert len({round(balance, 3) for balance in each}) == 3
     assert float(output.aux_loss) == pytest.approx(sum(each) / 3, rel=1e-4)
-    # With nothing else to learn the balancing loss is all of the loss.
+    # With no learned tokens the loss is the balancing loss alone.
     assert float(output.loss) == pytest.approx(float(output.aux_loss))
-    # The learned tokens of several batches are summed, which a mean over samples does not go with.
+    # num_items_in_batch sums over tokens, which does not mix with a mean over samples.
     assert float(model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=9).loss) == 0
-    # A sample's own balance does not depend on the pads that its neighbours bring.
+    # A sample's balancing loss does not depend on its padding.
     for row, length, balance in zip(ids, (14, 9, 3), each, strict=True):
         assert float(model(row[None, :length]).aux_loss) == pytest.approx(balance, rel=1e-4)
 
@@ -329,7 +322,7 @@ def test_experts_under_bfloat16_autocast_stay_near_float32():
 
 
 def labelled(ids):
-    """Labels with learned stretches, pads and a sample without anything learned."""
+    """Returns labels with learned spans, pads, and a sample with nothing learned."""
     labels = ids.clone()
     labels[:, :4] = -100
     labels[0, 9:] = -100
@@ -353,7 +346,7 @@ def test_learned_positions_give_the_loss_and_gradient_of_labels(dense, num_items
     mean = plain_model.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().tolist())
     expected = mean if num_items is None else mean * learned / float(num_items)
     positions = (labels.flatten() != -100).nonzero().flatten()
-    padded = torch.cat((positions, torch.tensor([0, 1, 2])))  # -100 there: counts for nothing
+    padded = torch.cat((positions, torch.tensor([0, 1, 2])))  # -100 there: ignored
     common = {"input_ids": ids, "labels": labels, "num_items_in_batch": num_items}
     loss, grads = gradients(dense, **common)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -367,7 +360,7 @@ def test_learned_positions_give_the_loss_and_gradient_of_labels(dense, num_items
 
 
 def test_a_first_token_is_never_learned(dense):
-    """Nothing stands before it; and the last token of the sample above it must not be taken for that."""
+    """Nothing precedes it, and the last token of the previous sample must not be used instead."""
     ids = random_ids(3, 6)
     everywhere = torch.arange(ids.numel())
     by_labels, grads = gradients(dense, input_ids=ids, labels=ids)
@@ -388,7 +381,7 @@ def test_nothing_learned_is_zero_and_not_nan(dense, by_position, num_items):
     assert all((gradient == 0).all() for gradient in grads.values())
 
 
-def test_uniform_guessing_costs_the_logarithm_of_the_vocabulary():
+def test_the_loss_of_uniform_guessing_is_log_vocabulary():
     model, ids = tiny_model(), random_ids(2, 9)
     torch.nn.init.zeros_(model.lm_head.weight)
     assert float(model(ids, labels=ids).loss.detach()) == pytest.approx(math.log(128), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Pictures in text: where they land, what is refused, and that learning from them waits for no device."""
+"""Images in text: where they land, what is refused, and training without GPU syncs."""
 
 import plain_model
 import pytest
@@ -16,7 +16,7 @@ def vlm():
 
 
 def spliced(model, **inputs) -> torch.Tensor:
-    """The embeddings (B, L, D) that the decoder got."""
+    """Returns the embeddings (B, L, D) that the decoder gets."""
     seen = []
     hook = model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -26,7 +26,7 @@ def spliced(model, **inputs) -> torch.Tensor:
 
 
 def plain_splice(model, prompts, pixel_values) -> list[torch.Tensor]:
-    """Each sample's embeddings (L, D) by a plain loop over its images, float64."""
+    """Returns each sample's float64 embeddings (L, D), by a plain loop over its images."""
     weight, bias = (tensor.double() for tensor in model.vision_proj.vision_proj[0].parameters())
     with torch.no_grad():
         projected = [model.encode_images(picture[None])[0].double() @ weight.T + bias for picture in pixel_values]
@@ -79,15 +79,6 @@ def test_splice_is_the_plain_loops(vlm, given_starts):
     assert_spliced(vlm, PROMPTS, spliced(vlm, **inputs, pixel_values=pixel_values), pixel_values)
 
 
-def test_a_users_own_placeholder_beside_an_image_is_told_apart_by_image_starts(vlm):
-    prompts = [prompt([1, AT], IMAGE, [5]), prompt([1], IMAGE, [AT, AT], IMAGE, [AT, 5]), prompt([AT], IMAGE, IMAGE)]
-    pixel_values = pictures(5)
-    assert_spliced(vlm, prompts, spliced(vlm, **batch(prompts), pixel_values=pixel_values), pixel_values)
-    after = [prompt([1], IMAGE, [AT, 5])]  # a run's first 196 are the image: here nothing needs to be told apart
-    inputs = batch(after) | {"image_starts": None}
-    assert_spliced(vlm, after, spliced(vlm, **inputs, pixel_values=pixel_values[:1]), pixel_values[:1])
-
-
 PARTS = st.lists(st.just(IMAGE) | st.lists(st.sampled_from([AT, 5, 6, 7]), max_size=4), min_size=1, max_size=4)
 
 
@@ -131,7 +122,7 @@ def test_pictures_per_sample_or_flat_as_bytes_or_normalised(vlm):
         for pixel_values in (flat.unflatten(0, (2, 2)), normalised, normalised.unflatten(0, (2, 2))):
             logits = vlm(**inputs | {"image_starts": starts}, pixel_values=pixel_values).logits
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert (vlm(**inputs, pixel_values=flat.flip(0)).logits - expected).abs().max() > 0.1  # it does look
+    assert (vlm(**inputs, pixel_values=flat.flip(0)).logits - expected).abs().max() > 0.1  # the images matter
 
 
 @pytest.mark.parametrize("none", [None, torch.zeros(0, 3, 224, 224, dtype=torch.uint8), torch.zeros(2, 0, 3, 224, 224)])
@@ -162,7 +153,7 @@ MISMATCHES = {
 }
 
 
-# Where images begin is on the device: with image_starts only the totals are compared, which these two have right.
+# image_starts are on the GPU, so with them only the totals are compared, which are right in these two.
 TOTAL_IS_RIGHT = ("per sample, swapped", "another number of samples")
 REFUSED = [(case, how) for case in MISMATCHES for how in ("forward", "generate", "generate several")]
 REFUSED += [(case, "forward with starts") for case in MISMATCHES if case not in TOTAL_IS_RIGHT]
@@ -187,12 +178,12 @@ def test_a_mismatch_is_a_value_error_that_names_the_sample(vlm, case, how):
         assert word in str(caught.value)
 
 
-# ---- training: nothing waits for the device
+# ---- training without GPU syncs
 
 
 def training_inputs():
     inputs = batch(PROMPTS)
-    del inputs["attention_mask"]  # pads are at the right: causal is enough
+    del inputs["attention_mask"]  # right-padded: causal attention is enough
     labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == AT) | (inputs["input_ids"] == 0), -100)
     labels[:, 0] = -100
     learned = (labels.flatten() != -100).nonzero().flatten()
@@ -200,20 +191,20 @@ def training_inputs():
 
 
 @pytest.mark.parametrize("num_items", [None, torch.tensor(100)])
-def test_a_training_step_never_waits_for_the_device(num_items):
-    """On the device "meta" there are shapes and no values: whatever the host would have to wait for raises."""
+def test_a_training_step_never_syncs(num_items):
+    """The meta device has shapes but no values, so anything that would sync raises."""
     model = tiny_vlm().train().to("meta")
     inputs = {name: tensor.to("meta") for name, tensor in training_inputs().items()}
     num_items = None if num_items is None else num_items.to("meta")
     model(**inputs, num_items_in_batch=num_items).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    with pytest.raises(NotImplementedError, match="nonzero"):  # images that must be looked for are a wait
+    with pytest.raises(NotImplementedError, match="nonzero"):  # looking for the images syncs
         model(**inputs | {"image_starts": None})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA says itself where it waits")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_training_step_on_cuda_never_waits_for_the_device(autocast):
+def test_a_training_step_on_cuda_never_syncs(autocast):
     model = tiny_vlm().train().cuda()
     inputs = {name: tensor.cuda() for name, tensor in training_inputs().items()}
     torch.cuda.synchronize()
@@ -238,7 +229,7 @@ def test_learned_positions_give_the_loss_and_gradient_of_labels():
         torch.testing.assert_close(by_position, by_label, atol=1e-4, rtol=1e-4)
 
 
-def test_the_projection_alone_can_learn():
+def test_the_projection_alone_can_train():
     model, inputs = tiny_vlm(), training_inputs()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("vision_proj."))

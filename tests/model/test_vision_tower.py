@@ -1,4 +1,4 @@
-"""The vision tower: what of a checkpoint is read, that it stays frozen and apart, and errors where it is missing."""
+"""The vision tower: reading checkpoints, staying frozen and outside the saved weights, and damaged folders."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ DELETED = object()
 
 @pytest.fixture(scope="module")
 def whole_clip(tmp_path_factory):
-    """A whole CLIP checkpoint in both forms, a picture and what the vision half makes of it."""
+    """Makes a whole CLIP checkpoint in both formats, an image and its features."""
     text = {"hidden_size": TEXT_WIDTH, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": TEXT_VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
     vision = tiny_models.TOWER_SHAPE | {"hidden_size": 32, "intermediate_size": 48}
@@ -32,7 +32,7 @@ def whole_clip(tmp_path_factory):
     safe, pickled = (tmp_path_factory.mktemp(form) for form in ("safetensors", "bin"))
     clip.save_pretrained(safe)
     tensors = load_file(safe / "model.safetensors")
-    # The published file holds these two as well, though they are no weights.
+    # The published file has these two buffers as well.
     tensors["vision_model.embeddings.position_ids"] = torch.arange(197)[None]
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     torch.save(tensors, pickled / "pytorch_model.bin")
@@ -57,7 +57,7 @@ def test_only_the_vision_half_of_a_whole_clip_is_read(whole_clip, form, capfd):
     gc.collect()
     shapes = {tuple(thing.shape) for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)}
     assert (TEXT_VOCABULARY, TEXT_WIDTH) not in shapes
-    # Leaving the text half on disk is nothing to warn of.
+    # No warnings about the unused text half.
     assert capfd.readouterr() == ("", "")
 
 
@@ -67,7 +67,7 @@ def test_the_model_takes_the_features_before_the_final_norm_without_the_class_to
 
 
 @pytest.mark.parametrize("form", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_tower_is_float32_whatever_its_file_is(tmp_path, form):
+def test_a_tower_is_float32_whatever_its_file_has(tmp_path, form):
     folder = tiny_models.save_tower(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(form) for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -77,7 +77,7 @@ def test_a_tower_is_float32_whatever_its_file_is(tmp_path, form):
 
 
 def test_names_with_and_without_the_prefix_are_read_alike(tmp_path):
-    """transformers' releases save a tower alone in the one way or the other."""
+    """Which of the two a tower alone is saved with depends on the transformers release."""
     prefixed, bare = load_vision_tower(tiny_models.save_tower(tmp_path / "a")), tmp_path / "b"
     for name, tensor in load_vision_tower(tiny_models.save_tower(bare, prefix="")).state_dict().items():
         assert torch.equal(tensor, prefixed.state_dict()[name])
@@ -86,19 +86,19 @@ def test_names_with_and_without_the_prefix_are_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize("width", [32, 48])
-def test_the_projection_takes_the_towers_width(tmp_path, width):
+def test_the_projection_has_the_towers_width(tmp_path, width):
     model = MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1), tiny_models.save_tower(tmp_path, width))
     assert model.vision_proj.vision_proj[0].weight.shape == (64, width)
     assert model.config.vision_hidden_size == width
 
 
-def test_trainable_parameters_are_the_decoders_and_the_projections():
+def test_the_published_projection_has_394_thousand_parameters():
     model = MiniMindVLM(VLMConfig(hidden_size=512, num_hidden_layers=1))
     assert sum(parameter.numel() for parameter in model.vision_proj.parameters()) == 393_728
     assert list(model.vision_proj.state_dict()) == ["vision_proj.0.weight", "vision_proj.0.bias"]
 
 
-def test_the_tower_is_frozen_and_no_part_of_what_is_saved_or_trained():
+def test_the_tower_is_neither_trained_nor_saved():
     model, without = tiny_models.tiny_vlm(), MiniMindVLM(tiny_models.tiny_vlm().config)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in without.named_parameters()}
     assert set(model.state_dict()) == set(without.state_dict())
@@ -118,7 +118,7 @@ def test_the_tower_is_frozen_and_no_part_of_what_is_saved_or_trained():
         assert torch.equal(tensor, before[name])
 
 
-def test_the_tower_goes_where_the_model_goes():
+def test_the_tower_follows_the_models_dtype_and_device():
     model = tiny_models.tiny_vlm().to(torch.float64)
     assert {parameter.dtype for parameter in model.vision_encoder.parameters()} == {torch.float64}
     assert model.vision_encoder.pixel_mean.dtype == torch.float64
@@ -141,7 +141,7 @@ def test_the_towers_own_mean_and_std(tmp_path):
     torch.testing.assert_close(model.encode_images(bytes_in), model.encode_images(by_hand))
 
 
-def test_a_model_without_a_tower_says_so_when_it_gets_a_picture():
+def test_a_picture_for_a_model_without_a_tower_is_an_error():
     model = MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1))
     inputs = tiny_models.batch([tiny_models.prompt([1], tiny_models.IMAGE)])
     assert model(torch.tensor([[1, 5, 34]])).logits.shape == (1, 3, 6400)
@@ -149,7 +149,7 @@ def test_a_model_without_a_tower_says_so_when_it_gets_a_picture():
         model(**inputs, pixel_values=tiny_models.pictures(1))
 
 
-# ---- a folder that holds no tower
+# ---- a folder without a usable tower
 
 
 def assert_tower_error(folder, *words):
@@ -192,7 +192,7 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     "garbage weights": (replace_by("model.safetensors", b"garbage" * 99), "cannot be read"),
     "empty weights": (replace_by("model.safetensors", b""), "cannot be read"),
-    "a web page for weights": (as_bin(b"<!DOCTYPE html><html>404"), "cannot be read"),
+    "web page for weights": (as_bin(b"<!DOCTYPE html><html>404"), "cannot be read"),
     "empty bin": (as_bin(b""), "cannot be read"),
     "broken JSON": (replace_by("config.json", b'{"hidden_size": 32,'), "config.json"),
     "config of bytes": (replace_by("config.json", b"\xff\xfe\x00"), "config.json"),
@@ -206,21 +206,21 @@ DAMAGES = {
     "no patch size": (lambda folder: edit_config(folder, patch_size=DELETED), "does not fit its config.json"),
     "336 px": (lambda folder: edit_config(folder, image_size=336, patch_size=24), "does not fit its config.json"),
     "heads do not divide": (lambda folder: edit_config(folder, num_attention_heads=5), "cannot be read"),
-    "a wider tower": (lambda folder: edit_config(folder, hidden_size=64), "does not fit its config.json"),
-    "a deeper tower": (lambda folder: edit_config(folder, num_hidden_layers=3), "16 tensor(s)", "layers.2."),
-    "a shallower tower": (lambda folder: edit_config(folder, num_hidden_layers=1), "16 tensor(s)", "layers.1."),
-    "a tensor less": (lambda folder: without_tensor(folder, LAST_WEIGHT), "1 tensor(s)", "mlp.fc2.weight"),
+    "wider tower": (lambda folder: edit_config(folder, hidden_size=64), "does not fit its config.json"),
+    "deeper tower": (lambda folder: edit_config(folder, num_hidden_layers=3), "16 tensor(s)", "layers.2."),
+    "shallower tower": (lambda folder: edit_config(folder, num_hidden_layers=1), "16 tensor(s)", "layers.1."),
+    "missing tensor": (lambda folder: without_tensor(folder, LAST_WEIGHT), "1 tensor(s)", "mlp.fc2.weight"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_tower_is_named_with_its_remedy(tmp_path, damage):
+def test_a_damaged_tower_is_an_error_with_a_remedy(tmp_path, damage):
     change, *words = DAMAGES[damage]
     change(tiny_models.save_tower(tmp_path))
     assert_tower_error(tmp_path, *words)
 
 
-def test_no_folder_is_named_with_its_remedy(tmp_path):
+def test_a_missing_folder_is_an_error_with_a_remedy(tmp_path):
     assert_tower_error(tmp_path / "nowhere", "config.json is missing")
     with pytest.raises(TowerError, match="nowhere"):
         MiniMindVLM(VLMConfig(hidden_size=64, num_hidden_layers=1), vision_model_path=tmp_path / "nowhere")
@@ -228,7 +228,7 @@ def test_no_folder_is_named_with_its_remedy(tmp_path):
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory):
-    """A tower's folder and the bytes of its two files; a test may write over them."""
+    """Returns a tower's folder, which a test may damage, and the bytes of its two files."""
     folder = tiny_models.save_tower(tmp_path_factory.mktemp("tower"))
     return folder, {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
 
@@ -236,7 +236,7 @@ def intact(tmp_path_factory):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fraction=st.floats(0, 1, exclude_max=True))
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_cut_file_is_a_tower_error(intact, name, fraction):
+def test_a_truncated_file_is_a_tower_error(intact, name, fraction):
     folder, contents = intact
     for other, content in contents.items():
         (folder / other).write_bytes(content)
@@ -245,7 +245,7 @@ def test_a_cut_file_is_a_tower_error(intact, name, fraction):
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NameError])
-def test_a_typo_in_a_tinkerers_tower_is_not_called_a_damaged_file(tmp_path, monkeypatch, error):
+def test_a_bug_in_a_custom_tower_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch, error):
     class Tinkered:
         def __init__(self, config):
             raise error("typo")

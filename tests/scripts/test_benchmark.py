@@ -1,63 +1,77 @@
 """scripts/benchmark.py measures what it says, here with models of a size that takes no time."""
 
+import contextlib
+import io
+import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig
 
 from scripts import benchmark
-from scripts.benchmark import OURS, PLAIN_LINES, measurements
+from scripts.benchmark import FIRST_EPOCH, KEPT_FEATURES, PLAIN_LINES
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """The benchmark's own world, with a tower and decoders of one layer."""
-    monkeypatch.setattr(benchmark.tempfile, "gettempdir", lambda: str(tmp_path))
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the script with a tower and decoders of one layer, in this process; returns its figures and its output."""
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(benchmark, "TOWER", tower)
-    monkeypatch.setattr(benchmark, "LAYERS", {512: 1, 768: 1})
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name, value in (("ROWS_A_BATCH", 6), ("LOADER_IMAGES", 20), ("GENERATE_TURNS", 1), ("PROMPT_TOKENS", 8)):
+    values = {"TOWER": CLIPVisionConfig(**tower, patch_size=16), "LAYERS": {512: 1, 768: 1}, "FOLDER": tmp_path}
+    values |= {"BATCHES": 6, "LOADER_IMAGES": 20, "GENERATE_TURNS": 1, "PROMPT_TOKENS": 8}
+    for name, value in (values | {"matrix_product_flops": lambda device: 1e11}).items():
         monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr(benchmark, "matrix_product_flops", lambda device: 1e11)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def arguments(*flags):
-        fixed = ["--device", "cpu", "--batch_size", 2, "--steps", 1, "--repeats", 1, "--num_workers", 0]
-        return benchmark.parse_arguments([*map(str, fixed), *flags])
+    def run_here(command, **_):
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", command[1:])
+            benchmark.main()
+        return SimpleNamespace(returncode=0, stdout=out.getvalue())
 
-    return arguments
+    monkeypatch.setattr(benchmark.subprocess, "run", run_here)
+
+    def run(*flags):
+        fixed = ["--device", "cpu", "--batch_size", "2", "--steps", "1", "--repeats", "1", "--num_workers", "0"]
+        path = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags, *fixed, "--json", str(path)])
+        benchmark.main()
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
 
 
-def measured(args, what: str) -> dict:
-    measure, names = measurements(args)[what]
-    return {name: measure(args, name) for name in names}
-
-
-def test_every_line_of_the_table_is_measured(small, capsys):
-    results = measured(small("--max_seq_len", "320"), "train")
-    assert list(results) == [*PLAIN_LINES, *OURS[1:]]
-    for name, figures in results.items():
-        assert all(math.isfinite(value) and value >= 0 for value in figures.values()), name
-        assert figures["samples_per_second"] > 0
-    useful = [figures["useful_share"] for figures in results.values()]
+def test_every_line_of_the_table_is_measured(run):
+    figures, printed = run("train", "--max_seq_len", "320")
+    lines = figures["train"]
+    assert list(lines) == [*PLAIN_LINES, FIRST_EPOCH, KEPT_FEATURES]
+    assert all(math.isfinite(value) and value >= 0 for line in lines.values() for value in line.values())
+    assert all(line["samples/s"] > 0 for line in lines.values())
+    assert lines["plain"]["x plain"] == 1
+    useful = [line["useful"] for line in lines.values()]
     assert useful[0] == min(useful)
     assert useful[-1] > 0.9
-    benchmark.print_table("train", results)
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in results)
+    assert all(name in printed for name in lines)
 
 
-def test_fine_tuning_is_measured(small):
-    figures = benchmark.measure_training(small("--stage", "sft"), "this project, first epoch")
-    assert figures["samples_per_second"] > 0
+def test_fine_tuning_is_measured(run, monkeypatch):
+    monkeypatch.setattr(benchmark, "MEASUREMENTS", {"train": (benchmark.measure_training, (FIRST_EPOCH,))})
+    assert run("--stage", "sft")[0]["train"][FIRST_EPOCH]["samples/s"] > 0
 
 
-def test_loader_and_generation_are_measured(small, capsys):
-    for what in ("data", "generate"):
-        benchmark.print_table(what, measured(small(), what))
-    printed = capsys.readouterr().out
-    assert printed.count("images/s") == 2
-    assert printed.count("x transformers' Llama") == 2
+def test_loader_and_generation_are_measured(run):
+    figures, printed = run("data", "generate")
+    assert figures["data"]["loader"]["images/s"] > 0
+    assert figures["generate"]["generation, batch 16"]["x Llama"] > 0
+    assert [title in printed for title in ("images/s", "x plain", "tokens/s", "x Llama")] == [True] * 4
+
+
+def test_an_unknown_measurement_is_told(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(["training"])
+    assert "unknown: training; choose from train, data, generate" in capsys.readouterr().err
 
 
 def test_the_operations_counted_are_those_of_the_shape():

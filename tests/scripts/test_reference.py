@@ -10,8 +10,8 @@ from scripts import reference, wrong_runs
 
 
 def test_both_stages_on_their_first_rows_are_no_worse_than_recorded(tmp_path):
-    """The real scripts, on the built-in models; the whole of both stages is `python scripts/reference.py`."""
-    # The seed that learns best: what another processor rounds otherwise must not look like learning less.
+    """The real scripts, on the built-in models; `python scripts/reference.py` runs both stages in full."""
+    # The seed that learns best: another processor's rounding must not look like learning less.
     curves = reference.run_quick(reference.SEEDS[-1], tmp_path / "run")
     assert reference.compare(curves) == []
     assert curves.keys() <= json.loads(reference.RECORD.read_text(encoding="utf-8")).keys()
@@ -42,11 +42,6 @@ def test_a_run_that_fails_is_told(tmp_path):
         reference.run_stage(reference.PRETRAIN, 0, tmp_path, "--no_such_flag", "1")
 
 
-def test_a_folder_is_taken_from_where_it_is_typed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert reference.parse_arguments(["--folder", "runs"]).folder == tmp_path / "runs"
-
-
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file"):
@@ -63,7 +58,7 @@ def test_captions_get_the_pictures_of_other_rows():
 
 
 def test_wrong_runs_end_in_a_table(tmp_path, monkeypatch, capsys):
-    """Each on 32 rows of one epoch, by the scripts' own flags; only the first and the last are really run."""
+    """Each on 32 rows for one epoch, with the script's own flags; only the first and the last really run."""
     lines = {stage.name: reference.first_rows(stage)[:32] for stage in reference.STAGES}
     monkeypatch.setattr(wrong_runs, "first_rows", lambda stage: lines[stage.name])
     monkeypatch.setattr(wrong_runs, "MANY_EPOCHS", 1)

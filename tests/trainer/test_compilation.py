@@ -1,4 +1,4 @@
-"""The compiled step: one graph for every size of batch, the same numbers, and no wait for the device."""
+"""The compiled step: one graph for batches of every size, and the same numbers as without torch.compile."""
 
 import shutil
 
@@ -13,7 +13,7 @@ pytest_plugins = ["tiny"]
 
 CPU, FLOAT32, BATCH = torch.device("cpu"), torch.float32, 4
 WARM_UP = [(208, 4, 5), (1016, 12, 600)]
-# Length, images, learned tokens: none of them of a size that it was compiled with.
+# Length, images, learned tokens: none of these sizes is in WARM_UP.
 SIZES = [(216, 5, 9), (400, 7, 40), (1000, 4, 4), (208, 2, 2), (408, 5, 5), (424, 8, 599)]
 BELOW = [(208, 0, 5), (208, 1, 5), (208, 2, 1)]
 
@@ -82,7 +82,7 @@ def test_warming_up_leaves_the_random_state(model):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_compiled_run_is_the_run(world, tmp_path):
-    """The real script with --compile 1: its losses are those of --compile 0, though batches are padded otherwise."""
+    """The real script with --compile 1: its losses are those of --compile 0, though batches are padded differently."""
     losses = []
     for flag in (0, 1):
         out = world.copy_of_out(tmp_path / str(flag) / "out")

@@ -1,7 +1,7 @@
-"""An optimizer step's gradient is that of the mean loss over all its learned tokens, however they are divided.
+"""A step's gradient is that of the mean loss over all its learned tokens, however the batch is divided.
 
-The scripts are run with a learning rate that moves nothing, so that both steps see the same weights; AdamW's first
-moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient), linear in them unlike the weights.
+The scripts run with a learning rate too small to move the weights, so both steps see the same ones; AdamW's first
+moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient): linear in the gradients.
 """
 
 import math
@@ -24,27 +24,14 @@ from trainer.support.processes import Processes
 pytest_plugins = ["tiny"]
 
 SEED, ROWS = 7, 11  # steps of 8 and 3: the last is divided unevenly
-STILL = [
-    "--learning_rate",
-    1e-12,
-    "--grad_clip",
-    0,
-    "--epochs",
-    1,
-    "--log_interval",
-    1,
-    "--seed",
-    SEED,
-    "--ignore_high_loss",
-    "--cache_vision",
-    "off",  # a cache rounds the tower's features: test_feature_cache.py
-]
-WAYS = {"accumulated": (["--batch_size", 4, "--accumulation_steps", 2], 1), "two processes": (["--batch_size", 4], 2)}
+STILL = ["--learning_rate", 1e-12, "--grad_clip", 0, "--epochs", 1, "--log_interval", 1, "--seed", SEED]
+STILL += ["--ignore_high_loss", "--cache_vision", "off"]  # a cache rounds the tower's features: see test_features.py
+WAYS = {"accumulated": (["--batch_size", 4, "--accumulation_steps", 2], 1), "two ranks": (["--batch_size", 4], 2)}
 
 
 @pytest.fixture(scope="module")
 def rows(world):
-    """Rows with none, one and two pictures, from some 30 to some 500 tokens, from 4 to over 100 of them learned."""
+    """Writes rows of 0 to 2 images and about 30 to 500 tokens, 4 to over 100 of them learned."""
     rows = [sft_row(number) for number in range(ROWS - 2)]
     rows.append({"conversations": [turn("user", "几个？\n<image>"), turn("assistant", "两个。")], "image": "3.jpg"})
     rows.append({"conversations": [turn("user", "说。"), turn("assistant", "左边有一个红色的圆形，" * 20)]})
@@ -53,7 +40,7 @@ def rows(world):
 
 @pytest.fixture(scope="module")
 def runs(world, rows, tmp_path_factory):
-    """One step of 8 rows and one of 3: (losses, gradients by name) for each way and both kinds of decoder."""
+    """Returns a cached function: (losses, gradients by name) of a step of 8 rows and one of 3."""
     cache = {}
 
     def run(use_moe: bool, way: str):
@@ -73,7 +60,7 @@ def runs(world, rows, tmp_path_factory):
 
 
 def start_weights(use_moe: bool) -> dict[str, torch.Tensor]:
-    """Random weights: in trained ones some expert is never chosen. The router's are large, lest it waver."""
+    """Returns random weights, as training leaves some experts unused; a large router makes the choices stable."""
     weights = language_model(steps=0, use_moe=use_moe)
     for name, tensor in weights.items():
         if name.endswith("mlp.gate.weight"):
@@ -103,7 +90,7 @@ def test_the_gradient_is_the_same_however_the_batch_is_divided(runs, use_moe, wa
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "experts"])
 def test_the_gradient_is_that_of_the_mean_loss(world, rows, runs, use_moe):
-    """The same two steps written out: the whole step in one forward pass, the model's own mean loss."""
+    """Compares with the two steps written out: each one forward pass with the model's own mean loss."""
     tokenizer = load_tokenizer(world.tokenizer)
     data = VLMDataset(rows, world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     assert data.lengths.max() > 10 * data.lengths.min()
@@ -131,11 +118,11 @@ def test_the_gradient_is_that_of_the_mean_loss(world, rows, runs, use_moe):
         assert relative_difference(found[name], gradient) < 1e-5, name
 
 
-def test_a_step_without_pictures_is_the_same_for_one_process_and_two(world, tmp_path):
-    """The projection has no gradient then: nobody's optimizer may take that as another thing than zero."""
+def test_a_step_without_pictures_is_the_same_on_one_rank_and_two(world, tmp_path):
+    """The projection then has no gradient, which every rank's optimizer must treat as zero."""
     rows = [pretrain_row(0), *({"conversations": sft_row(5 * number)["conversations"]} for number in range(2))]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    # Two rows without a picture come first, and so again with the moments of a step before.
+    # In both epochs the rows without an image come first: the second time the optimizer has moments.
     lengths = np.array([300, 30, 40])
     seed = next(seed for seed in range(99) if all(epoch_order(lengths, seed, epoch)[2] == 0 for epoch in (0, 1)))
     learned = []
@@ -152,7 +139,7 @@ def test_a_step_without_pictures_is_the_same_for_one_process_and_two(world, tmp_
 
 
 def everything(trainer) -> list[torch.Tensor]:
-    """Copies of the weights, of what the optimizer keeps about them, and of the tower's weights."""
+    """Copies the weights, the optimizer's moments and the tower's weights."""
     moments = [value for kept in trainer.learner.optimizer.state.values() for value in kept.values()]
     tower = trainer.model.vision_encoder.state_dict().values()
     return [tensor.detach().clone() for tensor in (*trainer.model.state_dict().values(), *moments, *tower)]
@@ -180,7 +167,7 @@ def learn(trainer, batches: list[dict]) -> float:
 def test_a_batch_with_nothing_to_learn_changes_nothing(trainer):
     collate = VLMCollator()
     good = [collate([trainer.data[0], trainer.data[1]])]
-    assert math.isfinite(learn(trainer, good))  # from here on the optimizer has moments that would move the weights
+    assert math.isfinite(learn(trainer, good))  # from here on moments would move the weights
     unlearned = collate([trainer.data[0] | {"labels": torch.full_like(trainer.data[0]["labels"], -100)}])
     broken = collate(broken_samples(trainer))
     before = everything(trainer)
@@ -188,13 +175,13 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(trainer):
         assert learn(trainer, batches) == 0.0
         assert all(torch.equal(a, b) for a, b in zip(everything(trainer), before, strict=True))
     assert trainer.skipped_pictures == 4
-    # Beside samples that are learned from, such a batch adds nothing either.
+    # The same beside samples that do learn.
     assert math.isfinite(learn(trainer, [*good, collate([])]))
     assert any(not torch.equal(a, b) for a, b in zip(everything(trainer), before, strict=True))
 
 
 def broken_samples(trainer) -> list:
-    """Two samples whose picture cannot be decoded, as the dataset gives them."""
+    """Returns two samples whose image cannot be read, as the dataset gives them."""
     data = trainer.data
     assert len(data[3]["pixel_values"]) == len(data[4]["pixel_values"]) == 1
     folder, data.images_path = data.images_path, data.images_path.parent / "nowhere"
@@ -217,8 +204,8 @@ def test_training_leaves_the_tower_frozen_in_eval_mode_and_out_of_the_optimizer(
     assert in_optimizer == {id(parameter) for parameter in trainer.model.parameters()}
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for the device: a value read, or a size that depends on values."""
+class Syncs(TorchDispatchMode):
+    """Records what syncs with the GPU: reading a value, or a size that depends on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "unique")
 
@@ -232,13 +219,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_does_not_wait_for_the_device(trainer):
+def test_a_step_does_not_sync_with_the_gpu(trainer):
     collate = VLMCollator()
     batches = [collate([trainer.data[0], trainer.data[1]]), collate([trainer.data[2], trainer.data[5]])]
     counts = count(batches, trainer.learner.processes)
-    with Waits() as waits:
+    with Syncs() as syncs:
         train_step(trainer.learner, batches, counts, 1e-2)
-    assert waits.seen == []
-    with Waits() as waits:
+    assert syncs.seen == []
+    with Syncs() as syncs:
         float(torch.ones(1))
-    assert waits.seen == ["aten::_local_scalar_dense"]
+    assert syncs.seen == ["aten::_local_scalar_dense"]

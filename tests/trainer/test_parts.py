@@ -1,4 +1,4 @@
-"""Parts can be exchanged: another tower, another projection, fewer tokens an image, a stage of one's own."""
+"""Parts can be swapped: another tower, another projection, fewer tokens per image, a third stage."""
 
 import json
 import re
@@ -24,7 +24,7 @@ FLAGS = ["--epochs", 1, "--batch_size", 4, "--learning_rate", 1e-3, "--log_inter
 
 @pytest.fixture
 def run(world, tmp_path):
-    """Trains three steps of a stage; returns what was printed and the folder of the weights."""
+    """Returns a function that trains three steps of a stage and returns its output and --save_dir."""
     for stage in ("pretrain", "sft"):
         lines = (world.root / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
         (tmp_path / f"{stage}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -58,7 +58,7 @@ def tower(folder, kind: str):
 
 @pytest.mark.parametrize(("kind", "tokens"), [("clip 96 px", 9), ("siglip", 16), ("whole siglip", 16)])
 def test_another_tower(world, run, tmp_path, kind, tokens):
-    """Its number of patches decides how many tokens an image takes, in both stages and in eval_vlm.py."""
+    """Its number of patches is the number of tokens per image, in both stages and in eval_vlm.py."""
     flags = ["--vision_model_path", tower(tmp_path / "tower", kind)]
     printed, out = run(PRETRAIN, *flags)
     run(SFT, *flags)
@@ -73,7 +73,7 @@ def test_another_tower(world, run, tmp_path, kind, tokens):
 
 @pytest.mark.parametrize(("projector", "shuffle"), [("mlp", 1), ("linear", 2), ("mlp", 2), ("linear", 7)])
 def test_another_projection(world, run, projector, shuffle):
-    """Given once, in stage 1; afterwards sidecar or tensors say which it is."""
+    """The flags are given in stage 1 only; later the sidecar or the tensors' shapes tell."""
     printed, out = run(PRETRAIN, "--projector", projector, "--pixel_shuffle", shuffle)
     assert ("mlp projection" in printed) == (projector == "mlp")
     assert (f"{196 // shuffle**2} tokens an image" in printed) == (shuffle > 1)
@@ -98,7 +98,7 @@ def test_a_flag_that_contradicts_the_weights_is_refused(world, run):
 
 
 def test_rows_cached_for_another_number_of_tokens_are_not_used(run):
-    """The same data file and the same cache of tokenised rows, first with 196 tokens an image, then with 49."""
+    """The same data file and token cache, with 196 tokens per image, then with 49."""
     longest = [int(re.search(r"longest row (\d+) tokens", run(PRETRAIN, *flags)[0])[1])
                for flags in ([], ["--pixel_shuffle", 2], [])]  # fmt: skip
     assert longest[0] == longest[2] == longest[1] + 196 - 49
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_third_stage_is_a_script_with_its_record(world, run, tmp_path):
+def test_a_third_stage_is_a_script_with_its_own_stage(world, run, tmp_path):
     _, out = run(SFT, "--from_weight", "llm")
     script = tmp_path / "train_polished.py"
     script.write_text(THIRD_STAGE.format(root=str(ROOT)))

@@ -1,4 +1,4 @@
-"""--from_resume 1: a run that was stopped, however roughly, goes on as if it had not been."""
+"""--from_resume 1: a run that was stopped or killed resumes bit-identically."""
 
 import dataclasses
 import json
@@ -134,7 +134,7 @@ def flat(value, path="") -> dict:
 
 
 def assert_same_end(way: Way, out, other):
-    """Weights, optimizer, random states and metrics to the last bit."""
+    """Compares weights, optimizer, random states and metrics bit by bit."""
     a, b = (load(folder / f"{way.name}_resume.pth") for folder in (out, other))
     assert a["step"] == b["step"] == EPOCHS * STEPS
     for part in ("learned", "optimizer", "random"):
@@ -189,7 +189,7 @@ def test_a_run_that_was_killed_in_a_save_goes_on_as_if_it_had_not_been(
 
 
 def test_weights_older_than_the_state_are_made_anew_of_it(world, save_dir, tmp_path, in_one_go):
-    """As a kill between the two renames leaves them; going on with nothing left to do mends them too."""
+    """As a kill between the two renames leaves them; resuming repairs them even when no step is left."""
     out = save_dir(tmp_path / "out")
     BASE.run(world, out, hook=KILLED_AT_SAVE.format(file="sft_vlm_32.pth", save=6))  # of the last step
     assert load(out / "sft_vlm_32_resume.pth")["step"] == EPOCHS * STEPS
@@ -200,7 +200,7 @@ def test_weights_older_than_the_state_are_made_anew_of_it(world, save_dir, tmp_p
 
 
 def test_kills_at_random_instants(world, save_dir, tmp_path, in_one_go):
-    """Each time the files load, and in the end the weights are those of a run that nobody killed."""
+    """The files load after each kill, and the final weights are those of an undisturbed run."""
     frequent = Way(SFT, "sft_vlm_32", ("--batch_size", 4, "--log_interval", 1, "--save_interval", 2))
     rng, kills, runs = random.Random(0), 0, 0
     expected = load(in_one_go(BASE) / "sft_vlm_32.pth")
@@ -273,7 +273,7 @@ def test_from_resume_without_a_state_starts_from_the_beginning_and_says_so(world
 
 
 def test_the_same_data_in_another_place_is_the_same_data(world, save_dir, tmp_path, in_one_go):
-    """On another machine, and newer: only what is in it counts."""
+    """On another machine, with another modification time: only the content counts."""
     out = save_dir(tmp_path / "out")
     BASE.run(world, out, hook=KILLED_AT_FORWARD.format(call=5))
     copy = tmp_path / "elsewhere.jsonl"
@@ -300,7 +300,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tm
 
 
 def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path):
-    """In pretraining the state holds the projection only; what it was trained beside must be the same all the same."""
+    """In pretraining the state holds only the projection; the frozen weights must still be the same."""
     way = Way(PRETRAIN, "pretrain_vlm_32", ("--batch_size", 8))
     out = save_dir(tmp_path / "out")
     way.run(world, out).passed()

@@ -116,9 +116,9 @@ def test_script_says_that_the_corpus_is_too_small(trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("absent.txt", None, ["absent.txt", "no such file"]),
+        ("absent.txt", None, ["absent.txt", "No such file"]),
         ("table.csv", b"a,b", ["table.csv", ".jsonl"]),
-        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "not valid JSON"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "Expecting value"]),
         ("list.jsonl", b"[1]\n", ["list.jsonl, line 1", "conversations"]),
         ("turns.jsonl", b'{"conversations": "hello"}\n', ["turns.jsonl, line 1", "conversations"]),
         ("gbk.txt", "红色".encode("gbk"), ["gbk.txt", "UTF-8"]),
@@ -133,8 +133,8 @@ def test_script_says_what_is_wrong_with_a_file(tmp_path, name, content, words):
 
 def test_script_says_what_is_wrong_with_a_flag(tmp_path):
     (tmp_path / "file").write_text("")
-    result = run_script("--vocab_size", 258, "--save_dir", tmp_path / "file")
-    assert_one_line_error(result, "--vocab_size must be at least 259", "--save_dir")
+    assert_one_line_error(run_script("--vocab_size", 258), "--vocab_size must be at least 259")
+    assert_one_line_error(run_script("--save_dir", tmp_path / "file"), "--save_dir", "not a folder")
 
 
 def test_script_names_the_package_that_the_built_in_corpus_needs(tmp_path):

@@ -1,4 +1,4 @@
-"""What may be wrong with a run, and how it is told."""
+"""What can go wrong in a run, and what the user is told."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,15 +1,15 @@
-"""Held-out rows: what is measured on them, what the model says about them, and that training is the same."""
+"""Held-out rows: the losses measured on them, the descriptions, and that training stays bit-identical."""
 
 import json
 import math
-import subprocess
-import sys
+import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import EVAL, PRETRAIN, SECONDS, SFT, pretrain_row, read_jsonl, write_jsonl
+from tiny import EVAL, PRETRAIN, SFT, pretrain_row, read_jsonl, write_jsonl
 
 from dataset.lm_dataset import VLMDataset
 from dataset.prompts import first_answer
@@ -48,12 +48,12 @@ def measured(data, model, batch_size=4):
     return Evaluator(data, model, CPU, torch.float32, batch_size).measure()
 
 
-# ---- what is measured
+# ---- the measured losses
 
 
 @torch.no_grad()
 def summed_loss(model, sample, pixel_values) -> tuple[float, int]:
-    """A row by itself, the model's own loss."""
+    """Returns the model's own loss of one row, summed over its learned tokens, and their number."""
     learned = int((sample["labels"] != -100).sum())
     starts = torch.stack((torch.zeros_like(sample["image_starts"]), sample["image_starts"]), dim=1)
     inputs = {"input_ids": sample["input_ids"][None], "labels": sample["labels"][None]}
@@ -61,7 +61,7 @@ def summed_loss(model, sample, pixel_values) -> tuple[float, int]:
     return output.loss.item() * learned, learned
 
 
-def test_the_three_losses_are_those_of_each_row_by_itself(world, tokenizer, model):
+def test_the_three_losses_are_those_of_each_row_alone(world, tokenizer, model):
     data = rows_of(world, tokenizer)
     samples = [data[index] for index in np.argsort(data.lengths, kind="stable")]
     pictured = [sample for sample in samples if len(sample["image_starts"])]
@@ -79,7 +79,7 @@ def test_the_three_losses_are_those_of_each_row_by_itself(world, tokenizer, mode
         tokens += learned
     held_out = measured(data, model)
     found = [held_out.loss, held_out.loss_shuffled, held_out.loss_blind]
-    assert found == pytest.approx(sums / tokens, rel=1e-4)  # features are kept in half precision
+    assert found == pytest.approx(sums / tokens, rel=1e-4)  # features are cached in half precision
     assert (held_out.samples, held_out.tokens) == (len(data), tokens)
     assert held_out.gap_shuffled == pytest.approx((sums[1] - sums[0]) / tokens, abs=1e-4)
     assert held_out.gap_blind == pytest.approx((sums[2] - sums[0]) / tokens, abs=1e-4)
@@ -103,7 +103,7 @@ def test_a_model_that_ignores_the_pictures_has_no_gap(world, tokenizer, model):
     assert measured(rows_of(world, tokenizer), blind).gap_shuffled == pytest.approx(0, abs=1e-6)
 
 
-def test_what_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
+def test_a_loss_that_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
     for name, rows, blind_too in (
         ("text", [{"conversations": pretrain_row(0)["conversations"]}], True),
         ("one", [pretrain_row(0)], False),
@@ -118,7 +118,7 @@ def test_what_cannot_be_measured_is_none(world, tokenizer, model, tmp_path):
         assert "-" in str(held_out)
 
 
-def test_more_pictures_than_are_kept_give_the_same(world, tokenizer, model, monkeypatch):
+def test_more_pictures_than_are_cached_give_the_same(world, tokenizer, model, monkeypatch):
     data = rows_of(world, tokenizer)
     kept = measured(data, model)
     monkeypatch.setattr(evaluation, "KEPT_PICTURES", 3)
@@ -129,13 +129,13 @@ def test_more_pictures_than_are_kept_give_the_same(world, tokenizer, model, monk
         assert getattr(again, name) == pytest.approx(getattr(kept, name), rel=1e-4)
 
 
-def test_a_broken_picture_is_left_out_and_named(world, tokenizer, model, tmp_path):
-    for path in world.images.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes() if path.name != "3.jpg" else b"no picture")
-    data = rows_of(world, tokenizer, "pretrain", tmp_path)
+def test_a_broken_picture_is_skipped_and_named(world, tokenizer, model, tmp_path):
+    images = shutil.copytree(world.images, tmp_path / "images")
+    (images / "3.jpg").write_bytes(b"no picture")
+    data = rows_of(world, tokenizer, "pretrain", images)
     evaluator = Evaluator(data, model, CPU, torch.float32, 4)
-    assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
-    assert evaluator.measure().samples == len(data) - len(evaluator.skipped)
+    for _ in range(2):
+        assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
     assert {error.name for error in evaluator.skipped} == {"3.jpg"}
 
 
@@ -144,15 +144,12 @@ def test_perplexity():
     assert perplexity(1e6) == math.inf
 
 
-# ---- which rows are held out
-
-
 # ---- in a run
 
 
 @pytest.fixture(scope="module")
 def watched(world, tmp_path_factory):
-    """A run that measures on the pretraining rows every four steps, by one process."""
+    """Trains on one rank, measuring on the pretraining rows every four steps."""
     return run(world, world.copy_of_out(tmp_path_factory.mktemp("watched") / "out"), *watching(world))
 
 
@@ -169,7 +166,7 @@ def evals(out) -> list[dict]:
     return [row for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl") if "eval" in row]
 
 
-def test_it_is_measured_at_the_interval_and_at_the_end(watched):
+def test_it_measures_at_the_interval_and_at_the_end(watched):
     result, out = watched
     assert [row["step"] for row in evals(out)] == [4, 8, 12, 14]
     last = evals(out)[-1]["eval"]
@@ -180,13 +177,13 @@ def test_it_is_measured_at_the_interval_and_at_the_end(watched):
     assert "measured every 4 steps" in result.out
 
 
-def test_at_most_ten_times_a_run_where_no_interval_is_given(world, tmp_path):
+def test_without_an_interval_it_measures_at_most_ten_times(world, tmp_path):
     _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", world.root / "pretrain.jsonl")
     assert [row["step"] for row in evals(out)] == [2, 4, 6, 8, 10, 12, 14]
 
 
-def test_training_is_bit_identical_with_and_without_it(world, watched, tmp_path):
-    _, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
+def test_training_is_bit_identical_with_and_without_held_out_rows(world, watched, tmp_path):
+    result, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
     a, b = (torch.load(folder / "sft_vlm_32_resume.pth", weights_only=True) for folder in (out, watched[1]))
     assert all(torch.equal(tensor, b["learned"][name]) for name, tensor in a["learned"].items())
     assert torch.equal(a["random"][0]["cpu"], b["random"][0]["cpu"])
@@ -196,9 +193,13 @@ def test_training_is_bit_identical_with_and_without_it(world, watched, tmp_path)
         for folder in (out, watched[1])
     ]
     assert trained[0] == trained[1]
+    # Its page shows images that were trained on instead.
+    assert "the pictures described at the end were trained on" in result.out
+    assert "pictures that were trained on" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8")
+    assert {row["step"] for row in read_jsonl(out / "sft_vlm_32_samples" / "samples.jsonl")} == {14}
 
 
-def test_two_processes_measure_the_same(world, watched, tmp_path):
+def test_two_ranks_measure_the_same(world, watched, tmp_path):
     _, out = run(world, world.copy_of_out(tmp_path / "out"), *watching(world), "--batch_size", 2, ranks=2)
     for row, expected in zip(evals(out), evals(watched[1]), strict=True):
         assert row["step"] == expected["step"]
@@ -213,11 +214,8 @@ def test_the_descriptions_are_kept_step_by_step(watched):
     rows = read_jsonl(folder / "samples.jsonl")
     assert [row["step"] for row in rows[::8]] == [4, 8, 12, 14]
     assert len(rows) == 4 * 8
-    assert (
-        {row["picture"] for row in rows}
-        == {path.name for path in folder.glob("*.jpg")}
-        == {f"{n}.jpg" for n in range(8)}
-    )
+    names = {f"{number}.jpg" for number in range(8)}
+    assert {row["picture"] for row in rows} == {path.name for path in folder.glob("*.jpg")} == names
     assert rows[0]["prompt"] == "描述这张图片"
     assert rows[0]["reference"] == pretrain_row(0)["conversations"][1]["content"]
     page = (out / "sft_vlm_32_samples.md").read_text(encoding="utf-8")
@@ -227,7 +225,7 @@ def test_the_descriptions_are_kept_step_by_step(watched):
         assert f"| {row['step']} | {as_text(row['description'])} |" in page
 
 
-def test_the_time_it_takes_is_in_no_speed(tmp_path, monkeypatch):
+def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     now = [0.0]
 
     def taking(seconds, result):
@@ -257,7 +255,7 @@ def test_the_run_ends_in_a_page(watched):
     assert "grounding gap" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8").lower()
 
 
-def test_a_resumed_run_measures_and_describes_as_one_in_one_go(world, watched, tmp_path):
+def test_a_resumed_run_measures_and_describes_as_an_uninterrupted_one(world, watched, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     killed = """
 import os, signal, model.model_vlm, trainer.loop
@@ -281,7 +279,7 @@ trainer.loop.train_step = counted
     assert samples[0] == samples[1]
 
 
-def test_held_out_rows_that_are_not_there_are_told(world, tmp_path):
+def test_missing_eval_data_is_refused(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     flags = [*world.files("sft", out), *FLAGS, "--eval_data", "no_such.jsonl"]
     world.run(SFT, *flags).refused("no such data file", "no_such.jsonl")
@@ -290,7 +288,7 @@ def test_held_out_rows_that_are_not_there_are_told(world, tmp_path):
 # ---- eval_vlm.py
 
 
-def test_eval_measures_a_file_the_same_with_one_process_and_two(world, watched, tmp_path):
+def test_eval_measures_a_file_the_same_on_one_rank_and_two(world, watched, tmp_path):
     _, out = watched
     results = []
     for ranks in (1, 2):
@@ -302,19 +300,19 @@ def test_eval_measures_a_file_the_same_with_one_process_and_two(world, watched, 
     one, two = results
     last = evals(out)[-1]["eval"]
     for name in ("loss", "loss_shuffled", "loss_blind"):
-        assert one[name] == pytest.approx(last[name], rel=2e-3)  # the weight file is in half precision
+        assert one[name] == pytest.approx(last[name], rel=2e-3)  # the weight file has half precision
         assert two[name] == pytest.approx(one[name], rel=1e-4)
     assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
     assert one["exact_match"] == two["exact_match"]
     assert one["short_answers"] == two["short_answers"] > 0
 
 
-def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model, monkeypatch, tmp_path):
+def test_exact_match_counts_short_answers_only(world, tokenizer, model, monkeypatch, tmp_path):
     rows = [pretrain_row(number) for number in range(5)]
     for row, answer in zip(rows, ["红", "绿", "蓝", "黄", "长" * 60], strict=True):
         row["conversations"][1]["content"] = answer
     data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, 196, cache_dir=tmp_path)
-    said = iter(["红", " 绿\n", "别的", "黄色"])  # to four rows of equal length, in their order; the fifth is too long
+    said = iter(["红", " 绿\n", "别的", "黄色"])  # for four rows of equal length in order; the fifth is too long
     monkeypatch.setattr(
         evaluation,
         "generate_answers",
@@ -325,39 +323,21 @@ def test_exact_answers_are_counted_among_the_short_ones(world, tokenizer, model,
     assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--chat", "--image", "a.jpg"], "--image and --chat: give one of them"),
-        (["--json", "x.json"], "--eval_data only"),
-        (["--eval_data", "no_such.jsonl"], "no such data file"),
-    ],
-)
-def test_eval_flags_that_do_not_fit_are_told(world, watched, flags, said):
-    world.run(EVAL, *world.eval_files(watched[1]), *flags).refused(said)
-
-
 def talk(world, out, *lines: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", EVAL, *world.eval_files(out), "--chat", "--temperature", "0"],
-        input="\n".join([*lines, ""]).encode("utf-8", "surrogateescape"),
-        env=world.environment,
-        capture_output=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"Traceback" not in done.stderr
-    return done.stdout.decode()
+    typed = "\n".join([*lines, ""]).encode("utf-8", "surrogateescape")
+    done = world.run(EVAL, *world.eval_files(out), "--chat", "--temperature", 0, typed=typed).passed()
+    assert "Traceback" not in done.err
+    return done.out
 
 
-def test_a_talk_keeps_its_history_and_takes_pictures(world, watched):
+def test_a_chat_keeps_its_history_and_takes_pictures(world, watched):
     picture, missing = world.images / "0.jpg", world.images / "none.jpg"
     said = talk(
         world,
         watched[1],
         *("你好", str(picture), str(missing), "图中有什么？", "在哪里？"),
         f"'{picture}' 这是什么？",  # a path and a question in one line
-        f"{missing} 这是什么？",  # is not asked without its picture
+        f"{missing} 这是什么？",  # not asked without its image
         *(f"/image {picture}", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
     )
     assert said.count("tokens/s") == 6
@@ -368,7 +348,7 @@ def test_a_talk_keeps_its_history_and_takes_pictures(world, watched):
     assert "no command /forget" in said
 
 
-def test_a_talk_that_is_too_long_lets_go_of_its_oldest_turns(world, watched):
+def test_a_chat_that_is_too_long_drops_its_oldest_turns(world, watched):
     said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "天" * 40_000, "你好")
     assert said.count("(the conversation is too long: the oldest 1 question(s) and answer(s) are let go)") == 1
     assert "are more than the model's 32,768 positions" in said
@@ -378,6 +358,9 @@ def test_a_talk_that_is_too_long_lets_go_of_its_oldest_turns(world, watched):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--chat", "--image", "a.jpg"], "--image and --chat: give one of them"),
+        (["--json", "x.json"], "--eval_data only"),
+        (["--eval_data", "no_such.jsonl"], "no such data file"),
         (["--image", *["0.jpg"] * 170], "are more than the model's 32,768 positions"),
         (["--image", "0.jpg", "--prompt", "你" * 40_000], "are more than the model's 32,768 positions"),
         (["--image", "https://example.org/a.jpg"], "a file is needed, not an address"),
@@ -388,7 +371,7 @@ def test_a_talk_that_is_too_long_lets_go_of_its_oldest_turns(world, watched):
         (["--temperature", "1e-320"], "--temperature"),
     ],
 )
-def test_eval_refuses_what_cannot_be_before_it_computes(world, watched, flags, words):
+def test_eval_refuses_wrong_flags(world, watched, flags, words):
     world.run(EVAL, *world.eval_files(watched[1]), *flags, cwd=world.images).refused(words)
 
 
@@ -398,29 +381,28 @@ def test_first_answer():
     assert first_answer(labels[:4]) == (2, 4)
 
 
-def test_it_is_shown_in_the_bar_and_sent_to_wandb(world, tmp_path):
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_it_is_in_the_progress_bar_and_in_wandb(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    files = [*world.files("pretrain", out), *watching(world), "--epochs", 1]
-    result = world.run(PRETRAIN, *files, "--use_wandb", env={"WANDB_MODE": "offline"}, terminal=True).passed()
+    flags = [*watching(world), "--epochs", 1, "--log_interval", 1, "--use_wandb", "--wandb_project", "tiny"]
+    how = {"env": {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, "cwd": tmp_path, "terminal": True}
+    result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, **how).passed()
     assert ", gap " in result.out
     [log] = out.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"gap_shuffled" in log.read_bytes()
+    assert not (tmp_path / "wandb").exists()
+    written = log.read_bytes()
+    assert b"gap_shuffled" in written and b"train/tokens_per_second" in written
+    losses = [row["loss"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl") if "loss" in row]
+    assert losses and all(json.dumps(loss).encode() in written for loss in losses)
+    assert torch.load(out / "pretrain_vlm_32_resume.pth", weights_only=True)["wandb_id"] in log.name
     [media] = out.glob("wandb/offline-run-*/files/media")
     assert len(list(media.glob("images/eval/pictures_2_*"))) == 8
     assert "描述这张图片" in next(media.glob("table/eval/descriptions_2_*")).read_text(encoding="utf-8")
 
 
-def test_without_held_out_rows_the_page_shows_pictures_that_were_trained_on(world, tmp_path):
-    """Every run leaves a page, however few its pictures are."""
-    result, out = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", "none")
-    assert "the pictures described at the end were trained on" in result.out
-    assert "pictures that were trained on" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8")
-    assert {row["step"] for row in read_jsonl(out / "sft_vlm_32_samples" / "samples.jsonl")} == {14}
-
-
-def test_held_out_rows_that_are_trained_on_are_told(world, tmp_path):
-    result, _ = run(world, world.copy_of_out(tmp_path / "out"), "--eval_data", world.root / "sft.jsonl")
+def test_held_out_rows_that_are_trained_on_are_reported(world, watched, tmp_path):
+    flags = ["--eval_data", world.root / "sft.jsonl", "--epochs", 1]
+    result, _ = run(world, world.copy_of_out(tmp_path / "out"), *flags)
     assert "25 of the 25 rows of --eval_data" in result.out
     assert "are trained on too" in result.out
-    result, _ = run(world, world.copy_of_out(tmp_path / "b"), "--eval_data", world.root / "pretrain.jsonl")
-    assert "are trained on too" not in result.out
+    assert "are trained on too" not in watched[0].out

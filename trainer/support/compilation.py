@@ -27,26 +27,20 @@ class CompiledVLM:
 
     def __init__(self, model: MiniMindVLM, batch_size: int, **options):
         self.model, self.batch_size = model, batch_size
-        self._forward, self._encode_images = torch.compile(model.forward, **options), torch.compile(encode, **options)
+        self._forward = torch.compile(model.forward, **options)
+        self._encode_images = torch.compile(model.encode_images, **options)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Does what `MiniMindVLM.encode_images` does."""
         if len(pixel_values) < 2:
             return self.model.encode_images(pixel_values)
         mark_dynamic(pixel_values, 0)
-        return self._encode_images(self.model, pixel_values)
+        return self._encode_images(pixel_values)
 
-    def __call__(self, input_ids, labels, image_starts, learned_positions, image_features, num_items_in_batch: int):
+    def __call__(self, num_items_in_batch: int, **inputs: torch.Tensor):
         """Does what `MiniMindVLM.forward` does, given features. Each num_items_in_batch is a graph of its own."""
-        inputs = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "image_starts": image_starts,
-            "learned_positions": learned_positions,
-            "image_features": image_features,
-        }
-        is_full = len(input_ids) == self.batch_size and input_ids.shape[1] > 1
-        if not is_full or len(image_starts) < 2 or len(learned_positions) < 2:
+        is_full = len(inputs["input_ids"]) == self.batch_size
+        if not is_full or len(inputs["image_starts"]) < 2 or len(inputs["learned_positions"]) < 2:
             return self.model(**inputs, num_items_in_batch=num_items_in_batch)
         for name, tensor in inputs.items():
             mark_dynamic(tensor, 1 if name in ("input_ids", "labels") else 0)
@@ -60,24 +54,22 @@ class CompiledVLM:
 
         Raises:
             RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or the
-                device's memory does not hold such a batch.
+                batch does not fit in the device's memory.
         """
         size = self.model.vision_encoder.config.image_size
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for length, images, learned in shapes:
-                input_ids = torch.ones(self.batch_size, length, dtype=torch.int64, device=device)
                 pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
-                features = self.encode_images(pixel_values)
+                inputs = {
+                    "input_ids": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
+                    "labels": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
+                    "image_starts": torch.zeros(images, 2, dtype=torch.int64, device=device),
+                    "learned_positions": torch.ones(learned, dtype=torch.int64, device=device),
+                    "image_features": self.encode_images(pixel_values),
+                }
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    output = self(
-                        input_ids=input_ids,
-                        labels=input_ids.clone(),
-                        image_starts=torch.zeros(images, 2, dtype=torch.int64, device=device),
-                        learned_positions=torch.ones(learned, dtype=torch.int64, device=device),
-                        image_features=features,
-                        num_items_in_batch=1,
-                    )
-                output.loss.backward()
+                    loss = self(**inputs, num_items_in_batch=1).loss
+                loss.backward()
         self.model.zero_grad(set_to_none=True)
 
 
@@ -87,7 +79,7 @@ def compile_or_not(
     """Returns the compiled model, or the model where torch.compile does not work here.
 
     Raises:
-        UsageError: If the device's memory does not hold the largest batch.
+        UsageError: If the largest batch does not fit in the device's memory.
     """
     compiled = CompiledVLM(model, batch_size)
     log("compiling tower and decoder ... (--compile 0 does without)")
@@ -103,10 +95,6 @@ def compile_or_not(
         log(f"warning: torch.compile does not work here, so this run continues without it ({reason})")
         return model
     return compiled
-
-
-def encode(model: MiniMindVLM, pixel_values: torch.Tensor) -> torch.Tensor:
-    return model.encode_images(pixel_values)
 
 
 def extreme_shapes(data: VLMDataset, batch_size: int) -> list[tuple[int, int, int]]:

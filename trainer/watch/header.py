@@ -32,38 +32,42 @@ def print_header(
         steps: Optimizer steps of the whole run.
         eval_interval: Steps between measurements on the held-out rows.
     """
-    args, config = run.args, run.config
+    args, config, world_size = run.args, run.config, run.processes.world_size
     run.log(run.stage.story)
     if run.learns_scenes:
         run.log("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
     elif run.is_builtin:
-        run.log("your data, learned by the small built-in model (tower and tokenizer are its own; it speaks Chinese)")
+        run.log("your data, learned by the small built-in model (with its own tower and tokenizer; it speaks Chinese)")
     total, learned = count_parameters(model)
-    tower = sum(parameter.numel() for parameter in model.vision_encoder.parameters())
+    tower = model.vision_encoder.num_parameters()
     cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""
     start = "random weights" if run.weights is None else display_path(run.weights.path)
     if run.weights is not None and not run.weights.has_projection:
         start += " (a language model: the projection starts untrained)"
-    per_step = args.batch_size * args.accumulation_steps * run.processes.world_size
+    kept = "computed anew every epoch"
+    if features is not None:
+        kept = f"kept in {display_path(features.path)} ({features.size / 1e9:.2f} GB; --cache_vision off does without)"
+    shape = f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
+    shape += ", experts" if config.use_moe else ""
+    shape += f", {config.projector} projection" if config.projector != "linear" else ""
+    shape += f", {config.image_tokens} tokens an image" if config.pixel_shuffle > 1 else ""
+    per_step = args.batch_size * args.accumulation_steps * world_size
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type.upper()
     rows = {
         "starts from": start,
         "writes": display_path(run.files.weights),
         "data": f"{display_path(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
-        f"{int(data.learned_tokens.sum()):,} learned tokens, longest row {int(data.lengths.max())} tokens{cut}",
+        f"{data.learned_tokens.sum():,} learned tokens, longest row {data.lengths.max()} tokens{cut}",
         "held out": held_out(args, heldout, eval_interval),
         "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
-        "features": "computed anew every epoch"
-        if features is None
-        else f"kept in {display_path(features.path)} ({features.size / 1e9:.2f} GB; --cache_vision off does without)",
-        "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
-        f"{', experts' if config.use_moe else ''}{projector(config)}: {total / 1e6:.3f} M parameters, "
-        f"{learned / 1e6:.3f} M learn",
+        "features": kept,
+        "model": f"{shape}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
         "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}"
         f"{' (the built-in recipe)' if run.is_builtin else ''}; accumulation_steps {args.accumulation_steps}, "
         f"grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, freeze_llm {args.freeze_llm}, seed {args.seed}",
         "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
-        "device": f"{device_name(run.device)}, {run.processes.world_size} process(es), {args.dtype}"
-        f"{', compiled' if is_compiled else ''}, {args.num_workers} worker(s) each",
+        "device": f"{device}, {world_size} process(es), {args.dtype}{', compiled' if is_compiled else ''}, "
+        f"{args.num_workers} worker(s) each",
     }
     for name, value in rows.items():
         run.log(in_terminal(f"  {name:<12} {value}"))
@@ -78,7 +82,7 @@ def in_terminal(line: str) -> str:
 
 
 def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:
-    """Returns what is measured on, in words."""
+    """Says which rows the run is measured on."""
     if heldout is None:
         few = "" if args.eval_data == "none" else " (fewer than three pictures)"
         return f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"
@@ -86,17 +90,6 @@ def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:
     return f"{len(heldout):,} rows of {display_path(heldout.data_path)}, measured every {eval_interval} steps{few}"
 
 
-def projector(config) -> str:
-    """Returns the projection in words where it is not the published one."""
-    kind = "" if config.projector == "linear" else f", {config.projector} projection"
-    return kind + (f", {config.image_tokens} tokens an image" if config.pixel_shuffle > 1 else "")
-
-
 def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
     """Returns (all, learned) parameters of projection and decoder; the tied head counts once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return model.num_parameters(), model.num_parameters(only_trainable=True)

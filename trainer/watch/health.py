@@ -1,4 +1,4 @@
-"""What may be wrong with a run: a first loss of guessing, steps that are not finite, a loader's worker that died."""
+"""What can go wrong in a run: a first loss no better than guessing, steps that are not finite, a dead loader worker."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ ORDINARY_SENTENCES = (
 
 
 class BadSteps:
-    """Counts the steps that were skipped because loss or gradient was not finite, without a sync."""
+    """Counts the steps skipped because loss or gradient was not finite, without syncing the GPU."""
 
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # all, in a row, the most in a row
@@ -38,24 +38,20 @@ class BadSteps:
         self.counts = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
 
     def check(self, run: Run, progress: Progress, step: int):
-        """Logs the steps skipped since the last call; syncs.
-
-        Raises:
-            UsageError: If too many in a row were skipped.
-        """
+        """Logs the steps skipped since the last call; syncs. Raises UsageError if too many in a row were skipped."""
         total, _, most = self.counts.tolist()
         if total > self.logged:
             progress.log(
                 f"by step {step} the loss or the gradient was not finite in {total - self.logged} step(s) more: "
-                f"skipped, the weights are as before ({total} so far)"
+                f"skipped, the weights are unchanged ({total} so far)"
             )
             self.logged = total
         if most >= BAD_STEPS_IN_A_ROW:
             raise UsageError(
                 f"{most} steps in a row, up to step {step}, had a loss or a gradient that is not finite, so the run "
-                "ends; the weights saved last are finite. What may help: a lower --learning_rate than "
-                f"{run.args.learning_rate:g}, a lower --grad_clip than {run.args.grad_clip:g}, --dtype float32, and a "
-                f"look at the data (python -m dataset.check {display_path(run.args.data_path)})"
+                "ends; the weights saved last are finite. Try a lower --learning_rate than "
+                f"{run.args.learning_rate:g}, a lower --grad_clip than {run.args.grad_clip:g} or --dtype float32, and "
+                f"check the data (python -m dataset.check {display_path(run.args.data_path)})"
             )
 
     def state_dict(self) -> dict:
@@ -67,11 +63,7 @@ class BadSteps:
 
 
 def report_if_due(run: Run, progress: Progress, state, epoch: int, learning_rate: float, bad_steps: BadSteps):
-    """Logs a line every --log_interval steps, and skipped steps as soon as that costs no sync.
-
-    Args:
-        state: The run's `TrainState`.
-    """
+    """Logs a line every --log_interval steps, and skipped steps earlier where that costs no sync."""
     is_due = progress.due(state.step, epoch_ends=state.sample == 0)
     if is_due or run.device.type != "cuda":
         bad_steps.check(run, progress, state.step)
@@ -81,19 +73,16 @@ def report_if_due(run: Run, progress: Progress, state, epoch: int, learning_rate
 
 
 class UnreadableImages:
-    """Names this rank's images that cannot be read: the first few on the screen, all of them in a file.
-
-    Args:
-        path: {name}.bad_rows.txt, which holds the rows that were left out at the start.
-    """
+    """Names this rank's images that cannot be read: the first few on the screen, all in {name}.bad_rows.txt."""
 
     def __init__(self, path: Path):
         self.path, self.named = path, set()
 
     def note(self, micro_batches: list[dict]):
-        """Names what of these batches was skipped and was not named before."""
-        errors = dict.fromkeys(str(error) for batch in micro_batches for error in batch["skipped"])
-        for error in (error for error in errors if error not in self.named):
+        """Names what these batches skipped, once each."""
+        for error in (str(error) for batch in micro_batches for error in batch["skipped"]):
+            if error in self.named:
+                continue
             self.named.add(error)
             if len(self.named) <= NAMED_ON_SCREEN:
                 tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
@@ -104,9 +93,9 @@ class UnreadableImages:
 
 
 def check_first_loss(run: Run, model: MiniMindVLM, losses: torch.Tensor):
-    """Looks into a first loss that is no better than guessing: wrong tokenizer, or only words that are new?
+    """Tells a wrong tokenizer from unfamiliar text where the first loss is no better than guessing.
 
-    The tokenizer is right where the weights' sidecar names it, or where the model knows ordinary sentences by it.
+    The tokenizer is right if the weights' sidecar names it, or if the model predicts ordinary sentences with it.
 
     Raises:
         UsageError: If it seems wrong, unless --ignore_high_loss was given.
@@ -120,20 +109,20 @@ def check_first_loss(run: Run, model: MiniMindVLM, losses: torch.Tensor):
         f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}."
     )
     if "tokenizer_sha256" in run.weights.sidecar or loss_of_sentences(run, model) < uniform - 1:
-        run.log(f"note: {message} The tokenizer is the right one, so the texts are unlike what it was trained on")
+        run.log(f"note: {message} The tokenizer is the right one, so the texts are unlike those it was trained on")
         return
     message += (
         f" Most likely these weights and the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: "
         "name the right one with --tokenizer_path"
     )
     if not run.args.ignore_high_loss:
-        raise UsageError(f"{message}, or train all the same with --ignore_high_loss")
+        raise UsageError(f"{message}, or train anyway with --ignore_high_loss")
     run.log(f"warning: {message}")
 
 
 @torch.no_grad()
 def loss_of_sentences(run: Run, model: MiniMindVLM) -> float:
-    """Returns the loss (nats per token) of a few ordinary sentences, which any language model has learned."""
+    """Returns the mean loss (nats per token) of a few ordinary sentences, which any language model predicts well."""
     losses = []
     for sentence in ORDINARY_SENTENCES:
         input_ids = torch.tensor([run.tokenizer.encode(sentence, add_special_tokens=False)], device=run.device)
@@ -144,21 +133,21 @@ def loss_of_sentences(run: Run, model: MiniMindVLM) -> float:
 
 @contextlib.contextmanager
 def worker_errors(num_workers: int):
-    """Explains the error that torch raises in the main thread, wherever that is, when a loader's worker dies."""
+    """Explains the error that torch raises, anywhere in the main thread, when a loader worker dies."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise RankError(
-            f"a worker process that reads pictures was ended from outside ({str(error).splitlines()[0].strip()}), "
+            f"a worker process that reads pictures was killed ({str(error).splitlines()[0].strip()}), "
             f"most likely because memory ran out: use fewer than --num_workers {num_workers}. What was saved is kept: "
             "the same command with --from_resume 1 resumes from there"
         ) from error
 
 
 def from_workers(loader: Iterable[dict]) -> Iterator[dict]:
-    """Yields a loader's batches; raises for a worker that died while it sent one what torch raises otherwise."""
+    """Yields a loader's batches; a worker that dies while sending one raises what torch raises for any dead worker."""
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:

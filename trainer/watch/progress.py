@@ -1,4 +1,4 @@
-"""What a run reports: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb where asked."""
+"""What a run reports: a bar in a terminal, plain lines elsewhere, metrics.jsonl always, wandb if asked."""
 
 import functools
 import json
@@ -19,13 +19,13 @@ INIT_SECONDS = 10
 
 
 class Progress:
-    """Counts what was learned since the last log line and reports it (on the main process; silent elsewhere).
+    """Counts what was learned since the last report and reports it (on the main rank; the others are silent).
 
     Args:
-        total_steps, done_steps: Optimizer steps of the whole run, and those done before.
+        total_steps, done_steps: Optimizer steps of the whole run, and those done before a resume.
         log_interval: Steps between reports; the first is after step 1.
-        metrics_path: The jsonl that each report is appended to, or None for silence. It keeps the reports of the steps
-            that were done before, and no others.
+        metrics_path: The jsonl that each report is appended to, or None for silence. Of an earlier file only the
+            reports up to `done_steps` are kept.
         wandb_run: A wandb run, or None.
     """
 
@@ -33,7 +33,7 @@ class Progress:
         self.total_steps, self.done_steps, self.log_interval = total_steps, done_steps, log_interval
         self.metrics_path, self.wandb_run = metrics_path, wandb_run
         self.started = time.perf_counter()
-        self.has_begun = False
+        self.has_begun, self.can_write, self.figures, self.heldout_figures = False, True, {}, {}
         self.bar = None
         if metrics_path is not None and sys.stderr.isatty():
             self.bar = tqdm(
@@ -43,7 +43,6 @@ class Progress:
                 smoothing=0.1,
                 bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix}, ETA {remaining} {bar}",
             )
-        self.can_write, self.figures, self.heldout_figures = True, {}, {}
         self._reset()
 
     def _reset(self):
@@ -52,7 +51,7 @@ class Progress:
         self.losses = torch.zeros(2)
 
     def state_dict(self) -> dict:
-        """Returns what was counted since the last report, so that a resumed run reports it."""
+        """Returns what was counted since the last report, for a resumed run to report."""
         counted = {
             "learned_from": self.losses.tolist(),
             "samples": self.samples,
@@ -69,11 +68,7 @@ class Progress:
         self.data_seconds, self.seconds_before = counted["data_seconds"], counted["seconds_before"]
 
     def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
-        """Counts an optimizer step.
-
-        Args:
-            losses: (2,) its summed loss and learned tokens, over all ranks; not synced here.
-        """
+        """Counts an optimizer step; `losses` (2,), its summed loss and learned tokens over all ranks, is not synced."""
         self.losses = self.losses.to(losses.device) + losses
         self.samples += samples
         self.tokens += tokens
@@ -86,7 +81,7 @@ class Progress:
         return step == 1 or step % self.log_interval == 0 or epoch_ends
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
-        """Reports the interval that ends here, and begins the next. Returns what was reported."""
+        """Reports the interval that ends here and begins the next; returns what was reported."""
         loss_sum, learned = self.losses.tolist()  # syncs
         seconds = max(1e-9, self.seconds_before + time.perf_counter() - self.interval_started)
         record = {
@@ -110,7 +105,7 @@ class Progress:
         return record
 
     def report_heldout(self, step: int, epoch: int, held_out: dict, figures: dict[str, str], message: str):
-        """Reports a measurement on held-out rows: `message` as a line of its own, `figures` in the bar from now on."""
+        """Reports a held-out evaluation: `message` as a line of its own, `figures` in the bar from now on."""
         self.heldout_figures = figures
         self._set_postfix()
         self.log(message)
@@ -120,11 +115,11 @@ class Progress:
             self.wandb_run.log({f"eval/{key}": value for key, value in held_out.items()}, step=step)
 
     def exclude(self, seconds: float):
-        """Takes time that was not training out of the interval, so that it counts in no samples/s."""
+        """Leaves time that was not training out of samples/s."""
         self.interval_started += seconds
 
     def log_samples(self, step: int, generated: list[dict], folder: Path):
-        """Sends images and their descriptions to wandb, where it is used."""
+        """Sends images and their descriptions to wandb, if it is used."""
         if self.wandb_run is None or not generated:
             return
         import wandb
@@ -140,14 +135,14 @@ class Progress:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except (OSError, UsageError) as error:
-            if self.can_write:  # once, not at every report
+            if self.can_write:  # warn once
                 self.log(f"warning: {display_path(self.metrics_path)} cannot be written, training continues: {error}")
             self.can_write = False
 
     def begin_file(self):
-        """Reduces metrics_path to the reports of the steps done before.
+        """Cuts an earlier metrics file to the steps done before.
 
-        Not before there is something to report: a run that fails at its first loss leaves an earlier run's curve alone.
+        Called with the first report, so that a run that fails before it leaves an earlier run's curve alone.
         """
         if self.metrics_path is None or self.has_begun:
             return
@@ -167,7 +162,7 @@ class Progress:
             self.figures = figures
             self._set_postfix()
             return
-        if record["step"] > 1:  # the first step is slow: workers start, memory is taken
+        if record["step"] > 1:  # the first step is slow: workers start, memory is allocated
             done = max(1, record["step"] - self.done_steps)
             figures["ETA"] = clock(record["seconds"] / done * (self.total_steps - record["step"]))
         line = "  ".join(f"{name} {value}" for name, value in figures.items())
@@ -179,16 +174,14 @@ class Progress:
             self.bar.set_postfix_str(f"loss {self.figures['loss']}{gap}, {self.figures['samples/s']} samples/s")
 
     def log(self, message: str):
-        """Prints a line, above the bar where there is one."""
-        if self.metrics_path is None:
-            return
+        """Prints a line, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(message)
-        else:
+        elif self.metrics_path is not None:
             print(message, flush=True)
 
     def close(self):
-        """Ends bar and wandb run."""
+        """Closes the bar and the wandb run."""
         if self.bar is not None:
             self.bar.close()
         if self.wandb_run is not None:
@@ -196,7 +189,7 @@ class Progress:
 
 
 def reports_until(path: Path, step: int) -> list[str]:
-    """Returns a metrics file's lines up to a step: a run that was killed may have reported more than it saved."""
+    """Returns a metrics file's lines up to a step: a killed run may have reported more than it saved."""
     if step == 0 or not path.is_file():
         return []
     kept = []
@@ -205,7 +198,7 @@ def reports_until(path: Path, step: int) -> list[str]:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # cut off while it was written
+            continue  # truncated by a kill
     return kept
 
 
@@ -217,15 +210,15 @@ def clock(seconds: float) -> str:
 
 
 def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str | None):
-    """Starts a wandb run, or continues the one whose id is given; offline where wandb cannot be reached.
+    """Starts a wandb run, or continues the one whose id is given; offline if wandb cannot be reached.
 
     Raises:
-        UsageError: If wandb cannot start for another reason, as a wrong key.
+        UsageError: If wandb cannot start for another reason, such as a wrong key.
     """
-    import wandb  # slow to import, and most runs do without
+    import wandb  # slow to import, and most runs do not use it
 
     start = functools.partial(wandb.init, project=project, name=name, config=config, dir=folder, id=run_id)
-    # wandb itself waits 90 seconds; WANDB_INIT_TIMEOUT is its own way to set that.
+    # By default wandb waits 90 seconds; WANDB_INIT_TIMEOUT is its own setting for that.
     wait = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_SECONDS}
     try:
         return start(resume="allow", settings=wandb.Settings(**wait))
@@ -244,7 +237,7 @@ def start_wandb(project: str, name: str, config: dict, folder: Path, run_id: str
 
 
 def open_progress(run: Run, done_steps: int, total_steps: int, settings: dict) -> Progress:
-    """Returns the run's Progress; on the main rank with metrics.jsonl, and wandb where asked for."""
+    """Returns the run's Progress; on the main rank with metrics.jsonl, and wandb if asked for."""
     wandb_run = None
     if run.args.use_wandb and run.processes.is_main:
         config = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}

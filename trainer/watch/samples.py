@@ -1,6 +1,7 @@
 """Descriptions of a few fixed images, generated again and again while the model learns."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,55 +14,45 @@ from dataset.prompts import first_answer, row_prompts
 from model.model_vlm import MiniMindVLM
 from trainer.watch.answers import generate_answers
 
-PICTURES = 8
+IMAGES = 8
 LONGEST = 64  # tokens of a description
 
 
 class Samples:
-    """Describes up to 8 images of held-out rows, and keeps every description: `folder`/samples.jsonl and `folder`.md.
+    """Describes up to 8 images and keeps every description, in `folder`/samples.jsonl and `folder`.md.
 
     Args:
-        data: The held-out rows.
+        data: The rows whose images are described.
         tokenizer: The model's.
         folder: Where the images and samples.jsonl go; `folder`.md shows them.
-        done_steps: Steps that a resumed run did before; later descriptions are dropped.
+        done_steps: Steps done before a resume; descriptions of later ones are dropped.
     """
 
     def __init__(self, data: VLMDataset, tokenizer: PreTrainedTokenizerBase, folder: Path, done_steps: int):
         self.tokenizer, self.folder, self.done_steps = tokenizer, folder, done_steps
         self.image_tokens = data.image_tokens
-        pictured = np.flatnonzero(data.image_counts > 0)[: 4 * PICTURES].tolist()  # some may be broken
-        samples = data.__getitems__(pictured)
-        self.rows = [sample for sample in samples if not isinstance(sample, PictureError)][:PICTURES]
+        with_images = np.flatnonzero(data.image_counts > 0)[: 4 * IMAGES].tolist()  # some may be broken
+        samples = data.__getitems__(with_images)
+        self.rows = [sample for sample in samples if not isinstance(sample, PictureError)][:IMAGES]
         self.generated: list[dict] | None = None
 
     def describe(self, model: MiniMindVLM, step: int) -> list[dict]:
-        """Generates greedy answers to the rows' questions; writes and returns them.
-
-        Each is {"step", "picture", "prompt", "reference", "description"}.
-        """
+        """Writes and returns greedy answers: {"step", "picture", "prompt", "reference", "description"} each."""
         if not self.rows:
             return []
         if self.generated is None:
             self._begin()
         answers = generate_answers(model, self.tokenizer, row_prompts(self.rows, model.config.pad_token_id), LONGEST)
-        generated = [self._record(number, step, answer) for number, answer in enumerate(answers)]
+        generated = []
+        for number, (row, answer) in enumerate(zip(self.rows, answers, strict=True)):
+            start, end = first_answer(row["labels"])
+            prompt = self.tokenizer.decode(row["input_ids"][:start], skip_special_tokens=True)
+            reference = self.tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
+            sample = {"step": step, "picture": f"{number}.jpg", "prompt": last_question(prompt, self.image_tokens)}
+            generated.append(sample | {"reference": reference.strip(), "description": answer.strip()})
         self.generated += generated
         self._write()
         return generated
-
-    def _record(self, number: int, step: int, answer: str) -> dict:
-        row = self.rows[number]
-        start, end = first_answer(row["labels"])
-        question = self.tokenizer.decode(row["input_ids"][:start], skip_special_tokens=True)
-        reference = self.tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
-        return {
-            "step": step,
-            "picture": f"{number}.jpg",
-            "prompt": last_question(question, self.image_tokens),
-            "reference": reference.strip(),
-            "description": answer.strip(),
-        }
 
     def _begin(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +62,7 @@ class Samples:
         self.generated = []
         path = self.folder / "samples.jsonl"
         if self.done_steps and path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.generated = [row for row in rows if row["step"] <= self.done_steps]
+            self.generated = [row for row in read_descriptions(path) if row["step"] <= self.done_steps]
 
     def _write(self):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.generated)
@@ -81,14 +71,20 @@ class Samples:
         write_atomically(self.folder.with_name(f"{self.folder.name}.md"), lambda file: file.write(page.encode("utf-8")))
 
 
+def read_descriptions(path: Path) -> list[dict]:
+    """Reads a samples.jsonl."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def last_question(prompt: str, image_tokens: int) -> str:
-    """Returns the question of a decoded prompt, without its frame and the images' placeholders."""
+    """Returns the question of a decoded prompt, without the chat template and the image placeholders."""
     question = prompt.split("user\n")[-1].removesuffix("assistant\n")
     return question.replace("@" * image_tokens, "").strip()
 
 
 def page_of(generated: list[dict], folder: str) -> str:
-    """Returns Markdown: each image with its descriptions, step by step."""
+    """Returns each image with its descriptions, step by step, as Markdown."""
     parts = [f"# What the model says: {folder.removesuffix('_samples')}\n"]
     for picture in dict.fromkeys(row["picture"] for row in generated):
         rows = [row for row in generated if row["picture"] == picture]
@@ -100,6 +96,4 @@ def page_of(generated: list[dict], folder: str) -> str:
 
 def as_text(text: str) -> str:
     """Escapes text for a cell of a Markdown table: one line, no markup."""
-    for character in "\\`*_{}[]<>#|~":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+    return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", text).split())
