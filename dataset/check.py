@@ -26,6 +26,7 @@ from tqdm import tqdm  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path  # noqa: E402
+from dataset.formats import RIGHT_FORM  # noqa: E402
 from dataset.lm_dataset import VLMDataset, bad_rows_limit, hash_63  # noqa: E402
 from dataset.pictures import PictureError, load_picture  # noqa: E402
 from dataset.tokenizer import load_tokenizer, quiet_libraries  # noqa: E402
@@ -225,6 +226,8 @@ def main():
     if bad > limit or len(data) == 0:
         given = f"{limit:,} (1 % of the rows)" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
         why = f"{counted(bad, 'bad row')}, more than {given}" if bad > limit else "there is no row to learn from"
+        if bad and not data.is_parquet:
+            print(f"\nA good line looks like this:\n  {RIGHT_FORM}")
         print(f"\nTraining would refuse this file: {why}.")
         sys.exit(1)
     left_out = f", {bad:,} left out" if bad else ""

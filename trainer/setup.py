@@ -14,6 +14,7 @@ from common.errors import RankError, UsageError
 from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
+from dataset.formats import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
@@ -329,6 +330,8 @@ def report_bad_rows(run: Run, data: VLMDataset):
     limit = bad_rows_limit(data, args.max_bad_rows)
     if len(data.bad_rows) > limit:
         given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
+        if not data.is_parquet:
+            lines.append(f"A good line looks like this:\n  {RIGHT_FORM}")
         lines.append(f"More than {given}: training does not start. Mend them, or raise --max_bad_rows.")
         raise UsageError("\n".join(lines))
     run.log("\n".join([*lines, "They are left out."]))

@@ -9,6 +9,7 @@ import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
+from dataset.formats import RIGHT_FORM
 from trainer import assets
 from trainer.assets import choose_assets
 from trainer.flags import fill_in
@@ -121,7 +122,7 @@ def test_bad_rows_are_listed_then_refused_or_left_out(world, out, tmp_path):
     for limit in ([], ["--max_bad_rows", 6]):
         message = refused(world, out, *flags, *limit)
         assert "7 of 107 rows cannot be learned from" in message
-        assert "--max_bad_rows" in message
+        assert "--max_bad_rows" in message and RIGHT_FORM in message
         for line, reason in expected.items():
             assert f"line {line}: {reason}" in message
     result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7).passed()
