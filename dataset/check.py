@@ -38,7 +38,7 @@ SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError if a number is too small."""
     parser = ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--image_tokens", type=int, default=VLMConfig().image_tokens, help=what)
     add("--max_bad_rows", type=int, help="rows that may be left out (default: 1 %% of the rows)")
     add("--pictures", action="store_true", help="decode every picture too, and name the broken ones")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, least in {"max_seq_len": 8, "image_tokens": 1, "max_bad_rows": 0}.items():
         value = getattr(args, name)
         if value is not None and value < least:
