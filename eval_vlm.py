@@ -26,31 +26,16 @@ from transformers import TextStreamer, set_seed  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import (  # noqa: E402
-    BUILTIN_DATASET_DIR,
-    BUILTIN_MODEL_DIR,
-    BUILTIN_TOKENIZER_DIR,
-    BUILTIN_TOWER_DIR,
-    EVAL_IMAGES_DIR,
-    ROOT,
-    SAVE_DIR,
-    TOKENIZER_DIR,
-    TOWER_DIR,
-    display_path,
-    printable,
-)
+from common.paths import EVAL_IMAGES_DIR, display_path, printable  # noqa: E402
 from dataset.chat import IMAGE_TAG, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
-from dataset.prompts import DEFAULT_FORM, prompt_batch, with_images  # noqa: E402
+from dataset.prompts import prompt_batch, with_images  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
-from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash  # noqa: E402
-from model.model_vlm import MiniMindVLM  # noqa: E402
-from model.vision_tower import read_tower_settings  # noqa: E402
-from model.vlm_config import fit_config_to_tower  # noqa: E402
-from trainer import weights as weight_io  # noqa: E402
+from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
+from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
 from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
@@ -63,22 +48,8 @@ LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError with everything that is wrong with them."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("the model").add_argument
-    add(
-        "--load_from",
-        default="model",
-        help="model: the weight files in --save_dir; anything else: a transformers folder",
-    )
-    what = "where the weight files lie"
-    add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})")
-    add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
-    add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
-    add("--num_hidden_layers", type=int, help="layers (default: what the file says)")
-    add("--use_moe", type=int, choices=(0, 1), help="1: the file with experts (default: what the file says)")
-    trained_with = "(default: what the weights were trained with)"
-    add("--tokenizer_path", type=file_path, help=f"the tokenizer's folder {trained_with}")
-    add("--vision_model_path", type=file_path, help=f"the vision tower's folder {trained_with}")
-    add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    device = "cpu, cuda, cuda:N or mps (default: the best there is)"
+    add_model_flags(parser).add_argument("--device", help=device)
     add = parser.add_argument_group("chat or measure").add_argument
     add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
     add("--eval_data", type=file_path, help="rows to measure on, jsonl or parquet as for training")
@@ -121,7 +92,6 @@ def check_flags(args):
             problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
     if not is_unicode(args.prompt):
         problems.append("--prompt is not UTF-8: type it in a terminal that is")
-    args.weight = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
     problems += [f"--image {path}: a file is needed, not an address" for path in args.image or () if is_url(path)]
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         problems.append(f"--json {args.json}: there is no such folder, or it is a folder itself")
@@ -145,74 +115,28 @@ def is_url(path: Path) -> bool:
     return re.match(r"[a-z]+:/", str(path)) is not None
 
 
-def find_weights(args) -> weight_io.Weights:
-    """Reads the weights that the flags name."""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    if args.load_from != "model":
-        weights = weight_io.read_folder(Path(args.load_from).expanduser())
-    else:
-        save_dir = args.save_dir or SAVE_DIR
-        if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not TOWER_DIR.exists():
-            save_dir = BUILTIN_MODEL_DIR
-        weights = weight_io.read_weights(weight_io.find_weights(save_dir, args.weight, args.hidden_size, use_moe))
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
-    return weights
-
-
-def choose_path(flag: Path | None, weights: weight_io.Weights, name: str, builtin: Path, published: Path) -> Path:
-    """Returns a folder: as typed, else the one the weights were trained with, else the published one."""
-    if flag is not None:
-        return flag.expanduser().resolve()
-    if weights.sidecar.get("assets") == "built-in":
-        return builtin
-    trained_with = weights.sidecar.get("arguments", {}).get(name)
-    return ROOT / trained_with if trained_with else published
-
-
-def knows_only_scenes(sidecar: dict) -> bool:
-    """Tells whether weights were trained on the built-in set and nothing else."""
-    data = sidecar.get("arguments", {}).get("data_path")
-    return sidecar.get("assets") == "built-in" and (data is None or ROOT / str(data) in builtin_files())
-
-
-def builtin_files() -> list[Path]:
-    return [BUILTIN_DATASET_DIR / name for name in ("pretrain.jsonl", "sft.jsonl")]
-
-
 class Assistant:
     """A model, its tokenizer, and how it is to answer."""
 
     def __init__(self, args, processes: Processes):
         self.args, self.processes = args, processes
-        weights = find_weights(args)
-        self.knows_only_scenes = knows_only_scenes(weights.sidecar)
-        own = Path(args.load_from) if (Path(args.load_from) / "tokenizer.json").is_file() else TOKENIZER_DIR
-        tokenizer_path = choose_path(args.tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, own)
-        tower_path = choose_path(args.vision_model_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
-        self.tokenizer = load_tokenizer(tokenizer_path)
-        weight_io.check_tokenizer(weights, tokenizer_hash(self.tokenizer), tokenizer_path, len(self.tokenizer))
-        tower = read_tower_settings(tower_path)
-        try:
-            config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
-        except ValueError as error:
-            raise UsageError(
-                f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}"
-            ) from error
-        self.prompt_form = weights.sidecar.get("prompt_form", DEFAULT_FORM)
-        self.encoder = ChatEncoder(self.tokenizer, config.image_tokens)
-        self.picture_format = PictureFormat(**tower.picture_settings)
-        torch.manual_seed(args.seed)
-        self.model = MiniMindVLM(config, vision_model_path=tower_path)
-        weight_io.load_into(self.model, weights)
-        self.model.to(processes.device).eval()
+        trained = find_trained(args)
+        self.tokenizer, self.prompt_form = trained.tokenizer, trained.prompt_form
+        self.knows_only_scenes = trained.knows_only_scenes
+        self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
+        self.picture_format = PictureFormat(**trained.tower.picture_settings)
+        torch.manual_seed(args.seed)  # of a projection that the weights lack
+        self.model = trained.load_model().to(processes.device)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        paths = trained.weights.path, trained.tower_path, trained.tokenizer_path
+        weights, tower, tokenizer = map(display_path, paths)
         processes.log(
-            f"{display_path(weights.path)}: {parameters / 1e6:.3f} M parameters, {config.num_hidden_layers} layers; "
-            f"tower {display_path(tower_path)}, tokenizer {display_path(tokenizer_path)}, {processes.device}"
+            f"{weights}: {parameters / 1e6:.3f} M parameters, {trained.config.num_hidden_layers} layers; "
+            f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
-        if knows_only_scenes(weights.sidecar) and (args.image or args.image_dir or args.chat):
+        if self.knows_only_scenes and (args.image or args.image_dir or args.chat):
             processes.log("These weights know only the drawn shapes of the built-in set, and speak only Chinese.")
-        if not weights.has_projection:
+        if not trained.weights.has_projection:
             processes.log(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
             )

@@ -147,11 +147,12 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
             reason = "it holds something else than tensors, which could run code when loaded"
         raise unreadable(path, reason) from error
-    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+    return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
 
 
 def vision_names(names) -> list[str]:
     """Returns which of a checkpoint's names are the tower's weights (position_ids only count)."""
     names = [name for name in names if not name.endswith("position_ids")]
-    names = [name for name in names if name.startswith("vision_model.")] or names
-    return [name for name in names if not name.removeprefix("vision_model.").startswith("head.")]
+    # "vision_tower.vision_model." in a whole LLaVA.
+    names = [name for name in names if name.removeprefix("vision_tower.").startswith("vision_model.")] or names
+    return [name for name in names if not name.split("vision_model.")[-1].startswith("head.")]

@@ -11,7 +11,7 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import download
+from scripts import download, export
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -57,6 +57,8 @@ def test_command_is_understood(command):
         eval_vlm.parse_arguments(flags)
     elif script == "scripts/download.py":
         download.parse_args(flags)
+    elif script == "scripts/export.py":
+        export.parse_arguments(flags)
     else:
         pytest.fail(f"no test knows the flags of {script}")
 

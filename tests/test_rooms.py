@@ -22,6 +22,7 @@ ROOMS = (
         "trainer.assets",
         "trainer.flags",
         "trainer.setup",
+        "trainer.support.trained",
     ),
     *("trainer.watch", "trainer.resume", "trainer.loop", "trainer.train_", "scripts", "eval_vlm"),
 )

@@ -24,11 +24,14 @@ from common.paths import ROOT, display_path
 from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import config_fields, projector_of
+from trainer.support.llava import from_transformers
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
 CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
 ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
+EXPORTED = ("llava", "llama", "qwen2_moe")
+TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
@@ -164,13 +167,16 @@ def read_folder(folder: Path) -> Weights:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
+    if config.get("model_type") in EXPORTED:  # by scripts/export.py
+        tensors = from_transformers(tensors, config.get("projector_hidden_act"))
+    config |= config.get("text_config", {})
     names = config_fields(VLMConfig())
     known = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, config_of(tensors, files[0], known), {})
+    return Weights(files[0], tensors, config_of(tensors, files[0], known), read_sidecar_or_empty(folder / TRAINING))
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:

@@ -1,0 +1,210 @@
+"""Export a trained model as a transformers folder that needs no code of this repository.
+
+    python scripts/export.py --weight sft_vlm        out/sft_vlm_512-hf/: a LLaVA, with tower and tokenizer
+    python scripts/export.py --weight llm            out/llm_512-hf/: a Llama
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    model = AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf")
+
+`python eval_vlm.py --load_from out/sft_vlm_512-hf` reads such a folder back.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
+from common.errors import UsageError, run_script  # noqa: E402
+from common.paths import display_path  # noqa: E402
+from dataset.chat import IMAGE_TAG, SYSTEM_PROMPT  # noqa: E402
+from model.tower_files import read_tower_weights  # noqa: E402
+from model.vlm_config import VLMConfig  # noqa: E402
+from trainer.support.llava import DECODER, TOWER, projector_to_llava, to_transformers  # noqa: E402
+from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
+from trainer.weights import TRAINING  # noqa: E402
+
+UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
+TURN = "'<|im_start|>' + {role} + '\\n'"
+CHAT_TEMPLATE = (
+    "{% if not messages or messages[0]['role'] != 'system' %}"
+    f"{{{{ {TURN.format(role=repr('system'))} + '{SYSTEM_PROMPT}<|im_end|>\\n' }}}}{{% endif %}}"
+    f"{{% for turn in messages %}}{{{{ {TURN.format(role='turn[' + repr('role') + ']')} }}}}"
+    "{% if turn['content'] is string %}{{ turn['content'] }}{% else %}{% for part in turn['content'] %}"
+    "{% if not loop.first %}{{ 'SEPARATOR' }}{% endif %}"
+    f"{{{{ part['text'] if part['type'] == 'text' else '{IMAGE_TAG}' }}}}{{% endfor %}}{{% endif %}}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ {TURN.format(role=repr('assistant'))} }}}}{{% endif %}}"
+)
+
+
+def text_config(config: VLMConfig) -> dict:
+    """Returns the decoder as transformers' Llama, or Qwen2-MoE where it has experts.
+
+    Raises:
+        UsageError: If they cannot express it.
+    """
+    if config.inference_rope_scaling:
+        raise UsageError("stretched positions (inference_rope_scaling) are not exported: train and export without")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names += ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    names += ("bos_token_id", "eos_token_id", "pad_token_id")
+    shape = {name: getattr(config, name) for name in names}
+    shape |= {"head_dim": config.head_dim, "hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32"}
+    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if not config.use_moe:
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False} | shape
+    if config.n_shared_experts != 1:
+        raise UsageError(f"{config.n_shared_experts} shared experts are not exported: Qwen2-MoE has one")
+    return {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": config.intermediate_size,
+        "shared_expert_intermediate_size": config.intermediate_size,
+        "qkv_bias": False,
+        "router_aux_loss_coef": config.aux_loss_alpha,
+    } | shape
+
+
+def llava_config(trained: Trained, image_token_id: int) -> dict:
+    """Returns the whole model as transformers' LLaVA.
+
+    Raises:
+        UsageError: If LLaVA cannot express it.
+    """
+    config, tower = trained.config, trained.tower
+    if tower.kind != "clip":
+        raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
+    if config.pixel_shuffle != 1:
+        raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": text_config(config),
+        "vision_config": tower.config.to_diff_dict() | {"model_type": "clip_vision_model", "dtype": "float32"},
+        "image_token_index": image_token_id,
+        "image_seq_length": config.image_tokens,
+        "vision_feature_layer": -1,  # the last layer's output, before the final norm
+        "vision_feature_select_strategy": "default",  # without the class token
+        "projector_hidden_act": "linear" if config.projector == "linear" else "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+
+
+def tokenizer_files(trained: Trained, sees_images: bool) -> tuple[dict[str, dict], int | None]:
+    """Returns the tokenizer's files by name, and the id of `<image>`: the token of a byte that no text has.
+
+    `@` cannot be LLaVA's image token: its processor refuses a text with more of them than images.
+    """
+    tokenizer, image_token_id = json.loads(trained.tokenizer.backend_tokenizer.to_str()), None
+    vocabulary = tokenizer["model"]["vocab"]
+    if sees_images:
+        image_token_id = vocabulary.get(IMAGE_TAG, vocabulary.get(UNUSED_BYTE))
+        tokenizer["model"]["vocab"] = {IMAGE_TAG if i == image_token_id else name: i for name, i in vocabulary.items()}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [token for token in tokenizer["added_tokens"] if token["id"] != image_token_id]
+        tokenizer["added_tokens"] = sorted(
+            [*added, {"id": image_token_id, "content": IMAGE_TAG, **flags}], key=lambda token: token["id"]
+        )
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    settings |= {name: getattr(trained.tokenizer, name) for name in names}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": trained.config.max_position_embeddings}
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}, image_token_id
+
+
+def processor_files(trained: Trained) -> dict[str, dict]:
+    """Returns what LlavaProcessor and its image processor are made of, by file name."""
+    tower, side = trained.tower, trained.tower.config.image_size
+    pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+    pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
+    pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    pixels |= {"rescale_factor": 1 / 255, "resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
+    tokens = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1, "image_token": IMAGE_TAG}
+    tokens |= {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default"}
+    return {"preprocessor_config.json": pixels, "processor_config.json": tokens}
+
+
+def in_half_where_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor as float16 where that loses nothing, else as it is."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+
+
+def write_transformers(trained: Trained, folder: Path):
+    """Writes a LlavaForConditionalGeneration, or the decoder alone where the weights have no projection.
+
+    Raises:
+        UsageError: If transformers has no such model, or the folder cannot be written; nothing is left then.
+    """
+    sees_images = trained.weights.has_projection
+    files, image_token_id = tokenizer_files(trained, sees_images)
+    tensors = to_transformers(trained.weights.tensors)
+    if sees_images:
+        config = llava_config(trained, image_token_id)
+        files |= processor_files(trained)
+        tensors = {f"{DECODER}{name}": tensor for name, tensor in tensors.items()}
+        tensors |= projector_to_llava(trained.weights.tensors)
+        tower = read_tower_weights(trained.tower_path)
+        tensors |= {f"{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
+    else:
+        config = text_config(trained.config)
+    ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sidecar = {name: value for name, value in trained.weights.sidecar.items() if name != "tokenizer_sha256"}
+    files |= {"config.json": config, "generation_config.json": ids, TRAINING: sidecar}
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            (part / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        separator = "\\n" if "\n" in trained.prompt_form else ""
+        (part / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SEPARATOR", separator), encoding="utf-8")
+        tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise UsageError(f"{display_path(folder)} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_flags(parser)
+    add = parser.add_argument_group("the export").add_argument
+    add("--to", choices=("transformers",), default="transformers", help="the form that is written")
+    add("--folder", type=file_path, help="where to (default: beside the weights, NAME-hf)")
+    add("--overwrite", action="store_true", help="replace the folder if it is there")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
+    trained = find_trained(args)
+    path = trained.weights.path
+    name = path.parent.name if args.load_from != "model" else path.stem
+    folder = (args.folder or path.parent / f"{name}-hf").absolute()
+    if folder.exists() and not args.overwrite:
+        raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, --folder names another")
+    write_transformers(trained, folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{display_path(folder)}: {size / 1e6:.1f} MB, for transformers 5 without remote code")
+    if trained.weights.has_projection:
+        print(f"try it: python eval_vlm.py --load_from {display_path(folder)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
