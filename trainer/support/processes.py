@@ -3,11 +3,13 @@
 import contextlib
 import datetime
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 from common.errors import RankError, UsageError
 
@@ -84,9 +86,10 @@ class Processes:
             dist.destroy_process_group()
 
     def log(self, message: str = ""):
-        """Prints a line, on the main rank."""
+        """Prints a line, on the main rank; above a progress bar if there is one."""
         if self.is_main:
-            print(message, flush=True)
+            tqdm.write(message)
+            sys.stdout.flush()
 
     def barrier(self, patient: bool = False):
         """Waits for all ranks; `patient` where one may have hours of work to do before."""

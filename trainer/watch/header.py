@@ -33,11 +33,11 @@ def print_header(
         eval_interval: Steps between measurements on the held-out rows.
     """
     args, config, world_size = run.args, run.config, run.processes.world_size
-    run.log(run.stage.story)
+    whose = None
     if run.learns_scenes:
-        run.log("nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes")
+        whose = "nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes"
     elif run.is_builtin:
-        run.log("your data, learned by the small built-in model (with its own tower and tokenizer; it speaks Chinese)")
+        whose = "your data, learned by the small built-in model (its own tower and tokenizer; it speaks Chinese)"
     total, learned = count_parameters(model)
     tower = model.vision_encoder.num_parameters()
     cut = f"; {data.cut_rows:,} rows are cut at max_seq_len" if data.cut_rows else ""
@@ -69,16 +69,18 @@ def print_header(
         "device": f"{device}, {world_size} process(es), {args.dtype}{', compiled' if is_compiled else ''}, "
         f"{args.num_workers} worker(s) each",
     }
+    for line in filter(None, (run.stage.story, whose)):
+        run.log(in_terminal(line, indent=2))
     for name, value in rows.items():
-        run.log(in_terminal(f"  {name:<12} {value}"))
+        run.log(in_terminal(f"  {name:<12} {value}", indent=15))
 
 
-def in_terminal(line: str) -> str:
+def in_terminal(line: str, indent: int) -> str:
     """Wraps a line at words to a terminal's width; a file gets it whole."""
     if not sys.stdout.isatty():
         return line
     width = shutil.get_terminal_size().columns - 1
-    return textwrap.fill(line, width, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:
