@@ -1,7 +1,8 @@
-"""Export a trained model as a transformers folder that needs no code of this repository.
+"""Export a trained model to transformers, or to llama.cpp and Ollama; neither needs code of this repository.
 
     python scripts/export.py --weight sft_vlm        out/sft_vlm_512-hf/: a LLaVA, with tower and tokenizer
     python scripts/export.py --weight llm            out/llm_512-hf/: a Llama
+    python scripts/export.py --weight sft_vlm --to gguf      out/sft_vlm_512-gguf/: text, mmproj, Modelfile
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
     model = AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf")
@@ -10,6 +11,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -163,16 +165,53 @@ def write_transformers(trained: Trained, folder: Path):
     ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sidecar = {name: value for name, value in trained.weights.sidecar.items() if name != "tokenizer_sha256"}
     files |= {"config.json": config, "generation_config.json": ids, TRAINING: sidecar}
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with whole_folder(folder) as part:
         for name, content in files.items():
             (part / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         separator = "\\n" if "\n" in trained.prompt_form else ""
         (part / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SEPARATOR", separator), encoding="utf-8")
         tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_token: str):
+    """Writes the text model, the mmproj where the weights have a projection, and a Modelfile for Ollama.
+
+    Raises:
+        UsageError: If llama.cpp has no such model, or the folder cannot be written; nothing is left then.
+    """
+    try:
+        from scripts import gguf_files
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UsageError("--to gguf needs a package: pip install -r scripts/requirements-export.txt") from error
+    if trained.config.use_moe:
+        raise UsageError("experts are not exported to GGUF: use --to transformers")
+    text_config(trained.config)  # refuses what a Llama cannot express
+    sees_images, mmproj = trained.weights.has_projection, f"mmproj-{name}-f32.gguf"
+    if sees_images:
+        llava_config(trained, 0)
+    with whole_folder(folder) as part:
+        text = f"{name}-{quant}.gguf"
+        gguf_files.write_text(trained, part / text, name, quant)
+        if sees_images:
+            gguf_files.write_mmproj(trained, part / mmproj, name, class_token)
+        (part / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """Yields a folder to write to, which gets its name at the end; whatever fails, none or the old one is there.
+
+    Raises:
+        UsageError: If something cannot be written.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     except OSError as error:
@@ -185,8 +224,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument_group("the export").add_argument
-    add("--to", choices=("transformers",), default="transformers", help="the form that is written")
-    add("--folder", type=file_path, help="where to (default: beside the weights, NAME-hf)")
+    add("--to", choices=("transformers", "gguf"), default="transformers", help="gguf: for llama.cpp and Ollama")
+    add("--quant", choices=("f16", "q8_0"), default="f16", help="precision of the text model's matrices in a GGUF")
+    what = "order of the tower's positions in a GGUF; first: for a llama.cpp that puts the class token first"
+    add("--class_token", choices=("last", "first"), default="last", help=what)
+    add("--folder", type=file_path, help="where to (default: beside the weights, NAME-hf or NAME-gguf)")
     add("--overwrite", action="store_true", help="replace the folder if it is there")
     return parser.parse_args(argv)
 
@@ -196,14 +238,20 @@ def main():
     trained = find_trained(args)
     path = trained.weights.path
     name = path.parent.name if args.load_from != "model" else path.stem
-    folder = (args.folder or path.parent / f"{name}-hf").absolute()
+    kind = {"transformers": "hf", "gguf": "gguf"}[args.to]
+    folder = (args.folder or path.parent / f"{name}-{kind}").absolute()
     if folder.exists() and not args.overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, --folder names another")
-    write_transformers(trained, folder)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{display_path(folder)}: {size / 1e6:.1f} MB, for transformers 5 without remote code")
-    if trained.weights.has_projection:
+    if args.to == "gguf":
+        write_gguf(trained, folder, name, args.quant, args.class_token)
+    else:
+        write_transformers(trained, folder)
+    for file in sorted(folder.iterdir()):
+        print(f"  {display_path(file)}  {file.stat().st_size / 1e6:.1f} MB")
+    if args.to == "transformers" and trained.weights.has_projection:
         print(f"try it: python eval_vlm.py --load_from {display_path(folder)}")
+    elif args.to == "gguf":
+        print("try it: ollama create NAME -f Modelfile, or llama-server -m TEXT.gguf --mmproj MMPROJ.gguf")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""Write a trained model as the two GGUF files of llama.cpp, and Ollama's Modelfile.
+
+The text model is a `llama`, the vision tower and the projection are a `clip` with the projector `mlp`. llama.cpp's mlp
+is always Linear, GELU, Linear; since gelu(x) - gelu(-x) = x, a single linear layer is still exact.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import torch
+
+from dataset.chat import SYSTEM_PROMPT
+from model.tower_files import read_tower_weights
+from trainer.support.trained import Trained
+
+# |x| times this is beyond the range of llama.cpp's half-precision GELU table, where its GELU is exact.
+GELU_SCALE = 2.0**12
+LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TEXT_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+TOWER_NAMES = {
+    "embeddings.class_embedding": "v.class_embd",
+    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.position_embedding.weight": "v.position_embd.weight",
+    "pre_layrnorm": "v.pre_ln",
+}
+TOWER_LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+}
+QUANTS = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}{% endif %}"
+    "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MODELFILE = """FROM ./{text}
+{mmproj}TEMPLATE \"\"\"{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
+{{{{ .Content }}}}<|im_end|>
+{{{{ end }}}}<|im_start|>assistant
+\"\"\"
+SYSTEM "{system}"
+PARAMETER stop "<|im_end|>"
+"""
+
+
+def rotary_to_gguf(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders a projection's rows: llama.cpp rotates neighbouring pairs, transformers the two halves of a head."""
+    head_size = weight.shape[0] // heads
+    return weight.view(heads, 2, head_size // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, quant: str | None):
+    """Adds a matrix in the wanted precision, and whatever is no matrix (or not asked for) in float32."""
+    array = tensor.float().contiguous().numpy()
+    if quant is None or array.ndim < 2:
+        writer.add_tensor(name, array)
+        return
+    writer.add_tensor(name, gguf.quantize(array, QUANTS[quant]), raw_dtype=QUANTS[quant])
+
+
+def write(writer: gguf.GGUFWriter):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_text(trained: Trained, path: Path, name: str, quant: str):
+    """Writes the decoder and its tokenizer."""
+    config = trained.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    add_tokenizer(writer, trained)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for ours, tensor in trained.weights.tensors.items():
+        if ours.startswith("vision_proj.") or ours == "lm_head.weight":  # the head is tied
+            continue
+        theirs = TEXT_NAMES.get(ours)
+        if theirs is None:
+            _, _, layer, part = ours.removesuffix(".weight").split(".", 3)
+            tensor = rotary_to_gguf(tensor, heads[LAYER_NAMES[part]]) if LAYER_NAMES[part] in heads else tensor
+            theirs = f"blk.{layer}.{LAYER_NAMES[part]}.weight"
+        add_tensor(writer, theirs, tensor, quant)
+    write(writer)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, trained: Trained):
+    content = json.loads(trained.tokenizer.backend_tokenizer.to_str())
+    ids, special = content["model"]["vocab"], {token["id"] for token in content["added_tokens"] if token["special"]}
+    names = {number: name for name, number in ids.items()}
+    names |= {token["id"]: token["content"] for token in content["added_tokens"]}
+    tokens = [names.get(number, f"[PAD{number}]") for number in range(trained.config.vocab_size)]
+    types = [
+        gguf.TokenType.CONTROL
+        if number in special
+        else gguf.TokenType.NORMAL
+        if number in names
+        else gguf.TokenType.UNUSED
+        for number in range(len(tokens))
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(trained.config.bos_token_id)
+    writer.add_eos_token_id(trained.config.eos_token_id)
+    writer.add_pad_token_id(trained.config.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
+    """Writes the tower and the projection, in float32.
+
+    Args:
+        class_token: "last": llama.cpp puts the class token behind the patches, but numbers all as if it were first; its
+            row of the position embedding is put last, so that every patch gets its own. "first": as published, for a
+            llama.cpp in which that is corrected.
+    """
+    tower = trained.tower.config
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_name(name)
+    writer.add_type("mmproj")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(tower.image_size)
+    writer.add_vision_patch_size(tower.patch_size)
+    writer.add_vision_embedding_length(tower.hidden_size)
+    writer.add_vision_feed_forward_length(tower.intermediate_size)
+    writer.add_vision_block_count(tower.num_hidden_layers)
+    writer.add_vision_head_count(tower.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
+    writer.add_vision_projection_dim(trained.config.hidden_size)
+    writer.add_vision_image_mean(list(trained.tower.mean))
+    writer.add_vision_image_std(list(trained.tower.std))
+    writer.add_vision_use_gelu(tower.hidden_act == "gelu")
+    writer.add_array("clip.vision.feature_layer", [tower.num_hidden_layers])  # or the last layer would be left out
+    for ours, tensor in read_tower_weights(trained.tower_path).items():
+        if ours.startswith("post_layernorm"):
+            continue
+        if ours == "embeddings.position_embedding.weight" and class_token == "last":
+            tensor = tensor.roll(-1, 0)
+        add_tensor(writer, tower_name(ours), tensor, None)
+    for theirs, tensor in projector(trained).items():
+        add_tensor(writer, theirs, tensor, None)
+    write(writer)
+
+
+def tower_name(ours: str) -> str:
+    if ours in TOWER_NAMES:
+        return TOWER_NAMES[ours]
+    stem, ending = ours.rsplit(".", 1)
+    if stem in TOWER_NAMES:
+        return f"{TOWER_NAMES[stem]}.{ending}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"v.blk.{layer}.{TOWER_LAYER_NAMES[part]}.{ending}"
+
+
+def projector(trained: Trained) -> dict[str, torch.Tensor]:
+    """Returns llama.cpp's mm.0 and mm.2 of the projection."""
+    ours = {name.removeprefix("vision_proj.vision_proj."): t.float() for name, t in trained.weights.tensors.items()}
+    if trained.config.projector == "mlp":
+        return {f"mm.{name}": ours[name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    weight, bias = ours["0.weight"] * GELU_SCALE, ours["0.bias"] * GELU_SCALE
+    identity = torch.eye(len(bias)) / GELU_SCALE
+    return {
+        "mm.0.weight": torch.cat((weight, -weight)),
+        "mm.0.bias": torch.cat((bias, -bias)),
+        "mm.2.weight": torch.cat((identity, -identity), dim=1),
+        "mm.2.bias": torch.zeros(len(bias)),
+    }
+
+
+def modelfile(text: str, mmproj: str | None) -> str:
+    """Returns Ollama's Modelfile for files beside it."""
+    return MODELFILE.format(text=text, mmproj=f"FROM ./{mmproj}\n" if mmproj else "", system=SYSTEM_PROMPT)

@@ -1,0 +1,116 @@
+"""GGUF files hold what llama.cpp must find in them; where llama-server is at hand, it gives our tokens and answers."""
+
+import os
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_export import EXPORT, random_weights
+from tiny_models import save_tower
+
+from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
+from dataset.tokenizer import load_tokenizer
+from scripts.gguf_files import rotary_to_gguf
+
+pytest_plugins = ["tiny"]
+SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@pytest.fixture
+def exported(world, tmp_path):
+    def export(*more, **shape):
+        tower = save_tower(tmp_path / "tower")
+        model = random_weights(tmp_path / "out", tower, **shape)
+        files = ["--save_dir", tmp_path / "out", "--vision_model_path", tower]
+        files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR]
+        world.run(EXPORT, *files, "--to", "gguf", "--overwrite", *more).passed()
+        return model, tmp_path / "out" / "sft_vlm_64-gguf"
+
+    return export
+
+
+def read(path: Path) -> tuple[dict, dict]:
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_projection_is_exact_as_linear_gelu_linear(exported, kind):
+    model, folder = exported(projector=kind)
+    _, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
+    mm = {name: torch.from_numpy(array) for name, array in tensors.items() if name.startswith("mm.")}
+    features = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    between = gelu if kind == "linear" else torch.nn.functional.gelu
+    hidden = between(features @ mm["mm.0.weight"].T.double() + mm["mm.0.bias"])
+    out = hidden @ mm["mm.2.weight"].T.double() + mm["mm.2.bias"]
+    torch.testing.assert_close(out, model.vision_proj.double()(features), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("order", "first"), [("last", 1), ("first", 0)])
+def test_every_patch_gets_its_own_position(exported, order, first):
+    model, folder = exported("--class_token", order)
+    fields, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
+    ours = model.vision_encoder.state_dict()
+    [name] = (name for name in ours if name.endswith("position_embedding.weight"))
+    rows = [*range(first, 197), *range(first)]
+    assert np.array_equal(tensors["v.position_embd.weight"], ours[name].numpy()[rows])
+    assert list(fields["clip.vision.feature_layer"]) == [2]  # the output of the last of two layers
+    assert not any(name.startswith("v.post_ln") for name in tensors)
+
+
+def test_rotating_neighbours_is_rotating_halves():
+    """The same queries and keys, up to the order that both share."""
+    heads, size, width = 2, 8, 16
+    weight = torch.randn(heads * size, width, generator=torch.Generator().manual_seed(0))
+    x, angles = torch.ones(width), torch.arange(size // 2) * 0.3
+    halves = (weight @ x).view(heads, 2, size // 2)
+    pairs = (rotary_to_gguf(weight, heads) @ x).view(heads, size // 2, 2)
+
+    def rotate(a, b):
+        return torch.stack((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()))
+
+    assert torch.equal(rotate(halves[:, 0], halves[:, 1]), rotate(pairs[..., 0], pairs[..., 1]))
+
+
+def test_text_model_and_tokenizer(exported):
+    model, folder = exported()
+    fields, tensors = read(folder / "sft_vlm_64-f16.gguf")
+    tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
+    assert fields["general.architecture"] == "llama" and fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert [tokenizer.convert_ids_to_tokens(i) for i in range(6400)] == fields["tokenizer.ggml.tokens"]
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert "output.weight" not in tensors  # tied
+    ours = model.state_dict()["model.layers.1.mlp.down_proj.weight"].numpy()
+    assert np.array_equal(tensors["blk.1.ffn_down.weight"], ours)
+    lines = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["FROM ./sft_vlm_64-f16.gguf", "FROM ./mmproj-sft_vlm_64-f32.gguf"]
+    for named in lines[:2]:
+        assert (folder / named.removeprefix("FROM ")).is_file()
+
+
+def test_experts_and_a_missing_package_are_refused(world, exported, tmp_path):
+    exported()
+    random_weights(tmp_path / "out", tmp_path / "tower", use_moe=True)
+    files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
+    files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--to", "gguf"]
+    world.run(EXPORT, *files, "--use_moe", 1).refused("experts are not exported to GGUF", "--to transformers")
+    hook = "import sys\nsys.modules.pop('scripts.gguf_files', None)\nsys.modules['gguf'] = None"
+    result = world.run(EXPORT, *files, "--use_moe", 0, "--overwrite", hook=hook)
+    assert "pip install -r scripts/requirements-export.txt" in result.err
+
+
+@pytest.mark.skipif(SERVER is None, reason="no llama-server: name it by LLAMA_SERVER, or put it on the PATH")
+def test_llama_cpp_gives_our_tokens_and_answers(world, exported, tmp_path):
+    exported()
+    files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
+    files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--server", SERVER]
+    table = world.run(ROOT / "scripts" / "check_llama_cpp.py", *files).passed().out
+    assert "llama.cpp, f16" in table and table.count("200 of 200") == 2
