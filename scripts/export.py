@@ -246,12 +246,14 @@ def main():
         write_gguf(trained, folder, name, args.quant, args.class_token)
     else:
         write_transformers(trained, folder)
-    for file in sorted(folder.iterdir()):
-        print(f"  {display_path(file)}  {file.stat().st_size / 1e6:.1f} MB")
-    if args.to == "transformers" and trained.weights.has_projection:
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{display_path(folder)}: {size / 1e6:.1f} MB")
+    if args.to == "gguf":
+        text = next(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj-"))
+        mmproj = "".join(f" --mmproj {display_path(path)}" for path in folder.glob("mmproj-*.gguf"))
+        print(f"try it: llama-server -m {display_path(text)}{mmproj}")
+    elif trained.weights.has_projection:
         print(f"try it: python eval_vlm.py --load_from {display_path(folder)}")
-    elif args.to == "gguf":
-        print("try it: ollama create NAME -f Modelfile, or llama-server -m TEXT.gguf --mmproj MMPROJ.gguf")
 
 
 if __name__ == "__main__":
