@@ -1,8 +1,13 @@
-"""Export a trained model to transformers, or to llama.cpp and Ollama; neither needs code of this repository.
+"""Export a trained model to transformers, or to llama.cpp and Ollama.
 
-    python scripts/export.py --weight sft_vlm        out/sft_vlm_512-hf/: a LLaVA, with tower and tokenizer
-    python scripts/export.py --weight llm            out/llm_512-hf/: a Llama
-    python scripts/export.py --weight sft_vlm --to gguf      out/sft_vlm_512-gguf/: text, mmproj, Modelfile
+Neither needs code of this repository.
+
+    python scripts/export.py --weight sft_vlm
+        out/sft_vlm_512-hf/: a LLaVA, with tower, tokenizer and processor
+    python scripts/export.py --weight llm
+        out/llm_512-hf/: a Llama
+    python scripts/export.py --weight sft_vlm --to gguf
+        out/sft_vlm_512-gguf/: text model, mmproj, Modelfile
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
     model = AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf")
@@ -24,7 +29,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import display_path  # noqa: E402
+from common.paths import SAVE_DIR, display_path  # noqa: E402
 from dataset.chat import IMAGE_TAG, SYSTEM_PROMPT  # noqa: E402
 from model.tower_files import read_tower_weights  # noqa: E402
 from model.vlm_config import VLMConfig  # noqa: E402
@@ -228,7 +233,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--quant", choices=("f16", "q8_0"), default="f16", help="precision of the text model's matrices in a GGUF")
     what = "order of the tower's positions in a GGUF; first: for a llama.cpp that puts the class token first"
     add("--class_token", choices=("last", "first"), default="last", help=what)
-    add("--folder", type=file_path, help="where to (default: beside the weights, NAME-hf or NAME-gguf)")
+    add("--folder", type=file_path, help="where to (default: NAME-hf or NAME-gguf in --save_dir)")
     add("--overwrite", action="store_true", help="replace the folder if it is there")
     return parser.parse_args(argv)
 
@@ -239,7 +244,7 @@ def main():
     path = trained.weights.path
     name = path.parent.name if args.load_from != "model" else path.stem
     kind = {"transformers": "hf", "gguf": "gguf"}[args.to]
-    folder = (args.folder or path.parent / f"{name}-{kind}").absolute()
+    folder = (args.folder or (args.save_dir or SAVE_DIR) / f"{name}-{kind}").absolute()
     if folder.exists() and not args.overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, --folder names another")
     if args.to == "gguf":
