@@ -12,6 +12,7 @@ import argparse
 import base64
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -55,17 +57,17 @@ TEXTS, PROMPTS, TOKENS = 200, 20, 32
 
 def build(folder: Path) -> Path:
     """Builds llama-server from the sources in the sdist; returns its path, at once where it is there already."""
-    [server] = list(folder.glob("*/vendor/llama.cpp/build/bin/llama-server")) or [None]
+    server = next(folder.glob("*/vendor/llama.cpp/build/bin/llama-server"), None)
     if server is None:
         folder.mkdir(parents=True, exist_ok=True)
         fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
         subprocess.run(fetch, check=True)
         with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
-        source = next(folder.glob("*/vendor/llama.cpp"))
+        source, cores = next(folder.glob("*/vendor/llama.cpp")), str(os.cpu_count())
         target = source / "build"
         subprocess.run(["cmake", "-S", source, "-B", target, *(f"-D{flag}" for flag in CMAKE_FLAGS)], check=True)
-        subprocess.run(["cmake", "--build", target, "--target", "llama-server", "-j"], check=True)
+        subprocess.run(["cmake", "--build", target, "--target", "llama-server", "-j", cores], check=True)
         server = target / "bin" / "llama-server"
     return server
 
@@ -157,8 +159,6 @@ def same_answers(server: Server, trained: Trained, model, prompts: list[str]) ->
 
 def texts_to_compare() -> tuple[list[str], list[str]]:
     """Returns texts to tokenise and prompts to answer, Chinese and English, the same every time."""
-    from random import Random
-
     asked = [question for scene in heldout_scenes()[:40] for question, _ in questions(scene.facts, Random(0))]
     captions = [caption(scene.facts) for scene in heldout_scenes()]
     texts = [*SENTENCES, *captions, *asked]
