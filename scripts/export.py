@@ -51,6 +51,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def chat_template(trained: Trained) -> str:
+    """Returns the prompt as a Jinja template; parts of a content are joined as most rows in training had them."""
+    return CHAT_TEMPLATE.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
+
+
 def text_config(config: VLMConfig) -> dict:
     """Returns the decoder as transformers' Llama, or Qwen2-MoE where it has experts.
 
@@ -173,8 +178,7 @@ def write_transformers(trained: Trained, folder: Path):
     with whole_folder(folder) as part:
         for name, content in files.items():
             (part / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        separator = "\\n" if "\n" in trained.prompt_form else ""
-        (part / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SEPARATOR", separator), encoding="utf-8")
+        (part / "chat_template.jinja").write_text(chat_template(trained), encoding="utf-8")
         tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
 
@@ -199,7 +203,7 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         llava_config(trained, 0)
     with whole_folder(folder) as part:
         text = f"{name}-{quant}.gguf"
-        gguf_files.write_text(trained, part / text, name, quant)
+        gguf_files.write_text(trained, part / text, name, quant, chat_template(trained))
         if sees_images:
             gguf_files.write_mmproj(trained, part / mmproj, name, class_token)
         (part / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")

@@ -46,11 +46,6 @@ TOWER_LAYER_NAMES = {
 }
 QUANTS = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + SYSTEM_PROMPT + "<|im_end|>\\n' }}{% endif %}"
-    "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 MODELFILE = """FROM ./{text}
 {mmproj}TEMPLATE \"\"\"{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
 {{{{ .Content }}}}<|im_end|>
@@ -83,7 +78,7 @@ def write(writer: gguf.GGUFWriter):
     writer.close()
 
 
-def write_text(trained: Trained, path: Path, name: str, quant: str):
+def write_text(trained: Trained, path: Path, name: str, quant: str, chat_template: str):
     """Writes the decoder and its tokenizer."""
     config = trained.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -100,6 +95,7 @@ def write_text(trained: Trained, path: Path, name: str, quant: str):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     add_tokenizer(writer, trained)
+    writer.add_chat_template(chat_template)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for ours, tensor in trained.weights.tensors.items():
         if ours.startswith("vision_proj.") or ours == "lm_head.weight":  # the head is tied
@@ -137,7 +133,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: Trained):
     writer.add_pad_token_id(trained.config.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
