@@ -1,11 +1,12 @@
-"""Compare an exported GGUF folder, run by the real llama.cpp, with the weights that it was made of.
+"""Compare a trained model with its exports, run by transformers and by the real llama.cpp.
 
     python scripts/check_llama_cpp.py --weight sft_vlm                      with llama-server from the PATH
     python scripts/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
     python scripts/check_llama_cpp.py --weight sft_vlm --build DIR          builds it there first (6 minutes on 2 cores)
 
-Exports f16 and q8_0 into a temporary folder, starts llama-server on loopback, stops it, and prints a table: the token
-ids of 200 texts, the greedy answers to 20 prompts and, for weights of the built-in set, the 200 held-out scenes.
+Exports into a temporary folder, starts llama-server on loopback, stops it, and prints a table: size; speed; token ids
+of 200 texts; greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the
+largest value); and, for weights of the built-in set, the 200 held-out scenes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -22,21 +24,25 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from dataset.chat import ChatEncoder  # noqa: E402
+from dataset.pictures import PictureFormat, load_picture  # noqa: E402
 from dataset.prompts import prompt_batch  # noqa: E402
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes  # noqa: E402
 from dataset.scenes.grading import score  # noqa: E402
 from dataset.scenes.language import DESCRIBE, caption, questions  # noqa: E402
-from scripts.export import write_gguf  # noqa: E402
+from scripts.export import write_gguf, write_picture, write_transformers  # noqa: E402
 from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
 from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
@@ -52,30 +58,42 @@ SENTENCES = (
     "a@b.c @@ 3.14",
     "\n\n x\t",
 )
-TEXTS, PROMPTS, TOKENS = 200, 20, 32
+TEXTS, PROMPTS, TOKENS, ROUNDS = 200, 20, 32, 5
+CORRECTED = "inp = ggml_concat(ctx0, model.class_embedding, inp, 1);"  # the class token in front
+AS_PUBLISHED = "inp = ggml_concat(ctx0, inp, model.class_embedding, 1);"
 
 
-def build(folder: Path) -> Path:
-    """Builds llama-server from the sources in the sdist; returns its path, at once where it is there already."""
-    server = next(folder.glob("*/vendor/llama.cpp/build/bin/llama-server"), None)
-    if server is None:
+def build(folder: Path, class_token: str) -> Path:
+    """Builds llama-server from the sources in the sdist, unless it is there already; returns its path.
+
+    Args:
+        class_token: "last": as published; "first": with the line corrected that puts the class token last.
+    """
+    target = folder / f"build-{class_token}"
+    server = target / "bin" / "llama-server"
+    if not server.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
-        subprocess.run(fetch, check=True)
+        if not list(folder.glob("*.tar.gz")):
+            fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
+            subprocess.run(fetch, check=True)
         with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
         source, cores = next(folder.glob("*/vendor/llama.cpp")), str(os.cpu_count())
-        target = source / "build"
+        if class_token == "first":
+            file = source / "tools" / "mtmd" / "models" / "llava.cpp"
+            content = file.read_text(encoding="utf-8")
+            if AS_PUBLISHED not in content:
+                raise UsageError(f"{file} no longer has the line to correct, {AS_PUBLISHED!r}")
+            file.write_text(content.replace(AS_PUBLISHED, CORRECTED), encoding="utf-8")
         subprocess.run(["cmake", "-S", source, "-B", target, *(f"-D{flag}" for flag in CMAKE_FLAGS)], check=True)
         subprocess.run(["cmake", "--build", target, "--target", "llama-server", "-j", cores], check=True)
-        server = target / "bin" / "llama-server"
     return server
 
 
 def find_server(args: argparse.Namespace) -> Path:
     """Returns llama-server's path; raises UsageError if there is none."""
     if args.build:
-        return build(args.build)
+        return build(args.build.absolute(), args.class_token)
     found = args.server or shutil.which("llama-server")
     if found is None or not Path(found).is_file():
         raise UsageError("no llama-server: name it with --server, or build one with --build DIR")
@@ -92,9 +110,11 @@ class Server:
         [text] = (path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj-"))
         mmproj = [word for path in folder.glob("mmproj-*.gguf") for word in ("--mmproj", path)]
         command = [program, "-m", text, *mmproj, "--host", "127.0.0.1", "--port", self.port, "-c", 2048, "-np", 1]
-        self.log = folder / "server.log"
+        self.log, self.features = folder / "server.log", folder / "features"
+        environment = os.environ | {"MTMD_DEBUG_EMBEDDINGS": str(self.features)}  # where it writes an image's features
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+            run = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+            self.process = subprocess.Popen(list(map(str, command)), **run)
 
     def __enter__(self) -> "Server":
         for _ in range(300):
@@ -122,7 +142,7 @@ class Server:
 
     def describe(self, image: Path, prompt: str) -> str:
         """Returns the greedy answer to a prompt with an image after it."""
-        picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(image.read_bytes()).decode()}"}
+        picture = {"url": f"data:image/{image.suffix[1:]};base64,{base64.b64encode(image.read_bytes()).decode()}"}
         parts = [{"type": "text", "text": f"{prompt}\n"}, {"type": "image_url", "image_url": picture}]
         asked = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 64}
         return self.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
@@ -141,20 +161,92 @@ def same_tokens(server: Server, trained: Trained, texts: list[str]) -> int:
 @torch.inference_mode()
 def same_answers(server: Server, trained: Trained, model, prompts: list[str]) -> int:
     """Returns how many prompts without an image get our greedy token ids."""
-    encoder, right = ChatEncoder(trained.tokenizer, trained.config.image_tokens), 0
+    ends, right = (trained.config.eos_token_id, trained.config.pad_token_id), 0
     for prompt in prompts:
-        inputs = prompt_batch(encoder, [[{"role": "user", "content": prompt}]], [[]])
+        inputs = encode(trained, prompt)
         [ours] = generate(model, inputs, TOKENS).tolist()
-        asked = {
-            "prompt": inputs["input_ids"][0].tolist(),
-            "temperature": 0,
-            "n_predict": TOKENS,
-            "return_tokens": True,
-        }
-        theirs = server.ask("/completion", asked)["tokens"]
-        ends = trained.config.eos_token_id, trained.config.pad_token_id
+        theirs = complete(server, inputs)
         right += [i for i in ours if i not in ends] == [i for i in theirs if i not in ends]
     return right
+
+
+def encode(trained: Trained, prompt: str) -> dict:
+    encoder = ChatEncoder(trained.tokenizer, trained.config.image_tokens)
+    return prompt_batch(encoder, [[{"role": "user", "content": prompt}]], [[]])
+
+
+def complete(server: Server, inputs: dict, **settings) -> list[int]:
+    """Returns the greedy token ids after a prompt."""
+    asked = {"prompt": inputs["input_ids"][0].tolist(), "temperature": 0, "n_predict": TOKENS, "return_tokens": True}
+    return server.ask("/completion", asked | settings)["tokens"]
+
+
+def tokens_per_second(answers: list) -> list[float]:
+    """Returns the median speed of functions that generate TOKENS tokens after a short prompt, timed in turn."""
+    seconds = [[] for _ in answers]
+    for _ in range(1 + ROUNDS):
+        for answer, times in zip(answers, seconds, strict=True):
+            start = time.perf_counter()
+            answer()
+            times.append(time.perf_counter() - start)
+    return [TOKENS / statistics.median(times[1:]) for times in seconds]
+
+
+@torch.inference_mode()
+def feature_difference(server: Server, trained: Trained, model, folder: Path) -> float:
+    """Returns how far the projected features of an image are from ours: largest difference by largest value."""
+    [source, *_] = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+    picture = write_picture(trained, source, folder)
+    server.describe(picture, DESCRIBE)
+    theirs = np.fromfile(server.features, dtype=np.float32, offset=8)  # after the number of tokens and the width
+    pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
+    ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
+    return float(np.abs(theirs.reshape(ours.shape) - ours).max() / np.abs(ours).max())
+
+
+def megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
+def compare(program: Path, trained: Trained, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
+    """Returns, for each column of the table, its cells by the name of their row."""
+    sees_images, model = trained.weights.has_projection, trained.load_model()
+    grades = trained.knows_only_scenes and sees_images
+    write_transformers(trained, temporary / "hf")
+    kind = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    theirs = kind.from_pretrained(temporary / "hf")
+    table = {"ours": {"MB": f"{trained.weights.path.stat().st_size / 1e6:.1f} *"}}
+    table["transformers"] = {"MB": f"{megabytes(temporary / 'hf'):.1f}"}
+    texts, prompts = texts_to_compare()
+    inputs, exact = encode(trained, prompts[0]), {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    answers = [lambda: generate(model, inputs, **exact), lambda: theirs.generate(**given, **exact, do_sample=False)]
+    with contextlib.ExitStack() as servers:
+        for quant in ("f16", "q8_0"):
+            write_gguf(trained, temporary / quant, "model", quant, class_token)
+            server = servers.enter_context(Server(program, temporary / quant))
+            answers.append(partial(complete, server, inputs, ignore_eos=True, cache_prompt=False))
+            table[quant] = {
+                "MB": f"{megabytes(temporary / quant):.1f}",
+                "same token ids": f"{same_tokens(server, trained, texts)} of {len(texts)}",
+                "same answers": f"{same_answers(server, trained, model, prompts)} of {len(prompts)}",
+            }
+            if sees_images:
+                table[quant]["features"] = f"{feature_difference(server, trained, model, temporary):.1e}"
+            if grades:
+                images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+                graded = score([server.describe(image, DESCRIBE) for image in images], heldout_facts())
+                table[quant] |= shares(graded.attributes, graded.captions)
+        for column, speed in zip(table.values(), tokens_per_second(answers), strict=True):
+            column["tokens/s"] = f"{speed:.0f}"
+    if grades:
+        [graded, *_] = scene_table(model, trained.tokenizer)
+        table["ours"] |= shares(graded["attributes"], graded["captions"])
+    return table
+
+
+def shares(attributes: float, captions: float) -> dict[str, str]:
+    return {"attributes": f"{attributes:.1%}", "whole captions": f"{captions:.1%}"}
 
 
 def texts_to_compare() -> tuple[list[str], list[str]]:
@@ -174,28 +266,13 @@ def main():
     add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
     args = parser.parse_args()
     program, trained = find_server(args), find_trained(args)
-    model = trained.load_model()
-    texts, prompts = texts_to_compare()
-    rows = []
-    if trained.knows_only_scenes and trained.weights.has_projection:
-        [of_ours, *_] = scene_table(model, trained.tokenizer)
-        rows.append(("this repository, float32", "-", "-", of_ours["attributes"], of_ours["captions"]))
     with tempfile.TemporaryDirectory() as temporary:
-        for quant in ("f16", "q8_0"):
-            folder = Path(temporary) / quant
-            write_gguf(trained, folder, "model", quant, args.class_token)
-            with Server(program, folder) as server:
-                tokens, answers = same_tokens(server, trained, texts), same_answers(server, trained, model, prompts)
-                row = (f"llama.cpp, {quant}", f"{tokens} of {len(texts)}", f"{answers} of {len(prompts)}")
-                if trained.knows_only_scenes and trained.weights.has_projection:
-                    images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
-                    graded = score([server.describe(image, DESCRIBE) for image in images], heldout_facts())
-                    row += (graded.attributes, graded.captions)
-                rows.append(row)
-    print(f"{'':<26}{'same token ids':>15}{'same answers':>14}{'attributes':>11}{'captions':>11}")
-    for name, tokens, answers, *shares in rows:
-        shares = "".join(f"{share:>11.1%}" for share in shares)
-        print(f"{name:<26}{tokens:>15}{answers:>14}{shares}")
+        table = compare(program, trained, args.class_token, Path(temporary))
+    print(f"{'':<15}{'this repository':>16}{'transformers':>14}{'llama.cpp f16':>16}{'llama.cpp q8_0':>16}")
+    for row in ("MB", "tokens/s", "same token ids", "same answers", "features", "attributes", "whole captions"):
+        cells = [column.get(row, "-") for column in table.values()]
+        print("{:<15}{:>16}{:>14}{:>16}{:>16}".format(row, *cells))
+    print("* without the tower")
 
 
 def heldout_facts() -> list:

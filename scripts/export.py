@@ -8,6 +8,8 @@ Neither needs code of this repository.
         out/llm_512-hf/: a Llama
     python scripts/export.py --weight sft_vlm --to gguf
         out/sft_vlm_512-gguf/: text model, mmproj, Modelfile
+    python scripts/export.py --weight sft_vlm --picture a.jpg
+        out/a_224.png: the picture as llama.cpp takes it untouched
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
     model = AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf")
@@ -25,12 +27,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
+from common.files import write_atomically  # noqa: E402
 from common.paths import SAVE_DIR, display_path  # noqa: E402
 from dataset.chat import IMAGE_TAG, SYSTEM_PROMPT  # noqa: E402
+from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
 from model.tower_files import read_tower_weights  # noqa: E402
 from model.vlm_config import VLMConfig  # noqa: E402
 from trainer.support.llava import DECODER, TOWER, projector_to_llava, to_transformers  # noqa: E402
@@ -209,6 +214,15 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         (part / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")
 
 
+def write_picture(trained: Trained, picture: Path, folder: Path) -> Path:
+    """Writes a picture as the tower takes it, a PNG that llama.cpp neither resizes nor pads; returns its path."""
+    pixels = load_picture(picture, picture_format=PictureFormat(**trained.tower.picture_settings))
+    path = folder / f"{picture.stem}_{pixels.shape[-1]}.png"
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    write_atomically(path, lambda file: image.save(file, format="png"))
+    return path
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path):
     """Yields a folder to write to, which gets its name at the end; whatever fails, none or the old one is there.
@@ -239,12 +253,22 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--class_token", choices=("last", "first"), default="last", help=what)
     add("--folder", type=file_path, help="where to (default: NAME-hf or NAME-gguf in --save_dir)")
     add("--overwrite", action="store_true", help="replace the folder if it is there")
+    what = "only crop these pictures to PNGs of the tower's size, which llama.cpp takes untouched"
+    add("--picture", type=file_path, nargs="+", help=what)
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_arguments()
     trained = find_trained(args)
+    if args.picture:
+        folder = (args.folder or args.save_dir or SAVE_DIR).absolute()
+        try:
+            for picture in args.picture:
+                print(display_path(write_picture(trained, picture, folder)))
+        except PictureError as error:
+            raise UsageError(f"--picture {error}") from error
+        return
     path = trained.weights.path
     name = path.parent.name if args.load_from != "model" else path.stem
     kind = {"transformers": "hf", "gguf": "gguf"}[args.to]

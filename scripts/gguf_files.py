@@ -53,6 +53,7 @@ MODELFILE = """FROM ./{text}
 \"\"\"
 SYSTEM "{system}"
 PARAMETER stop "<|im_end|>"
+PARAMETER repeat_penalty 1
 """
 
 

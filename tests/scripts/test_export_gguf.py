@@ -1,6 +1,7 @@
 """GGUF files hold what llama.cpp must find in them; where llama-server is at hand, it gives our tokens and answers."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_export import EXPORT, random_weights
 from tiny_models import save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
+from dataset.chat import SYSTEM_PROMPT
+from dataset.pictures import load_picture
 from dataset.tokenizer import load_tokenizer
 from scripts.gguf_files import rotary_to_gguf
 
@@ -96,6 +100,31 @@ def test_text_model_and_tokenizer(exported):
         assert (folder / named.removeprefix("FROM ")).is_file()
 
 
+def test_the_modelfile_follows_the_documented_grammar(exported):
+    """Ollama's: `INSTRUCTION arguments` by line, several lines between triple quotes; FROM is required."""
+    _, folder = exported()
+    text = (folder / "Modelfile").read_text(encoding="utf-8")
+    argument = r'"""(?:.|\n)*?"""|"[^"\n]*"|[^"\s]\S*'
+    pattern = rf"(FROM|TEMPLATE|SYSTEM) ({argument})\n|PARAMETER (stop|repeat_penalty) ({argument})\n"
+    found = list(re.finditer(pattern, text))
+    assert "".join(match.group() for match in found) == text
+    said = {match[1] or match[3]: (match[2] or match[4]).strip('"') for match in found}
+    assert said.keys() == {"FROM", "TEMPLATE", "SYSTEM", "stop", "repeat_penalty"}
+    assert said["stop"] == "<|im_end|>" and said["SYSTEM"] == SYSTEM_PROMPT
+    assert said["TEMPLATE"].count("{{") == said["TEMPLATE"].count("}}") and "range .Messages" in said["TEMPLATE"]
+
+
+def test_a_picture_is_cropped_to_what_the_tower_takes(world, tmp_path):
+    source = tmp_path / "wide.jpg"
+    Image.effect_mandelbrot((640, 360), (-2, -1, 1, 1), 50).convert("RGB").save(source)
+    files = ["--weight", "llm", "--picture", source, "--folder", tmp_path / "cropped"]
+    assert "wide_224.png" in world.run(EXPORT, *files).passed().out
+    with Image.open(tmp_path / "cropped" / "wide_224.png") as image:
+        assert np.array_equal(np.asarray(image).transpose(2, 0, 1), load_picture(source).numpy())
+    source.write_bytes(b"no picture")
+    world.run(EXPORT, *files).refused("--picture", "wide.jpg", "not a picture")
+
+
 def test_experts_and_a_missing_package_are_refused(world, exported, tmp_path):
     exported()
     random_weights(tmp_path / "out", tmp_path / "tower", use_moe=True)
@@ -113,4 +142,4 @@ def test_llama_cpp_gives_our_tokens_and_answers(world, exported, tmp_path):
     files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
     files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--server", SERVER]
     table = world.run(ROOT / "scripts" / "check_llama_cpp.py", *files).passed().out
-    assert "llama.cpp, f16" in table and table.count("200 of 200") == 2
+    assert "llama.cpp f16" in table and table.count("200 of 200") == 2
