@@ -1,7 +1,8 @@
 """The texts of the built-in scenes: captions, questions with answers, and the rows of the data set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from random import Random
 
 COLOURS = ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色", "灰色")
@@ -10,16 +11,11 @@ SIZES = ("大", "小")
 PLACES = ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角")  # in reading order
 
 DESCRIBE = "描述这张图片"
-DESCRIBE_REQUESTS = (
-    DESCRIBE,
-    *"请描述这张图片的内容。 请说一说画面上都有些什么。 这张图片里有什么？ 图中有哪些物体？ 你看到了什么？".split(),
-)
-DESCRIBE_TWO_REQUESTS = ("描述这两张图片", "请依次描述这两张图片的内容。", "这两张图片里分别有什么？")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The attributes of one object."""
+    """The attributes of one object, in the Chinese words above whatever language it is spoken of."""
 
     colour: str
     shape: str
@@ -27,40 +23,126 @@ class Facts:
     place: str
 
 
-def caption(objects: Sequence[Facts]) -> str:
+@dataclass(frozen=True)
+class Language:
+    """How scenes are spoken of. The templates' fields are those of `Facts`, and `things`.
+
+    Attributes:
+        words: The words for the Chinese ones above; {} for Chinese itself.
+        requests, requests_for_two: Ask for a description; the first is the usual one.
+        captions: Descriptions of no, one and two objects.
+        thing, separator: One object of a description, and what stands between two.
+        captions_of_two: The answer to a request for two images.
+        count: The question for the number of objects, and its answers.
+        of_place, of_shape, of_colour: Questions with answers about the object there, of that shape, of that colour.
+        presence: The question whether there is such an object, the answer yes and the answer no.
+    """
+
+    words: dict[str, str]
+    requests: tuple[str, ...]
+    requests_for_two: tuple[str, ...]
+    captions: tuple[str, str, str]
+    thing: str
+    separator: str
+    captions_of_two: str
+    count: tuple[str, str, str, str]
+    of_place: tuple[tuple[str, str], ...]
+    of_shape: tuple[tuple[str, str], ...]
+    of_colour: tuple[tuple[str, str], ...]
+    presence: tuple[str, str, str]
+
+    def say(self, template: str, thing: Facts) -> str:
+        """Returns the template with the object's attributes filled in."""
+        said = {name: self.words.get(word, word) for name, word in vars(thing).items()}
+        return template.format(**said).replace(" a orange", " an orange")
+
+
+CHINESE = Language(
+    words={},
+    requests=(
+        DESCRIBE,
+        *"请描述这张图片的内容。 请说一说画面上都有些什么。 这张图片里有什么？ 图中有哪些物体？ 你看到了什么？".split(),
+    ),
+    requests_for_two=("描述这两张图片", "请依次描述这两张图片的内容。", "这两张图片里分别有什么？"),
+    captions=("", "图中有一个物体：{things}。", "图中有两个物体：{things}。"),
+    thing="{place}有一个{size}的{colour}{shape}",
+    separator="，",
+    captions_of_two="第一张{}第二张{}",
+    count=("图中有几个物体？", "", "一个。", "两个。"),
+    of_place=(
+        ("{place}有什么？", "一个{size}的{colour}{shape}。"),
+        ("{place}的物体是什么颜色的？", "{colour}。"),
+        ("{place}的物体是什么形状的？", "{shape}。"),
+        ("{place}的物体是大的还是小的？", "{size}的。"),
+    ),
+    of_shape=(("{shape}是什么颜色的？", "{colour}。"), ("{shape}在哪里？", "在{place}。")),
+    of_colour=(("{colour}的物体是什么形状的？", "{shape}。"), ("{colour}的物体在哪里？", "在{place}。")),
+    presence=("图中有{colour}的{shape}吗？", "有。", "没有。"),
+)
+_ENGLISH_WORDS = (
+    *"red orange yellow green blue purple black gray circle square triangle star diamond cross large small".split(),
+    *("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
+ENGLISH = Language(
+    words=dict(zip((*COLOURS, *SHAPES, *SIZES, *PLACES), _ENGLISH_WORDS, strict=True)),
+    requests=(
+        "Describe this image.",
+        "Please describe what is in this image.",
+        "What is in this image?",
+        "Which objects are there?",
+        "What do you see?",
+    ),
+    requests_for_two=(
+        "Describe these two images.",
+        "Describe both images in order.",
+        "What is in each of these images?",
+    ),
+    captions=("", "There is one object: {things}.", "There are two objects: {things}."),
+    thing="{place} a {size} {colour} {shape}",
+    separator=", ",
+    captions_of_two="First image: {} Second image: {}",
+    count=("How many objects are there?", "", "There is one.", "There are two."),
+    of_place=(
+        ("What is {place}?", "It is a {size} {colour} {shape}."),
+        ("What color is the object {place}?", "It is {colour}."),
+        ("What shape is the object {place}?", "It is a {shape}."),
+        ("Is the object {place} large or small?", "It is {size}."),
+    ),
+    of_shape=(("What color is the {shape}?", "It is {colour}."), ("Where is the {shape}?", "It is {place}.")),
+    of_colour=(
+        ("What shape is the {colour} object?", "It is a {shape}."),
+        ("Where is the {colour} object?", "It is {place}."),
+    ),
+    presence=("Is there a {colour} {shape}?", "Yes, there is.", "No, there is not."),
+)
+LANGUAGES = (CHINESE, ENGLISH)
+
+
+def caption(objects: Sequence[Facts], language: Language = CHINESE) -> str:
     """Returns the canonical description of a scene: its objects in reading order."""
-    parts = "，".join(f"{thing.place}有一个{thing.size}的{thing.colour}{thing.shape}" for thing in objects)
-    return f"图中有{_count(objects)}个物体：{parts}。"
+    things = language.separator.join(language.say(language.thing, thing) for thing in objects)
+    return language.captions[len(objects)].format(things=things)
 
 
-def _count(objects: Sequence[Facts]) -> str:
-    return "零一两"[len(objects)]
-
-
-def questions(objects: Sequence[Facts], rng: Random) -> list[tuple[str, str]]:
+def questions(objects: Sequence[Facts], rng: Random, language: Language = CHINESE) -> list[tuple[str, str]]:
     """Returns short questions about a scene with their answers, in random order; each has only one right answer."""
-    asked = [("图中有几个物体？", f"{_count(objects)}个。")]
+    asked = [(language.count[0], language.count[1 + len(objects)])]
     for thing in objects:
-        name = thing.colour + thing.shape
-        asked += [
-            (f"{thing.place}有什么？", f"一个{thing.size}的{name}。"),
-            (f"{thing.place}的物体是什么颜色的？", f"{thing.colour}。"),
-            (f"{thing.place}的物体是什么形状的？", f"{thing.shape}。"),
-            (f"{thing.place}的物体是大的还是小的？", f"{thing.size}的。"),
-        ]
+        templates = language.of_place
         if sum(other.shape == thing.shape for other in objects) == 1:
-            asked.append((f"{thing.shape}是什么颜色的？", f"{thing.colour}。"))
-            asked.append((f"{thing.shape}在哪里？", f"在{thing.place}。"))
+            templates += language.of_shape
         if sum(other.colour == thing.colour for other in objects) == 1:
-            asked.append((f"{thing.colour}的物体是什么形状的？", f"{thing.shape}。"))
-            asked.append((f"{thing.colour}的物体在哪里？", f"在{thing.place}。"))
+            templates += language.of_colour
+        asked += [(language.say(question, thing), language.say(answer, thing)) for question, answer in templates]
     # One question with the answer yes and one with no, which differs from the scene in one word.
     thing = rng.choice(objects)
-    asked.append((f"图中有{thing.colour}的{thing.shape}吗？", "有。"))
+    question, yes, no = language.presence
+    asked.append((language.say(question, thing), yes))
     seen = {(other.colour, other.shape) for other in objects}
     absent = [(colour, thing.shape) for colour in COLOURS] + [(thing.colour, shape) for shape in SHAPES]
     colour, shape = rng.choice([pair for pair in absent if pair not in seen])
-    asked.append((f"图中有{colour}的{shape}吗？", "没有。"))
+    asked.append((language.say(question, replace(thing, colour=colour, shape=shape)), no))
     rng.shuffle(asked)
     return asked
 
@@ -77,64 +159,74 @@ def _beside(request: str, shown: str, rng: Random) -> str:
     return f"{request}\n{shown}" if rng.random() < 0.5 else f"{shown}\n{request}"
 
 
-def description(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
+def description(
+    objects: Sequence[Facts], rng: Random, shown: str = "<image>", language: Language = CHINESE
+) -> list[dict]:
     """Returns a conversation of one question and answer: the caption.
 
     Args:
         objects: The scene.
         rng: Chooses the request's wording, and whether it comes before or after the image.
         shown: The image's placeholder, or a description that stands in its place.
+        language: Of question and answer.
     """
-    return _turns((_beside(rng.choice(DESCRIBE_REQUESTS), shown, rng), caption(objects)))
+    return _turns((_beside(rng.choice(language.requests), shown, rng), caption(objects, language)))
 
 
-def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>") -> list[dict]:
+def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>", language: Language = CHINESE) -> list[dict]:
     """Returns a conversation of two to four questions about one scene; arguments as in `description`."""
-    pairs = questions(objects, rng)[: rng.randint(2, 4)]
+    pairs = questions(objects, rng, language)[: rng.randint(2, 4)]
     if rng.random() < 0.25:
-        pairs[0] = (rng.choice(DESCRIBE_REQUESTS), caption(objects))
+        pairs[0] = (rng.choice(language.requests), caption(objects, language))
     pairs[0] = (_beside(pairs[0][0], shown, rng), pairs[0][1])
     return _turns(*pairs)
 
 
 def description_of_two(
-    scenes: Sequence[Sequence[Facts]], rng: Random, shown: Sequence[str] = ("<image>", "<image>")
+    scenes: Sequence[Sequence[Facts]],
+    rng: Random,
+    shown: Sequence[str] = ("<image>", "<image>"),
+    language: Language = CHINESE,
 ) -> list[dict]:
     """Returns a conversation that asks for the captions of two images; arguments as in `description`."""
     images = rng.choice(("", "\n")).join(shown)
-    request = _beside(rng.choice(DESCRIBE_TWO_REQUESTS), images, rng)
-    return _turns((request, f"第一张{caption(scenes[0])}第二张{caption(scenes[1])}"))
+    request = _beside(rng.choice(language.requests_for_two), images, rng)
+    return _turns((request, language.captions_of_two.format(*(caption(scene, language) for scene in scenes))))
 
 
 def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns the rows of the first stage: a description of each image, given its objects and its file name."""
+    """Returns the rows of the first stage: a description of each image, given its objects and its file name.
+
+    Here and below, Chinese and English take turns.
+    """
     return [
-        {"conversations": description(objects, Random(f"pretrain row {index}")), "image": name}
-        for index, (objects, name) in enumerate(zip(scenes, names, strict=True))
+        {"conversations": description(objects, Random(f"pretrain row {index}"), language=spoken), "image": name}
+        for index, (objects, name, spoken) in enumerate(zip(scenes, names, cycle(LANGUAGES)))
     ]
 
 
 def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
     """Returns the rows of the second stage: descriptions and dialogues, some of two images, some of text only."""
     rows = []
-    for index, (objects, name) in enumerate(zip(scenes, names, strict=True)):
+    for index, (objects, name, spoken) in enumerate(zip(scenes, names, cycle(LANGUAGES))):
         rng = Random(f"sft row {index}")
         kind = rng.random()
         if kind < 0.03:  # no image: the scene is described in words
-            rows.append({"conversations": dialogue(objects, rng, shown=caption(objects))})
+            shown = caption(objects, spoken)
+            rows.append({"conversations": dialogue(objects, rng, shown, spoken)})
         elif kind < 0.08:
             other = rng.randrange(len(scenes))
-            conversation = description_of_two((objects, scenes[other]), rng)
+            conversation = description_of_two((objects, scenes[other]), rng, language=spoken)
             rows.append({"conversations": conversation, "image": f"{name}, {names[other]}"})
         else:
             talk = description if kind < 0.55 else dialogue
-            rows.append({"conversations": talk(objects, rng), "image": name})
+            rows.append({"conversations": talk(objects, rng, language=spoken), "image": name})
     return rows
 
 
 def heldout_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns one row per image, all with the same request."""
+    """Returns one row per image, all with the usual request of their language."""
     return [
-        {"conversations": _turns((f"{DESCRIBE}\n<image>", caption(objects))), "image": name}
-        for objects, name in zip(scenes, names, strict=True)
+        {"conversations": _turns((f"{spoken.requests[0]}\n<image>", caption(objects, spoken))), "image": name}
+        for objects, name, spoken in zip(scenes, names, cycle(LANGUAGES))
     ]

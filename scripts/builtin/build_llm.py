@@ -13,6 +13,7 @@ learned. Held-out combinations are in none of the texts.
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -33,15 +34,21 @@ from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
 from dataset.lm_dataset import tokenizer_hash  # noqa: E402
 from dataset.scenes import language  # noqa: E402
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
-from dataset.scenes.language import Facts  # noqa: E402
+from dataset.scenes.language import LANGUAGES, Facts, Language  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
 from scripts.builtin import build_tower  # noqa: E402
 from trainer.weights import describe, weight_files, weight_name  # noqa: E402
 
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
-# As captions spell them, each a single token: a caption only takes copying. In the order of the tower's TARGETS.
-GRID_WORDS = ("空", *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
+# As captions spell them in either language, so that a caption only takes copying. In the order of the tower's TARGETS.
+_CHINESE = ("空", *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
+_ENGLISH = (
+    " empty",
+    *(f" {word.split('the ')[-1]}" for word in language.ENGLISH.words.values()),
+)  # "at the top": " top"
+GRID_WORDS = tuple(zip(_CHINESE, _ENGLISH, strict=True))
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
 IN_A_SENTENCE = 0.35  # share of the steps
 COARSE_UNTIL = 0.7  # of the training: until then most grids have every second row and column only, which is faster
 Example = tuple[list[dict], list[np.ndarray]]  # a conversation, and the weights of its grids
@@ -80,45 +87,50 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
     return weights
 
 
-def grid_word_ids(encoder: ChatEncoder) -> Tensor:
-    """Returns the token ids of the grid words, (len(GRID_WORDS),); raises ValueError unless each is a single token."""
-    ids = [encoder.backend.encode(word, add_special_tokens=False).ids for word in GRID_WORDS]
-    split = [word for word, word_ids in zip(GRID_WORDS, ids, strict=True) if len(word_ids) != 1]
-    if split:
-        raise ValueError(f"these words are not single tokens of this tokenizer, but must be: {' '.join(split)}")
-    return torch.tensor(ids)[:, 0]
+def grid_word_ids(encoder: ChatEncoder) -> list[list[int]]:
+    """Returns the tokens of the grid words, those of both spellings together."""
+    return [
+        [i for word in words for i in encoder.backend.encode(word, add_special_tokens=False).ids]
+        for words in GRID_WORDS
+    ]
 
 
-def described_in_words(objects: Sequence[Facts], rng: Random) -> str:
+def grid_word_vectors(model: MiniMindForCausalLM, word_ids: list[list[int]]) -> Tensor:
+    """Returns a vector for each grid word, the scaled sum of its tokens' embeddings, (len(GRID_WORDS), hidden_size)."""
+    return torch.stack([model.embed(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in word_ids])
+
+
+def described_in_words(objects: Sequence[Facts], rng: Random, spoken: Language) -> str:
     """Returns the scene as a sentence, or as a list of objects and attributes in random order."""
     if rng.random() < 0.3:
-        return language.caption(objects)
+        return language.caption(objects, spoken)
     lines = []
     for thing in rng.sample(list(objects), len(objects)):
-        words = [f"{thing.size}的", thing.colour, thing.shape, thing.place]
+        words = [spoken.say(f"{{{name}}}", thing) for name in vars(thing)]
         rng.shuffle(words)
-        lines.append("，".join(words))
-    return "；".join(lines) + "。"
+        lines.append(", ".join(words))
+    return "; ".join(lines) + "."
 
 
 def in_a_sentence(scene: Scene, rng: Random) -> Example:
     """Returns a conversation about a scene that is described in words."""
     talk = language.dialogue if rng.random() < 0.7 else language.description
-    return talk(scene.facts, rng, shown=described_in_words(scene.facts, rng)), []
+    spoken = rng.choice(LANGUAGES)
+    return talk(scene.facts, rng, described_in_words(scene.facts, rng, spoken), spoken), []
 
 
 def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
     """Returns a conversation about the next scene or two, shown as grids."""
-    facts, grids = [], []
+    facts, grids, spoken = [], [], rng.choice(LANGUAGES)
     for _ in range(2 if rng.random() < 0.06 else 1):
         scene = next(scenes)
         facts.append(scene.facts)
         grids.append(grid_weights(scene, noise, stride))
     shown = [IMAGE_CHARACTER * len(grid) for grid in grids]
     if len(facts) == 2:
-        return language.description_of_two(facts, rng, shown), grids
+        return language.description_of_two(facts, rng, shown, spoken), grids
     talk = language.dialogue if rng.random() < 0.4 else language.description
-    return talk(facts[0], rng, shown[0]), grids
+    return talk(facts[0], rng, shown[0], spoken), grids
 
 
 class Batch(NamedTuple):
@@ -162,12 +174,12 @@ def draw_batches(encoder: ChatEncoder, steps: int, batch_size: int, seed: int) -
             yield "loss in a grid", collate(encoder, [in_a_grid(scenes, rng, noise, stride) for _ in range(count)])
 
 
-def embed(model: MiniMindForCausalLM, batch: Batch, words: Tensor) -> Tensor:
+def embed(model: MiniMindForCausalLM, batch: Batch, words: list[list[int]]) -> Tensor:
     """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise."""
     embedded = model.embed(batch.input_ids)
     if not len(batch.weights):
         return embedded
-    word_vectors = model.embed(words)
+    word_vectors = grid_word_vectors(model, words)
     vectors = batch.weights @ word_vectors
     scale = word_vectors.detach().square().mean().sqrt()
     # Noise on each cell, and an offset common to all: no projection is clean.
@@ -212,36 +224,42 @@ class Float32Attention(TorchFunctionMode):
             return func(*(states.float() for states in args), **kwargs).to(args[0].dtype)
 
 
-def training_loss(model: MiniMindForCausalLM, batch: Batch, words: Tensor) -> Tensor:
+def training_loss(model: MiniMindForCausalLM, batch: Batch, words: list[list[int]]) -> Tensor:
     learned = (batch.labels.flatten() != -100).nonzero()[:, 0]
-    with torch.autocast("cpu", dtype=torch.bfloat16), Float32Attention():
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_BFLOAT16), Float32Attention():
         return model(inputs_embeds=embed(model, batch, words), labels=batch.labels, learned_positions=learned).loss
 
 
 @torch.no_grad()
-def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: Tensor) -> dict:
+def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]]) -> dict:
     """Measures the shares of learned tokens and of whole captions that are right, on held-out scenes given as grids.
 
     A caption is right if each token is the most likely one after those before it: greedy generation then gives exactly
     this caption.
     """
-    scenes, noise, shown = heldout_scenes(), np.random.default_rng(0), IMAGE_CHARACTER * PATCHES_PER_SIDE**2
-    tokens, captions = [], []
-    for start in range(0, len(scenes), 50):
-        examples = [
-            (language.description(scene.facts, Random(start), shown), [grid_weights(scene, noise, stride=1)])
-            for scene in scenes[start : start + 50]
-        ]
-        batch = collate(encoder, examples)
-        right = model(inputs_embeds=embed(model, batch, words)).logits[:, :-1].argmax(dim=-1) == batch.labels[:, 1:]
-        learned = batch.labels[:, 1:] != -100
-        tokens.append(right[learned].float())
-        captions.append((right | ~learned).all(dim=1).float())
-    return {name: round(float(torch.cat(of).mean()), 4) for name, of in (("tokens", tokens), ("captions", captions))}
+    scenes, shown, result = heldout_scenes(), IMAGE_CHARACTER * PATCHES_PER_SIDE**2, {}
+    for name, spoken in (("Chinese", language.CHINESE), ("English", language.ENGLISH)):
+        tokens, captions, noise = [], [], np.random.default_rng(0)
+        for start in range(0, len(scenes), 50):
+            examples = [
+                (
+                    language.description(scene.facts, Random(start), shown, spoken),
+                    [grid_weights(scene, noise, stride=1)],
+                )
+                for scene in scenes[start : start + 50]
+            ]
+            batch = collate(encoder, examples)
+            right = model(inputs_embeds=embed(model, batch, words)).logits[:, :-1].argmax(dim=-1) == batch.labels[:, 1:]
+            learned = batch.labels[:, 1:] != -100
+            tokens.append(right[learned].float())
+            captions.append((right | ~learned).all(dim=1).float())
+        result |= {f"tokens, {name}": round(float(torch.cat(tokens).mean()), 4)}
+        result |= {f"captions, {name}": round(float(torch.cat(captions).mean()), 4)}
+    return result
 
 
 def main() -> None:
-    defaults = {"steps": 2500, "batch_size": 32, "learning_rate": 2e-3, "log_interval": 50, "save_interval": 250}
+    defaults = {"steps": 6000, "batch_size": 32, "learning_rate": 2e-3, "log_interval": 50, "save_interval": 500}
     parser = build_tower.make_parser(__doc__, out_dir=BUILTIN_MODEL_DIR, **defaults)
     parser.add_argument("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help="tokenizer folder")
     args = parser.parse_args()
@@ -261,14 +279,11 @@ def main() -> None:
         write_together(weight_files(path, model, {}, sidecar | {"result": result}))
         return result
 
-    def loss_of(batch: Batch) -> Tensor:
-        learned = (batch.labels.flatten() != -100).nonzero()[:, 0]
-        with torch.autocast("cpu", dtype=torch.bfloat16), Float32Attention():
-            return model(inputs_embeds=embed(model, batch, words), labels=batch.labels, learned_positions=learned).loss
-
     print(f"decoder of {model.num_parameters():,} parameters, {args.steps} steps")
     batches = draw_batches(encoder, args.steps, args.batch_size, args.seed)
-    build_tower.train(args, parameter_groups(model), batches, loss_of, measure_and_save)
+    build_tower.train(
+        args, parameter_groups(model), batches, partial(training_loss, model, words=words), measure_and_save
+    )
 
 
 if __name__ == "__main__":
