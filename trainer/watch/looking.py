@@ -1,0 +1,85 @@
+"""Where a model looks: how much each word of its answer depends on each patch of the images."""
+
+import math
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model.model_vlm import MiniMindVLM
+from trainer.watch.answers import answering
+
+MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32
+
+
+def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor) -> torch.Tensor:
+    """Returns how much less probable each token of an answer becomes when an image patch is hidden.
+
+    A patch is hidden by putting the mean of its image's projected features in its place; the answer stays as it was
+    generated (occlusion, https://arxiv.org/abs/1311.2901). All tokens are scored at once.
+
+    Args:
+        model: With its tower.
+        inputs: One prompt with images, see `dataset.prompts`; not padded.
+        ids: (T,) the answer's token ids, see `answer_ids`.
+
+    Returns:
+        (T, images, side, side), float32 on the CPU: the fall of the token's log-probability in nats when the patch is
+        hidden, negative where it rises. `side` is 14 for 196 tokens an image.
+    """
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "pixel_values", "image_starts")}
+    ids, starts, patches = ids.to(model.device), inputs["image_starts"], model.config.image_tokens
+    with answering(model):
+        embeds = model.embed(torch.cat((inputs["input_ids"], ids[None]), dim=1))
+        embeds = model.splice_images(embeds, model.encode_images(inputs["pixel_values"]), starts)
+        places = (starts[:, 1:] + torch.arange(patches, device=model.device)).flatten()
+        means = embeds[0, places].view(len(starts), patches, -1).mean(dim=1).repeat_interleave(patches, dim=0)
+        shown, hidden = log_probabilities(model, embeds, ids), []
+        size = max(1, MOST_LOGITS // (len(ids) * model.config.vocab_size))
+        for some, mean in zip(places.split(size), means.split(size), strict=True):
+            changed = embeds.repeat(len(some), 1, 1)
+            changed[torch.arange(len(some), device=model.device), some] = mean
+            hidden.append(log_probabilities(model, changed, ids))
+    side = math.isqrt(patches)
+    return (shown - torch.cat(hidden)).T.reshape(len(ids), len(starts), side, side).cpu()
+
+
+def log_probabilities(model: MiniMindVLM, embeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities (B, T) of the answer (T,) at the end of each row of (B, L, D) embeddings."""
+    logits = model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1).logits[:, :-1]
+    return logits.float().log_softmax(dim=-1)[:, torch.arange(len(ids), device=ids.device), ids]
+
+
+def answer_ids(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Returns generated ids (T,) up to the end token, without it."""
+    return ids[(ids == eos_token_id).cumsum(dim=0) == 0]
+
+
+def split_words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int, int]]:
+    """Splits an answer's tokens into words that can be read: (text, first token, end) each.
+
+    A token is a word, but tokens that share a character, or a word of Latin letters, stay together. The texts joined
+    are the answer as it is decoded without special tokens.
+    """
+    texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(len(ids) + 1)]
+    words, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = texts[end][len(texts[start]) :]
+        following = texts[end + 1][len(texts[end]) :] if end < len(ids) else ""
+        is_cut = text.endswith("\ufffd") or is_latin(text[-1:]) and is_latin(following[:1])
+        if text and (end == len(ids) or not is_cut):
+            words.append((text, start, end))
+            start = end
+    return words
+
+
+def is_latin(character: str) -> bool:
+    return character.isascii() and character.isalnum()
+
+
+def word_maps(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor) -> list[tuple]:
+    """Returns each word of an answer with its map (images, side, side): the sum of its tokens'; see `patch_maps`."""
+    ids = answer_ids(ids, tokenizer.eos_token_id)
+    if not len(ids):
+        return []
+    maps = patch_maps(model, inputs, ids)
+    return [(text, maps[start:end].sum(dim=0)) for text, start, end in split_words(tokenizer, ids.tolist())]
