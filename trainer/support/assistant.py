@@ -9,6 +9,7 @@ from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from trainer.support.trained import Trained
 from trainer.watch.answers import generate
+from trainer.watch.looking import word_maps
 
 
 class Assistant:
@@ -64,3 +65,7 @@ class Assistant:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         inputs = prompt_batch(self.encoder, [conversation], [pictures])
         return generate(self.model, inputs, max_new_tokens, **settings)[0]
+
+    def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor) -> list[tuple]:
+        """Returns the words of an answer, each with its map over the pictures; see `trainer.watch.looking`."""
+        return word_maps(self.model, self.tokenizer, prompt_batch(self.encoder, [conversation], [pictures]), ids)

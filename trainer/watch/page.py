@@ -213,14 +213,20 @@ def looks(words: list[tuple[str, np.ndarray]]) -> dict:
     words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
     if not words:
         return {"words": []}
-    # Scaled by the word's own peak, so that it shows where; but a word that needs no patch stays dark.
-    maps = [np.nan_to_num(of_word).clip(0) for _, of_word in words]
+    file = io.BytesIO()
+    mask_of([of_word for _, of_word in words]).save(file, "PNG", optimize=True)
+    return {"words": [word for word, _ in words], "maps": b64encode(file.getvalue()).decode()}
+
+
+def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
+    """Returns maps (H, W) side by side as a mask that darkens what their words do not need.
+
+    Each is scaled by its own peak, so that it shows where; but a word that needs no patch stays dark.
+    """
+    maps = [np.nan_to_num(of_word).clip(0) for of_word in maps]
     bright = np.hstack([of_word / max(of_word.max(), MUCH) for of_word in maps])
     shade = np.rint(255 * (1 - UNSEEN) * (1 - bright)).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA").save(file, "PNG", optimize=True)
-
-    return {"words": [word for word, _ in words], "maps": b64encode(file.getvalue()).decode()}
+    return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 
 
 def evenly(items: Sequence, most: int) -> list:
