@@ -1,51 +1,58 @@
 """Where a model looks: how much each word of its answer depends on each patch of the images."""
 
+import copy
 import math
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from model.model_vlm import MiniMindVLM
 from trainer.watch.answers import answering
 
+PATCHES_AT_A_TIME = 28
 MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32
 
 
 def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Returns how much less probable each token of an answer becomes when an image patch is hidden.
+    """Returns how much more probable each token of an answer becomes when one patch of a blank image is shown.
 
-    A patch is hidden by putting the mean of its image's projected features in its place; the answer stays as it was
-    generated (occlusion, https://arxiv.org/abs/1311.2901). All tokens are scored at once.
+    Blank is an image whose projected features are all their mean. The answer stays as it was generated, so that one
+    forward pass scores all of its tokens.
 
     Args:
         model: With its tower.
-        inputs: One prompt with images, see `dataset.prompts`; not padded.
+        inputs: One prompt with images and text before them, see `dataset.prompts`; not padded.
         ids: (T,) the answer's token ids, see `answer_ids`.
 
     Returns:
-        (T, images, side, side), float32 on the CPU: the fall of the token's log-probability in nats when the patch is
-        hidden, negative where it rises. `side` is 14 for 196 tokens an image.
+        (T, images, side, side), float32 on the CPU: the rise of the token's log-probability in nats, negative where
+        it falls. `side` is 14 for 196 tokens an image.
     """
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "pixel_values", "image_starts")}
     ids, starts, patches = ids.to(model.device), inputs["image_starts"], model.config.image_tokens
+    size = min(PATCHES_AT_A_TIME, max(1, MOST_LOGITS // (len(ids) * model.config.vocab_size)))
     with answering(model):
         embeds = model.embed(torch.cat((inputs["input_ids"], ids[None]), dim=1))
         embeds = model.splice_images(embeds, model.encode_images(inputs["pixel_values"]), starts)
         places = (starts[:, 1:] + torch.arange(patches, device=model.device)).flatten()
-        means = embeds[0, places].view(len(starts), patches, -1).mean(dim=1).repeat_interleave(patches, dim=0)
-        shown, hidden = log_probabilities(model, embeds, ids), []
-        size = max(1, MOST_LOGITS // (len(ids) * model.config.vocab_size))
-        for some, mean in zip(places.split(size), means.split(size), strict=True):
-            changed = embeds.repeat(len(some), 1, 1)
-            changed[torch.arange(len(some), device=model.device), some] = mean
-            hidden.append(log_probabilities(model, changed, ids))
+        shown_ND = embeds[0, places]
+        embeds[0, places] = shown_ND.view(len(starts), patches, -1).mean(dim=1).repeat_interleave(patches, dim=0)
+        rises, blank, cache, done = [], log_probabilities(model, embeds, ids), DynamicCache(), 0
+        for some, shown in zip(places.split(size), shown_ND.split(size), strict=True):
+            first = int(some[0])
+            # Attention is causal: what is before these patches is computed once, for all rows.
+            model(inputs_embeds=embeds[:, done:first], cache=cache, logits_to_keep=1)
+            rows, before, done = embeds[:, first:].repeat(len(some), 1, 1), copy.deepcopy(cache), first
+            before.batch_repeat_interleave(len(some))
+            rows[torch.arange(len(some), device=model.device), some - first] = shown
+            rises.append(log_probabilities(model, rows, ids, before) - blank)
     side = math.isqrt(patches)
-    return (shown - torch.cat(hidden)).T.reshape(len(ids), len(starts), side, side).cpu()
+    return torch.cat(rises).T.reshape(len(ids), len(starts), side, side).cpu()
 
 
-def log_probabilities(model: MiniMindVLM, embeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def log_probabilities(model: MiniMindVLM, embeds: torch.Tensor, ids: torch.Tensor, cache=None) -> torch.Tensor:
     """Returns the log-probabilities (B, T) of the answer (T,) at the end of each row of (B, L, D) embeddings."""
-    logits = model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1).logits[:, :-1]
+    logits = model(inputs_embeds=embeds, logits_to_keep=len(ids) + 1, cache=cache).logits[:, :-1]
     return logits.float().log_softmax(dim=-1)[:, torch.arange(len(ids), device=ids.device), ids]
 
 
