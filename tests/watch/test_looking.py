@@ -61,7 +61,7 @@ def test_the_maps_equal_those_of_a_plain_loop(model, form, images, monkeypatch):
         expected = plain_rise(model, inputs, ANSWER.tolist(), image, patch)
         assert maps[:, image, patch // 14, patch % 14].tolist() == pytest.approx(expected, abs=1e-4)
     assert maps.abs().amax(dim=(2, 3)).min() > 1e-3  # far above that tolerance
-    monkeypatch.setattr(looking, "MOST_LOGITS", 7 * 4 * 128)  # 7 patches at a time
+    monkeypatch.setattr(looking, "MOST_LOGITS", 5 * 4 * 128)  # 5 patches at a time: some of one image, some of the next
     torch.testing.assert_close(patch_maps(model, inputs, ANSWER), maps, atol=1e-4, rtol=0)
 
 
@@ -74,12 +74,11 @@ def test_a_shuffled_image_has_a_smaller_map():
 def test_an_answer_that_depends_on_one_patch_has_its_peak_there(model, patch, monkeypatch):
     """All patches have the same features but one, so only that one can tell the answer anything."""
     features = torch.ones(1, 196, 32)
-    features[0, patch] = -30 * torch.arange(32) / 32
+    features[0, patch] = -3 * torch.arange(32) / 32
     monkeypatch.setattr(model, "encode_images", lambda pixel_values: features)
-    maps = patch_maps(model, inputs_of(ONE, 1), ANSWER).abs().flatten(1)
-    assert (maps.argmax(dim=1) == patch).all()
-    others = maps[:, [place for place in range(196) if place != patch]]
-    assert (others.max(dim=1).values < maps[:, patch] / 5).all()
+    of_patch = patch_maps(model, inputs_of(ONE, 1), ANSWER).abs().sum(dim=0).flatten().tolist()
+    peak = of_patch.pop(patch)
+    assert peak > 5 * max(of_patch)
 
 
 def test_looking_leaves_the_random_state_and_the_model_as_they_were(model):

@@ -1,4 +1,23 @@
-"""Where a model looks: how much each word of its answer depends on each patch of the images."""
+"""Where a model looks: how much each word of its answer depends on each patch of the images.
+
+The measure is `patch_maps`: one patch of a blank image is shown. It was chosen among these, by 112 words for the 28
+objects of 20 held-out scenes (built-in model, both stages). Given is how often the map's peak lies on the object that
+the word describes, the share of the map on it, and how often the peak lies on the right one of two objects:
+
+    one patch of a blank image shown      95.5 %  91.0 %  92.2 %
+    integrated gradients, 8 steps         94.6    89.9    90.6     8 backward passes for each token
+    one patch hidden, after the tower     89.3    83.5    81.2     3 x 3 patches: 86.6  63.3  81.2
+    one patch hidden in the pixels        83.0    82.4    70.3     the tower runs on 196 images
+    gradient x (input - mean)             86.6    79.3    78.1     x input: 71.4  47.9  56.2
+    attention, all layers and heads       89.3    34.2    81.2     the last layer: 66.1  28.3  60.9
+    attention x norm of the values        84.8    43.6    73.4
+    attention rollout                     78.6    25.7    62.5
+    chance                                 6.0     6.0
+
+Hiding a patch hardly matters, as its neighbours tell the same: a word loses 0.0001 nats (median of the peaks). Showing
+one adds 3.8. An answer takes 2 CPU seconds with the built-in model, 25 with hidden_size 512 and 8 layers.
+scripts/check_looking.py checks the measure with any weights that describe the scenes.
+"""
 
 import copy
 import math
@@ -83,8 +102,18 @@ def is_latin(character: str) -> bool:
     return character.isascii() and character.isalnum()
 
 
-def word_maps(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor) -> list[tuple]:
-    """Returns each word of an answer with its map (images, side, side): the sum of its tokens'; see `patch_maps`."""
+def word_maps(
+    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor
+) -> list[tuple[str, torch.Tensor]]:
+    """Returns the words of an answer, each with its map.
+
+    Args:
+        model, inputs: As in `patch_maps`.
+        ids: (at least T,) what `generate` returned for the prompt.
+
+    Returns:
+        (word, (images, side, side) the sum of its tokens' maps) each; see `split_words`.
+    """
     ids = answer_ids(ids, tokenizer.eos_token_id)
     if not len(ids):
         return []

@@ -63,7 +63,10 @@ class Samples:
         return generated
 
     def look(self, model: MiniMindVLM):
-        """Writes how much each word of the newest descriptions depends on each patch: `folder`/looking.jsonl."""
+        """Writes how much each word of the newest descriptions depends on each patch, to `folder`/looking.jsonl.
+
+        A row of it is {"step", "picture", "prompt", "words": [{"word", "map"}, ...]}; see `looking.patch_maps`.
+        """
         lines, started = [], time.perf_counter()
         for row, (sample, ids) in zip(self.rows, self.last, strict=False):
             if time.perf_counter() - started > LOOKING_SECONDS:
