@@ -6,6 +6,7 @@ In each scene that is described word for word, each object's colour, shape, size
 that they depend on (trainer/watch/looking.py). Prints how often its peak lies on the object, beside chance.
 """
 
+import argparse
 import sys
 import time
 from collections import defaultdict
@@ -106,14 +107,20 @@ def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
     return {row: {name: np.mean(shares) for name, shares in of_row.items()} for row, of_row in rows.items()}
 
 
-def main():
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; raises UsageError for a number of scenes that there is not."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument_group("the check").add_argument
     add("--scenes", type=int, default=SCENES, metavar="N", help="how many of the 200 scenes")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not 1 <= args.scenes <= len(heldout_scenes()):
         raise UsageError(f"--scenes {args.scenes}: must be 1 to {len(heldout_scenes())}")
+    return args
+
+
+def main():
+    args = parse_arguments()
     trained = find_trained(args)
     seen, seconds = look_at_scenes(trained, args.scenes)
     name = display_path(trained.weights.path)

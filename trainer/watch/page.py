@@ -31,8 +31,8 @@ METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12
 NO_GAP = 0.01  # nats per token; a few hundred samples cannot tell a smaller gap from none
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest
-UNSEEN = 0.25  # brightness of a patch that a word does not depend on
-MUCH = 1.0  # nats that a word loses without a patch from which on that patch is fully bright
+UNSEEN = 0.25  # brightness of a patch that does nothing for a word
+MUCH = 1.0  # nats: a word whose peak is lower stays darker
 FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training loss
 MAIN_SETTINGS = (
     *("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens", "--from_weight", "--freeze_llm"),
@@ -209,7 +209,7 @@ def descriptions(record: Record) -> list[dict]:
 
 
 def looks(words: list[tuple[str, np.ndarray]]) -> dict:
-    """Returns the words that name something, and their maps side by side: a PNG that darkens what they do not need."""
+    """Returns the words that name something, and their maps side by side: a PNG that darkens all other patches."""
     words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
     if not words:
         return {"words": []}
@@ -219,9 +219,9 @@ def looks(words: list[tuple[str, np.ndarray]]) -> dict:
 
 
 def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
-    """Returns maps (H, W) side by side as a mask that darkens what their words do not need.
+    """Returns maps (H, W) side by side as a mask that darkens where their words do not look.
 
-    Each is scaled by its own peak, so that it shows where; but a word that needs no patch stays dark.
+    Each is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
     """
     maps = [np.nan_to_num(of_word).clip(0) for of_word in maps]
     bright = np.hstack([of_word / max(of_word.max(), MUCH) for of_word in maps])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from trainer.watch.looking import word_maps
 
 IMAGES = 8
 LONGEST = 64  # tokens of a description
-LOOKED_AT = IMAGES  # by `look`
+LOOKING_SECONDS = 20.0  # from which on `look` begins no further image: a large model on a CPU takes many for each
 LOOKS, LOOK_KEYS = "looking.jsonl", ("step", "picture", "prompt")
 
 
@@ -62,9 +63,14 @@ class Samples:
         return generated
 
     def look(self, model: MiniMindVLM):
-        """Writes how much each word of the newest descriptions depends on each patch: `folder`/looking.jsonl."""
-        lines = []
-        for row, (sample, ids) in zip(self.rows[:LOOKED_AT], self.last, strict=False):
+        """Writes how much each word of the newest descriptions depends on each patch, to `folder`/looking.jsonl.
+
+        A row of it is {"step", "picture", "prompt", "words": [{"word", "map"}, ...]}; see `looking.patch_maps`.
+        """
+        lines, started = [], time.perf_counter()
+        for row, (sample, ids) in zip(self.rows, self.last, strict=False):
+            if time.perf_counter() - started > LOOKING_SECONDS:
+                break
             prompt = row_prompts([row], model.config.pad_token_id)
             if prompt["pixel_values"] is None:  # its images come after the first answer
                 continue
