@@ -23,6 +23,7 @@ from dataset.formats import with_plain_images
 
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
 LONGEST_ROW = 1 << 26
+TEXTS = (".txt", ".json")  # of a tar
 BATCH = 32  # rows with their pictures' bytes
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 KNOWN = """A source is one of these, recognised by its content:
@@ -179,30 +180,29 @@ def read_tar(path: Path) -> Iterator[Row]:
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the key, ending and content of each file that may belong to a row."""
+    """Yields the key, name and content of each file that may belong to a row."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # it would keep all of them
         path = PurePosixPath(member.name)
-        key, _, ending = path.name.partition(".")
-        ending = ending.lower()
-        if member.isfile() and key and (foreign.is_picture(f".{ending}") or ending.endswith(("txt", "json"))):
-            yield str(path.parent / key), ending, archive.extractfile(member).read()
+        key, name = path.name.partition(".")[0], path.name.lower()
+        if member.isfile() and key and (foreign.is_picture(name) or name.endswith(TEXTS)):
+            yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
 def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
     """Returns the fields of a sample: its JSON, or its text as the caption, and its pictures' bytes."""
-    kinds = {kind: [content for ending, content in files if ending.endswith(kind)] for kind in ("txt", "json")}
-    pictures = [content for ending, content in files if foreign.is_picture(f".{ending}")]
+    kinds = {kind: [content for name, content in files if name.endswith(kind)] for kind in TEXTS}
+    pictures = [content for name, content in files if foreign.is_picture(name)]
     if not pictures or not any(kinds.values()):
         return RowError("a text without a picture" if any(kinds.values()) else "a picture without a text")
     if max(map(len, kinds.values())) > 1:
         return RowError("several texts of one name up to the first dot")
-    row = parsed(kinds["json"][0]) if kinds["json"] else {}
+    row = parsed(kinds[".json"][0]) if kinds[".json"] else {}
     if isinstance(row, RowError):
         return row
-    if kinds["txt"] and foreign.field(row, ("conversations", "messages")) is None:
+    if kinds[".txt"] and foreign.field(row, ("conversations", "messages")) is None:
         try:
-            row = {"caption": kinds["txt"][0].decode("utf-8-sig").strip()}
+            row = {"caption": kinds[".txt"][0].decode("utf-8-sig").strip()}
         except UnicodeDecodeError:
             return RowError("its .txt is not UTF-8")
     return {name: value for name, value in row.items() if name not in foreign.PICTURE_FIELDS} | {"image": pictures}

@@ -19,6 +19,7 @@ would refuse such a file (--max_bad_rows); the data are written all the same.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from array import array
@@ -65,12 +66,18 @@ class Made:
         linked: Leads from a picture's hash to that of another in the same row, see `root`.
         left_out: For each kind of reason how many rows, the first one's reason, and the first few places.
         most_pictures: Of a row.
+        held_out: Rows held out.
+        pictures: Distinct pictures.
+        picture_bytes: Their files' size.
     """
 
     keys: array = field(default_factory=lambda: array("Q"))
     linked: dict[int, int] = field(default_factory=dict)
     left_out: dict[str, list] = field(default_factory=lambda: defaultdict(lambda: [0, "", []]))
     most_pictures: int = 0
+    held_out: int = 0
+    pictures: int = 0
+    picture_bytes: int = 0
 
     @property
     def bad_rows(self) -> int:
@@ -233,19 +240,36 @@ def parquet_row(row: dict, part: Path, column: pa.DataType) -> dict:
     return {"conversations": json.dumps(row["conversations"], ensure_ascii=False), "image_bytes": image}
 
 
-def report(args: argparse.Namespace, made: Made, held: int, pictures: list[int]) -> list[str]:
-    """Returns what was written, and what was left out and why; `pictures` are the sizes of their files."""
-    good = len(made.keys)
-    lines = [display_path(args.to), *check.fact("rows", f"{good:,}: {good - held:,} to train on, {held:,} held out")]
-    lines += check.fact("pictures", f"{len(pictures):,}, {sum(pictures) / 1e6:,.2f} MB")
+def write_dataset(args: argparse.Namespace) -> Made:
+    """Writes the folder --to as the flags say, whole or not at all.
+
+    Raises:
+        UsageError: If a flag or a source forbids it.
+    """
+    check_folders(args)
+    with whole_folder(args.to) as part:
+        made = write_rows(args, part)
+        is_held_out = held_out(made, args.heldout)
+        split_rows(part, is_held_out)
+        made.held_out = int(is_held_out.sum())
+        for picture in os.scandir(part / IMAGES):
+            made.pictures += 1
+            made.picture_bytes += picture.stat().st_size
+        if args.parquet:
+            to_parquet(part, made.most_pictures)
+    return made
+
+
+def report(made: Made, folder: Path) -> list[str]:
+    """Returns what was written, and what was left out and why."""
+    good, held = len(made.keys), made.held_out
+    lines = [display_path(folder), *check.fact("rows", f"{good:,}: {good - held:,} to train on, {held:,} held out")]
+    lines += check.fact("pictures", f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB")
     if not made.left_out:
         return [*lines, *check.fact("left out", "nothing")]
     share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-    return [
-        *lines,
-        *check.fact("left out", f"{share}, all of them in {display_path(args.to / LEFT_OUT)}"),
-        *reasons(made),
-    ]
+    lines += check.fact("left out", f"{share}, all of them in {display_path(folder / LEFT_OUT)}")
+    return [*lines, *reasons(made)]
 
 
 def reasons(made: Made) -> list[str]:
@@ -277,6 +301,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         raise UsageError(f"--heldout {args.heldout:g}: a share of the rows, from 0 to 0.5")
     if args.max_bad_rows is not None and args.max_bad_rows < 0:
         raise UsageError(f"--max_bad_rows {args.max_bad_rows}: must be at least 0")
+    args.sources, args.to = [path.resolve() for path in args.sources], args.to.resolve()
+    args.images_path = args.images_path and args.images_path.resolve()
     return args
 
 
@@ -300,19 +326,10 @@ def check_folders(args: argparse.Namespace):
 
 def main():
     args = parse_arguments()
-    args.sources, args.to = [path.resolve() for path in args.sources], args.to.resolve()
-    args.images_path = args.images_path and args.images_path.resolve()
-    check_folders(args)
-    with whole_folder(args.to) as part:
-        made = write_rows(args, part)
-        is_held_out = held_out(made, args.heldout)
-        split_rows(part, is_held_out)
-        pictures = [path.stat().st_size for path in (part / IMAGES).iterdir()]
-        if args.parquet:
-            to_parquet(part, made.most_pictures)
+    made = write_dataset(args)
     train, heldout = (args.to / f"{split}.{'parquet' if args.parquet else 'jsonl'}" for split in SPLITS)
-    print("\n".join(report(args, made, int(is_held_out.sum()), pictures)))
-    eval_data = f" \\\n    --eval_data {display_path(heldout)}" if heldout.exists() else ""
+    print("\n".join(report(made, args.to)))
+    eval_data = f" \\\n    --eval_data {display_path(heldout)}" if made.held_out else ""
     print(f"\n  python trainer/train_sft_vlm.py --data_path {display_path(train)}{eval_data}\n", flush=True)
     check.main([str(train), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
