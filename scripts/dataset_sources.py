@@ -132,7 +132,7 @@ def read_lines(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield Row(f"line {number}", parsed(line.removeprefix(b"\xef\xbb\xbf")), file.tell() / size)
+                yield Row(f"line {number}", parsed(line.removeprefix(b"\xef\xbb\xbf").strip()), file.tell() / size)
 
 
 def parsed(text: bytes) -> dict | RowError:
