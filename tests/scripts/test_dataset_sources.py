@@ -83,7 +83,7 @@ def test_lines_that_are_no_rows(source):
     assert source(lines) == [
         ("line 1", {"image": "a"}),
         ("line 4", "bad: not a JSON object"),
-        ("line 5", "bad: not JSON: Expecting value: line 1 column 7 (char 6)"),
+        ("line 5", "bad: not JSON: Expecting value: line 1 column 6 (char 5)"),
         ("line 6", "bad: not UTF-8"),
         (
             "line 7",
