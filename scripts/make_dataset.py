@@ -277,6 +277,8 @@ def reasons(made: Made) -> list[str]:
     for count, reason, places in sorted(made.left_out.values(), reverse=True):
         lines += check.fact(check.counted(count, "row"), reason)
         lines += check.fact("", ", ".join(places) + (", ..." if count > len(places) else ""))
+        if reason.startswith(("no such picture", "the picture's path leaves")):
+            lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
     return lines
 
 
@@ -284,8 +286,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError for a number that makes no sense."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("sources", metavar="SOURCE", nargs="+", type=file_path, help="what you have; several are put together")
-    add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
+    add("sources", metavar="SOURCE", nargs="*", type=file_path, help="what you have; several are put together")
+    add("--to", metavar="FOLDER", type=file_path, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", default=DESCRIBE, help="what is asked about a picture that has a caption only")
     add("--size", type=int, default=256, help="larger pictures are resized to this shorter side, in pixels")
@@ -295,6 +297,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote it")
     args = parser.parse_args(argv)
+    if not args.sources or args.to is None:
+        raise UsageError("name what you have, and the folder to write: make_dataset.py SOURCE --to FOLDER")
     if args.size < 1:
         raise UsageError(f"--size {args.size}: must be at least 1")
     if not 0 <= args.heldout <= 0.5:

@@ -306,7 +306,7 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(world, pictures):
     report = " ".join(done.out.split())
     assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3, 0.00 MB" in report
     assert f"left out 5 of 200 rows (2.5 %), all of them in {folder}/left_out.txt" in report
-    assert "3 rows no such picture: gone0.png line 196, line 197, line 198" in report
+    assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
     assert "1 row not UTF-8 line 201 1 row not JSON: Unterminated string" in report
     assert "Training would start with this file: 195 rows to learn from." in done.out
     assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in done.err
@@ -336,6 +336,14 @@ def test_what_is_there_is_not_overwritten(pictures):
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.data", "made"}
 
 
+def test_a_source_that_breaks_off_leaves_nothing(pictures):
+    source = as_list(pictures, llava())
+    source.write_bytes(source.read_bytes()[:-20])
+    with pytest.raises(UsageError, match="row 3: broken JSON, or the file is cut off"):
+        make(source, "--images_path", pictures)
+    assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.txt"}
+
+
 def test_flags_that_make_no_sense(world, pictures):
     source = as_table(pictures, ["image", "caption"])
     for flags, words in {
@@ -346,4 +354,5 @@ def test_flags_that_make_no_sense(world, pictures):
         ("--images_path", pictures / "none"): "no such folder",
     }.items():
         world.run(MAKE, source, "--to", pictures.parent / "new", *flags).refused(words)
+    world.run(MAKE, source).refused("SOURCE --to FOLDER")
     world.run(MAKE, pictures / "none.csv", "--to", pictures.parent / "new").refused("no such file or folder")
