@@ -168,7 +168,7 @@ def read_list(path: Path) -> Iterator[Row]:
                 continue
             number += 1
             row = value if isinstance(value, dict) else RowError("not a JSON object")
-            yield Row(f"row {number}", row, file.buffer.tell() / size)
+            yield Row(f"row {number}", row, (file.buffer.tell() - (len(text) - at)) / size)
 
 
 def read_tar(path: Path) -> Iterator[Row]:

@@ -268,7 +268,7 @@ def report(made: Made, folder: Path) -> list[str]:
     if not made.left_out:
         return [*lines, *check.fact("left out", "nothing")]
     share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-    lines += check.fact("left out", f"{share}, all of them in {display_path(folder / LEFT_OUT)}")
+    lines += check.fact("left out", f"{share}, all listed in {LEFT_OUT} there")
     return [*lines, *reasons(made)]
 
 
