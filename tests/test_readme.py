@@ -11,7 +11,7 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import check_looking, download, export
+from scripts import check_looking, download, export, make_dataset, web_demo_vlm
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -61,6 +61,10 @@ def test_command_is_understood(command):
         export.parse_arguments(flags)
     elif script == "scripts/check_looking.py":
         check_looking.parse_arguments(flags)
+    elif script == "scripts/make_dataset.py":
+        make_dataset.parse_arguments(flags)
+    elif script == "scripts/web_demo_vlm.py":
+        web_demo_vlm.parse_arguments(flags)
     else:
         pytest.fail(f"no test knows the flags of {script}")
 
