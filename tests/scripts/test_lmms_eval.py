@@ -19,7 +19,7 @@ from dataset.pictures import load_picture
 from dataset.prompts import DEFAULT_FORM, prompt_batch
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
-from dataset.scenes.language import caption
+from dataset.scenes.language import DESCRIBE, caption
 from dataset.tokenizer import load_tokenizer
 from scripts.export import chat_template
 from scripts.lmms_eval import scenes
@@ -43,23 +43,25 @@ def docs(root):
         return scenes.process_docs(None)
 
 
-def test_yaml_names_functions_that_exist():
+def task(name: str) -> dict:
+    """Reads a task as lmms-eval does: `!function scenes.NAME` is that NAME of scenes.py."""
+
     class Loader(yaml.SafeLoader):
         pass
 
-    def function(loader, node):
-        module, name = loader.construct_scalar(node).split(".")
-        assert module == "scenes"
-        return getattr(scenes, name)
+    Loader.add_constructor("!function", lambda _, node: getattr(scenes, node.value.removeprefix("scenes.")))
+    return yaml.load((FOLDER / name).read_text(encoding="utf-8"), Loader)
 
-    Loader.add_constructor("!function", function)
-    task = yaml.load((FOLDER / "scenes.yaml").read_text(encoding="utf-8"), Loader)
-    assert task["task"] == "scenes" and task["test_split"] in task["dataset_kwargs"]["data_files"]
-    assert (FOLDER / task["dataset_kwargs"]["data_files"]["test"]).is_file()
+
+def test_yaml_names_functions_that_exist():
+    config = task("scenes.yaml")
+    assert config["task"] == "scenes" and (FOLDER / config["dataset_kwargs"]["data_files"]["test"]).is_file()
     for name in ("process_docs", "doc_to_visual", "doc_to_text", "doc_to_messages", "process_results"):
-        assert task[name] is getattr(scenes, name)
-    aggregations = {metric["metric"]: metric["aggregation"] for metric in task["metric_list"]}
+        assert config[name] is getattr(scenes, name)
+    aggregations = {metric["metric"]: metric["aggregation"] for metric in config["metric_list"]}
     assert aggregations == {"attributes": scenes.attributes, "captions": scenes.captions}
+    image_first = task("scenes_image_first.yaml")
+    assert image_first["include"] == "scenes.yaml" and image_first["doc_to_text"] == DESCRIBE
 
 
 def test_rows_are_the_held_out_scenes_with_their_images(docs, root):
@@ -104,14 +106,12 @@ def test_lmms_eval_gets_the_answers_of_the_weights(world, tmp_path):
     command = [PYTHON, "-m", "lmms_eval", "--model", "llava_hf", "--tasks", "scenes", "--include_path", FOLDER]
     command += ["--model_args", f"pretrained={out / 'sft_vlm_64-hf'},device=cpu,device_map=cpu", "--limit", 3]
     command += ["--gen_kwargs", f"max_new_tokens={TOKENS}", "--output_path", tmp_path / "results", "--log_samples"]
-    environment = world.environment | {"PYTHONPATH": ""}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    command, env = list(map(str, command)), world.environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     [log] = (tmp_path / "results").rglob("*samples_scenes.jsonl")
     samples = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    answers = [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    answers = [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
     tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
     paths = sorted((draw_builtin_dataset() / "heldout_images").iterdir())[:3]
