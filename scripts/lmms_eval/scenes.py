@@ -1,10 +1,10 @@
-"""The held-out scenes of the built-in set as a task of lmms-eval; scenes.yaml names these functions.
+"""The held-out scenes of the built-in set as tasks of lmms-eval; the yaml files beside this one name its functions.
 
     python scripts/export.py --weight sft_vlm
-    python -m lmms_eval --model llava_hf --model_args pretrained=out/sft_vlm_128-hf,device=cpu \\
-        --tasks scenes --include_path scripts/lmms_eval
+    python -m lmms_eval --model llava_hf --tasks scenes,scenes_image_first --include_path scripts/lmms_eval \\
+        --model_args pretrained=out/sft_vlm_128-hf,device=cpu,device_map=cpu
 
-The model is asked as most training rows ask: the text, then the image. lmms-eval's own tasks put the image first.
+`scenes` asks as eval_vlm.py does, the text and then the image; `scenes_image_first` as lmms-eval's own tasks do.
 """
 
 import sys
