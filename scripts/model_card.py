@@ -78,7 +78,9 @@ def without_folders(sidecar: dict) -> dict:
 def sample_rows(record: page.Record) -> list[dict]:
     """Returns the described images that are there: {"name", "question", "reference", "description"} each."""
     images = [image for image in page.descriptions(record) if image["data"] is not None]
-    return [image | {"description": image["stretches"][-1][-1]["description"]} for image in images]
+    names = [{"name": Path(image["name"]).name} for image in images]
+    said = [{"description": image["stretches"][-1][-1]["description"]} for image in images]
+    return [image | name | last for image, name, last in zip(images, names, said, strict=True)]
 
 
 def write_card(model: Model, record: page.Record, samples: list[dict], repo: str, licence: str, languages: Sequence):

@@ -76,8 +76,8 @@ LICENCE = (
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
-    add("repo", metavar="NAME/REPO", help="where to: your name (or an organisation's) on the hub, and the model's")
+    add("source", metavar="SOURCE", nargs="?", type=file_path, help="a folder of scripts/export.py, or a .pth")
+    add("repo", metavar="NAME/REPO", nargs="?", help="your name (or an organisation's) on the hub, and the model's")
     add("--license", help="required: the hub's id of a licence, such as apache-2.0")
     add("--language", default="zh", help="language codes for the card, as zh or zh,en")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
@@ -93,6 +93,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     """Returns the arguments with languages as a list; raises UsageError where one is wrong."""
+    if args.repo is None:
+        raise UsageError("say what to publish and where: python scripts/publish.py SOURCE NAME/REPO --license ID")
     args.license, args.language = (args.license or "").lower(), args.language.split(",")
     if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", args.license):
         raise UsageError(LICENCE)
@@ -104,7 +106,7 @@ def check_flags(args: argparse.Namespace) -> argparse.Namespace:
     try:
         validate_repo_id(args.repo)
     except HFValidationError as error:
-        raise UsageError(f"{printable(args.repo)} is no name of a repository: {error}") from error
+        raise UsageError(printable(f"{args.repo} is no name of a repository: {error}")) from error
     if "/" not in args.repo:
         raise UsageError(f"{args.repo} has no owner: give NAME/REPO, with your name (or an organisation's) on the hub")
     return args
@@ -200,27 +202,45 @@ def find_record(source: Path, run: Path | None, model: Model) -> tuple[Record, l
     return record, list(record.missing.values())
 
 
-def stage(folder: Path, model: Model, record: Record, args: argparse.Namespace) -> str:
-    """Puts everything that is to be published into an empty folder, large files as links; returns the card."""
-    for name, file in model.files.items():
-        if name == TRAINING or (model.kind == "weights" and file.suffix == ".json"):
-            sidecar = without_folders(read_sidecar_or_empty(file))
-            (folder / name).write_text(json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            continue
-        try:
-            (folder / name).symlink_to(file)
-        except OSError:  # Windows allows links to developers only
-            shutil.copyfile(file, folder / name)
-    samples = [] if args.no_samples else sample_rows(record)
-    for sample in samples:
-        (folder / PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(record.folder / f"{record.name}{SAMPLES}" / sample["name"], folder / PICTURES / sample["name"])
-    curve = loss_curve(record)
-    if curve is not None:
-        (folder / CURVE).write_bytes(curve)
-    card = write_card(model, record, samples, args.repo, args.license, args.language)
-    (folder / CARD).write_text(card, encoding="utf-8")
-    return card
+def stage(model: Model, record: Record, args: argparse.Namespace) -> tuple[Path, str]:
+    """Puts everything that is to be published into a new temporary folder, large files as links.
+
+    Returns:
+        The folder, and the card's text.
+
+    Raises:
+        UsageError: If it cannot be written, or a file cannot be read.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="publish-"))
+        for name, file in model.files.items():
+            is_sidecar = name == TRAINING or (model.kind == "weights" and file.suffix == ".json")
+            place(file, folder / name, is_sidecar)
+        samples = [] if args.no_samples else sample_rows(record)
+        for sample in samples:
+            (folder / PICTURES).mkdir(exist_ok=True)
+            picture = record.folder / f"{record.name}{SAMPLES}" / sample["name"]
+            shutil.copyfile(picture, folder / PICTURES / sample["name"])
+        curve = loss_curve(record)
+        if curve is not None:
+            (folder / CURVE).write_bytes(curve)
+        card = write_card(model, record, samples, args.repo, args.license, args.language)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the card and its files cannot be put together in a temporary folder: {error}") from error
+    return folder, card
+
+
+def place(file: Path, target: Path, is_sidecar: bool):
+    """Links a file, or copies it where links are not allowed; of a sidecar, a copy without this machine's folders."""
+    if is_sidecar:
+        text = json.dumps(without_folders(read_sidecar_or_empty(file)), indent=2, ensure_ascii=False)
+        target.write_text(text + "\n", encoding="utf-8")
+        return
+    try:
+        target.symlink_to(file)
+    except OSError:  # Windows allows links to developers only
+        shutil.copyfile(file, target)
 
 
 def show(folder: Path, reasons: dict[str, str], missing: list[str], args: argparse.Namespace):
@@ -258,6 +278,15 @@ def new_token() -> str:
     return f"create one with write access at {page}, then run `hf auth login` or set HF_TOKEN"
 
 
+def check_card(card: str, licence: str):
+    """Raises UsageError where the hub refuses the card's metadata."""
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        reason = f"the hub refuses the card ({printable(error)})"
+        raise UsageError(f"{reason}: is --license {licence} one of its ids?") from error
+
+
 def upload(folder: Path, card: str, model: Model, args: argparse.Namespace, token: str):
     """Makes the repository if need be, and uploads the folder; what the hub has already is not sent again.
 
@@ -266,7 +295,7 @@ def upload(folder: Path, card: str, model: Model, args: argparse.Namespace, toke
     """
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
     try:
-        ModelCard(card).validate()  # before anything is made
+        check_card(card, args.license)  # before anything is made
         url = api.create_repo(args.repo, private=args.private or None, exist_ok=True)
         is_private = api.repo_info(args.repo).private
         if args.private and not is_private:
@@ -305,11 +334,11 @@ def main(argv: list[str] | None = None):
     token = "" if args.dry_run else find_token()
     model, reasons = read_model(args.source)
     record, missing = find_record(args.source, args.run, model)
+    model = replace(model, name=record.name)
     if model.kind == "gguf" and not model.sidecar["config"]:  # exported before such folders had a training.json
         model = replace(model, sidecar=with_all_parts(record.sidecar))
-    folder = Path(tempfile.mkdtemp(prefix="publish-"))
+    folder, card = stage(model, record, args)
     try:
-        card = stage(folder, model, record, args)
         show(folder, reasons, missing, args)
         if args.dry_run:
             print(f"nothing was uploaded; the card is {folder / CARD}")
