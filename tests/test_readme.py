@@ -11,7 +11,7 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import download, export
+from scripts import download, export, publish
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -64,6 +64,8 @@ def test_command_is_understood(command):
         download.parse_args(flags)
     elif script == "scripts/export.py":
         export.parse_arguments(flags)
+    elif script == "scripts/publish.py":
+        publish.parse_arguments(flags)
     else:
         pytest.fail(f"no test knows the flags of {script}")
 
