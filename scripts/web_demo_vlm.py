@@ -32,6 +32,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import ROOT, SAVE_DIR  # noqa: E402
+from dataset.chat import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
@@ -113,6 +114,7 @@ class Session:
     pictures: list[torch.Tensor] = field(default_factory=list)
     turns: list[dict] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    is_over: bool = False
 
 
 class StopWhen(StoppingCriteria):
@@ -159,33 +161,30 @@ def as_seen(picture: torch.Tensor) -> str:
     return data_url(Image.fromarray(picture.permute(1, 2, 0).numpy()), "jpeg")
 
 
-def take_pictures(assistant: Assistant, files: list[str], is_upload: bool) -> list[torch.Tensor]:
-    """Reads pictures; uploaded files are deleted at once. Raises Refused."""
+def read_pictures(assistant: Assistant, files: list[Path]) -> list[torch.Tensor]:
+    """Reads pictures; raises Refused."""
     pictures = []
-    try:
-        for file in map(Path, files):
-            if file.stat().st_size > LARGEST_FILE:
-                raise Refused("large_picture", name=file.name, most=LARGEST_FILE >> 20)
-            try:
-                pictures.append(assistant.load_picture(file))
-            except PictureError as error:
-                raise Refused("no_picture", name=file.name, reason=error.reason) from error
-    finally:
-        for file in files if is_upload else ():
-            Path(file).unlink(missing_ok=True)
+    for file in files:
+        if file.stat().st_size > LARGEST_FILE:
+            raise Refused("large_picture", name=file.name, most=LARGEST_FILE >> 20)
+        try:
+            pictures.append(assistant.load_picture(file))
+        except PictureError as error:
+            raise Refused("no_picture", name=file.name, reason=error.reason) from error
     return pictures
 
 
-def add_question(assistant: Assistant, session: Session, question: str, pictures: list[torch.Tensor], length: int):
+def add_question(assistant: Assistant, session: Session, question: str, files: list[Path], length: int):
     """Appends a question to the conversation. Raises Refused, and leaves the conversation as it was."""
     question = question.strip()
     if not question:
         raise Refused("no_question")
     if len(question) > LONGEST_QUESTION:
         raise Refused("long_question", most=LONGEST_QUESTION)
-    if len(session.pictures) + len(pictures) > MOST_PICTURES:
+    if len(session.pictures) + len(files) > MOST_PICTURES:
         raise Refused("many_pictures", most=MOST_PICTURES)
-    turn = assistant.turn(question.replace("<image>", ""), len(pictures))
+    pictures = read_pictures(assistant, files)
+    turn = assistant.turn(question.replace(IMAGE_TAG, ""), len(pictures))
     try:
         assistant.check_length([*session.conversation, turn], length)
     except ValueError as error:
@@ -273,11 +272,11 @@ class Demo:
             draw(scene).save(file, quality=92)
         return files
 
-    def answer(self, session: Session, texts: dict, name: str, asked: dict, settings: tuple) -> Iterator[str]:
-        """Yields the conversation as HTML while a question is answered, and an error in the page's words.
+    def answer(self, session: Session, texts: dict, name: str, asked: dict, settings: tuple) -> Iterator[tuple]:
+        """Yields the conversation as HTML while a question is answered, and whether the question was accepted.
 
         Args:
-            asked: "question", "files" (paths), and whether these are uploads, "is_upload".
+            asked: "question", and "files", the pictures' paths.
             settings: Longest answer, temperature, top-p.
         """
         length, temperature, top_p = settings
@@ -286,13 +285,18 @@ class Demo:
                 assistant = self.load(name)
             except UsageError as error:
                 raise Refused("no_weights", reason=str(error)) from error
-            pictures = take_pictures(assistant, asked["files"], asked["is_upload"])
-            add_question(assistant, session, asked["question"], pictures, length)
-            for _ in stream(assistant, session, texts, length, temperature, top_p):
-                yield self.render(session, texts)
+            add_question(assistant, session, asked["question"], asked["files"], length)
         except Refused as refused:
             session.turns.append({"error": texts[refused.text].format(**refused.values)})
-        yield self.render(session, texts)
+            yield self.render(session, texts), False
+            return
+        for file in asked["files"]:
+            if file not in self.examples:  # an upload
+                file.unlink(missing_ok=True)
+        for _ in stream(assistant, session, texts, length, temperature, top_p):
+            if session.is_over:
+                return
+            yield self.render(session, texts), True
 
     def render(self, session: Session, texts: dict) -> str:
         return TEMPLATE.render(turns=session.turns, texts=texts)
@@ -320,10 +324,9 @@ def build_page(gr, demo: Demo):
         with gr.Row():
             stop = gr.Button(text("stop"), elem_id="stop")
             new = gr.Button(text("new"), elem_id="new")
-        names = [str(path) for path in demo.examples]
         gr.Markdown(text("examples"))
         gallery = {"columns": EXAMPLES, "height": "auto", "allow_preview": False, "interactive": False, "buttons": []}
-        images = [Image.open(name) for name in names]  # not their paths: what is uploaded is deleted by path
+        images = [Image.open(path) for path in demo.examples]
         examples = gr.Gallery(images, show_label=False, elem_id="examples", **gallery)
         with gr.Accordion(text("camera"), open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False)
@@ -335,26 +338,27 @@ def build_page(gr, demo: Demo):
         settings = [weights, length, temperature, top_p]
 
         def ask(session, asked, photo, name, length, temperature, top_p, request: gr.Request):
-            files = [*asked["files"], *([photo] if photo else [])]
-            asked = {"question": asked["text"] or "", "files": files, "is_upload": True}
-            for html in demo.answer(session, texts_for(request), name, asked, (length, temperature, top_p)):
-                yield session, html, None, None
+            files = [Path(file) for file in (*asked["files"], photo) if file]
+            asked = {"question": asked["text"] or "", "files": files}
+            for html, accepted in demo.answer(session, texts_for(request), name, asked, (length, temperature, top_p)):
+                yield session, html, *((None, None) if accepted else (gr.skip(), gr.skip()))
 
         def describe(session, name, length, temperature, top_p, chosen: gr.SelectData, request: gr.Request):
-            asked = {"question": DESCRIBE, "files": [names[chosen.index]], "is_upload": False}
-            for html in demo.answer(session, texts_for(request), name, asked, (length, temperature, top_p)):
+            asked = {"question": DESCRIBE, "files": [demo.examples[chosen.index]]}
+            for html, _ in demo.answer(session, texts_for(request), name, asked, (length, temperature, top_p)):
                 yield session, html
 
-        def begin_anew(request: gr.Request):
+        def begin_anew(session, request: gr.Request):
+            if session:
+                session.is_over = True
+                session.stop.set()
             return Session(), demo.render(Session(), texts_for(request))
 
-        running = [
-            box.submit(ask, [session, box, camera, *settings], [session, talk, box, camera], show_progress="hidden"),
-            examples.select(describe, [session, *settings], [session, talk], show_progress="hidden"),
-        ]
+        box.submit(ask, [session, box, camera, *settings], [session, talk, box, camera], show_progress="hidden")
+        examples.select(describe, [session, *settings], [session, talk], show_progress="hidden")
         stop.click(lambda session: session.stop.set(), [session], queue=False)
         for event in (new.click, weights.change, page.load):
-            event(begin_anew, None, [session, talk], cancels=running)
+            event(begin_anew, [session], [session, talk], queue=False)
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False), text
 
 
