@@ -37,9 +37,9 @@ from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
-from trainer.support.assistant import Assistant  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
+from trainer.watch.assistant import Assistant  # noqa: E402
 from trainer.watch.page import mask_of  # noqa: E402
 
 LARGEST_FILE = 20 * 2**20  # bytes
