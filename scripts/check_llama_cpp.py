@@ -193,15 +193,18 @@ def tokens_per_second(answers: list) -> list[float]:
 
 
 @torch.inference_mode()
-def feature_difference(server: Server, trained: Trained, model, folder: Path) -> float:
-    """Returns how far the projected features of an image are from ours: largest difference by largest value."""
+def feature_difference(server: Server, trained: Trained, model, folder: Path, class_token: str) -> float:
+    """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
     [source, *_] = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
     picture = write_picture(trained, source, folder)
     server.describe(picture, DESCRIBE)
     theirs = np.fromfile(server.features, dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
     ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
-    return float(np.abs(theirs.reshape(ours.shape) - ours).max() / np.abs(ours).max())
+    theirs = theirs.reshape(ours.shape)
+    if class_token == "last":  # then the first patch is lost, and the class token comes last
+        theirs, ours = theirs[:-1], ours[1:]
+    return float(np.abs(theirs - ours).max() / np.abs(ours).max())
 
 
 def megabytes(folder: Path) -> float:
@@ -232,7 +235,7 @@ def compare(program: Path, trained: Trained, class_token: str, temporary: Path) 
                 "same answers": f"{same_answers(server, trained, model, prompts)} of {len(prompts)}",
             }
             if sees_images:
-                table[quant]["features"] = f"{feature_difference(server, trained, model, temporary):.1e}"
+                table[quant]["features"] = f"{feature_difference(server, trained, model, temporary, class_token):.1e}"
             if grades:
                 images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
                 graded = score([server.describe(image, DESCRIBE) for image in images], heldout_facts())
@@ -257,14 +260,18 @@ def texts_to_compare() -> tuple[list[str], list[str]]:
     return texts[:TEXTS], [*SENTENCES[:5], *dict.fromkeys(asked)][:PROMPTS]
 
 
-def main():
+def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
     add("--build", type=file_path, help="fetch and build it in this folder, unless it is there")
     add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
     program, trained = find_server(args), find_trained(args)
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(program, trained, args.class_token, Path(temporary))

@@ -189,7 +189,7 @@ def write_transformers(trained: Trained, folder: Path):
 
 
 def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_token: str):
-    """Writes the text model, the mmproj where the weights have a projection, and a Modelfile for Ollama.
+    """Writes the text model, the mmproj where the weights have a projection, Ollama's Modelfile, and the sidecar.
 
     Raises:
         UsageError: If llama.cpp has no such model, or the folder cannot be written; nothing is left then.
@@ -212,6 +212,8 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         if sees_images:
             gguf_files.write_mmproj(trained, part / mmproj, name, class_token)
         (part / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")
+        sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
+        (part / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
 
 
 def write_picture(trained: Trained, picture: Path, folder: Path) -> Path:

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import gguf
 import torch
+from PIL import Image
 
 from dataset.chat import SYSTEM_PROMPT
+from dataset.pictures import PictureFormat, preprocess_image
+from dataset.scenes.draw import draw, heldout_scenes
 from model.tower_files import read_tower_weights
+from model.vision_tower import load_vision_tower
 from trainer.support.trained import Trained
 
 # |x| times this is beyond the range of llama.cpp's half-precision GELU table, where its GELU is exact.
 GELU_SCALE = 2.0**12
+# The class token is known by its state before the first layer: a token goes all the way towards it, patches less. At
+# this share of the way it is shut off, so steeply that a tenth of the way outweighs any value of the projection.
+CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -140,9 +147,10 @@ def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
     """Writes the tower and the projection, in float32.
 
     Args:
-        class_token: "last": llama.cpp puts the class token behind the patches, but numbers all as if it were first; its
-            row of the position embedding is put last, so that every patch gets its own. "first": as published, for a
-            llama.cpp in which that is corrected.
+        class_token: "last": llama.cpp puts the class token behind the patches, but numbers all as if it were first. Its
+            row of the position embedding is put last, so that every patch gets its own; the first patch is lost, and
+            the class token, which becomes the last image token, is projected to zero if the projection is linear.
+            "first": as published, for a llama.cpp in which that is corrected.
     """
     tower = trained.tower.config
     writer = gguf.GGUFWriter(path, "clip")
@@ -162,14 +170,18 @@ def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
     writer.add_vision_image_mean(list(trained.tower.mean))
     writer.add_vision_image_std(list(trained.tower.std))
     writer.add_vision_use_gelu(tower.hidden_act == "gelu")
-    writer.add_array("clip.vision.feature_layer", [tower.num_hidden_layers])  # or the last layer would be left out
+    class_state = None
+    if class_token == "last" and trained.config.projector == "linear":
+        class_state = find_class_state(trained)
+    # Without the number of the last layer, that layer would be left out.
+    writer.add_array("clip.vision.feature_layer", [0] * (class_state is not None) + [tower.num_hidden_layers])
     for ours, tensor in read_tower_weights(trained.tower_path).items():
         if ours.startswith("post_layernorm"):
             continue
         if ours == "embeddings.position_embedding.weight" and class_token == "last":
             tensor = tensor.roll(-1, 0)
         add_tensor(writer, tower_name(ours), tensor, None)
-    for theirs, tensor in projector(trained).items():
+    for theirs, tensor in projector(trained, class_state).items():
         add_tensor(writer, theirs, tensor, None)
     write(writer)
 
@@ -184,17 +196,52 @@ def tower_name(ours: str) -> str:
     return f"v.blk.{layer}.{TOWER_LAYER_NAMES[part]}.{ending}"
 
 
-def projector(trained: Trained) -> dict[str, torch.Tensor]:
-    """Returns llama.cpp's mm.0 and mm.2 of the projection."""
+@torch.no_grad()
+def find_class_state(trained: Trained) -> torch.Tensor | None:
+    """Returns the class token's state before the first layer, (width,), the same for all images.
+
+    None where patches of drawn, grey or noisy images come near it: they could be taken for it.
+    """
+    noise = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = [draw(scene) for scene in heldout_scenes()[:8]]
+    images += [Image.new("RGB", (64, 64), (grey,) * 3) for grey in (0, 64, 128, 192, 255)]
+    images += [Image.fromarray((255 * one).byte().permute(1, 2, 0).numpy()) for one in noise]
+    picture_format = PictureFormat(**trained.tower.picture_settings)
+    pixels = torch.stack([torch.from_numpy(preprocess_image(image, picture_format).copy()) for image in images])
+    tower = load_vision_tower(trained.tower_path)
+    pixels = (pixels / 255 - tower.pixel_mean) / tower.pixel_std
+    states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[0]
+    state = states[0, 0]
+    nearest = float((states[:, 1:] @ state).max() / state.square().sum())
+    return state if nearest < 2 * CLASS_TOKEN_FROM - 1 else None
+
+
+def projector(trained: Trained, class_state: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Returns llama.cpp's mm.0 and mm.2 of the projection.
+
+    Args:
+        class_state: Where given, each token is its first state and its last one after another, and the class token,
+            which this state tells, is projected to zero.
+    """
     ours = {name.removeprefix("vision_proj.vision_proj."): t.float() for name, t in trained.weights.tensors.items()}
     if trained.config.projector == "mlp":
         return {f"mm.{name}": ours[name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
-    weight, bias = ours["0.weight"] * GELU_SCALE, ours["0.bias"] * GELU_SCALE
-    identity = torch.eye(len(bias)) / GELU_SCALE
+    weight, bias = ours["0.weight"], ours["0.bias"]
+    first, second = torch.cat((weight, -weight)), torch.cat((torch.eye(len(bias)), -torch.eye(len(bias))), dim=1)
+    biases = torch.cat((bias, -bias))
+    if class_state is not None:
+        # GELU(g - y) - GELU(g), with g far below zero for patches, is 0; with g far above, for the class token, it is
+        # -y, and y was what the rest of the rows gives.
+        gate = STEEPNESS * class_state / class_state.square().sum()
+        threshold = -STEEPNESS * CLASS_TOKEN_FROM
+        of_first = torch.cat((torch.zeros_like(first), gate.expand(len(bias) + 1, -1)))
+        first = torch.cat((of_first, torch.cat((first, -weight, torch.zeros_like(weight[:1])))), dim=1)
+        biases = torch.cat((biases, threshold - bias, torch.tensor([threshold])))
+        second = torch.cat((second, torch.eye(len(bias)), -torch.ones(len(bias), 1)), dim=1)
     return {
-        "mm.0.weight": torch.cat((weight, -weight)),
-        "mm.0.bias": torch.cat((bias, -bias)),
-        "mm.2.weight": torch.cat((identity, -identity), dim=1),
+        "mm.0.weight": first * GELU_SCALE,
+        "mm.0.bias": biases * GELU_SCALE,
+        "mm.2.weight": second / GELU_SCALE,
         "mm.2.bias": torch.zeros(len(bias)),
     }
 

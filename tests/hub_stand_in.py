@@ -24,6 +24,7 @@ class HubStandIn:
         hold: file name -> after how many bytes it stalls, once; `holding` is set by then.
         damage: file names that arrive with a wrong byte, once each.
         ranges: whether requests for a part of a file are understood.
+        private: repositories that are private; only `describe` says it.
         gets: (file name, Range header or None) of every request for a file's content.
     """
 
@@ -32,6 +33,7 @@ class HubStandIn:
     hold: dict[str, int] = field(default_factory=dict)
     damage: set[str] = field(default_factory=set)
     ranges: bool = True
+    private: set[str] = field(default_factory=set)
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     holding: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -43,7 +45,14 @@ class HubStandIn:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                answer(hub, self)
+                hub.serve(self)
+
+            do_HEAD = do_GET
+
+            def do_POST(self) -> None:
+                hub.receive(self)
+
+            do_PUT = do_POST
 
             def log_message(self, *args: object) -> None:
                 """Quiet: pytest shows what the script prints."""
@@ -52,6 +61,14 @@ class HubStandIn:
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
+
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
+        """Answers a GET or HEAD."""
+        answer(self, request)
+
+    def receive(self, request: BaseHTTPRequestHandler) -> None:
+        """Answers a POST or PUT; hub_uploads.py can do it."""
+        send(request, 405, b"")
 
     def __exit__(self, *exception: object) -> None:
         self.released.set()
@@ -64,27 +81,29 @@ def answer(hub: HubStandIn, request: BaseHTTPRequestHandler) -> None:
     address = urlsplit(request.path)
     path = unquote(address.path).lstrip("/")
     if path.startswith("api/"):
-        repo = hub.repos.get(path.removeprefix("api/"))
+        repo = hub.repos.get(path.removeprefix("api/").removesuffix("/revision/main"))
         if repo is None:
             send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         else:
-            send(request, 200, json.dumps(describe(path, repo, "blobs" in address.query)).encode())
+            about = describe(path, repo, "blobs" in address.query, hub.private)
+            send(request, 200, json.dumps(about).encode())
     elif path.startswith("cdn/"):
         _, kind, owner, name, file = path.split("/", 4)
         send_file(hub, request, file, hub.repos[f"{kind}/{owner}/{name}"][file])
     else:
-        before, _, file = path.partition(f"/resolve/{COMMIT}/")
+        before, _, file = path.replace("/resolve/main/", f"/resolve/{COMMIT}/").partition(f"/resolve/{COMMIT}/")
         repo_key = before if before.startswith("datasets/") else f"models/{before}"
         content = hub.repos.get(repo_key, {}).get(file)
         if content is None:
             send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         elif file.endswith(LARGE):
-            send(request, 302, b"", {"Location": f"/cdn/{repo_key}/{file}"})
+            linked = {"X-Linked-Etag": hashlib.sha256(content).hexdigest(), "X-Linked-Size": str(len(content))}
+            send(request, 302, b"", {"Location": f"{hub.endpoint}/cdn/{repo_key}/{file}", **linked})
         else:
             send_file(hub, request, file, content)
 
 
-def describe(path: str, repo: dict[str, bytes], with_blobs: bool) -> dict:
+def describe(path: str, repo: dict[str, bytes], with_blobs: bool, private: set[str]) -> dict:
     """A repository as the hub's interface tells it."""
     siblings = []
     for name, content in repo.items():
@@ -96,11 +115,11 @@ def describe(path: str, repo: dict[str, bytes], with_blobs: bool) -> dict:
             entry |= {"size": len(content), "blobId": hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()}
             entry |= {"lfs": lfs} if name.endswith(LARGE) else {}
         siblings.append(entry)
-    repo_id = path.split("/", 2)[2]
+    repo_id = path.removesuffix("/revision/main").split("/", 2)[2]
     return {
         "id": repo_id,
         "sha": COMMIT,
-        "private": False,
+        "private": repo_id in private,
         "tags": [],
         "downloads": 0,
         "likes": 0,
@@ -111,14 +130,19 @@ def describe(path: str, repo: dict[str, bytes], with_blobs: bool) -> dict:
 def send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
     """A whole small answer."""
     request.send_response(status)
-    for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+    for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **(headers or {})}.items():
         request.send_header(name, value)
     request.end_headers()
-    request.wfile.write(body)
+    if request.command != "HEAD":
+        request.wfile.write(body)
 
 
 def send_file(hub: HubStandIn, request: BaseHTTPRequestHandler, name: str, content: bytes) -> None:
     """A file's content, or the rest of it, with the trouble that was asked for."""
+    if request.command == "HEAD":
+        about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Content-Length": str(len(content))}
+        send(request, 200, b"", about)
+        return
     wanted = request.headers.get("Range")
     hub.gets.append((name, wanted))
     if name in hub.damage:

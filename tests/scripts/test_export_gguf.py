@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_export import EXPORT, random_weights
 from tiny_models import save_tower
 
@@ -25,8 +26,12 @@ SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
 
 @pytest.fixture
 def exported(world, tmp_path):
-    def export(*more, **shape):
+    def export(*more, class_embedding=None, **shape):
         tower = save_tower(tmp_path / "tower")
+        if class_embedding is not None:
+            tensors = load_file(tower / "model.safetensors")
+            [name] = (name for name in tensors if name.endswith("class_embedding"))
+            save_file(tensors | {name: class_embedding}, tower / "model.safetensors")
         model = random_weights(tmp_path / "out", tower, **shape)
         files = ["--save_dir", tmp_path / "out", "--vision_model_path", tower]
         files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR]
@@ -46,16 +51,39 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def projected(tensors: dict, features: torch.Tensor, between=gelu) -> torch.Tensor:
+    """Returns what llama.cpp makes of features: Linear, GELU, Linear."""
+    mm = {name: torch.from_numpy(array).double() for name, array in tensors.items() if name.startswith("mm.")}
+    hidden = between(features.double() @ mm["mm.0.weight"].T + mm["mm.0.bias"])
+    return hidden @ mm["mm.2.weight"].T + mm["mm.2.bias"]
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_the_projection_is_exact_as_linear_gelu_linear(exported, kind):
-    model, folder = exported(projector=kind)
+    model, folder = exported("--class_token", "first", projector=kind)
     _, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
-    mm = {name: torch.from_numpy(array) for name, array in tensors.items() if name.startswith("mm.")}
     features = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    between = gelu if kind == "linear" else torch.nn.functional.gelu
-    hidden = between(features @ mm["mm.0.weight"].T.double() + mm["mm.0.bias"])
-    out = hidden @ mm["mm.2.weight"].T.double() + mm["mm.2.bias"]
+    out = projected(tensors, features, gelu if kind == "linear" else torch.nn.functional.gelu)
     torch.testing.assert_close(out, model.vision_proj.double()(features), atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_patches_are_projected_exactly_and_the_class_token_to_zero(exported):
+    model, folder = exported(class_embedding=10 * torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    fields, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
+    assert list(fields["clip.vision.feature_layer"]) == [0, 2]  # before the first and after the last of two layers
+    images = torch.rand(5, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    states = model.vision_encoder(pixel_values=images, output_hidden_states=True).hidden_states
+    out = projected(tensors, torch.cat((states[0], states[-1]), dim=-1))
+    right = model.vision_proj.double()(states[-1].double())
+    torch.testing.assert_close(out[:, 1:], right[:, 1:], atol=1e-9, rtol=1e-9)
+    assert out[:, 0].abs().max() < 1e-2 * right[:, 0].abs().max()  # float32 weights around a large threshold
+
+
+def test_a_class_token_like_a_patch_is_left_as_it_is(exported):
+    _, folder = exported()  # the tiny tower's class embedding is not unlike its patches
+    fields, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
+    assert list(fields["clip.vision.feature_layer"]) == [2] and tensors["mm.0.weight"].shape == (128, 32)
 
 
 @pytest.mark.parametrize(("order", "first"), [("last", 1), ("first", 0)])
@@ -66,7 +94,7 @@ def test_every_patch_gets_its_own_position(exported, order, first):
     [name] = (name for name in ours if name.endswith("position_embedding.weight"))
     rows = [*range(first, 197), *range(first)]
     assert np.array_equal(tensors["v.position_embd.weight"], ours[name].numpy()[rows])
-    assert list(fields["clip.vision.feature_layer"]) == [2]  # the output of the last of two layers
+    assert fields["clip.vision.feature_layer"][-1] == 2  # the output of the last of two layers
     assert not any(name.startswith("v.post_ln") for name in tensors)
 
 

@@ -1,0 +1,69 @@
+"""The held-out scenes of the built-in set as tasks of lmms-eval; the yaml files beside this one name its functions.
+
+    python scripts/export.py --weight sft_vlm
+    python -m lmms_eval --model llava_hf --tasks scenes,scenes_image_first --include_path scripts/lmms_eval \\
+        --model_args pretrained=out/sft_vlm_128-hf,device=cpu,device_map=cpu
+
+`scenes` asks as eval_vlm.py does, the text and then the image; `scenes_image_first` as lmms-eval's own tasks do.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset, Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.prompts import with_images  # noqa: E402
+from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes  # noqa: E402
+from dataset.scenes.grading import Score, score  # noqa: E402
+from dataset.scenes.language import DESCRIBE, Facts, caption  # noqa: E402
+
+
+def process_docs(_: Dataset) -> Dataset:
+    """Returns the scenes: image, caption, and the objects as dictionaries of `Facts`; draws them if need be."""
+    paths = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+    rows = [
+        {"image": str(path), "caption": caption(scene.facts), "objects": [asdict(facts) for facts in scene.facts]}
+        for path, scene in zip(paths, heldout_scenes(), strict=True)
+    ]
+    return Dataset.from_list(rows).cast_column("image", Image())
+
+
+def doc_to_visual(doc: dict) -> list:
+    """Returns the scene's image, as RGB."""
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(_: dict) -> str:
+    """Returns the request with `<image>` where the image goes, for models of lmms-eval that take text."""
+    return with_images(DESCRIBE, 1)
+
+
+def doc_to_messages(doc: dict) -> list[dict]:
+    """Returns the same request as a chat turn, for models that apply the chat template; it joins the parts."""
+    [image] = doc_to_visual(doc)
+    return [{"role": "user", "content": [{"type": "text", "text": DESCRIBE}, {"type": "image", "url": image}]}]
+
+
+def process_results(doc: dict, results: Sequence[str]) -> dict:
+    """Returns what `attributes` and `captions` need of one scene: the description, and the objects."""
+    graded = {"text": results[0], "objects": doc["objects"]}
+    return {"attributes": graded, "captions": graded}
+
+
+def attributes(items: Sequence[dict]) -> float:
+    """Returns the share of attributes that are right, over all scenes."""
+    return _score(items).attributes
+
+
+def captions(items: Sequence[dict]) -> float:
+    """Returns the share of scenes described without a mistake."""
+    return _score(items).captions
+
+
+def _score(items: Sequence[dict]) -> Score:
+    scenes = [[Facts(**facts) for facts in item["objects"]] for item in items]
+    return score([item["text"] for item in items], scenes)
