@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -31,7 +32,7 @@ from dataset.chat import IMAGE_TAG  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
-from dataset.scenes.language import DESCRIBE  # noqa: E402
+from dataset.scenes.language import DESCRIBE, LANGUAGES  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
@@ -62,14 +63,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = "folder whose pictures are described, one by one"
     add("--image_dir", type=file_path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
     add("--image", type=file_path, nargs="+", help="pictures to ask about together")
-    add("--prompt", default=DESCRIBE, help="the question; <image> marks where pictures stand, \\n a line break")
+    what = "the question; <image> marks where pictures stand, \\n a line break"
+    add("--prompt", help=f"{what} (default: {DESCRIBE}; the built-in model is also asked in English)")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
     add("--temperature", type=float, default=0.65, help="0 always takes the likeliest token")
     add("--top_p", type=float, default=0.85, help="draw from the likeliest tokens with this share")
     add("--seed", type=int, default=42, help="of the drawing")
     args = parser.parse_args(argv)
-    args.prompt = args.prompt.replace("\\n", "\n")  # as it is typed in a shell
+    args.prompt = args.prompt and args.prompt.replace("\\n", "\n")  # as it is typed in a shell
     check_flags(args)
     return args
 
@@ -89,7 +91,7 @@ def check_flags(args):
     for name, least in (("batch_size", 1), ("max_seq_len", 8), ("short_answer", 0)):
         if getattr(args, name) < least:
             problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if not is_unicode(args.prompt):
+    if args.prompt and not is_unicode(args.prompt):
         problems.append("--prompt is not UTF-8: type it in a terminal that is")
     problems += [f"--image {path}: a file is needed, not an address" for path in args.image or () if is_url(path)]
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -130,7 +132,7 @@ class Talker:
             f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
         if trained.knows_only_scenes and (args.image or args.image_dir or args.chat):
-            processes.log("These weights know only the drawn shapes of the built-in set, and speak only Chinese.")
+            processes.log("These weights know only the drawn shapes of the built-in set.")
         if not trained.weights.has_projection:
             processes.log(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
@@ -337,9 +339,10 @@ def main():
         elif args.chat:
             chat(talker)
         elif args.image:
-            print(f"{', '.join(map(printable, args.image))}: {args.prompt}")
+            prompt = args.prompt or DESCRIBE
+            print(f"{', '.join(map(printable, args.image))}: {prompt}")
             try:
-                talker.ask(args.prompt, args.image)
+                talker.ask(prompt, args.image)
             except (PictureError, ValueError) as error:
                 raise UsageError(str(error)) from error
         else:
@@ -349,10 +352,12 @@ def main():
 def describe_folder(args, talker: Talker):
     """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
     unreadable, trained = 0, talker.assistant.trained
-    for path in pictures_to_describe(args, trained.knows_only_scenes):
-        print(f"{printable(path.name)}: {args.prompt}")
+    usual = [language.requests[0] for language in (LANGUAGES if trained.knows_only_scenes else LANGUAGES[:1])]
+    prompts = [args.prompt] if args.prompt else usual
+    for path, prompt in product(pictures_to_describe(args, trained.knows_only_scenes), prompts):
+        print(f"{printable(path.name)}: {prompt}")
         try:
-            talker.ask(args.prompt, [path])
+            talker.ask(prompt, [path])
         except PictureError as error:
             unreadable += 1
             print(f"    skipped: {error}\n")

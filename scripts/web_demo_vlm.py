@@ -35,7 +35,7 @@ from common.paths import ROOT, SAVE_DIR  # noqa: E402
 from dataset.chat import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
-from dataset.scenes.language import DESCRIBE  # noqa: E402
+from dataset.scenes.language import DESCRIBE, ENGLISH  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
@@ -48,7 +48,7 @@ FORGOTTEN_AFTER = 3600  # seconds without a question
 EXAMPLES = 6
 TEXTS = {
     "en": {
-        "title": "MiniMind-V",
+        "describe": ENGLISH.requests[0],
         "empty": "Drop, paste or choose a picture, or click an example, and ask about it.",
         "question": "Question",
         "weights": "Weights",
@@ -71,7 +71,7 @@ TEXTS = {
         "no_weights": "These weights cannot be used: {reason}",
     },
     "zh": {
-        "title": "MiniMind-V",
+        "describe": DESCRIBE,
         "empty": "拖入、粘贴或选择一张图片，或点击一个例子，然后提问。",
         "question": "问题",
         "weights": "权重",
@@ -344,8 +344,9 @@ def build_page(gr, demo: Demo):
                 yield session, html, *((None, None) if accepted else (gr.skip(), gr.skip()))
 
         def describe(session, name, length, temperature, top_p, chosen: gr.SelectData, request: gr.Request):
-            asked = {"question": DESCRIBE, "files": [demo.examples[chosen.index]]}
-            for html, _ in demo.answer(session, texts_for(request), name, asked, (length, temperature, top_p)):
+            texts = texts_for(request)
+            asked = {"question": texts["describe"], "files": [demo.examples[chosen.index]]}
+            for html, _ in demo.answer(session, texts, name, asked, (length, temperature, top_p)):
                 yield session, html
 
         def begin_anew(session, request: gr.Request):

@@ -5,28 +5,37 @@ from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
-from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts, caption
+from dataset.scenes.language import COLOURS, ENGLISH, PLACES, SHAPES, SIZES, Facts, caption
 
-# Longer spellings first, so that 左上角 is not read as 上. Descriptions may use other words than the canonical ones.
+# Descriptions may use other words than the canonical ones, which are Chinese.
 _SPELLINGS = {
-    "colour": {spelling: word for word in COLOURS for spelling in (word, word[0])},
+    "colour": {**{spelling: word for word in COLOURS for spelling in (word, word[0])}, "grey": "灰色"},
     "shape": {
         **{shape: shape for shape in SHAPES},
         "正方": "正方形", "方形": "正方形", "方块": "正方形", "三角": "三角形", "星形": "五角星", "星": "五角星",
-        "菱": "菱形", "十字": "十字形", "圆": "圆形",
+        "菱": "菱形", "十字": "十字形", "圆": "圆形", "plus": "十字形", "rhombus": "菱形", "disc": "圆形",
     },
-    "size": {size: size for size in SIZES},
+    "size": {**{size: size for size in SIZES}, "big": "大"},
     "place": {
         **{place: place for place in PLACES},
         **{short + end: short + "角" for short in ("左上", "右上", "左下", "右下") for end in ("方", "边", "")},
         **{"上边": "上方", "上面": "上方", "下边": "下方", "下面": "下方", "左侧": "左边", "左方": "左边"},
-        **{"右侧": "右边", "右方": "右边", "中央": "中间", "中心": "中间", "正中": "中间"},
+        **{"右侧": "右边", "右方": "右边", "中央": "中间", "中心": "中间", "正中": "中间", "center": "中间"},
+        **{"upper left": "左上角", "upper right": "右上角", "lower left": "左下角", "lower right": "右下角"},
     },
 }  # fmt: skip
-_PATTERNS = {
-    attribute: re.compile("|".join(sorted(spellings, key=len, reverse=True)))
-    for attribute, spellings in _SPELLINGS.items()
-}
+for _spellings in _SPELLINGS.values():
+    # "at the top left": what counts is "top left".
+    _spellings |= {ENGLISH.words[word].split("the ")[-1]: word for word in tuple(_spellings) if word in ENGLISH.words}
+
+
+def _pattern(spellings: dict[str, str]) -> re.Pattern:
+    """Returns what finds a spelling, longer ones first, so that neither 左上角 nor "top left" is read as its part."""
+    words = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(rf"\b{word}\b" if word.isascii() else word for word in words), re.IGNORECASE)
+
+
+_PATTERNS = {attribute: _pattern(spellings) for attribute, spellings in _SPELLINGS.items()}
 _CLAUSE_ENDS = re.compile(r"[，。；：、,.;:\n]+")
 ATTRIBUTES = tuple(_SPELLINGS)
 
@@ -62,7 +71,9 @@ def parse_caption(text: str) -> list[dict[str, str]]:
     objects: list[dict[str, str]] = []
     for clause in _CLAUSE_ENDS.split(text):
         matches = {attribute: pattern.search(clause) for attribute, pattern in _PATTERNS.items()}
-        found = {attribute: _SPELLINGS[attribute][match.group()] for attribute, match in matches.items() if match}
+        found = {
+            attribute: _SPELLINGS[attribute][match.group().lower()] for attribute, match in matches.items() if match
+        }
         if objects and "shape" not in found and not found.keys() & objects[-1].keys():
             objects[-1].update(found)
         elif "shape" in found or "colour" in found:

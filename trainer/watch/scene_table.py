@@ -8,17 +8,19 @@ from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import chance, score
-from dataset.scenes.language import DESCRIBE
+from dataset.scenes.language import CHINESE, DESCRIBE, ENGLISH
 from model.model_vlm import MiniMindVLM
 from trainer.watch.answers import generate_answers
 
 BATCH, TOKENS = 50, 64
 
 
-def describe(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor]) -> list[str]:
+def describe(
+    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor], request: str = DESCRIBE
+) -> list[str]:
     """Returns greedy descriptions of uint8 (3, size, size) images."""
     encoder, texts = ChatEncoder(tokenizer, model.config.image_tokens), []
-    question = [{"role": "user", "content": with_images(DESCRIBE, 1)}]
+    question = [{"role": "user", "content": with_images(request, 1)}]
     for start in range(0, len(pictures), BATCH):
         part = pictures[start : start + BATCH]
         inputs = prompt_batch(encoder, [question] * len(part), [[picture] for picture in part])
@@ -30,7 +32,7 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     """Returns the shares of attributes and whole captions that are right, beside shuffled images and chance.
 
     Returns:
-        Rows {"name", "attributes", "captions"}; the first is of the right pictures.
+        Rows {"name", "attributes", "captions"}; the first is of the right pictures, asked in Chinese.
     """
     root, scenes = draw_builtin_dataset(), heldout_scenes()
     facts = [scene.facts for scene in scenes]
@@ -41,10 +43,11 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     # Each scene gets the picture of another: half the set away, so that none keeps its own.
     half = len(pictures) // 2
     random_caption, constant_caption = chance(facts)
-    rows = {
-        "right pictures": score(describe(model, tokenizer, pictures), facts),
-        "shuffled images": score(describe(model, tokenizer, pictures[half:] + pictures[:half]), facts),
-        "chance: another scene's caption": random_caption,
-        "chance: best single caption": constant_caption,
-    }
+    rows = {}
+    for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
+        request = language.requests[0]
+        rows[f"{name}: right pictures"] = score(describe(model, tokenizer, pictures, request), facts)
+        shuffled = pictures[half:] + pictures[:half]
+        rows[f"{name}: shuffled images"] = score(describe(model, tokenizer, shuffled, request), facts)
+    rows |= {"chance: another scene's caption": random_caption, "chance: best single caption": constant_caption}
     return [{"name": name, "attributes": of.attributes, "captions": of.captions} for name, of in rows.items()]
