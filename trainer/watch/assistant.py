@@ -21,9 +21,9 @@ class Assistant:
         self.picture_format = PictureFormat(**trained.tower.picture_settings)
         self.model = trained.load_model().to(device)
 
-    def load_picture(self, path: Path) -> torch.Tensor:
-        """Returns the picture as the tower takes it, uint8 (3, size, size); raises PictureError."""
-        return load_picture(path, picture_format=self.picture_format)
+    def load_picture(self, source: Path | bytes) -> torch.Tensor:
+        """Returns a picture's file as the tower takes it, uint8 (3, size, size); raises PictureError."""
+        return load_picture(source, picture_format=self.picture_format)
 
     def turn(self, question: str, images: int) -> dict:
         """Returns a user's turn, with that many images where the model expects them."""

@@ -1,0 +1,77 @@
+"""Draw the picture at the top of the README: a scene, a model's answer, and where each word of it looked.
+
+python scripts/first_sight.py --weight sft_vlm
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
+from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
+from common.errors import run_script  # noqa: E402
+from common.files import write_atomically  # noqa: E402
+from common.paths import ROOT, display_path  # noqa: E402
+from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes  # noqa: E402
+from dataset.scenes.language import ENGLISH  # noqa: E402
+from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
+from trainer.watch.assistant import Assistant  # noqa: E402
+from trainer.watch.page import MUCH, mask_of  # noqa: E402
+
+WIDTH, EDGE, SCENE, THUMB = 1200, 24, 240, 112  # pixels
+TOKENS = 64
+INK, QUIET, PAPER = "#1e293b", "#64748b", "#ffffff"
+
+
+def layout(scene: Image.Image, question: str, answer: str, looks: list[tuple[str, np.ndarray]]) -> Image.Image:
+    """Returns the picture; `looks` are the words to show with their maps."""
+    columns = (WIDTH - 3 * EDGE - SCENE) // (THUMB + 12)
+    rows = -(-len(looks) // columns)
+    sheet = Image.new("RGB", (WIDTH, max(SCENE + 2 * EDGE, 108 + rows * (THUMB + 36) + EDGE)), PAPER)
+    pen, left = ImageDraw.Draw(sheet), SCENE + 2 * EDGE
+    sheet.paste(scene.resize((SCENE, SCENE), Image.Resampling.LANCZOS), (EDGE, EDGE))
+    pen.text((left, EDGE), question, QUIET, ImageFont.load_default(20))
+    pen.text((left, EDGE + 34), answer, INK, ImageFont.load_default(22))
+    for number, (word, of_word) in enumerate(looks):
+        x, y = left + number % columns * (THUMB + 12), 108 + number // columns * (THUMB + 36)
+        mask = mask_of([of_word]).resize((THUMB, THUMB), Image.Resampling.NEAREST)
+        thumb = scene.resize((THUMB, THUMB)).convert("RGBA")
+        sheet.paste(Image.alpha_composite(thumb, mask.convert("RGBA")).convert("RGB"), (x, y))
+        pen.text((x + THUMB / 2, y + THUMB + 6), word.strip(), INK, ImageFont.load_default(18), anchor="ma")
+    return sheet
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_flags(parser)
+    add = parser.add_argument_group("the picture").add_argument
+    add("--scene", type=int, default=3, choices=range(200), metavar="N", help="which held-out scene, from 0 to 199")
+    add("--question", default=ENGLISH.requests[0], help="in English: the built-in font has no other letters")
+    default = ROOT / "scripts" / "first_sight.png"
+    add("--out", type=file_path, default=default, help=f"the PNG to write (default: {display_path(default)})")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
+    assistant = Assistant(find_trained(args), "cpu")
+    scene = draw(heldout_scenes()[args.scene])
+    file = io.BytesIO()
+    scene.save(file, "jpeg", quality=JPEG_QUALITY)
+    picture = assistant.load_picture(file.getvalue())
+    conversation = [assistant.turn(args.question, images=1)]
+    ids = assistant.answer(conversation, [picture], TOKENS)
+    answer = assistant.tokenizer.decode(ids, skip_special_tokens=True)
+    looks = [(word, maps[0].numpy()) for word, maps in assistant.look(conversation, [picture], ids)]
+    sheet = layout(scene, args.question, answer, [(word, of_word) for word, of_word in looks if of_word.max() >= MUCH])
+    write_atomically(args.out.absolute(), lambda file: sheet.save(file, "png", optimize=True))
+    print(f"{answer}\nwrote {display_path(args.out.absolute())}")
+
+
+if __name__ == "__main__":
+    run_script(main)
