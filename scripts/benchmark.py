@@ -1,10 +1,10 @@
 """Measure training, the data loader and generation, technique by technique, against a plain baseline.
 
-    python scripts/benchmark.py                                  all three, on the best device there is
+    python scripts/benchmark.py                                  everything, on the best device there is
     python scripts/benchmark.py train --stage sft --batch_size 4
     python scripts/benchmark.py train --device cpu --hidden_size 512 --batch_size 16 --json benchmark.json
     python scripts/benchmark.py data --num_workers 16
-    python scripts/benchmark.py generate
+    python scripts/benchmark.py generate folder
 
 The data are made up, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
 or dialogues of 200 to 1500 (sft). Tower and decoder have their full size and random weights, which do not affect speed.
@@ -43,6 +43,7 @@ from common.paths import BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.chat import ChatEncoder, parse_conversation  # noqa: E402
 from dataset.features import FeatureFile, compute_features  # noqa: E402
 from dataset.lm_dataset import VLMCollator, VLMDataset  # noqa: E402
+from dataset.prompts import prompt_batch  # noqa: E402
 from dataset.sampler import BatchSampler  # noqa: E402
 from dataset.tokenizer import load_tokenizer  # noqa: E402
 from model.model_vlm import MiniMindVLM, VLMConfig  # noqa: E402
@@ -52,6 +53,8 @@ from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not  # noqa:
 from trainer.support.processes import Processes, cores, pick_device, pick_dtype  # noqa: E402
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
 from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
+from trainer.watch.answers import generate  # noqa: E402
+from trainer.watch.assistant import in_precision  # noqa: E402
 
 STAGES = {stage.name: stage for stage in (PRETRAIN, SFT)}
 LAYERS = {512: 8, 768: 16}
@@ -59,7 +62,14 @@ TOWER = CLIPVisionConfig(patch_size=16)  # ViT-B/16
 FOLDER = Path(tempfile.gettempdir()) / "minimind-v-benchmark"  # the made-up files, kept for later measurements
 IMAGES, BATCHES, LOADER_IMAGES = 64, 40, 4000
 WARM_UP = {"cpu": 1, "mps": 1, "cuda": 5}  # steps
-PROMPT_TOKENS, NEW_TOKENS, GENERATE_TURNS = 230, 64, 9
+PROMPT_TOKENS, NEW_TOKENS, GENERATE_TURNS, FOLDER_PICTURES = 230, 64, 9, 64
+GENERATE_LINES = {  # samples at once, and how
+    "generation, batch 1": (1,),
+    "generation, batch 1, int8": (1, "int8"),
+    "generation, batch 1, int8, compiled": (1, "int8", "compiled"),
+    "generation, batch 16": (16,),
+}
+FOLDER_LINES = {f"64 pictures, answers of {tokens}": tokens for tokens in (64, 256)}
 PLAIN_LINES = (
     "plain",
     "+ padded to the batch's longest",
@@ -71,8 +81,8 @@ NOT_COMPILED, FIRST_EPOCH, KEPT_FEATURES = (
     f"this project, {how}" for how in ("not compiled", "first epoch", "kept features")
 )
 # The columns of the tables, those that a measurement has.
-FORMATS = {"samples/s": ".2f", "images/s": ",.0f", "tokens/s": ",.0f", "x plain": ".2f", "x Llama": ".2f"}
-FORMATS |= {"useful": ".1%", "product": ".0%", "GB": ".2f"}
+FORMATS = {"samples/s": ".2f", "images/s": ",.0f", "tokens/s": ",.0f", "pictures/s": ",.2f", "x plain": ".2f"}
+FORMATS |= {"x Llama": ".2f", "x one": ".2f", "useful": ".1%", "product": ".0%", "GB": ".2f"}
 
 
 def load_data(args, rows: int) -> VLMDataset:
@@ -285,20 +295,18 @@ def measure_loader(args, name: str) -> dict:
 def measure_generate(args, name: str) -> dict:
     """Returns new tokens per second, greedy, and how many times those of transformers' own Llama of the same shape.
 
-    The two take turns, so that both run under the same load; on CUDA ours decodes as in eval_vlm.py, with a static
-    cache and a compiled step.
+    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does: on CUDA the step of one
+    token is compiled.
     """
-    device, config, batch = torch.device(args.device), model_config(args), int(name.split()[-1])
+    device, config, [batch, *how] = torch.device(args.device), model_config(args), GENERATE_LINES[name]
     torch.manual_seed(0)
-    ours, llama = MiniMindVLM(config), LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict()))
-    static = {"cache_implementation": "static"} if device.type == "cuda" else {}
+    ours, llama = MiniMindVLM(config).to(device), LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).to(device)
+    ours, llama = in_precision(ours, "int8" if "int8" in how else "float32").eval(), llama.eval()
     prompt = torch.randint(300, config.vocab_size, (batch, PROMPT_TOKENS), device=device)
-    fixed = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-    fixed |= {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    calls = [
-        partial(model.to(device).eval().generate, prompt, **fixed, **settings)
-        for model, settings in ((ours, static), (llama, {}))
-    ]
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    compiles = True if "compiled" in how else None
+    calls = [partial(generate, ours, inputs, compiles=compiles, **fixed), partial(llama.generate, **inputs, **fixed)]
     turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + GENERATE_TURNS)][1:]
     return {
         "tokens/s": median(NEW_TOKENS * batch / ours for ours, _ in turns),
@@ -306,10 +314,32 @@ def measure_generate(args, name: str) -> dict:
     }
 
 
+def measure_folder(args, name: str) -> dict:
+    """Returns pictures per second of describing FOLDER_PICTURES at once, and how many times that of one by one."""
+    device, model, answer = torch.device(args.device), load_model(args).eval(), FOLDER_LINES[name]
+    encoder = ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), model.config.image_tokens)
+    model.to(device)
+    size = TOWER.image_size
+    pictures = torch.randint(0, 256, (FOLDER_PICTURES, 3, size, size), dtype=torch.uint8)
+    asked = [{"role": "user", "content": "<image>\n描述这张图片"}]
+
+    def describe(at_once: int):
+        inputs = prompt_batch(encoder, [asked] * at_once, [[picture] for picture in pictures[:at_once]])
+        generate(model, inputs, max_new_tokens=answer, min_new_tokens=answer)
+
+    def rate(at_once: int, times: int = 1) -> float:
+        return at_once / median(timed(device, describe, at_once)[0] for _ in range(times))
+
+    describe(1)
+    one_by_one, together = rate(1, GENERATE_TURNS), rate(FOLDER_PICTURES)
+    return {"pictures/s": together, "x one": together / one_by_one}
+
+
 MEASUREMENTS = {
     "train": (measure_training, (*PLAIN_LINES, NOT_COMPILED, FIRST_EPOCH, KEPT_FEATURES)),
     "data": (measure_loader, ("loader, plain", "loader")),
-    "generate": (measure_generate, ("generation, batch 1", "generation, batch 16")),
+    "generate": (measure_generate, tuple(GENERATE_LINES)),
+    "folder": (measure_folder, tuple(FOLDER_LINES)),
 }
 
 
@@ -344,7 +374,7 @@ def print_table(what: str, results: dict[str, dict]):
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="WHAT", help="train, data, generate (default: all three)")
+    add("what", nargs="*", metavar="WHAT", help="train, data, generate, folder (default: all)")
     add("--stage", choices=tuple(STAGES), default=PRETRAIN.name, help="which stage's step")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
@@ -379,7 +409,8 @@ def main():
     )
     results = {"settings": settings}
     for what in args.what:
-        names = [name for name in MEASUREMENTS[what][1] if name != NOT_COMPILED or args.device.startswith("cuda")]
+        is_cuda = args.device.startswith("cuda")
+        names = [name for name in MEASUREMENTS[what][1] if not ("int8" in name if is_cuda else name == NOT_COMPILED)]
         results[what] = measure_rounds(names, args.repeats)
         print_table(what, results[what])
     if args.json:
