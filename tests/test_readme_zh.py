@@ -121,6 +121,15 @@ def prose_differences(english: Section, chinese: Section) -> list[str]:
     return lacking("figure", figures(english), figures(chinese)) + lacking("name", names(english), names(chinese))
 
 
+def paragraph_differences(english: Section, chinese: Section) -> list[str]:
+    def paragraphs(section: Section) -> list[str]:  # without comments, and what explains Chinese words in English
+        found = "\n".join(section.prose).split("\n\n")
+        return [text.strip()[:20] for text in found if text.strip() and not re.match(r"\s*(<!--|\([一-鿿])", text)]
+
+    starts = paragraphs(english), paragraphs(chinese)
+    return [] if len(starts[0]) == len(starts[1]) else [f"paragraphs: English {starts[0]}, Chinese {starts[1]}"]
+
+
 def link_differences(english: Section, chinese: Section) -> list[str]:
     def targets(section: Section) -> list[str]:  # which heading an anchor means is another test's
         found = LINK.findall(section.text)
@@ -129,7 +138,7 @@ def link_differences(english: Section, chinese: Section) -> list[str]:
     return lacking("link or image", targets(english), targets(chinese))
 
 
-CHECKS = (code_differences, table_differences, prose_differences, link_differences)
+CHECKS = (code_differences, table_differences, prose_differences, paragraph_differences, link_differences)
 
 
 def differences(check: Callable, english: str, chinese: str) -> str:
@@ -251,6 +260,7 @@ def test_what_is_translated_is_no_difference():
         (table_differences, "7.6", "7.5", "row '| 大小 | 7.5 |', column 2: figure missing in the Chinese file: 7.6"),
         (table_differences, "| 大小 | 7.6 |\n", "", "数字 (Figures): columns of each row"),
         (table_differences, "| 大小 | 7.6 |", "| 大小 7.6 |", "数字 (Figures): columns of each row"),
+        (paragraph_differences, "## 数字\n", "## 数字\n一段话。\n", "数字 (Figures): paragraphs: English [], Chinese"),
         (link_differences, "a_zh.md", "b_zh.md", "快 (Fast): link or image missing in the Chinese file: a.md"),
     ],
 )
