@@ -253,7 +253,8 @@ def summed(trainer, monkeypatch, batches, bucket_bytes) -> tuple[OtherRank, list
     other = OtherRank()
     monkeypatch.setattr(gradients, "dist", other)
     learned = list(trainer.model.parameters())
-    sums = gradients.GradientSums(learned, Processes(0, 2, torch.device("cpu")), bucket_bytes)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
+    sums = gradients.GradientSums(learned, Processes(0, 2, torch.device("cpu")))
     loss_sum = torch.zeros(1)
     for batch in batches:
         inputs = {name: batch[name] for name in MODEL_INPUTS}

@@ -19,12 +19,12 @@ class GradientSums:
             opposite order.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], processes: Processes, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(self, parameters: list[torch.nn.Parameter], processes: Processes):
         self.parameters, self.processes = parameters, processes
         self.buckets, self.sent, self.ready = [[]], [], set()
         self.is_last_backward = False
         for parameter in reversed(parameters):
-            if sum(map(size_of, self.buckets[-1])) + size_of(parameter) > bucket_bytes and self.buckets[-1]:
+            if sum(map(size_of, self.buckets[-1])) + size_of(parameter) > BUCKET_BYTES and self.buckets[-1]:
                 self.buckets.append([])
             self.buckets[-1].append(parameter)
             if processes.world_size > 1:
