@@ -17,7 +17,6 @@ import json
 import re
 import sys
 import time
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -36,7 +35,7 @@ from dataset.scenes.language import DESCRIBE, LANGUAGES  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
-from trainer.watch.assistant import Assistant  # noqa: E402
+from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
 
@@ -49,18 +48,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError with everything that is wrong with them."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     device = "cpu, cuda, cuda:N or mps (default: the best there is)"
-    add_model_flags(parser).add_argument("--device", help=device)
+    model = add_model_flags(parser)
+    model.add_argument("--device", help=device)
+    add_speed_flags(model)
     add = parser.add_argument_group("chat or measure").add_argument
     add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
     add("--eval_data", type=file_path, help="rows to measure on, jsonl or parquet as for training")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
-    add("--batch_size", type=int, default=16, help="rows per process and forward pass")
+    add("--batch_size", type=int, default=16, help="rows, or pictures of a folder, at once")
     add("--max_seq_len", type=int, default=1536, help="tokens a row is cut at")
     what = "also ask for the answers of at most this many tokens, and compare them word for word; 0 asks nothing"
     add("--short_answer", type=int, default=16, help=what)
     add("--json", type=file_path, help="write what was measured there")
     add = parser.add_argument_group("pictures and question").add_argument
-    what = "folder whose pictures are described, one by one"
+    what = "folder whose pictures are described, each by itself"
     add("--image_dir", type=file_path, help=f"{what} (default: {display_path(EVAL_IMAGES_DIR)})")
     add("--image", type=file_path, nargs="+", help="pictures to ask about together")
     what = "the question; <image> marks where pictures stand, \\n a line break"
@@ -123,7 +124,7 @@ class Talker:
         self.args = args
         trained = find_trained(args)
         torch.manual_seed(args.seed)  # of a projection that the weights lack
-        self.assistant = Assistant(trained, processes.device)
+        self.assistant = Assistant(trained, processes.device, args.dtype, args.compile)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
         paths = trained.weights.path, trained.tower_path, trained.tokenizer_path
         weights, tower, tokenizer = map(display_path, paths)
@@ -143,6 +144,39 @@ class Talker:
         turn = self.assistant.turn(prompt, len(paths))
         self.assistant.check_length([turn], self.args.max_new_tokens)
         self.answer([turn], [self.assistant.load_picture(path) for path in paths])
+
+    def describe(self, prompts: list[str], paths: list[Path]) -> int:
+        """Prints the answers to questions about each of some pictures, all asked at once, then the speed.
+
+        Returns:
+            How many pictures could not be read.
+        """
+        args, assistant, pictures = self.args, self.assistant, {}
+        try:
+            turns = [assistant.turn(prompt, 1) for prompt in prompts]
+            for turn in turns:
+                assistant.check_length([turn], args.max_new_tokens)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        for path in paths:
+            try:
+                pictures[path] = assistant.load_picture(path)
+            except PictureError as error:
+                print(f"{printable(path.name)}: skipped: {error}\n")
+        if pictures:
+            started, asked = time.perf_counter(), [(path, *pair) for path in pictures for pair in zip(prompts, turns)]
+            answers = assistant.answers(
+                [[turn] for _, _, turn in asked],
+                [[pictures[path]] for path, _, _ in asked],
+                *(args.max_new_tokens, args.temperature, args.top_p),
+            )
+            seconds, tokens = time.perf_counter() - started, sum(map(len, answers))
+            for (path, prompt, _), ids in zip(asked, answers, strict=True):
+                print(f"{printable(path.name)}: {prompt}")
+                print(f"{assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
+            count = "1 answer" if len(asked) == 1 else f"{len(asked)} answers at once"
+            print(f"    {count}: {tokens} tokens, {tokens / seconds:.0f} tokens/s\n", flush=True)
+        return len(paths) - len(pictures)
 
     def let_go_of_oldest(self, turns: list[dict], pictures: list) -> tuple[list[dict], list]:
         """Drops the oldest question and answer, with their pictures, as long as all is too long; says so."""
@@ -351,18 +385,11 @@ def main():
 
 def describe_folder(args, talker: Talker):
     """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
-    unreadable, trained = 0, talker.assistant.trained
+    trained, unreadable = talker.assistant.trained, 0
     usual = [language.requests[0] for language in (LANGUAGES if trained.knows_only_scenes else LANGUAGES[:1])]
-    prompts = [args.prompt] if args.prompt else usual
-    for path, prompt in product(pictures_to_describe(args, trained.knows_only_scenes), prompts):
-        print(f"{printable(path.name)}: {prompt}")
-        try:
-            talker.ask(prompt, [path])
-        except PictureError as error:
-            unreadable += 1
-            print(f"    skipped: {error}\n")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+    paths = pictures_to_describe(args, trained.knows_only_scenes)
+    for start in range(0, len(paths), args.batch_size):
+        unreadable += talker.describe([args.prompt] if args.prompt else usual, paths[start : start + args.batch_size])
     if trained.knows_only_scenes and args.image_dir is None:
         print_scene_table(talker.assistant)
     if unreadable:

@@ -39,7 +39,7 @@ from dataset.scenes.language import DESCRIBE, ENGLISH  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
-from trainer.watch.assistant import Assistant  # noqa: E402
+from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
 from trainer.watch.page import mask_of  # noqa: E402
 
 LARGEST_FILE = 20 * 2**20  # bytes
@@ -258,7 +258,7 @@ class Demo:
         if name != self.first:
             path = (self.args.save_dir or SAVE_DIR) / f"{name}.pth"
             chosen = Namespace(**vars(self.args) | {"load_from": "model", "weight": str(path), "hidden_size": None})
-        return Assistant(find_trained(chosen), self.device)
+        return Assistant(find_trained(chosen), self.device, chosen.dtype, chosen.compile)
 
     def names(self) -> list[str]:
         """Returns the weights to choose from: those of the command line, and the others beside them."""
@@ -366,7 +366,9 @@ def build_page(gr, demo: Demo):
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     device = "cpu, cuda, cuda:N or mps (default: the best there is)"
-    add_model_flags(parser).add_argument("--device", help=device)
+    model = add_model_flags(parser)
+    model.add_argument("--device", help=device)
+    add_speed_flags(model)
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")
     add("--port", type=int, default=7860, help="port to listen on")

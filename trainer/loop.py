@@ -17,6 +17,7 @@ from model.model_vlm import MiniMindVLM
 from trainer.resume import Checkpoints, TrainState, changed_settings, restore_random_state, save_if_due
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
+from trainer.support.gradients import GradientSums
 from trainer.support.prefetch import on_device
 from trainer.support.processes import Processes
 from trainer.support.signals import StopSignals, ignore_in_worker
@@ -56,6 +57,7 @@ class Learner:
     loss: Callable
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    gradients: GradientSums
     processes: Processes
     dtype: torch.dtype
     grad_clip: float
@@ -89,15 +91,14 @@ class Counts:
 def make_learner(
     model: MiniMindVLM, loss: Callable, processes: Processes, dtype: torch.dtype, grad_clip: float, forward=None
 ) -> Learner:
-    """Returns AdamW over what learns, and a gradient scaler that is active under float16 only.
-
-    Args:
-        forward: The compiled model, if it is.
-    """
+    """Returns AdamW over what learns, and a gradient scaler for float16; `forward` is the model, compiled or not."""
     device = processes.device.type
-    optimizer = torch.optim.AdamW(learned_parameters(model).values(), fused=device in ("cpu", "cuda"))
+    learned = learned_parameters(model)
+    optimizer = torch.optim.AdamW(learned.values(), fused=device in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    return Learner(forward or model, loss, optimizer, scaler, processes, dtype, grad_clip)
+    as_used = sorted(learned, key=lambda name: not name.startswith("vision_proj."))
+    gradients = GradientSums([learned[name] for name in as_used], processes)
+    return Learner(forward or model, loss, optimizer, scaler, gradients, processes, dtype, grad_clip)
 
 
 def train_step(
@@ -115,9 +116,8 @@ def train_step(
     loss_sum = torch.zeros(1, device=device)
     if counts.learned == 0:  # no step: even a zero gradient would move AdamW's weights
         return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
+    micro_batches = [batch for batch in micro_batches if len(batch["learned_positions"])]
     for batch in micro_batches:
-        if len(batch["learned_positions"]) == 0:
-            continue
         inputs = {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(learner.model, batch)}
         with torch.autocast(device.type, learner.dtype, enabled=learner.dtype != torch.float32):
             loss, aux_loss = learner.loss(learner.model, inputs)
@@ -126,9 +126,10 @@ def train_step(
         loss = loss / counts.learned
         if aux_loss is not None:
             loss = loss + aux_loss * (len(batch["input_ids"]) / counts.samples)
+        learner.gradients.is_last_backward = batch is micro_batches[-1]
         if loss.requires_grad:  # not where only the projection learns and the micro-batch has no image
             scaler.scale(loss).backward()
-    learner.processes.sum_gradients(learner.parameters, loss_sum)
+    learner.gradients.finish(loss_sum)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in learner.parameters])
     if learner.grad_clip > 0:

@@ -127,24 +127,6 @@ class Processes:
             dist.gather_object(value, values, dst=0, group=self.host_group)
         return values or []
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor):
-        """Sums the parameters' gradients, and `extra` (a vector of float32), over all ranks, in place.
-
-        A rank without a gradient for a parameter (its batch had no image, or nothing to learn) adds zeros. A single
-        process gets zeros too, because AdamW treats a zero gradient and no gradient differently.
-        """
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.world_size == 1:
-            return
-        parts = [parameter.grad for parameter in parameters] + [extra]
-        flat = torch.cat([part.flatten() for part in parts])
-        with others_may_be_gone():
-            dist.all_reduce(flat)
-        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
-
 
 @contextlib.contextmanager
 def others_may_be_gone():

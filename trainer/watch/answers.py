@@ -4,9 +4,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import CompileConfig, PreTrainedTokenizerBase, StaticCache
 
+from model.model_minimind import CACHE_NAME
 from model.model_vlm import MiniMindVLM
+
+CACHE_MULTIPLE = 256  # sizes of compiled steps' caches: one compilation serves prompts of many lengths
 
 
 @contextlib.contextmanager
@@ -23,17 +26,27 @@ def answering(model: MiniMindVLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, **settings) -> torch.Tensor:
+def compiled_step(model: MiniMindVLM, positions: int) -> dict:
+    """Returns the settings with which transformers compiles the step of one token: a cache of fixed size."""
+    config = CompileConfig(mode=None if model.device.type == "cpu" else "reduce-overhead")
+    config._compile_all_devices = True  # on a CPU it does so only if it is told to
+    positions = min(-(-positions // CACHE_MULTIPLE) * CACHE_MULTIPLE, model.config.max_position_embeddings)
+    return {CACHE_NAME: StaticCache(config=model.config, max_cache_len=positions), "compile_config": config}
+
+
+def generate(
+    model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: int | None = None, **settings
+) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
 
     Args:
         inputs: Left-padded prompts, see `dataset.prompts`; None values are left out.
+        compiles: Whether to compile the step of one token, which takes half a minute; by default on CUDA only.
         settings: For transformers' `generate`.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
-    if model.device.type == "cuda":
-        # With a cache of fixed size transformers compiles the step of one token, once per prompt length.
-        settings["cache_implementation"] = "static"
+    if model.device.type == "cuda" if compiles is None else compiles:
+        settings |= compiled_step(model, inputs["input_ids"].shape[1] + max_new_tokens)
     with answering(model):
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
     return ids[:, inputs["input_ids"].shape[1] :]

@@ -4,22 +4,47 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UsageError
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
+from model.int8 import quantize
+from model.model_vlm import MiniMindVLM
 from trainer.support.trained import Trained
 from trainer.watch.answers import generate
 from trainer.watch.looking import word_maps
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+
+
+def add_speed_flags(group):
+    """Adds the flags of how an assistant computes to an argument group."""
+    what = "int8: the decoder's matrices in a quarter of the memory, for a CPU; bfloat16: for what multiplies it fast"
+    group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
+    what = "1: compile the step of one token, which takes half a minute (default: on CUDA only)"
+    group.add_argument("--compile", type=int, choices=(0, 1), help=what)
+
+
+def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
+    """Returns the model in one of PRECISIONS; raises UsageError for int8 on another device than a CPU."""
+    if dtype == "int8":
+        if model.device.type != "cpu":
+            raise UsageError(f"--dtype int8 is for the CPU, not for {model.device}: take bfloat16 there")
+        quantize(model)
+        return model
+    return model.to(getattr(torch, dtype))
 
 
 class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts."""
 
-    def __init__(self, trained: Trained, device: torch.device | str):
-        self.trained, self.tokenizer = trained, trained.tokenizer
+    def __init__(
+        self, trained: Trained, device: torch.device | str, dtype: str = "float32", compiles: int | None = None
+    ):
+        self.trained, self.tokenizer, self.compiles = trained, trained.tokenizer, compiles
         self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
         self.picture_format = PictureFormat(**trained.tower.picture_settings)
-        self.model = trained.load_model().to(device)
+        self.model = in_precision(trained.load_model().to(device), dtype)
 
     def load_picture(self, source: Path | bytes) -> torch.Tensor:
         """Returns a picture's file as the tower takes it, uint8 (3, size, size); raises PictureError."""
@@ -40,19 +65,19 @@ class Assistant:
             )
 
     @torch.inference_mode()
-    def answer(
+    def answers(
         self,
-        conversation: list[dict],
-        pictures: list[torch.Tensor],
+        conversations: list[list[dict]],
+        pictures: list[list[torch.Tensor]],
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
         **settings,
-    ) -> torch.Tensor:
-        """Returns the token ids of the next turn.
+    ) -> list[torch.Tensor]:
+        """Returns the token ids of each conversation's next turn, up to its end token.
 
         Args:
-            conversation, pictures: Turns, and the images of all their placeholders.
+            conversations, pictures: Lists of turns, and for each the images of all its placeholders.
             temperature: 0 always takes the likeliest token.
             top_p: Draw from the likeliest tokens with this share.
             settings: For transformers' `generate`: a streamer, stopping criteria.
@@ -60,11 +85,20 @@ class Assistant:
         Raises:
             ValueError: If that is too long for the model.
         """
-        self.check_length(conversation, max_new_tokens)
+        for conversation in conversations:
+            self.check_length(conversation, max_new_tokens)
         if temperature > 0:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        inputs = prompt_batch(self.encoder, [conversation], [pictures])
-        return generate(self.model, inputs, max_new_tokens, **settings)[0]
+        inputs = prompt_batch(self.encoder, conversations, pictures)
+        rows = generate(self.model, inputs, max_new_tokens, self.compiles, **settings)
+        ends = (rows == self.model.config.eos_token_id).int()
+        # A row that ended is padded until the longest has.
+        lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, rows.shape[1])
+        return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+    def answer(self, conversation: list[dict], pictures: list[torch.Tensor], *args, **settings) -> torch.Tensor:
+        """Returns the token ids of one conversation's next turn; arguments as in `answers`."""
+        return self.answers([conversation], [pictures], *args, **settings)[0]
 
     def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor) -> list[tuple]:
         """Returns the words of an answer, each with its map over the pictures; see `trainer.watch.looking`."""

@@ -1,0 +1,126 @@
+"""Checks of what only a device can show: a CPU's losses, runs resumed bit by bit, no recompilation, no syncs."""
+
+import contextlib
+import copy
+from argparse import Namespace
+
+import torch
+
+from dataset.lm_dataset import VLMCollator
+from scripts.measure.made_up import load_data, load_model
+from trainer.loop import answer_loss, count, make_learner, train_step
+from trainer.setup import round_frozen_weights
+from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
+from trainer.support.processes import Processes, pick_dtype
+
+STEPS, RATE = 4, 1e-4
+
+
+class Steps:
+    """Optimizer steps over the same made-up batches, on a device."""
+
+    def __init__(self, args: Namespace, device: str, compiles: bool = False):
+        self.device, self.data = torch.device(device), load_data(args, STEPS * args.batch_size)
+        self.model, self.processes = load_model(args), Processes(0, 1, self.device)
+        dtype = pick_dtype(None, self.device)
+        round_frozen_weights(self.model, dtype)
+        forward = self.model.to(self.device)
+        if compiles:
+            forward = compile_or_not(self.model, self.data, args.batch_size, self.device, dtype, print)
+        self.compiles = forward is not self.model
+        self.learner = make_learner(self.model, answer_loss, self.processes, dtype, 1.0, forward)
+        collate = VLMCollator(0, LENGTH_MULTIPLE if self.compiles else 1)
+        size = args.batch_size
+        self.batches = [
+            collate([self.data[row] for row in range(step * size, (step + 1) * size)]) for step in range(STEPS)
+        ]
+        self.batches = [
+            {name: part.to(self.device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+            for batch in self.batches
+        ]
+
+    def take(self, numbers) -> list[float]:
+        """Takes these steps; returns the mean loss of each."""
+        losses = []
+        for number in numbers:
+            batch = [self.batches[number]]
+            loss, learned = train_step(self.learner, batch, count(batch, self.processes), RATE)[0].tolist()
+            losses.append(loss / learned)
+        return losses
+
+
+def same_losses_as_on_the_cpu(args) -> tuple[bool, str]:
+    """Whether a few steps have the losses of float32 on the CPU, within the error of the device's precision."""
+    ours, expected = Steps(args, args.device).take(range(STEPS)), Steps(args, "cpu").take(range(STEPS))
+    difference = max(abs(a - b) / b for a, b in zip(ours, expected, strict=True))
+    return difference < 0.01, f"they differ by {difference:.1e} at most (limit 1e-2)"
+
+
+def resumes_bit_by_bit(args) -> tuple[bool, str]:
+    """Whether steps after saving and loading give the weights of steps without, with deterministic algorithms."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    straight, first, second = (Steps(args, args.device) for _ in range(3))
+    straight.take(range(STEPS))
+    first.take(range(STEPS // 2))
+    state = copy.deepcopy((first.model.state_dict(), first.learner.state_dict()))
+    second.model.load_state_dict(state[0])
+    second.learner.load_state_dict(state[1])
+    second.take(range(STEPS // 2, STEPS))
+    torch.use_deterministic_algorithms(False)
+    pairs = zip(straight.model.state_dict().items(), second.model.state_dict().values(), strict=True)
+    other = [name for (name, weight), resumed in pairs if not torch.equal(weight, resumed)]
+    return not other, "all weights are equal" if not other else f"{len(other)} tensors differ, {other[0]} first"
+
+
+def compiles_once(args) -> tuple[bool, str]:
+    """Whether no step compiles anything after the warm-up."""
+    steps = Steps(args, args.device, compiles=True)
+    if not steps.compiles:
+        return False, "torch.compile does not work here"
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            steps.take(range(STEPS))
+    except RuntimeError as error:
+        return False, str(error).strip().splitlines()[0]
+    return True, f"{STEPS} steps without a recompilation"
+
+
+def does_not_sync(args) -> tuple[bool, str]:
+    """Whether a step never waits for the GPU."""
+    steps = Steps(args, args.device)
+    steps.take([0])
+    counts = [count([batch], steps.processes) for batch in steps.batches]
+    try:
+        with sync_is_an_error(steps.device):
+            for batch, counted in zip(steps.batches, counts, strict=True):
+                train_step(steps.learner, [batch], counted, RATE)
+    except RuntimeError as error:
+        return False, str(error).strip().splitlines()[0]
+    return True, f"{STEPS} steps" + ("" if steps.device.type == "cuda" else " (only CUDA can tell)")
+
+
+@contextlib.contextmanager
+def sync_is_an_error(device: torch.device):
+    """Makes torch raise where the host would wait for the GPU; does nothing elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+CHECKS = {
+    "losses equal the CPU's": same_losses_as_on_the_cpu,
+    "a resumed run is bit-identical": resumes_bit_by_bit,
+    "no recompilation after the warm-up": compiles_once,
+    "no sync in a step": does_not_sync,
+}
+
+
+def check(args, name: str) -> dict:
+    """Returns whether a check passes, and what it found."""
+    passed, found = CHECKS[name](args)
+    return {"passed": passed, "found": found}
