@@ -164,7 +164,8 @@ class Talker:
             except PictureError as error:
                 print(f"{printable(path.name)}: skipped: {error}\n")
         if pictures:
-            started, asked = time.perf_counter(), [(path, *pair) for path in pictures for pair in zip(prompts, turns)]
+            started = time.perf_counter()
+            asked = [(path, prompt, turn) for path in pictures for prompt, turn in zip(prompts, turns, strict=True)]
             answers = assistant.answers(
                 [[turn] for _, _, turn in asked],
                 [[pictures[path]] for path, _, _ in asked],

@@ -25,7 +25,7 @@ from dataset.chat import ChatEncoder  # noqa: E402
 from dataset.pictures import PictureFormat, load_picture  # noqa: E402
 from dataset.prompts import prompt_batch, with_images  # noqa: E402
 from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage  # noqa: E402
-from dataset.scenes.language import DESCRIBE, caption  # noqa: E402
+from dataset.scenes.language import CHINESE, ENGLISH, Language, caption  # noqa: E402
 from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
 from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.looking import word_maps  # noqa: E402
@@ -34,15 +34,16 @@ SCENES, TOKENS = 50, 64
 ATTRIBUTES = ("place", "size", "colour", "shape")  # in the caption's order
 
 
-def attribute_maps(scene: Scene, words: list[tuple]) -> dict[tuple[str, int], np.ndarray]:
+def attribute_maps(scene: Scene, words: list[tuple], language: Language) -> dict[tuple[str, int], np.ndarray]:
     """Returns the map (side, side) of each (attribute, object), given the maps of the words of the scene's caption."""
     text, found = "".join(word for word, _ in words), {}
     ends = np.cumsum([len(word) for word, _ in words])
-    at = text.index("：")
+    at = len(text.replace("：", ":").split(":")[0])
     for number, thing in enumerate(scene.facts):
         for attribute in ATTRIBUTES:
-            start = text.index(getattr(thing, attribute), at)
-            at = start + len(getattr(thing, attribute))
+            said = language.say(f"{{{attribute}}}", thing)
+            start = text.index(said, at)
+            at = start + len(said)
             first, last = np.searchsorted(ends, (start, at - 1), side="right")
             found[attribute, number] = sum(maps[0].numpy() for _, maps in words[first : last + 1])
     return found
@@ -60,22 +61,22 @@ def widened(mask: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))
 
 
-def look_at_scenes(trained: Trained, count: int) -> tuple[list[tuple], float]:
+def look_at_scenes(trained: Trained, count: int, language: Language) -> tuple[list[tuple], float]:
     """Returns (covered patches, attribute maps) of each scene described word for word, and the seconds per map set."""
     model, tokenizer = trained.load_model(), trained.tokenizer
     encoder = ChatEncoder(tokenizer, model.config.image_tokens)
-    question = [{"role": "user", "content": with_images(DESCRIBE, 1, trained.prompt_form)}]
+    question = [{"role": "user", "content": with_images(language.requests[0], 1, trained.prompt_form)}]
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
     paths, seen, seconds = sorted((draw_builtin_dataset() / "heldout_images").iterdir()), [], 0.0
     for scene, path in zip(tqdm(heldout_scenes()[:count], unit="scene"), paths, strict=False):
         inputs = prompt_batch(encoder, [question], [[load_picture(path, picture_format=picture_format)]])
         [ids] = generate(model, inputs, TOKENS)
-        if tokenizer.decode(ids, skip_special_tokens=True) != caption(scene.facts):
+        if tokenizer.decode(ids, skip_special_tokens=True) != caption(scene.facts, language):
             continue
         started = time.process_time()
         words = word_maps(model, tokenizer, inputs, ids)
         seconds += time.process_time() - started
-        seen.append((covered_patches(scene, len(words[0][1][0])), attribute_maps(scene, words)))
+        seen.append((covered_patches(scene, len(words[0][1][0])), attribute_maps(scene, words, language)))
     return seen, seconds / max(1, len(seen))
 
 
@@ -122,20 +123,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main():
     args = parse_arguments()
     trained = find_trained(args)
-    seen, seconds = look_at_scenes(trained, args.scenes)
-    name = display_path(trained.weights.path)
+    for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
+        print_language(trained, args.scenes, name, language)
+
+
+def print_language(trained: Trained, count: int, name: str, language: Language):
+    """Prints the table of one language; raises UsageError where too few scenes are described as they should be."""
+    seen, seconds = look_at_scenes(trained, count, language)
+    weights = display_path(trained.weights.path)
     if len(seen) < 2:
         raise UsageError(
-            f"{name} describes {len(seen)} of {args.scenes} scenes word for word: at least two are needed. The "
+            f"{weights} describes {len(seen)} of {count} scenes word for word in {name}: at least two are needed. The "
             "check is for weights that were trained on the built-in set"
         )
-    print(f"{name}: {len(seen)} of {args.scenes} scenes are described word for word, with")
+    print(f"{weights} in {name}: {len(seen)} of {count} scenes are described word for word, with")
     print(
         f"{sum(len(covered) for covered, _ in seen)} objects; the maps of a description take {seconds:.1f} CPU seconds"
     )
     print(f"\n{'':<42}" + "".join(f"{attribute:>9}" for attribute in ATTRIBUTES))
     for row, shares in measure(seen).items():
         print(f"{row:<42}" + "".join(f"{shares[attribute]:>9.1%}" for attribute in ATTRIBUTES))
+    print()
 
 
 if __name__ == "__main__":
