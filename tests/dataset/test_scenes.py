@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset.scenes import draw as scenes
 from dataset.scenes.grading import chance, grade, parse_caption, score
-from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts, caption, questions
+from dataset.scenes.language import COLOURS, LANGUAGES, PLACES, SHAPES, SIZES, Facts, caption, questions
 
 TRAINING = 40  # scenes in the drawn test set
 
@@ -97,6 +97,20 @@ def test_sft_holds_every_kind_of_row():
             assert grade(row["conversations"][1]["content"], scene).whole
 
 
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= letter <= "\u9fff" for letter in text)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "heldout"])
+def test_rows_take_turns_in_chinese_and_english_and_never_mix_them(drawn, name):
+    orders = set()
+    for number, row in enumerate(read(drawn / f"{name}.jsonl")):
+        texts = [turn["content"].replace("<image>", "") for turn in row["conversations"]]
+        assert {is_chinese(text) for text in texts} == {number % 2 == 0}
+        orders.add((number % 2, row["conversations"][0]["content"].startswith("<image>")))
+    assert len(orders) == (2 if name == "heldout" else 4)  # both orders of picture and question, in either language
+
+
 def test_questions_have_one_right_answer_and_as_many_yes_as_no():
     answers = []
     for index in range(200):
@@ -122,21 +136,21 @@ objects = st.lists(
 ).map(tuple)
 
 
-@given(objects)
+@given(objects, st.sampled_from(LANGUAGES))
 @settings(deadline=None)
-def test_a_true_caption_is_all_right(scene):
-    result = grade(caption(scene), scene)
+def test_a_true_caption_is_all_right(scene, language):
+    result = grade(caption(scene, language), scene)
     assert result.whole and result.right == result.total == 4 * len(scene) + 1
-    assert grade(caption(scene[::-1]), scene).whole
+    assert grade(caption(scene[::-1], language), scene).whole
 
 
-@given(objects, st.sampled_from(["colour", "shape", "size", "place"]), st.data())
+@given(objects, st.sampled_from(["colour", "shape", "size", "place"]), st.sampled_from(LANGUAGES), st.data())
 @settings(deadline=None)
-def test_one_wrong_word_costs_one_attribute(scene, attribute, data):
+def test_one_wrong_word_costs_one_attribute(scene, attribute, language, data):
     words = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}[attribute]
     word = data.draw(st.sampled_from([word for word in words if word != getattr(scene[0], attribute)]))
     wrong = (replace(scene[0], **{attribute: word}), *scene[1:])
-    result = grade(caption(wrong), scene)
+    result = grade(caption(wrong, language), scene)
     same_anyway = sorted(map(repr, wrong)) == sorted(map(repr, scene))
     assert result.whole == same_anyway
     if len(scene) == 1:
@@ -158,6 +172,8 @@ def test_a_missing_or_an_invented_object_is_wrong():
         "左上有一个大红圆",
         "一个物体:左上方 有 大的 红色 圆形,",
         "圆形，红色，大，左上角",
+        "A big red disc in the upper left corner.",
+        "There is one object: at the Top Left a large red circle",
     ],
 )
 def test_slips_of_form_are_forgiven(text):

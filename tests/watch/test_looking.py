@@ -11,7 +11,7 @@ from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.scenes.draw import heldout_scenes, patch_coverage
-from dataset.scenes.language import caption
+from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from dataset.tokenizer import load_tokenizer
 from scripts.check_looking import attribute_maps, covered_patches, measure
 from trainer.watch import looking
@@ -188,22 +188,31 @@ def one_and_two() -> list:
     return [next(scene for scene in scenes if len(scene.objects) == number) for number in (1, 2, 2)]
 
 
-def words_looking_at(scene, tokenizer, target) -> list[tuple]:
+def words_looking_at(scene, tokenizer, target, language=CHINESE) -> list[tuple]:
     """Returns the words of a scene's caption, each with the map that `target` gives the object it names."""
-    text, at, words = caption(scene.facts), 0, []
+    text, at, words = caption(scene.facts, language), 0, []
     for word, _, _ in split_words(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]):
-        number = min(text[: at + 1].count("，"), len(scene.objects) - 1)
+        number = min(text[: at + 1].count(language.separator[0]), len(scene.objects) - 1)
         words.append((word, torch.from_numpy(target(patch_coverage(scene), number))[None]))
         at += len(word)
     return words
 
 
-def checked(tokenizer, target) -> dict:
+def checked(tokenizer, target, language=CHINESE) -> dict:
     seen = [
-        (covered_patches(scene, 14), attribute_maps(scene, words_looking_at(scene, tokenizer, target)))
+        (
+            covered_patches(scene, 14),
+            attribute_maps(scene, words_looking_at(scene, tokenizer, target, language), language),
+        )
         for scene in one_and_two()
     ]
     return measure(seen)
+
+
+@pytest.mark.parametrize("language", LANGUAGES, ids=("Chinese", "English"))
+def test_words_are_found_in_either_language(tokenizer, language):
+    right = checked(tokenizer, lambda covered, number: covered[number], language)
+    assert {*right["peak on the object"].values(), *right["share of the map on it"].values()} == {1.0}
 
 
 def test_the_check_tells_the_right_object_from_the_other_and_from_none(tokenizer):
