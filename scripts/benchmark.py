@@ -185,7 +185,7 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
             sampler = list(itertools.islice(sampler, WARM_UP[device.type] + args.steps)) * 100
             few = data.with_pixels()
             few.positions = np.unique(data.positions[np.concatenate(sampler)])
-            shape = len(data), model.config.vision_patches, model.config.vision_hidden_size
+            shape = data.distinct_pictures, model.config.vision_patches, model.config.vision_hidden_size
             file = FeatureFile(Path(folder), "data", "tower", shape)
             seconds, _ = timed(device, compute_features, few, file, model.encode_images, device, args.num_workers)
             encoding = seconds / len(few) * args.batch_size if name == FIRST_EPOCH else 0.0

@@ -21,7 +21,7 @@ from dataset.chat import (
     parse_conversation,
     parse_picture_names,
 )
-from dataset.lm_dataset import RowTokeniser
+from dataset.rows import RowTokeniser
 from dataset.prompts import prompt_batch, with_images
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
