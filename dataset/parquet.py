@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -95,13 +96,13 @@ def bring_in(path: Path, folder: Path, image_tokens: int):
 
 def write_tables(file: pq.ParquetFile, name: str, part: Path):
     """Writes the rows and, each once, the pictures; in memory are a batch of rows and a hash for each picture."""
-    rows = file.metadata.num_rows
+    rows, every = file.metadata.num_rows, 0.2 if sys.stderr.isatty() else 30.0
     with (
         open(part / "rows.arrow", "wb") as rows_file,
         open(part / "pictures.arrow", "wb") as pictures_file,
         pa.ipc.new_stream(rows_file, ROWS) as row_writer,
         pa.ipc.new_stream(pictures_file, PICTURES) as picture_writer,
-        tqdm(desc="keeping each picture once", total=rows, unit=" rows", disable=rows < BAR_ROWS) as bar,
+        tqdm(desc="keeping each picture", total=rows, unit=" rows", disable=rows < BAR_ROWS, mininterval=every) as bar,
     ):
         pictures = Pictures()
         for batch in file.iter_batches(BATCH, columns=["conversations", name]):
