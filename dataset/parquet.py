@@ -70,14 +70,17 @@ def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[dataset
             if not folder.is_dir():
                 bring_in(path, folder, image_tokens)
             del held
-        return tuple(
-            datasets.Dataset(
-                datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow")), fingerprint=f"{name}-{key}"
-            )
-            for name in ("rows", "pictures")
-        )
     except (pa.ArrowException, OSError, ValueError) as error:
         raise data_error(path, error) from error
+    try:
+        return kept_table(folder, "rows"), kept_table(folder, "pictures")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
+
+
+def kept_table(folder: Path, name: str) -> datasets.Dataset:
+    table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
+    return datasets.Dataset(table, fingerprint=f"{name}-{folder.name}")
 
 
 def bring_in(path: Path, folder: Path, image_tokens: int):
