@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -53,9 +53,7 @@ class Row:
 
     def columns(self) -> dict:
         thoughts = [turn["reasoning_content"] for turn in self.turns if "reasoning_content" in turn]
-        columns = asdict(self) | {"reasoning": any(thoughts), "empty_thinking": "" in thoughts}
-        del columns["turns"]
-        return columns
+        return vars(self) | {"reasoning": any(thoughts), "empty_thinking": "" in thoughts}
 
 
 def tokenise_rows(
