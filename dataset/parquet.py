@@ -63,7 +63,7 @@ def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[dataset
         folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / key
         while not folder.is_dir():
             try:
-                held = lock(folder)  # held until this returns
+                held = lock(folder)
             except BlockingIOError:  # another process brings the same file in
                 time.sleep(0.2)
                 continue

@@ -225,6 +225,14 @@ def test_rows_that_share_a_picture_are_held_out_together(tmp_path, tokenizer):
     assert len(np.unique(texts)) == len(texts)  # the black picture does not make them one group
 
 
+def test_several_processes_give_the_same_rows(tmp_path, tokenizer):
+    _, data = published(tmp_path, tokenizer)
+    path = tmp_path / "published.parquet"
+    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache", num_proc=2)
+    assert len(two.rows.cache_files) == 2
+    assert two.rows.data.to_pylist() == data.rows.data.to_pylist()
+
+
 # ---- the cache
 
 
