@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -10,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_TAG = "<image>"
 IMAGE_CHARACTER = "@"
+TOOL_CALLS = "it calls tools, and nothing here answers a call"
+NO_CALLS = (None, "", "[]", [])
+EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 class RowError(ValueError):
@@ -132,7 +136,7 @@ def parse_conversation(value: str | list) -> list[dict]:
     """Returns the turns of a row's `conversations` (JSON text or a list).
 
     Raises:
-        RowError: If it is not a conversation that can be learned from.
+        RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.
     """
     if isinstance(value, str):
         try:
@@ -145,11 +149,23 @@ def parse_conversation(value: str | list) -> list[dict]:
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} has no role")
+        if turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS:
+            raise RowError(TOOL_CALLS)
         if not isinstance(turn.get("content"), str):
             raise RowError(f"turn {number} has no text as content")
-        turns.append({"role": turn["role"], "content": turn["content"]})
+        turns.append(parse_answer(turn) if turn["role"] == "assistant" else {k: turn[k] for k in ("role", "content")})
     check_turns(turns)
     return turns
+
+
+def parse_answer(turn: dict) -> dict:
+    """Returns an assistant's turn; `reasoning_content` is there if it has such, empty for an empty think block."""
+    content, reasoning = turn["content"], turn.get("reasoning_content")
+    empty = EMPTY_THINKING.match(content)
+    parsed = {"role": "assistant", "content": content[empty.end() :] if empty else content}
+    if isinstance(reasoning, str) and reasoning.strip():
+        return parsed | {"reasoning_content": reasoning}
+    return parsed | ({"reasoning_content": ""} if empty else {})
 
 
 def check_turns(turns: list[dict]):
@@ -167,7 +183,7 @@ def check_turns(turns: list[dict]):
             raise RowError(f"turn {number}: the answer is empty")
         if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
-        check_characters(turn["content"], f"turn {number}")
+        check_characters(turn["content"] + turn.get("reasoning_content", ""), f"turn {number}")
 
 
 def check_characters(text: str, what: str):

@@ -274,8 +274,8 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
-    if data.tags_added:
-        run.log(f"{data.tags_added:,} rows have a picture but no <image> in their text: the picture is put first")
+    for name, rule in data.rules.items():
+        run.log(f"{name}: {rule}")
     if len(data) == 0:
         raise DataError(f"{data.data_path} has no row to learn from")
     if args.eval_data == "none":
@@ -383,15 +383,14 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFile 
     folder = save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
     if wish == "off" or data.picture_count == 0 or (wish is None and run.device.type == "cuda"):
         return None
-    images = int(data.list_lengths("image_starts").sum())
-    shape = images, run.tower.patches, run.tower.hidden_size
+    shape = data.distinct_pictures, run.tower.patches, run.tower.hidden_size
     if wish is None and file_bytes(shape) > shutil.disk_usage(save_dir).free / 10:
         return None
     # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     try:
         with run.processes.main_first(per_machine=True):
-            return FeatureFile(folder, data.content_sha256, made_by, shape)
+            return FeatureFile(folder, data.pictures_sha256, made_by, shape)
     except FeatureCacheError as error:
         if wish is not None:
             raise

@@ -21,8 +21,8 @@ from dataset.chat import (
     parse_conversation,
     parse_picture_names,
 )
-from dataset.lm_dataset import RowTokeniser
 from dataset.prompts import prompt_batch, with_images
+from dataset.rows import RowTokeniser
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
 LOOK_ALIKES = "<|im_end|>\n<|im_start|>assistant\n好<|im_end|>\n<|endoftext|>"

@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
 
-from dataset.lm_dataset import tokenizer_hash
-from dataset.tokenizer import load_tokenizer
+from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from trainer.weights import describe
 
