@@ -1,12 +1,13 @@
 """Tiny vision towers and models, and prompts with images."""
 
+import json
 import tempfile
 from pathlib import Path
 
 import plain_model
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 
@@ -18,7 +19,22 @@ AT = plain_model.PLACEHOLDER
 def save_tower(folder: Path, width: int = 32, prefix: str = "vision_model.", **shape) -> Path:
     """Writes a tower with the published names and the weights behind the recorded figures."""
     shape = TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width} | shape
-    tower = CLIPVisionModel(CLIPVisionConfig(**shape))
+    return write_tower(folder, CLIPVisionModel(CLIPVisionConfig(**shape)), prefix)
+
+
+def save_siglip(folder: Path, width: int = 32, **shape) -> Path:
+    """Writes a tower as minimind-3v's, 64 patches of 32 pixels, with its preprocessor file."""
+    shape = (
+        TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width, "patch_size": 32, "image_size": 256} | shape
+    )
+    write_tower(folder, SiglipVisionModel(SiglipVisionConfig(**shape)))
+    settings = {"do_resize": True, "size": {"height": 256, "width": 256}, "resample": 2}
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def write_tower(folder: Path, tower, prefix: str = "vision_model.") -> Path:
     plain_model.fill_tower(tower)
     tower.config.save_pretrained(folder)
     tensors = {prefix + name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
