@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_TAG = "<image>"
 IMAGE_CHARACTER = "@"
+# Of minimind-3v: an image's placeholder is a special token, which no text can hold; every answer begins by thinking.
+IMAGE_PAD = "<|image_pad|>"
+THINK, END_OF_THINKING = "<think>", "</think>"
 
 
 class RowError(ValueError):
@@ -31,8 +34,12 @@ class ChatEncoder:
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
     and ends nothing; the special tokens around each turn are added by their ids.
 
+    A tokenizer with the special token `<|image_pad|>` is minimind-3v's. That token is then an image's placeholder,
+    added by its id; there is no default system turn, and every answer begins with a think block, its own or empty.
+
     Args:
-        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own).
+        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own) or of
+            minimind-3v's.
         image_tokens: Placeholders that stand for one image (`VLMConfig.image_tokens`).
 
     Raises:
@@ -46,13 +53,15 @@ class ChatEncoder:
         self.backend.no_truncation()  # a tokenizer saved with truncation on would cut texts silently
         self.backend.no_padding()
         self.image_tokens, self.placeholders = image_tokens, IMAGE_CHARACTER * image_tokens
-        self.image_token_id = self.backend.token_to_id(IMAGE_CHARACTER)
+        self.is_3v = has_image_pad(tokenizer)
+        self.image_token_id = image_token_id(tokenizer)
         placeholder_ids = self.backend.encode(self.placeholders, add_special_tokens=False).ids
+        is_alone = self.is_3v or placeholder_ids == [self.image_token_id] * image_tokens
         special_ids = self.begin_id, self.end_id, self.pad_id
-        if None in special_ids or placeholder_ids != [self.image_token_id] * image_tokens:
+        if None in special_ids or not is_alone:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
-                "tokens, and `@` as a token of its own that is part of no other"
+                f"tokens, and `@` as a token of its own that is part of no other, or a special token {IMAGE_PAD}"
             )
         self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
 
@@ -62,13 +71,15 @@ class ChatEncoder:
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
         """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted."""
-        conversations = [with_system_turn(turns) for turns in conversations]
+        if not self.is_3v:
+            conversations = [with_system_turn(turns) for turns in conversations]
         texts = [text for turns in conversations for turn in turns for text in self._texts(turn)]
         # One call for all of them: the tokenizer works on many texts in parallel.
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         chats = [self._join(turns, encodings) for turns in conversations]
         if add_generation_prompt:
-            header = [self.begin_id, *self.backend.encode("assistant\n", add_special_tokens=False).ids]
+            header = "assistant\n" + (thinking("") if self.is_3v else "")
+            header = [self.begin_id, *self.backend.encode(header, add_special_tokens=False).ids]
             for chat in chats:
                 chat.input_ids += header
         return chats
@@ -91,11 +102,11 @@ class ChatEncoder:
         # An answer is tokenised apart from its header: generation continues after the header, so no token that is
         # learned may span the two.
         if turn["role"] == "assistant":
-            return ["assistant\n", turn["content"]]
-        content = turn["content"]
-        if turn["role"] == "user":
-            content = content.replace(IMAGE_TAG, self.placeholders)
-        return [f"{turn['role']}\n{content}"]
+            return ["assistant\n", with_thinking(turn["content"]) if self.is_3v else turn["content"]]
+        text = f"{turn['role']}\n{turn['content']}"
+        if turn["role"] != "user":
+            return [text]
+        return text.split(IMAGE_TAG) if self.is_3v else [text.replace(IMAGE_TAG, self.placeholders)]
 
     def _join(self, turns: list[dict], encodings) -> EncodedChat:
         chat = EncodedChat([], [], [])
@@ -104,7 +115,10 @@ class ChatEncoder:
             ids.append(self.begin_id)
             for index in range(len(self._texts(turn))):
                 encoding = next(encodings)
-                if index == 1:  # the answer, its <|im_end|> and the newline after it
+                if index and turn["role"] == "user":  # minimind-3v's: an image between two texts
+                    chat.image_starts.append(len(ids))
+                    ids += [self.image_token_id] * self.image_tokens
+                elif index:  # the answer, its <|im_end|> and the newline after it
                     chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
                 for character in self._image_characters(turn):
                     chat.image_starts.append(len(ids) + encoding.char_to_token(character))
@@ -114,13 +128,35 @@ class ChatEncoder:
 
     def _image_characters(self, turn: dict) -> list[int]:
         """Where each image begins in the turn's expanded text; a user's own `@` beside it is not part of it."""
-        if turn["role"] != "user":
+        if turn["role"] != "user" or self.is_3v:
             return []
         positions, position = [], len("user\n")
         for piece in turn["content"].split(IMAGE_TAG)[:-1]:
             positions.append(position + len(piece))
             position += len(piece) + self.image_tokens
         return positions
+
+
+def has_image_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tells whether the tokenizer is minimind-3v's, by its special token for images."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return any(token.content == IMAGE_PAD and token.special for token in added)
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the id of an image's placeholder."""
+    return tokenizer.backend_tokenizer.token_to_id(IMAGE_PAD if has_image_pad(tokenizer) else IMAGE_CHARACTER)
+
+
+def thinking(reasoning: str) -> str:
+    return f"{THINK}\n{reasoning}\n{END_OF_THINKING}\n\n"
+
+
+def with_thinking(answer: str) -> str:
+    """Returns an answer after its think block: what stands before the first `</think>`, from its last `<think>` on."""
+    before, _, _ = answer.partition(END_OF_THINKING)
+    reasoning = before.split(THINK)[-1] if END_OF_THINKING in answer else ""
+    return thinking(reasoning.strip("\n")) + answer.split(END_OF_THINKING)[-1].lstrip("\n")
 
 
 def with_system_turn(turns: list[dict]) -> list[dict]:

@@ -29,7 +29,7 @@ from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_pict
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 ROWS_PER_PROCESS = 20_000
 COLUMNS = datasets.Features(
     {

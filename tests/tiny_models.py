@@ -7,7 +7,16 @@ from pathlib import Path
 import plain_model
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 
@@ -31,6 +40,20 @@ def save_siglip(folder: Path, width: int = 32, **shape) -> Path:
     settings = {"do_resize": True, "size": {"height": 256, "width": 256}, "resample": 2}
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def save_tokenizer_3v(folder: Path) -> Path:
+    """Writes a byte-level tokenizer of minimind-3v's form: `<|image_pad|>` is token 12, think marks are 25 and 26."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|buffer{number}|>" for number in range(3, 25))]
+    special[12] = "<|image_pad|>"
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate([*special, "<think>", "</think>", *alphabet])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    names = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0], "unk_token": special[0]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
 
 

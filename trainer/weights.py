@@ -21,6 +21,7 @@ from safetensors.torch import load_file as load_safetensors
 from common.errors import UsageError
 from common.files import load_file
 from common.paths import ROOT, display_path
+from dataset.chat import image_token_id
 from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V, config_fields, projector_of
@@ -231,13 +232,23 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
             )
 
 
-def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, vocab_size: int):
-    """Raises UsageError where the weights are known to be trained with another tokenizer, or have too few rows."""
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, tokenizer):
+    """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
+
+    Weights without a sidecar do not say their tokenizer, but their generation gives the id of an image's placeholder.
+    """
+    vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
     expected = weights.sidecar.get("tokenizer_sha256")
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
             f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
             f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
+            "--tokenizer_path"
+        )
+    if expected is None and placeholder != weights.config.image_token_id:
+        raise UsageError(
+            f"an image is token {weights.config.image_token_id} to {display_path(weights.path)}, but {placeholder} in "
+            f"the tokenizer {display_path(tokenizer_path)}: they are of different generations; name the right one with "
             "--tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:

@@ -103,7 +103,7 @@ def find_trained(args: argparse.Namespace) -> Trained:
     tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR)
     tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
     tokenizer = load_tokenizer(tokenizer_path)
-    weight_io.check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, len(tokenizer))
+    weight_io.check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower_settings(tower_path)
     try:
         config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
