@@ -243,7 +243,7 @@ def model_flops(args, total: dict, is_cached: bool) -> float:
     weights = layers * (2 * width**2 + 2 * width * key_value + 3 * width * config.intermediate_size)
     forward = 2 * weights * total["useful"] + 2 * layers * width * total["squares"]
     forward += 2 * width * config.vocab_size * total["learned"]
-    backward = 1 if STAGES[args.stage].defaults["freeze_llm"] else 2
+    backward = 2 if STAGES[args.stage].defaults["freeze_llm"] == "none" else 1
     width, positions = TOWER.hidden_size, (TOWER.image_size // TOWER.patch_size) ** 2 + 1
     layer = 4 * width**2 + 2 * width * TOWER.intermediate_size + 2 * positions * width
     tower = 2 * positions * (TOWER.num_hidden_layers * layer + width * 3 * TOWER.patch_size**2)

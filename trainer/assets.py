@@ -15,7 +15,7 @@ from common.paths import (
     TOWER_DIR,
     display_path,
 )
-from trainer.weights import find_weights, read_sidecar_or_empty
+from trainer.weights import find_weights, read_sidecar_or_empty, read_weights
 
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
@@ -112,14 +112,28 @@ def is_path(from_weight: str) -> bool:
     return Path(from_weight).suffix == ".pth"
 
 
-def starting_sidecar(args) -> dict:
-    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
+def starting_path(args) -> Path | None:
+    """Returns the weights that --from_weight names; None where there are none."""
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     try:
-        path = find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
+        return find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
     except UsageError:
-        return {}
-    return read_sidecar_or_empty(path)
+        return None
+
+
+def starting_sidecar(args) -> dict:
+    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
+    path = starting_path(args)
+    return {} if path is None else read_sidecar_or_empty(path)
+
+
+def starts_from_3v(args) -> bool:
+    """Tells whether the weights that --from_weight names are minimind-3v's, by their tensors."""
+    path = starting_path(args)
+    try:
+        return path is not None and read_weights(path).config.qk_norm
+    except UsageError:  # said when the run reads them
+        return False
 
 
 def is_builtin_model(args, sidecar: dict, there: list[str], given: list[str]) -> bool:

@@ -352,14 +352,14 @@ def load_model(run: Run) -> MiniMindVLM:
     return model
 
 
-def freeze(model: MiniMindVLM, mode: int):
-    """Sets what learns: mode 0 everything, 1 the projection, 2 the projection and the first and last layer.
+def freeze(model: MiniMindVLM, frozen: str):
+    """Sets what learns beside the projection: the decoder's layers ("none" is frozen), its "ends", or nothing ("all").
 
     The tower is frozen in every mode.
     """
-    model.requires_grad_(mode == 0)
+    model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
-    if mode == 2:
+    if frozen == "ends":
         model.model.layers[0].requires_grad_(True)
         model.model.layers[-1].requires_grad_(True)
 
