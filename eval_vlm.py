@@ -27,16 +27,15 @@ from transformers import TextStreamer, set_seed  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import EVAL_IMAGES_DIR, display_path, printable  # noqa: E402
-from dataset.chat import IMAGE_TAG, ChatEncoder  # noqa: E402
+from dataset.chat import IMAGE_TAG  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
-from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
-from dataset.prompts import prompt_batch, with_images  # noqa: E402
+from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
-from trainer.watch.answers import generate  # noqa: E402
+from trainer.watch.assistant import Assistant  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
 
@@ -115,59 +114,41 @@ def is_url(path: Path) -> bool:
     return re.match(r"[a-z]+:/", str(path)) is not None
 
 
-class Assistant:
-    """A model, its tokenizer, and how it is to answer."""
+class Talker:
+    """Asks an assistant, and prints what it answers."""
 
     def __init__(self, args, processes: Processes):
-        self.args, self.processes = args, processes
+        self.args = args
         trained = find_trained(args)
-        self.tokenizer, self.prompt_form = trained.tokenizer, trained.prompt_form
-        self.knows_only_scenes = trained.knows_only_scenes
-        self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
-        self.picture_format = PictureFormat(**trained.tower.picture_settings)
         torch.manual_seed(args.seed)  # of a projection that the weights lack
-        self.model = trained.load_model().to(processes.device)
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.assistant = Assistant(trained, processes.device)
+        parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
         paths = trained.weights.path, trained.tower_path, trained.tokenizer_path
         weights, tower, tokenizer = map(display_path, paths)
         processes.log(
             f"{weights}: {parameters / 1e6:.3f} M parameters, {trained.config.num_hidden_layers} layers; "
             f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
-        if self.knows_only_scenes and (args.image or args.image_dir or args.chat):
+        if trained.knows_only_scenes and (args.image or args.image_dir or args.chat):
             processes.log("These weights know only the drawn shapes of the built-in set, and speak only Chinese.")
         if not trained.weights.has_projection:
             processes.log(
                 "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
             )
 
-    def load_picture(self, path: Path) -> torch.Tensor:
-        """Returns the picture as the tower takes it; raises PictureError."""
-        return load_picture(path, picture_format=self.picture_format)
-
     def ask(self, prompt: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
-        conversation = [{"role": "user", "content": with_images(prompt, len(paths), self.prompt_form)}]
-        self.check_length(conversation)
-        self.answer(conversation, [self.load_picture(path) for path in paths])
-
-    def check_length(self, conversation: list[dict]):
-        """Raises ValueError where the conversation and its answer have more tokens than the model has positions."""
-        length = len(self.encoder.encode([conversation], add_generation_prompt=True)[0].input_ids)
-        most = self.model.config.max_position_embeddings
-        if length + self.args.max_new_tokens > most:
-            raise ValueError(
-                f"{length:,} tokens and --max_new_tokens {self.args.max_new_tokens:,} are more than the model's "
-                f"{most:,} positions: ask less at once"
-            )
+        turn = self.assistant.turn(prompt, len(paths))
+        self.assistant.check_length([turn], self.args.max_new_tokens)
+        self.answer([turn], [self.assistant.load_picture(path) for path in paths])
 
     def let_go_of_oldest(self, turns: list[dict], pictures: list) -> tuple[list[dict], list]:
         """Drops the oldest question and answer, with their pictures, as long as all is too long; says so."""
-        self.check_length(turns[-1:])
+        self.assistant.check_length(turns[-1:], self.args.max_new_tokens)
         dropped = 0
         while len(turns) > 1:
             try:
-                self.check_length(turns)
+                self.assistant.check_length(turns, self.args.max_new_tokens)
                 break
             except ValueError:
                 pictures = pictures[turns[0]["content"].count(IMAGE_TAG) :]
@@ -176,21 +157,17 @@ class Assistant:
             print(f"    (the conversation is too long: the oldest {dropped} question(s) and answer(s) are let go)")
         return turns, pictures
 
-    @torch.inference_mode()
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
-        args = self.args
-        self.check_length(conversation)
-        sampling = {"do_sample": False}
-        if args.temperature > 0:
-            sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        inputs = prompt_batch(self.encoder, [conversation], [pictures])
+        args, tokenizer = self.args, self.assistant.tokenizer
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        [ids] = generate(self.model, inputs, args.max_new_tokens, streamer=streamer, **sampling)
+        ids = self.assistant.answer(
+            conversation, pictures, args.max_new_tokens, args.temperature, args.top_p, streamer=streamer
+        )
         seconds = time.perf_counter() - started
         print(f"    {len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s\n", flush=True)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 CHAT_HELP = """Type a question; name a picture in it by its path, or add one before:
@@ -201,7 +178,7 @@ CHAT_HELP = """Type a question; name a picture in it by its path, or add one bef
 """
 
 
-def chat(assistant: Assistant):
+def chat(talker: Talker):
     """Chats at the terminal until /quit, an empty line or the end of input."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 ends no conversation
@@ -218,7 +195,7 @@ def chat(assistant: Assistant):
             continue
         paths = [rest] if command == "/image" else picture_paths(line)
         question = "" if command == "/image" else without_paths(line, paths)
-        loaded = load_pictures(assistant, paths)
+        loaded = load_pictures(talker.assistant, paths)
         if loaded is None:
             continue
         added += loaded
@@ -226,9 +203,9 @@ def chat(assistant: Assistant):
             print(f"    {len(added)} picture(s) added: ask about them")
             continue
         try:
-            turn = {"role": "user", "content": with_images(question, len(added), assistant.prompt_form)}
-            turns, pictures = assistant.let_go_of_oldest([*turns, turn], [*pictures, *added])
-            reply = assistant.answer(turns, pictures)
+            turn = talker.assistant.turn(question, len(added))
+            turns, pictures = talker.let_go_of_oldest([*turns, turn], [*pictures, *added])
+            reply = talker.answer(turns, pictures)
         except ValueError as error:
             print(f"    {error}")
             turns = turns[:-1] if turns and turns[-1]["role"] == "user" else turns
@@ -269,9 +246,8 @@ def load_pictures(assistant: Assistant, paths: list[str]) -> list[torch.Tensor] 
     return pictures
 
 
-def measure(assistant: Assistant):
+def measure(assistant: Assistant, args, processes: Processes):
     """Prints, and writes with --json, how well the model knows the rows of --eval_data."""
-    args, processes = assistant.args, assistant.processes
     with processes.main_first():
         tokens = assistant.model.config.image_tokens
         data = VLMDataset(
@@ -355,35 +331,35 @@ def main():
         if processes.world_size > 1 and not args.eval_data:
             raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
         set_seed(args.seed)
-        assistant = Assistant(args, processes)
+        talker = Talker(args, processes)
         if args.eval_data:
-            measure(assistant)
+            measure(talker.assistant, args, processes)
         elif args.chat:
-            chat(assistant)
+            chat(talker)
         elif args.image:
             print(f"{', '.join(map(printable, args.image))}: {args.prompt}")
             try:
-                assistant.ask(args.prompt, args.image)
+                talker.ask(args.prompt, args.image)
             except (PictureError, ValueError) as error:
                 raise UsageError(str(error)) from error
         else:
-            describe_folder(args, assistant)
+            describe_folder(args, talker)
 
 
-def describe_folder(args, assistant: Assistant):
+def describe_folder(args, talker: Talker):
     """Describes every picture of --image_dir; for the built-in set, grades the held-out scenes too."""
-    unreadable = 0
-    for path in pictures_to_describe(args, assistant.knows_only_scenes):
+    unreadable, trained = 0, talker.assistant.trained
+    for path in pictures_to_describe(args, trained.knows_only_scenes):
         print(f"{printable(path.name)}: {args.prompt}")
         try:
-            assistant.ask(args.prompt, [path])
+            talker.ask(args.prompt, [path])
         except PictureError as error:
             unreadable += 1
             print(f"    skipped: {error}\n")
         except ValueError as error:
             raise UsageError(str(error)) from error
-    if assistant.knows_only_scenes and args.image_dir is None:
-        print_scene_table(assistant)
+    if trained.knows_only_scenes and args.image_dir is None:
+        print_scene_table(talker.assistant)
     if unreadable:
         raise UsageError(f"{unreadable} picture(s) could not be read")
 

@@ -210,8 +210,8 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     quiet_libraries(is_main=True)
     is_published = (TOKENIZER_DIR / "tokenizer.json").is_file()
     path = (args.tokenizer_path or (TOKENIZER_DIR if is_published else BUILTIN_TOKENIZER_DIR)).resolve()

@@ -1,4 +1,4 @@
-"""Data files: jsonl and parquet are read; other common formats are recognised, with a hint how to convert them."""
+"""Data files: jsonl and parquet are opened; for other common forms the error names the command that converts them."""
 
 import contextlib
 import errno
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from common.errors import UsageError
 from common.paths import printable
+from dataset import foreign
 from dataset.chat import RowError
 
 SAMPLED_BYTES = 1 << 16
@@ -19,10 +20,6 @@ BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_
 RIGHT_FORM = (
     '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
     '{"role": "assistant", "content": "A cat."}]}'
-)
-SPLIT_LIST = (
-    'python -c "import json, sys; [print(json.dumps(row, ensure_ascii=False)) for row in '
-    "json.load(open(sys.argv[1], encoding='utf-8'))]\" {name} > {stem}.jsonl"
 )
 
 
@@ -101,50 +98,32 @@ def data_error(data_path: Path, error: BaseException) -> DataError:
 
 
 def check_file(path: Path):
-    """Raises DataError unless this is a jsonl or parquet file that is not empty; names other common formats."""
-    if path.is_dir():
-        is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        save = "datasets.load_from_disk(folder).to_parquet('my.parquet') makes a parquet file of it"
-        raise DataError(f"{path} is a folder{f' that datasets saved: {save}' if is_saved else ', not a data file'}")
-    if not path.is_file():
+    """Raises DataError unless this is a jsonl or parquet file that is not empty."""
+    if not (path.is_file() or path.is_dir()):
         raise DataError(f"no such data file: {path}")
     if "::" in path.name:
         raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        raise DataError(f"{path} is a table; a jsonl is needed, with a row like this on each line:\n  {RIGHT_FORM}")
+    try:
+        form = foreign.form_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if form in foreign.FOREIGN_FILES:
+        raise DataError(f"{path} is {form}. This makes training data of it:\n  {foreign.command(path)}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a data file")
     if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
         raise DataError(f"{path} is neither .jsonl nor .parquet")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    with open(path, "rb") as file:
-        begin = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if path.suffix.lower() != ".parquet" and begin.startswith(b"["):
-        split = SPLIT_LIST.format(name=path.name, stem=path.stem)
-        raise DataError(
-            f"{path} is one JSON list (as LLaVA's files are); a jsonl has one row a line. This makes one:\n  {split}"
-        )
 
 
-def describe_foreign_row(row: dict) -> str | None:
-    """Names the known format that a jsonl row has instead of ours, and what to change; None if there is none."""
-
-    def first(name: str) -> dict:
-        turns = row.get(name)
-        return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
-
-    if {"from", "value"} <= first("conversations").keys():
-        return 'LLaVA format ("from", "value"): write "role" and "content", user for human, assistant for gpt'
-    if "conversations" not in row:
-        if isinstance(first("messages").get("content"), list):
-            return 'OpenAI format (content in parts): write "conversations", each content as text with <image> in it'
-        if isinstance(row.get("messages"), list):
-            return '"messages" format: call it "conversations", and name the picture in "image"'
-        text = next((key for key in ("caption", "text", "description") if key in row), None)
-        if "image" in row and text:
-            return f'image and {text}: write "conversations" with a question about <image>, and the {text} as answer'
-    if "image" not in row and isinstance(row.get("images"), list):
-        return '"images": call it "image" (a list of names is accepted)'
-    return None
+def check_row(row: dict):
+    """Raises RowError where a jsonl row has a known form other than training takes."""
+    form, pictures = foreign.form_of_row(row), foreign.field(row, foreign.PICTURE_FIELDS)
+    if form == foreign.OWN and pictures not in (None, "image"):
+        form = f'"{pictures}" in place of "image"'
+    if form not in (foreign.OWN, None):
+        raise RowError(f"{form}; this makes training data of the file: {foreign.command('FILE')}")
 
 
 def image_column(rows: datasets.Dataset) -> str:
@@ -154,12 +133,12 @@ def image_column(rows: datasets.Dataset) -> str:
 
 def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
     """Returns the rows with image files as bytes, where `datasets` would decode them."""
-    name, plain = image_column(rows), datasets.Image(decode=False)
-    feature = rows.features.get(name)
-    if isinstance(feature, datasets.Image):
-        return rows.cast_column(name, plain)
-    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        return rows.cast_column(name, datasets.List(plain))
+    plain = datasets.Image(decode=False)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, plain)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(plain))
     return rows
 
 
@@ -167,9 +146,10 @@ def check_columns(data_path: Path, rows: datasets.Dataset):
     """Raises DataError unless a parquet file has the required columns, of the right types."""
     name = image_column(rows)
     if not {"conversations", name} <= set(rows.column_names):
-        raise DataError(
-            f"{data_path} needs the columns conversations and image_bytes (or image), it has {rows.column_names}"
-        )
+        is_known = foreign.form_of_row(dict.fromkeys(rows.column_names)) is not None
+        cure = f". This makes training data of it:\n  {foreign.command(data_path)}" if is_known else ""
+        needed = "the columns conversations and image_bytes (or image)"
+        raise DataError(f"{data_path} needs {needed}, it has {rows.column_names}{cure}")
     column = rows.data.column(name).type
     element = column.value_type if pa.types.is_list(column) or pa.types.is_large_list(column) else column
     if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes

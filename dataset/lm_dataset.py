@@ -343,9 +343,7 @@ def parse_line(line: str) -> tuple[list[dict], list[str], int, bool]:
         raise RowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
-    foreign = formats.describe_foreign_row(row)
-    if foreign:
-        raise RowError(foreign)
+    formats.check_row(row)
     turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
     tag_added = check_images(turns, len(names))
     return turns, names, hash_63(names[0].encode() if names else line.encode()), tag_added

@@ -1,5 +1,6 @@
 """A picture's file to the uint8 tensor the vision tower takes."""
 
+import contextlib
 import io
 import struct
 import warnings
@@ -20,17 +21,8 @@ Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
 # What Pillow's decoders raise on a file that is cut off, garbled, or not a picture at all.
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,  # AVIF
-    MemoryError,  # a garbled size
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DECODING_ERRORS += (RuntimeError, MemoryError)  # AVIF; a garbled size
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,15 @@ def to_8_bits(image: Image.Image, kind: str) -> Image.Image:
     return image
 
 
+def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
+    """Returns width and height with the shorter one made `size`; raises ValueError for a picture too long and thin."""
+    short, long = sorted((width, height))
+    long = int(size * long / short)
+    if long * size > MAX_RESIZED_PIXELS:
+        raise ValueError(f"{width} x {height} pixels is too long and thin")
+    return (size, long) if width <= height else (long, size)
+
+
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
     """Does the tower's preprocessing up to normalisation, which is left to the device.
 
@@ -109,17 +110,32 @@ def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FO
     """
     size = picture_format.size
     image = to_rgb(image)
-    if picture_format.crop:
-        short, long = sorted(image.size)
-        long = int(size * long / short)
-        if long * size > MAX_RESIZED_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
-        width, height = (size, long) if image.width <= image.height else (long, size)
-    else:
-        width = height = size
+    width, height = resized_to(size, *image.size) if picture_format.crop else (size, size)
     image = image.resize((width, height), picture_format.resample)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def decoding(name: str):
+    """Raises PictureError of this name for what a damaged or missing file makes Pillow raise inside the block."""
+    try:
+        yield
+    except DECODING_ERRORS as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"not a picture of a known format ({', '.join(PICTURE_FORMATS)})"
+        raise PictureError(name, reason) from error
+
+
+def upright(image: Image.Image, size: int) -> Image.Image:
+    """Decodes an opened image, turned by its EXIF orientation and in 8 bits; a large JPEG only to twice `size`."""
+    if min(image.size) >= 4 * size:
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast; never below this.
+        image.draft("RGB", (2 * size, 2 * size))
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
+    return to_8_bits(ImageOps.exif_transpose(image), image.format)
 
 
 def load_picture(
@@ -138,23 +154,7 @@ def load_picture(
     Raises:
         PictureError: If it is missing or cannot be decoded.
     """
-    name = str(name or source)
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=PICTURE_FORMATS) as image:
-            if min(image.size) >= 4 * picture_format.size:
-                # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast; never below this.
-                image.draft("RGB", (2 * picture_format.size, 2 * picture_format.size))
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
-            pixels = preprocess_image(to_8_bits(ImageOps.exif_transpose(image), image.format), picture_format)
-    except FileNotFoundError as error:
-        raise PictureError(name, "no such file") from error
-    except DECODING_ERRORS as error:
-        reason = (
-            f"not a picture of a known format ({', '.join(PICTURE_FORMATS)})"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error)
-        )
-        raise PictureError(name, reason or type(error).__name__) from error
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with decoding(str(name or source)), Image.open(file, formats=PICTURE_FORMATS) as image:
+        pixels = preprocess_image(upright(image, picture_format.size), picture_format)
     return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -260,14 +260,18 @@ def texts_to_compare() -> tuple[list[str], list[str]]:
     return texts[:TEXTS], [*SENTENCES[:5], *dict.fromkeys(asked)][:PROMPTS]
 
 
-def main():
+def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
     add("--build", type=file_path, help="fetch and build it in this folder, unless it is there")
     add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
     program, trained = find_server(args), find_trained(args)
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(program, trained, args.class_token, Path(temporary))

@@ -11,7 +11,7 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import download, export, publish
+from scripts import check_llama_cpp, check_looking, download, export, make_dataset, publish, web_demo_vlm
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -38,36 +38,33 @@ def script_and_flags(command: str) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
+PARSERS = {
+    "dataset.check": check.parse_arguments,
+    "trainer/train_pretrain_vlm.py": build_parser(train_pretrain_vlm.STAGE, "").parse_args,
+    "trainer/train_sft_vlm.py": build_parser(train_sft_vlm.STAGE, "").parse_args,
+    "eval_vlm.py": eval_vlm.parse_arguments,
+    "scripts/check_llama_cpp.py": check_llama_cpp.parse_arguments,
+    "scripts/check_looking.py": check_looking.parse_arguments,
+    "scripts/download.py": download.parse_args,
+    "scripts/export.py": export.parse_arguments,
+    "scripts/make_dataset.py": make_dataset.parse_arguments,
+    "scripts/publish.py": publish.parse_arguments,
+    "scripts/web_demo_vlm.py": web_demo_vlm.parse_arguments,
+}
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command_is_understood(command):
     script, flags = script_and_flags(command)
     if script == "pytest":
-        return
-    if script == "dataset.check":
-        check.parse_arguments(flags)
         return
     if script == "lmms_eval":  # another project's command, with our tasks
         values = dict(zip(flags[::2], flags[1::2], strict=True))
         for task in values["--tasks"].split(","):
             assert (ROOT / values["--include_path"] / f"{task}.yaml").is_file()
         return
-    assert (ROOT / script).is_file()
-    stages = {
-        "trainer/train_pretrain_vlm.py": train_pretrain_vlm.STAGE,
-        "trainer/train_sft_vlm.py": train_sft_vlm.STAGE,
-    }
-    if script in stages:
-        build_parser(stages[script], "").parse_args(flags)
-    elif script == "eval_vlm.py":
-        eval_vlm.parse_arguments(flags)
-    elif script == "scripts/download.py":
-        download.parse_args(flags)
-    elif script == "scripts/export.py":
-        export.parse_arguments(flags)
-    elif script == "scripts/publish.py":
-        publish.parse_arguments(flags)
-    else:
-        pytest.fail(f"no test knows the flags of {script}")
+    assert script in PARSERS, f"no test knows the flags of {script}"
+    PARSERS[script](flags)
 
 
 def test_ci_finds_the_test_command():

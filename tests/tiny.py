@@ -298,6 +298,7 @@ def serve():
     for module in ("trainer.loop", "dataset.scenes.draw", "transformers", "pyarrow.parquet"):
         __import__(module)
     sys.modules["trainer.watch.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
+    sys.modules["trainer.watch.samples"].LOOKING_SECONDS = -1.0  # nor maps of what they look at
     gc.freeze()  # a garbage collection in a forked process would copy every imported page
     for line in sys.stdin:
         processes = []

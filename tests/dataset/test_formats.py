@@ -1,10 +1,10 @@
-"""Data in other common formats is read, or the message says how to convert it."""
+"""Data files that are read, and other forms, which are told the command that converts them."""
 
 import io
 import json
+import shlex
 import shutil
-import subprocess
-import sys
+import tarfile
 
 import datasets
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.formats import RIGHT_FORM, SPLIT_LIST, DataError
+from dataset.formats import RIGHT_FORM, DataError
 from dataset.lm_dataset import VLMDataset
 from dataset.tokenizer import load_tokenizer
 
@@ -47,20 +47,21 @@ def of_rows(folder, tokenizer, *rows, images_path="photos") -> VLMDataset:
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "form"),
     [
-        ({"image": "a.png", "conversations": LLAVA}, ["LLaVA format", '"role" and "content"', "user for human"]),
-        ({"image": "a.png", "messages": TURNS}, ['"messages" format', 'call it "conversations"']),
-        ({"messages": PARTS}, ["OpenAI format (content in parts)", '"conversations"']),
-        ({"image": "a.png", "caption": "A cat."}, ["image and caption", "the caption as answer"]),
-        ({"image": "a.png", "text": "A cat."}, ["image and text"]),
-        ({"images": ["a.png"], "conversations": TURNS}, ['"images": call it "image"']),
+        ({"image": "a.png", "conversations": LLAVA}, 'LLaVA format ("from", "value")'),
+        ({"image": "a.png", "messages": TURNS}, '"messages" format'),
+        ({"messages": PARTS}, "OpenAI format (content in parts)"),
+        ({"image": "a.png", "caption": "A cat."}, "a picture with its caption"),
+        ({"image": "a.png", "text": "A cat."}, "a picture with its caption"),
+        ({"image": "a.png", "question": "What?", "answer": "A cat."}, "a picture with question and answer"),
+        ({"images": ["a.png"], "conversations": TURNS}, '"images" in place of "image"'),
     ],
 )
-def test_a_row_of_a_known_format_is_told_its_name_and_the_cure(folder, tokenizer, row, words):
+def test_a_row_of_a_known_form_is_told_its_name_and_the_command_that_converts_it(folder, tokenizer, row, form):
     [bad] = of_rows(folder, tokenizer, row).bad_rows
-    for word in words:
-        assert word in bad.reason
+    cure = "this makes training data of the file: python scripts/make_dataset.py FILE --to my_data"
+    assert bad.reason == f"{form}; {cure}"
 
 
 def test_the_right_form_that_errors_show_is_right(folder, tokenizer):
@@ -107,26 +108,23 @@ def test_pictures_are_looked_for_beside_the_jsonl_where_no_folder_is_given(folde
     assert data[0]["pixel_values"].shape[0] == 1
 
 
-def test_a_json_list_is_told_the_command_that_splits_it_and_the_command_works(folder, tokenizer):
-    rows = [{"image": "a.png", "conversations": TURNS}] * 2
-    for indent in (None, 2):
-        (folder / "list.json").write_text(json.dumps(rows, indent=indent), encoding="utf-8")
-        with pytest.raises(DataError, match="is one JSON list") as error:
-            opened(folder, tokenizer, "list.json")
-        assert SPLIT_LIST.format(name="list.json", stem="list") in str(error.value)
-    command = SPLIT_LIST.format(name="list.json", stem="list").replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, cwd=folder, check=True)
-    assert len(opened(folder, tokenizer, "list.jsonl")) == 2
-
-
-def test_a_table_and_a_saved_folder_are_told_what_to_do(folder, tokenizer):
-    (folder / "rows.csv").write_text("image,caption\n")
-    with pytest.raises(DataError, match='is a table; a jsonl is needed.*\n  {"image"'):
-        opened(folder, tokenizer, "rows.csv")
+def test_a_file_of_a_known_form_is_told_the_command_that_converts_it(folder, tokenizer):
+    (folder / "a list.json").write_text(json.dumps([{"image": "a.png", "conversations": TURNS}]), encoding="utf-8")
+    (folder / "rows.csv").write_text("image,caption\n", encoding="utf-8")
     datasets.Dataset.from_list([{"a": 1}]).save_to_disk(folder / "saved")
-    with pytest.raises(DataError, match=r"folder that datasets saved.*to_parquet"):
-        opened(folder, tokenizer, "saved")
-    with pytest.raises(DataError, match="is a folder, not a data file"):
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        shard.add(folder / "photos" / "a.png", "a.png")
+    shutil.copytree(folder / "photos", folder / "captions")
+    (folder / "captions" / "a.txt").write_text("A cat.", encoding="utf-8")
+    pq.write_table(pa.table({"image": [b""], "caption": ["A cat."]}), folder / "captions.parquet")
+    forms = {"a list.json": "is one JSON list", "rows.csv": "is a table", "saved": "is a folder that datasets saved"}
+    forms |= {"shard.tar": "is a tar", "captions": "is a folder of pictures with a .txt beside each"}
+    for name, form in (forms | {"captions.parquet": "needs the columns conversations and image_bytes"}).items():
+        with pytest.raises(DataError) as error:
+            opened(folder, tokenizer, name)
+        command = f"python scripts/make_dataset.py {shlex.quote(str(folder / name))} --to my_data"
+        assert form in str(error.value) and command in str(error.value)
+    with pytest.raises(DataError, match="is a folder, not a data file$"):
         opened(folder, tokenizer, "photos")
 
 

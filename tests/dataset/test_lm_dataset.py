@@ -364,7 +364,7 @@ def test_a_pickled_copy_reads_the_same_after_bad_rows(folder, tokenizer):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "no such data file"),
-        ("data.csv", b"a,b", "is a table; a jsonl is needed"),
+        ("data.csv", b"image,caption", "is a table"),
         ("data.txt", b"a,b", "neither .jsonl nor .parquet"),
         ("list.json", b"\xef\xbb\xbf\n [{}]", "is one JSON list"),
         ("data.jsonl", b"", "is empty"),

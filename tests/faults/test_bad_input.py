@@ -39,7 +39,7 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
     ("flag", "value", "parts"),
     [
         ("--data_path", "nowhere.jsonl", ["no such data file", "nowhere.jsonl"]),
-        ("--data_path", "rows.csv", ["rows.csv is a table; a jsonl is needed"]),
+        ("--data_path", "rows.csv", ["rows.csv is a table", "scripts/make_dataset.py"]),
         ("--data_path", "empty.jsonl", ["empty.jsonl is empty"]),
         ("--data_path", "garbled.parquet", ["garbled.parquet cannot be read"]),
         ("--images_path", "nowhere", ["their folder is missing", "nowhere"]),
@@ -55,7 +55,7 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
     ],
 )
 def test_a_flag_with_an_unusable_value(world, out, tmp_path, flag, value, parts):
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.csv").write_text("image,caption\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "garbled.parquet").write_bytes(b"PAR1 and then nothing")
     (tmp_path / "folder").mkdir()

@@ -1,5 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, from whatever of the run's files there are."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -113,11 +116,11 @@ def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
     page = Page(path)
     assert "http:" not in page.source and "https:" not in page.source
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
+    assert all(image["href"].startswith("data:image/jpeg;base64,") for image in page.all("image"))
     assert not re.search(r"@import|url\(", page.source)
     assert "prefers-color-scheme: dark" in page.source
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
-    assert len(page.all("img")) == 1 and len(page.all("svg")) == 4
+    assert len(page.all("image")) == 1 and len(page.all("svg")) == 4 + 1
     for told in (
         "Held-out loss 0.321",
         "grounding gap 1.789 nats",
@@ -201,7 +204,7 @@ def test_text_from_files_is_escaped(tmp_path):
     scenes = {"step": 1, "scenes": 200, "rows": [{"name": HOSTILE, "attributes": 0.5, "captions": 0.5}]}
     (samples / "scenes.json").write_text(json.dumps(scenes))
     page = Page(write_report(tmp_path, hostile_name))
-    assert not page.all("script") and not page.all("img") and not page.all("b")[2:]
+    assert not page.all("script") and not page.all("img") and not page.all("image") and not page.all("b")[2:]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count("alert(1)") > 10 and hostile_name in page.text
 
@@ -212,7 +215,7 @@ def test_a_row_cannot_bring_another_file_onto_the_page(out):
     rows = [sample_row(1, "words", picture=name) for name in names]
     write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
     page = Page(write_report(out, NAME))
-    assert len(page.all("img")) == 1 and page.text.count("cannot be shown") == 6
+    assert len(page.all("image")) == 1 and page.text.count("cannot be shown") == 6
 
 
 def test_null_nan_and_infinity_make_gaps(tmp_path):
@@ -353,3 +356,60 @@ def test_the_page_names_own_data_and_links_to_the_run_it_starts_from(out):
     path = write_report(out, NAME)
     assert "built-in model, data mine/photos.jsonl" in Page(path).text
     assert '<a href="pretrain_vlm_128.report.html">' in path.read_text(encoding="utf-8")
+
+
+def look(step: int = 100, words: tuple = ("一个", "红色", "圆形", "。"), **changed) -> dict:
+    peak = [[0.0] * 14 for _ in range(14)]
+    peak[3][5] = 7.5
+    maps = [[[0.0] * 14] * 14, peak, peak, peak]
+    row = {"step": step, "picture": "0.jpg", "prompt": "描述这张图片\n<image>"} | changed
+    return row | {"words": [{"word": word, "map": of_word} for word, of_word in zip(words, maps, strict=True)]}
+
+
+def shades(page: Page) -> np.ndarray:
+    """Returns how dark the page's only picture of maps makes each patch."""
+    [href] = [image["href"] for image in page.all("image") if image["href"].startswith("data:image/png;base64,")]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(href.split(",")[1]))))[..., 1]
+
+
+def test_each_word_of_the_last_description_has_its_map(out):
+    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look()])
+    page = Page(write_report(out, NAME))
+    assert not page.all("script") and "http:" not in page.source
+    uses = [use for use in page.all("use") if use["href"] == "#maps-1"]
+    assert [use["x"] for use in uses] == ["-0", "-1", "-2"]  # not the full stop's
+    assert {use["href"] for use in page.all("use")} == {"#image-1", "#maps-1"}
+    dark = shades(page)
+    assert dark.shape == (14, 3 * 14)
+    assert dark[:, :14].min() == dark.max() > 150  # depends on nothing: dark
+    assert dark[3, 14 + 5] == 0 and (dark[:, 14:28] == 0).sum() == 1  # bright at its peak only
+    assert "where the last description looks" in page.text
+
+
+@pytest.mark.parametrize("changed", [{"step": 99}, {"picture": "1.jpg"}, {"words": ("一个", "蓝色", "圆形", "。")}])
+def test_maps_of_another_description_are_not_shown(out, changed):
+    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look(**changed)])
+    page = Page(write_report(out, NAME))
+    assert not page.all("use") and "where the last description looks" not in page.text
+
+
+@pytest.mark.parametrize("content", ["{", "\xff", "[]", '{"step": 1}', "null"])
+def test_damaged_maps_are_left_out(out, content):
+    (out / f"{NAME}_samples" / "looking.jsonl").write_bytes(content.encode("latin-1"))
+    page = Page(write_report(out, NAME))
+    assert not page.all("use") and "一个红色圆形。" in page.text
+
+
+def test_maps_that_are_not_finite_are_drawn(out):
+    row = look()
+    row["words"][0]["map"] = [[float("nan"), float("inf")] * 7] * 14
+    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [row])
+    assert shades(Page(write_report(out, NAME))).shape == (14, 42)
+
+
+def test_words_are_escaped(out):
+    rows = [sample_row(100, HOSTILE)]
+    write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
+    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look(words=(HOSTILE, "", "", ""))])
+    page = Page(write_report(out, NAME))
+    assert page.all("use") and not page.all("script") and not page.all("img")

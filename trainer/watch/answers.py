@@ -1,12 +1,28 @@
 """Generating from a model: the one way, for descriptions during training, for grading and for eval_vlm.py."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from model.model_vlm import MiniMindVLM
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def answering(model: MiniMindVLM) -> Iterator[None]:
+    """Puts the model into eval mode, in the precision it is held in, and back; nothing is kept for a backward pass."""
+    was_training = model.training
+    model.eval()
+    # While it trains, a model may hold its frozen matrices in half precision, and the rest in float32.
+    half = next((weight.dtype for weight in model.parameters() if weight.dtype != torch.float32), None)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
+            yield
+    finally:
+        model.train(was_training)
+
+
 def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, **settings) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
 
@@ -18,15 +34,8 @@ def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, **settings) 
     if model.device.type == "cuda":
         # With a cache of fixed size transformers compiles the step of one token, once per prompt length.
         settings["cache_implementation"] = "static"
-    was_training = model.training
-    model.eval()
-    # While it trains, a model may hold its frozen matrices in half precision, and the rest in float32.
-    half = next((weight.dtype for weight in model.parameters() if weight.dtype != torch.float32), None)
-    try:
-        with torch.autocast(model.device.type, half, enabled=half is not None):
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
-    finally:
-        model.train(was_training)
+    with answering(model):
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
     return ids[:, inputs["input_ids"].shape[1] :]
 
 

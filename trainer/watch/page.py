@@ -4,6 +4,7 @@ It shows what the run's files hold and says which of them are missing. page.html
 Jinja2), page.css its style sheet; autoescaping keeps text from the files from becoming markup.
 """
 
+import io
 import json
 import math
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from PIL import Image
 
 from common.errors import UsageError
 from common.files import write_atomically
@@ -23,12 +25,14 @@ from trainer.watch import charts
 from trainer.watch.charts import Series, line_chart
 from trainer.watch.heldout import perplexity
 from trainer.watch.progress import clock, reports_until
-from trainer.watch.samples import read_descriptions
+from trainer.watch.samples import LOOKS, read_descriptions, read_looks
 
 METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12
 NO_GAP = 0.01  # nats per token; a few hundred samples cannot tell a smaller gap from none
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest
+UNSEEN = 0.25  # brightness of a patch that does nothing for a word
+MUCH = 1.0  # nats: a word whose peak is lower stays darker
 FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training loss
 MAIN_SETTINGS = (
     *("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens", "--from_weight", "--freeze_llm"),
@@ -55,6 +59,7 @@ class Record:
     sidecar: dict = field(default_factory=lambda: {"arguments": {}, "config": {}, "versions": {}})
     samples: list[dict] = field(default_factory=list)
     scenes: dict = field(default_factory=dict)
+    looks: dict = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -80,11 +85,11 @@ def read_record(folder: Path, name: str) -> Record:
     evaluations = [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row]
     record = Record(folder, name, [row for row in rows if "eval" not in row], evaluations)
     paths = {"sidecar": folder / f"{name}.json"}
-    paths |= {"samples": samples / "samples.jsonl", "scenes": samples / "scenes.json"}
+    paths |= {"samples": samples / "samples.jsonl", "scenes": samples / "scenes.json", "looks": samples / LOOKS}
+    readers = {"samples": read_descriptions, "looks": read_looks}
     for part, path in paths.items():
         try:
-            is_object = path.suffix == ".json"
-            setattr(record, part, json.loads(path.read_bytes()) if is_object else read_descriptions(path))
+            setattr(record, part, readers[part](path) if part in readers else json.loads(path.read_bytes()))
         except FileNotFoundError:
             record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
@@ -195,8 +200,33 @@ def descriptions(record: Record) -> list[dict]:
         stretches = [list(alike) for _, alike in groupby(rows.values(), lambda row: row["description"])]
         question, reference = " ".join(prompt.replace("<image>", " ").split()), stretches[0][0]["reference"]
         image = {"name": name, "data": data, "question": question, "reference": reference}
+        last = next(reversed(rows.values()))
+        words = record.looks.get((last["step"], name, prompt), [])
+        is_of_last = "".join(word for word, _ in words).strip() == last["description"]
+        image |= looks(words) if is_of_last else {"words": []}
         images.append(image | {"stretches": evenly(stretches, MOST_STRETCHES)})
     return images
+
+
+def looks(words: list[tuple[str, np.ndarray]]) -> dict:
+    """Returns the words that name something, and their maps side by side: a PNG that darkens all other patches."""
+    words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
+    if not words:
+        return {"words": []}
+    file = io.BytesIO()
+    mask_of([of_word for _, of_word in words]).save(file, "PNG", optimize=True)
+    return {"words": [word for word, _ in words], "maps": b64encode(file.getvalue()).decode()}
+
+
+def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
+    """Returns maps (H, W) side by side as a mask that darkens where their words do not look.
+
+    Each is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
+    """
+    maps = [np.nan_to_num(of_word).clip(0) for of_word in maps]
+    bright = np.hstack([of_word / max(of_word.max(), MUCH) for of_word in maps])
+    shade = np.rint(255 * (1 - UNSEEN) * (1 - bright)).astype(np.uint8)
+    return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 
 
 def evenly(items: Sequence, most: int) -> list:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -12,10 +14,13 @@ from common.files import write_atomically
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
 from model.model_vlm import MiniMindVLM
-from trainer.watch.answers import generate_answers
+from trainer.watch.answers import generate
+from trainer.watch.looking import word_maps
 
 IMAGES = 8
 LONGEST = 64  # tokens of a description
+LOOKING_SECONDS = 20.0  # from which on `look` begins no further image: a large model on a CPU takes many for each
+LOOKS, LOOK_KEYS = "looking.jsonl", ("step", "picture", "prompt")
 
 
 class Samples:
@@ -35,6 +40,7 @@ class Samples:
         samples = data.__getitems__(with_images)
         self.rows = [sample for sample in samples if not isinstance(sample, PictureError)][:IMAGES]
         self.generated: list[dict] | None = None
+        self.last: list[tuple[dict, torch.Tensor]] = []  # the newest descriptions, with their token ids
 
     def describe(self, model: MiniMindVLM, step: int) -> list[dict]:
         """Writes and returns greedy answers: {"step", "picture", "prompt", "reference", "description"} each."""
@@ -42,7 +48,8 @@ class Samples:
             return []
         if self.generated is None:
             self._begin()
-        answers = generate_answers(model, self.tokenizer, row_prompts(self.rows, model.config.pad_token_id), LONGEST)
+        ids = generate(model, row_prompts(self.rows, model.config.pad_token_id), LONGEST)
+        answers = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         generated = []
         for number, (row, answer) in enumerate(zip(self.rows, answers, strict=True)):
             start, end = first_answer(row["labels"])
@@ -51,8 +58,29 @@ class Samples:
             sample = {"step": step, "picture": f"{number}.jpg", "prompt": last_question(prompt, self.image_tokens)}
             generated.append(sample | {"reference": reference.strip(), "description": answer.strip()})
         self.generated += generated
+        self.last = list(zip(generated, ids, strict=True))
         self._write()
         return generated
+
+    def look(self, model: MiniMindVLM):
+        """Writes how much each word of the newest descriptions depends on each patch, to `folder`/looking.jsonl.
+
+        A row of it is {"step", "picture", "prompt", "words": [{"word", "map"}, ...]}; see `looking.patch_maps`.
+        """
+        lines, started = [], time.perf_counter()
+        for row, (sample, ids) in zip(self.rows, self.last, strict=False):
+            if time.perf_counter() - started > LOOKING_SECONDS:
+                break
+            prompt = row_prompts([row], model.config.pad_token_id)
+            if prompt["pixel_values"] is None:  # its images come after the first answer
+                continue
+            found = word_maps(model, self.tokenizer, prompt, ids)
+            # Of the first image, which is the one that is kept.
+            words = [{"word": word, "map": rounded(maps[0])} for word, maps in found]
+            lines.append(json.dumps({key: sample[key] for key in LOOK_KEYS} | {"words": words}, ensure_ascii=False))
+        if lines:
+            text = "".join(f"{line}\n" for line in lines)
+            write_atomically(self.folder / LOOKS, lambda file: file.write(text.encode("utf-8")))
 
     def _begin(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +97,31 @@ class Samples:
         write_atomically(self.folder / "samples.jsonl", lambda file: file.write(lines.encode("utf-8")))
         page = page_of(self.generated, self.folder.name)
         write_atomically(self.folder.with_name(f"{self.folder.name}.md"), lambda file: file.write(page.encode("utf-8")))
+
+
+def rounded(values: torch.Tensor) -> list:
+    """Returns a matrix as lists, in hundredths."""
+    return [[round(value, 2) + 0.0 for value in row] for row in values.tolist()]  # + 0.0: no -0.0
+
+
+def read_looks(path: Path) -> dict[tuple, list[tuple[str, np.ndarray]]]:
+    """Reads a looking.jsonl: {(step, picture, prompt): [(word, map (side, side) in nats), ...]}.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it holds something else.
+    """
+    looks = {}
+    for row in read_descriptions(path):
+        try:
+            words = [(str(word["word"]), np.array(word["map"], dtype=np.float32)) for word in row["words"]]
+            looks[tuple(row[key] for key in LOOK_KEYS)] = words
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no maps in it: {error}") from error
+        shapes = {values.shape for _, values in words}
+        if len(shapes) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
+            raise ValueError(f"maps of the shapes {shapes}")
+    return looks
 
 
 def read_descriptions(path: Path) -> list[dict]:

@@ -76,6 +76,7 @@ class Watch:
         if self.evaluator is None:
             self._describe(progress, step)
         try:
+            self.samples.look(self.model)
             if run.learns_scenes:
                 table = {"step": step, "scenes": len(heldout_scenes())}
                 text = json.dumps(table | {"rows": scene_table(self.model, run.tokenizer)}, indent=2)

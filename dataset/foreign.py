@@ -1,0 +1,108 @@
+"""Forms in which people keep pictures with texts, recognised by their content; training takes only some of them.
+
+The trainer tells a foreign form the command that converts it, and `scripts/make_dataset.py` converts it.
+"""
+
+import csv
+import os
+import shlex
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from dataset.pictures import PICTURE_FORMATS
+
+FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
+TABLE, LIST, TAR = "a table", "one JSON list", "a tar"
+LINES, PARQUET = "one JSON object a line", "a parquet file"
+FOREIGN_FILES = (FOLDER, SAVED, TABLE, LIST, TAR)
+
+LLAVA, MESSAGES, PARTS = 'LLaVA format ("from", "value")', '"messages" format', "OpenAI format (content in parts)"
+QUESTION, CAPTION, OWN = "a picture with question and answer", "a picture with its caption", "conversations"
+PICTURE_FIELDS = ("image_bytes", "image", "images", "image_path", "file_name")
+CAPTION_FIELDS = ("caption", "text", "description")
+PICTURE_SUFFIXES = {ending for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS}
+
+DELIMITERS = ",\t;"  # a spreadsheet writes semicolons where the comma is the decimal point
+HEAD = 1 << 16  # bytes that are looked at
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
+
+
+def command(source: str | Path) -> str:
+    """Returns the command that makes training data of a file or folder."""
+    return f"python scripts/make_dataset.py {shlex.quote(str(source))} --to my_data"
+
+
+def field(row: dict, names: tuple[str, ...]) -> str | None:
+    """Returns the first of the names that the row has, None for none."""
+    return next((name for name in names if name in row), None)
+
+
+def form_of_row(row: dict) -> str | None:
+    """Names the form of a row by its fields, None for one that has no text, or none that is known."""
+    name = field(row, ("conversations", "messages"))
+    if name:
+        turns = row[name]
+        first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+        if {"from", "value"} <= first.keys():
+            return LLAVA
+        return PARTS if isinstance(first.get("content"), list) else MESSAGES if name == "messages" else OWN
+    if field(row, PICTURE_FIELDS) is None:
+        return None
+    return QUESTION if {"question", "answer"} <= row.keys() else CAPTION if field(row, CAPTION_FIELDS) else None
+
+
+def form_of_file(path: Path) -> str | None:
+    """Names the form of a file or folder by its content, whatever it is called; None for an unknown one."""
+    if path.is_dir():
+        if any((path / name).is_file() for name in SAVED_BY_DATASETS):
+            return SAVED
+        found = any(stem(name) in texts for _, names, texts in pictures_and_texts(path) for name in names)
+        return FOLDER if found else None
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head.startswith(b"PAR1"):
+        return PARQUET
+    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    if text.lstrip()[:1] in ("[", "{"):
+        return LIST if text.lstrip().startswith("[") else LINES
+    if table_header(text):
+        return TABLE
+    return TAR if tarfile.is_tarfile(path) else None
+
+
+def table_header(text: str) -> tuple[str, list[str]] | None:
+    """Returns the delimiter and the columns' names of a table, whose first line must name them; None for no table."""
+    line = text.partition("\n")[0].rstrip("\r")
+    for delimiter in DELIMITERS:
+        try:
+            names = [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
+        except csv.Error:
+            continue
+        if form_of_row(dict.fromkeys(names)):
+            return delimiter, names
+    return None
+
+
+def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
+    """Yields each folder inside, the names of its pictures, and those of its texts by their stem; hidden ones not."""
+    for where, folders, names in os.walk(folder, onerror=raise_it):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = sorted(name for name in names if not name.startswith("."))
+        texts = {stem(name): name for name in names if name.lower().endswith(".txt")}
+        yield Path(where), [name for name in names if is_picture(name)], texts
+
+
+def raise_it(error: OSError):
+    raise error
+
+
+def is_picture(name: str) -> bool:
+    """Tells whether a file's name ends as a picture's that can be read."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def stem(name: str) -> str:
+    return os.path.splitext(name)[0]

@@ -1,0 +1,142 @@
+"""Check where a model looks, on the built-in held-out scenes: does a word depend on the object that it describes?
+
+    python scripts/check_looking.py --weight sft_vlm
+
+In each scene that is described word for word, each object's colour, shape, size and place have a map of the patches
+that they depend on (trainer/watch/looking.py). Prints how often its peak lies on the object, beside chance.
+"""
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from common.cli import ArgumentParser, HelpFormatter  # noqa: E402
+from common.errors import UsageError, run_script  # noqa: E402
+from common.paths import display_path  # noqa: E402
+from dataset.chat import ChatEncoder  # noqa: E402
+from dataset.pictures import PictureFormat, load_picture  # noqa: E402
+from dataset.prompts import prompt_batch, with_images  # noqa: E402
+from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage  # noqa: E402
+from dataset.scenes.language import DESCRIBE, caption  # noqa: E402
+from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
+from trainer.watch.answers import generate  # noqa: E402
+from trainer.watch.looking import word_maps  # noqa: E402
+
+SCENES, TOKENS = 50, 64
+ATTRIBUTES = ("place", "size", "colour", "shape")  # in the caption's order
+
+
+def attribute_maps(scene: Scene, words: list[tuple]) -> dict[tuple[str, int], np.ndarray]:
+    """Returns the map (side, side) of each (attribute, object), given the maps of the words of the scene's caption."""
+    text, found = "".join(word for word, _ in words), {}
+    ends = np.cumsum([len(word) for word, _ in words])
+    at = text.index("：")
+    for number, thing in enumerate(scene.facts):
+        for attribute in ATTRIBUTES:
+            start = text.index(getattr(thing, attribute), at)
+            at = start + len(getattr(thing, attribute))
+            first, last = np.searchsorted(ends, (start, at - 1), side="right")
+            found[attribute, number] = sum(maps[0].numpy() for _, maps in words[first : last + 1])
+    return found
+
+
+def covered_patches(scene: Scene, side: int) -> np.ndarray:
+    """Returns which of the side x side patches each object touches, (objects, side, side)."""
+    masks = [Image.fromarray(mask).resize((side, side), Image.Resampling.BOX) for mask in patch_coverage(scene)]
+    return np.stack([np.asarray(mask) > 0 for mask in masks])
+
+
+def widened(mask: np.ndarray) -> np.ndarray:
+    """Returns the patches of (side, side) and their eight neighbours."""
+    padded = np.pad(mask, 1)
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))
+
+
+def look_at_scenes(trained: Trained, count: int) -> tuple[list[tuple], float]:
+    """Returns (covered patches, attribute maps) of each scene described word for word, and the seconds per map set."""
+    model, tokenizer = trained.load_model(), trained.tokenizer
+    encoder = ChatEncoder(tokenizer, model.config.image_tokens)
+    question = [{"role": "user", "content": with_images(DESCRIBE, 1, trained.prompt_form)}]
+    picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
+    paths, seen, seconds = sorted((draw_builtin_dataset() / "heldout_images").iterdir()), [], 0.0
+    for scene, path in zip(tqdm(heldout_scenes()[:count], unit="scene"), paths, strict=False):
+        inputs = prompt_batch(encoder, [question], [[load_picture(path, picture_format=picture_format)]])
+        [ids] = generate(model, inputs, TOKENS)
+        if tokenizer.decode(ids, skip_special_tokens=True) != caption(scene.facts):
+            continue
+        started = time.process_time()
+        words = word_maps(model, tokenizer, inputs, ids)
+        seconds += time.process_time() - started
+        seen.append((covered_patches(scene, len(words[0][1][0])), attribute_maps(scene, words)))
+    return seen, seconds / max(1, len(seen))
+
+
+def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
+    """Returns the printed rows: {row: {attribute: share}}."""
+    rows = defaultdict(lambda: defaultdict(list))
+    for index, (covered, maps) in enumerate(seen):
+        others = seen[(index + len(seen) // 2) % len(seen)][1]
+        for (attribute, number), of_word in maps.items():
+            on = covered[number]
+            peak, positive = np.unravel_index(of_word.argmax(), on.shape), of_word.clip(0)
+            results = {
+                "peak on the object": on[peak],
+                "peak on it or beside it": widened(on)[peak],
+                "share of the map on it": positive[on].sum() / max(positive.sum(), 1e-12),
+            }
+            if len(covered) == 2:
+                results["two objects: peak on the right one"] = on[peak]
+                results["two objects: peak on the other one"] = covered[1 - number][peak] and not on[peak]
+            other_peak = np.unravel_index(others[attribute, 0].argmax(), on.shape)
+            results |= {
+                "another scene's map: peak on the object": on[other_peak],
+                "another scene's map: on it or beside it": widened(on)[other_peak],
+                "chance: patches of the object": on.mean(),
+                "chance: patches of it or beside it": widened(on).mean(),
+            }
+            for row, result in results.items():
+                rows[row][attribute].append(float(result))
+    return {row: {name: np.mean(shares) for name, shares in of_row.items()} for row, of_row in rows.items()}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; raises UsageError for a number of scenes that there is not."""
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_flags(parser)
+    add = parser.add_argument_group("the check").add_argument
+    add("--scenes", type=int, default=SCENES, metavar="N", help="how many of the 200 scenes")
+    args = parser.parse_args(arguments)
+    if not 1 <= args.scenes <= len(heldout_scenes()):
+        raise UsageError(f"--scenes {args.scenes}: must be 1 to {len(heldout_scenes())}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    trained = find_trained(args)
+    seen, seconds = look_at_scenes(trained, args.scenes)
+    name = display_path(trained.weights.path)
+    if len(seen) < 2:
+        raise UsageError(
+            f"{name} describes {len(seen)} of {args.scenes} scenes word for word: at least two are needed. The "
+            "check is for weights that were trained on the built-in set"
+        )
+    print(f"{name}: {len(seen)} of {args.scenes} scenes are described word for word, with")
+    print(
+        f"{sum(len(covered) for covered, _ in seen)} objects; the maps of a description take {seconds:.1f} CPU seconds"
+    )
+    print(f"\n{'':<42}" + "".join(f"{attribute:>9}" for attribute in ATTRIBUTES))
+    for row, shares in measure(seen).items():
+        print(f"{row:<42}" + "".join(f"{shares[attribute]:>9.1%}" for attribute in ATTRIBUTES))
+
+
+if __name__ == "__main__":
+    run_script(main)

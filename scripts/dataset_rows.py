@@ -1,0 +1,206 @@
+"""A row of any known form to this project's: its conversation, and its pictures as files of a folder."""
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from PIL import ExifTags, Image
+
+from dataset import foreign
+from dataset.chat import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.formats import why_missing
+from dataset.pictures import PICTURE_FORMATS, PictureError, decoding, resized_to, to_rgb, upright
+from dataset.prompts import NEWLINE, PROMPT, with_images
+
+ROLES = {"human": "user", "gpt": "assistant"}
+ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
+QUALITY = 95
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Makes rows of this project, and writes each distinct picture once, under the hash of its content.
+
+    Several threads may call it at once.
+
+    Attributes:
+        question: What is asked where a row has a caption only.
+        size: The shorter side that larger pictures are resized to, in pixels.
+        folder: Where pictures are written.
+    """
+
+    question: str
+    size: int
+    folder: Path
+
+    def make(self, row: dict, images_path: Path) -> dict | RowError:
+        """Returns {"image": names in `folder`, "conversations"}; a RowError where the row cannot be learned from.
+
+        Args:
+            row: The row of a source.
+            images_path: The folder of the pictures that it names.
+        """
+        try:
+            turns, sources = conversation_of(row, self.question, images_path)
+            files = [self.prepared(source, images_path) for source in sources]
+        except RowError as error:
+            return error
+        for name, content in files:
+            if content is not None:
+                self.write(name, content)
+        return {"image": [name for name, _ in files], "conversations": turns}
+
+    def prepared(self, source: str | bytes, images_path: Path) -> tuple[str, bytes | None]:
+        """Returns the name that a picture gets, and its content if it is not written yet."""
+        name = source if isinstance(source, str) else "in the row"
+        try:
+            with decoding(name):
+                content = (images_path / source).read_bytes() if isinstance(source, str) else source
+            digest = hashlib.blake2b(content, digest_size=10).hexdigest()
+            for ending in ENDINGS.values():
+                if (self.folder / f"{digest}{ending}").is_file():
+                    return f"{digest}{ending}", None
+            kind, content = picture_file(content, name, self.size)
+        except PictureError as error:
+            raise RowError(f"broken picture: {error}") from error
+        return f"{digest}{ENDINGS[kind]}", content
+
+    def write(self, name: str, content: bytes):
+        part = self.folder / f".{name}.{threading.get_ident()}"
+        part.write_bytes(content)
+        os.replace(part, self.folder / name)
+
+
+def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
+    """Returns the kind (JPEG or PNG) and content of a picture's file as training is to read it.
+
+    A picture whose shorter side is longer than `size` is resized to it and becomes a JPEG. Others lose nothing: an
+    upright RGB JPEG or PNG stays as it is, anything else becomes an RGB PNG.
+
+    Raises:
+        PictureError: If it cannot be decoded.
+    """
+    with decoding(name), Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+        kind, is_small = image.format, min(image.size) <= size
+        is_plain = image.mode == "RGB" and image.info.get("transparency") is None
+        is_plain &= kind in ENDINGS and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
+        dimensions = resized_to(size, *picture.size)
+        if is_small and is_plain:
+            return kind, content
+        kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
+        picture = picture if is_small else picture.resize(dimensions, Image.Resampling.BICUBIC)
+        picture.info.clear()
+        picture.save(file, kind, quality=QUALITY)
+        return kind, file.getvalue()
+
+
+def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
+    """Returns a row's turns, with an `<image>` for each picture, and its pictures: names or files' bytes.
+
+    Raises:
+        RowError: If it cannot be learned from, or a picture is missing.
+    """
+    form = foreign.form_of_row(row)
+    if form is None:
+        raise RowError(f"no known form: it has the fields {', '.join(row):.80}")
+    pictures, inline = as_pictures(row.get(foreign.field(row, foreign.PICTURE_FIELDS)), images_path), []
+    if form in (foreign.QUESTION, foreign.CAPTION):
+        turns = question_and_answer(row, form, question, len(pictures))
+    else:
+        turns = parse_conversation([own_turn(turn, images_path, inline) for turn in turns_of(row)])
+    pictures = inline or pictures
+    if pictures and not any(IMAGE_TAG in turn["content"] for turn in turns):
+        asked = next(turn for turn in turns if turn["role"] == "user")
+        asked["content"] = with_images(asked["content"], len(pictures), f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
+    check_images(turns, len(pictures))
+    for name in (picture for picture in pictures if isinstance(picture, str)):
+        parse_picture_names([name])
+        reason = why_missing(images_path, name)
+        if reason:
+            raise RowError(reason)
+    return turns, pictures
+
+
+def question_and_answer(row: dict, form: str, question: str, pictures: int) -> list[dict]:
+    name = "answer" if form == foreign.QUESTION else foreign.field(row, foreign.CAPTION_FIELDS)
+    asked, answer = row["question"] if form == foreign.QUESTION else question, row[name]
+    if not (isinstance(asked, str) and isinstance(answer, str)):
+        raise RowError(f"question or {name} is no text")
+    if not answer.strip():
+        raise RowError(f"the {name} is empty")
+    if not pictures:
+        raise RowError("no picture is named")
+    try:
+        asked = with_images(asked, pictures)
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    return parse_conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+
+
+def turns_of(row: dict) -> list:
+    value = row[foreign.field(row, ("conversations", "messages"))]
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+            # Columns of roles and of contents, as `datasets` once kept them.
+            value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"the conversation is broken: {error}") from error
+    if not isinstance(value, list):
+        raise RowError("the conversation is no list of turns")
+    return value
+
+
+def own_turn(turn, images_path: Path, pictures: list[str | bytes]):
+    """Returns a turn as {"role", "content"}, where it has such; appends the pictures that stand in its parts."""
+    if not isinstance(turn, dict):
+        return turn
+    role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
+                     for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
+    if isinstance(content, list):
+        content = NEWLINE.join(part_text(part, images_path, pictures) for part in content)
+    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+
+def part_text(part, images_path: Path, pictures: list[str | bytes]) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind not in ("image", "image_url"):
+        raise RowError(f"a part that is neither text nor picture: {kind}")
+    source = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name) is not None), None)
+    source = source["url"] if isinstance(source, dict) and source.get("url") is not None else source
+    pictures += as_pictures([source], images_path)
+    return IMAGE_TAG
+
+
+def as_pictures(value, images_path: Path) -> list[str | bytes]:
+    """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
+    if isinstance(value, str) and not value.startswith("data:") and not os.path.isfile(images_path / value):
+        value = parse_picture_names(value)
+    return [as_picture(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+
+
+def as_picture(value) -> str | bytes:
+    if isinstance(value, dict):  # as `datasets` writes it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise RowError("the picture is neither a name nor a file's bytes")
+    if value.startswith(("http:", "https:")):
+        raise RowError("a picture on the web is not fetched: download it, and name its file")
+    if value.startswith("data:"):
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise RowError(f"a data: URL that is no base64: {error}") from error
+    return unquote(value.removeprefix("file://")) if value.startswith("file:") else value

@@ -1,0 +1,240 @@
+"""Where a model looks: the maps against a plain loop, on a model with a known dependence, and in a run's files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import SFT, read_jsonl
+from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
+
+from common.errors import UsageError
+from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.scenes.draw import heldout_scenes, patch_coverage
+from dataset.scenes.language import caption
+from dataset.tokenizer import load_tokenizer
+from scripts.check_looking import attribute_maps, covered_patches, measure
+from trainer.watch import looking
+from trainer.watch.looking import answer_ids, patch_maps, split_words, word_maps
+from trainer.watch.samples import read_looks
+
+pytest_plugins = ["tiny"]
+
+ANSWER = torch.tensor([9, 60, 60, 31])
+ONE, TWO = prompt([1, 5, AT, 7], IMAGE, [9, 8]), prompt([1, 77], IMAGE, [3, AT, 4], IMAGE, [50])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vlm()
+
+
+def inputs_of(form: tuple, images: int) -> dict:
+    return batch([form]) | {"pixel_values": pictures(images)}
+
+
+@torch.no_grad()
+def plain_rise(model, inputs: dict, ids: list[int], image: int, patch: int) -> list[float]:
+    """Shows one patch of one image and runs the model anew for each token: the plain version."""
+    features = model.vision_proj(model.encode_images(inputs["pixel_values"]))
+    blank = features.mean(dim=1, keepdim=True).expand_as(features)
+    showing = blank.clone()
+    showing[image, patch] = features[image, patch]
+    prompt_ids, rises = inputs["input_ids"][0].tolist(), []
+    for token in range(len(ids)):
+        scores = []
+        for images in (blank, showing):
+            embeds = model.embed(torch.tensor([prompt_ids + ids[:token]]))
+            for (_, start), of_image in zip(inputs["image_starts"].tolist(), images, strict=True):
+                embeds[0, start : start + len(of_image)] = of_image
+            scores.append(model(inputs_embeds=embeds).logits[0, -1].log_softmax(dim=-1)[ids[token]].item())
+        rises.append(scores[1] - scores[0])
+    return rises
+
+
+@pytest.mark.parametrize(("form", "images"), [(ONE, 1), (TWO, 2)])
+def test_the_maps_equal_those_of_a_plain_loop(model, form, images, monkeypatch):
+    inputs = inputs_of(form, images)
+    maps = patch_maps(model, inputs, ANSWER)
+    assert maps.shape == (4, images, 14, 14) and maps.dtype == torch.float32
+    for image, patch in [(0, 0), (0, 17), (0, 27), (images - 1, 28), (images - 1, 100), (images - 1, 195)]:
+        expected = plain_rise(model, inputs, ANSWER.tolist(), image, patch)
+        assert maps[:, image, patch // 14, patch % 14].tolist() == pytest.approx(expected, abs=1e-4)
+    assert maps.abs().amax(dim=(2, 3)).min() > 1e-3  # far above that tolerance
+    monkeypatch.setattr(looking, "MOST_LOGITS", 5 * 4 * 128)  # 5 patches at a time: some of one image, some of the next
+    torch.testing.assert_close(patch_maps(model, inputs, ANSWER), maps, atol=1e-4, rtol=0)
+
+
+def test_a_shuffled_image_has_a_smaller_map():
+    inputs = batch([([1, *[AT] * 49, 9], [1])]) | {"pixel_values": pictures(1)}
+    assert patch_maps(tiny_vlm(pixel_shuffle=2), inputs, ANSWER).shape == (4, 1, 7, 7)
+
+
+@pytest.mark.parametrize("patch", [0, 52, 195])
+def test_an_answer_that_depends_on_one_patch_has_its_peak_there(model, patch, monkeypatch):
+    """All patches have the same features but one, so only that one can tell the answer anything."""
+    features = torch.ones(1, 196, 32)
+    features[0, patch] = -3 * torch.arange(32) / 32
+    monkeypatch.setattr(model, "encode_images", lambda pixel_values: features)
+    of_patch = patch_maps(model, inputs_of(ONE, 1), ANSWER).abs().sum(dim=0).flatten().tolist()
+    peak = of_patch.pop(patch)
+    assert peak > 5 * max(of_patch)
+
+
+def test_looking_leaves_the_random_state_and_the_model_as_they_were(model):
+    model.train()
+    before, weights = torch.get_rng_state(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patch_maps(model, inputs_of(ONE, 1), ANSWER)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    model.eval()
+
+
+# ---- words
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
+
+
+@pytest.mark.parametrize("text", ["图中有一个物体：中间有一个小的绿色五角星。", "A red house, 12 trees.\n龘😀图", "😀"])
+def test_words_are_whole_and_join_to_the_answer(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    words = split_words(tokenizer, ids)
+    assert "".join(word for word, _, _ in words) == text
+    assert not any("\ufffd" in word for word, _, _ in words)
+    assert [start for _, start, _ in words] == [0, *(end for _, _, end in words[:-1])] and words[-1][2] == len(ids)
+    assert {word.strip() for word, _, _ in words} >= {part for part in ("绿色", "red", "house", "12") if part in text}
+
+
+def test_an_answer_ends_at_its_end_token(model, tokenizer):
+    ids = torch.tensor([5, 6, tokenizer.eos_token_id, 0, 0])
+    assert answer_ids(ids, tokenizer.eos_token_id).tolist() == [5, 6]
+    assert word_maps(model, tokenizer, inputs_of(ONE, 1), ids[2:]) == []
+
+
+def test_a_words_map_is_the_sum_of_its_tokens(model, tokenizer):
+    ids = torch.tensor([id for id in tokenizer("😀a", add_special_tokens=False)["input_ids"] if id < 128] + [35, 36])
+    maps, words = patch_maps(model, inputs_of(ONE, 1), ids), word_maps(model, tokenizer, inputs_of(ONE, 1), ids)
+    torch.testing.assert_close(sum(of_word for _, of_word in words), maps.sum(dim=0))
+
+
+# ---- a run's files
+
+# So small a model often says nothing: here it says 红色的圆形。
+WITH_MAPS = """
+import torch, trainer.watch.samples as samples
+samples.LOOKING_SECONDS = {seconds}
+samples.generate = lambda model, inputs, longest: torch.tensor([{ids}]).repeat(len(inputs["input_ids"]), 1)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Two trainings, with maps and without."""
+    folders, ids = [], load_tokenizer(world.tokenizer)("红色的圆形。<|im_end|>", add_special_tokens=False)["input_ids"]
+    for seconds in (60, -1):
+        folders.append(world.copy_of_out(tmp_path_factory.mktemp("looking") / "out"))
+        flags = "--from_weight llm --epochs 1 --batch_size 8 --eval_interval 2".split()
+        flags = [*world.files("sft", folders[-1]), *flags, "--eval_data", world.root / "pretrain.jsonl"]
+        world.run(SFT, *flags, hook=WITH_MAPS.format(seconds=seconds, ids=ids)).passed()
+    return folders
+
+
+def test_a_run_writes_the_maps_of_its_last_descriptions(runs):
+    folder = runs[0] / "sft_vlm_32_samples"
+    last = read_jsonl(folder / "samples.jsonl")[-8:]
+    looks = read_looks(folder / "looking.jsonl")
+    assert list(looks) == [(row["step"], row["picture"], row["prompt"]) for row in last]
+    for row, words in zip(last, looks.values(), strict=True):
+        assert "".join(word for word, _ in words) == row["description"] == "红色的圆形。"
+        assert all(of_word.shape == (14, 14) for _, of_word in words)
+    page = (runs[0] / "sft_vlm_32.report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 8
+
+
+def test_maps_change_nothing_that_is_trained(runs):
+    a, b = (torch.load(folder / "sft_vlm_32_resume.pth", weights_only=True) for folder in runs)
+    assert all(torch.equal(tensor, b["learned"][name]) for name, tensor in a["learned"].items())
+    assert torch.equal(a["random"][0]["cpu"], b["random"][0]["cpu"])
+    assert not (runs[1] / "sft_vlm_32_samples" / "looking.jsonl").exists()
+    assert "data:image/png" not in (runs[1] / "sft_vlm_32.report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"words": []},
+        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a"}]},
+        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a", "map": [[1], [1, 2]]}]},
+        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a", "map": [1, 2]}]},
+        {"step": 1, "picture": [], "prompt": "p", "words": 3},
+        [],
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, row):
+    (tmp_path / "looking.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError):
+        read_looks(tmp_path / "looking.jsonl")
+
+
+# ---- the check
+
+
+def one_and_two() -> list:
+    scenes = heldout_scenes()
+    return [next(scene for scene in scenes if len(scene.objects) == number) for number in (1, 2, 2)]
+
+
+def words_looking_at(scene, tokenizer, target) -> list[tuple]:
+    """Returns the words of a scene's caption, each with the map that `target` gives the object it names."""
+    text, at, words = caption(scene.facts), 0, []
+    for word, _, _ in split_words(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]):
+        number = min(text[: at + 1].count("，"), len(scene.objects) - 1)
+        words.append((word, torch.from_numpy(target(patch_coverage(scene), number))[None]))
+        at += len(word)
+    return words
+
+
+def checked(tokenizer, target) -> dict:
+    seen = [
+        (covered_patches(scene, 14), attribute_maps(scene, words_looking_at(scene, tokenizer, target)))
+        for scene in one_and_two()
+    ]
+    return measure(seen)
+
+
+def test_the_check_tells_the_right_object_from_the_other_and_from_none(tokenizer):
+    right = checked(tokenizer, lambda covered, number: covered[number])
+    assert {*right["peak on the object"].values(), *right["share of the map on it"].values()} == {1.0}
+    assert set(right["two objects: peak on the right one"].values()) == {1.0}
+    swapped = checked(tokenizer, lambda covered, number: covered[len(covered) - 1 - number])
+    assert set(swapped["two objects: peak on the right one"].values()) == {0.0}
+    assert set(swapped["two objects: peak on the other one"].values()) == {1.0}
+    nothing = checked(tokenizer, lambda covered, number: np.float32(covered.sum(axis=0) == 0))
+    assert set(nothing["peak on the object"].values()) == {0.0}
+    chance = right["chance: patches of the object"]["colour"]
+    assert 0 < chance < right["chance: patches of it or beside it"]["colour"] < 0.5
+
+
+def test_the_patches_of_an_object_follow_the_grid():
+    scene = one_and_two()[1]
+    assert (covered_patches(scene, 14) == (patch_coverage(scene) > 0)).all()
+    assert covered_patches(scene, 7).shape == (2, 7, 7) and covered_patches(scene, 7).any(axis=(1, 2)).all()
+
+
+def test_the_check_refuses_weights_that_describe_nothing(world, monkeypatch, capsys):
+    from scripts import check_looking
+
+    def run(*flags):
+        files = ["--save_dir", world.out, "--vision_model_path", world.tower, "--tokenizer_path", world.tokenizer]
+        monkeypatch.setattr("sys.argv", ["check_looking.py", *map(str, [*files, "--weight", "llm", *flags])])
+        check_looking.main()
+
+    with pytest.raises(UsageError, match="describes 0 of 2 scenes word for word"):
+        run("--scenes", 2)
+    for number in (0, 201):
+        with pytest.raises(UsageError, match="must be 1 to 200"):
+            run("--scenes", number)
