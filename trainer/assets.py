@@ -1,6 +1,6 @@
 """Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UsageError
@@ -11,7 +11,9 @@ from common.paths import (
     BUILTIN_TOWER_DIR,
     DATASET_DIR,
     ROOT,
+    TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
+    TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
 )
@@ -84,6 +86,10 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
         UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
     """
     files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
+    if starts_from_3v(args):
+        folders = {"vision_model_path": (TOWER_3V_DIR, "tower_3v"), "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v")}
+        for flag, (folder, part) in folders.items():
+            files[flag] = replace(files[flag], path=folder, command=f"python scripts/download.py {part}")
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
     sidecar = starting_sidecar(args) if args.data_path is not None or is_path(args.from_weight) else {}
     if args.data_path is not None:  # the data is there, so the model alone is in question

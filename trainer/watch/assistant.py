@@ -47,6 +47,7 @@ class Assistant:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
         **settings,
     ) -> torch.Tensor:
         """Returns the token ids of the next turn.
@@ -55,6 +56,7 @@ class Assistant:
             conversation, pictures: Turns, and the images of all their placeholders.
             temperature: 0 always takes the likeliest token.
             top_p: Draw from the likeliest tokens with this share.
+            top_k: Draw from this many of the likeliest; 0: from all; None: as the weights' recipe does.
             settings: For transformers' `generate`: a streamer, stopping criteria.
 
         Raises:
@@ -62,7 +64,8 @@ class Assistant:
         """
         self.check_length(conversation, max_new_tokens)
         if temperature > 0:
-            settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            top_k = self.trained.sampling["top_k"] if top_k is None else top_k
+            settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         inputs = prompt_batch(self.encoder, [conversation], [pictures])
         return generate(self.model, inputs, max_new_tokens, **settings)[0]
 
