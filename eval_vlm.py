@@ -171,9 +171,7 @@ class Talker:
         args, tokenizer = self.args, self.assistant.tokenizer
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        ids = self.assistant.answer(
-            conversation, pictures, args.max_new_tokens, **self.sampling, streamer=streamer
-        )
+        ids = self.assistant.answer(conversation, pictures, args.max_new_tokens, **self.sampling, streamer=streamer)
         seconds = time.perf_counter() - started
         print(f"    {len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s\n", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)

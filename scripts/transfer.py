@@ -66,11 +66,11 @@ def list_hub(repo_id: str, repo_type: str) -> dict[str, RemoteFile]:
 
 
 def modelscope_endpoint() -> str:
-    """Returns ModelScope's address: $MODELSCOPE_ENDPOINT or the older $MODELSCOPE_DOMAIN, as its own client takes it."""
+    """Returns ModelScope's address: $MODELSCOPE_ENDPOINT or the older $MODELSCOPE_DOMAIN, as its own client does."""
     named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     endpoint = (named if "://" in named else f"https://{named}").rstrip("/")
     try:
-        urlsplit(endpoint).port  # raises for a port that is no number, and for half of an IPv6 address
+        _ = urlsplit(endpoint).port  # raises for a port that is no number, and for half of an IPv6 address
     except ValueError as error:
         raise UsageError(f"MODELSCOPE_ENDPOINT {named} is no address: {error}.") from error
     return endpoint

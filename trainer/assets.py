@@ -87,7 +87,10 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
     """
     files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
     if starts_from_3v(args):
-        folders = {"vision_model_path": (TOWER_3V_DIR, "tower_3v"), "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v")}
+        folders = {
+            "vision_model_path": (TOWER_3V_DIR, "tower_3v"),
+            "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v"),
+        }
         for flag, (folder, part) in folders.items():
             files[flag] = replace(files[flag], path=folder, command=f"python scripts/download.py {part}")
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]

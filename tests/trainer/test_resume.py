@@ -312,7 +312,8 @@ def test_a_state_that_holds_the_old_number_resumes(world, save_dir, tmp_path, nu
     described["arguments"]["freeze_llm"] = number
     sidecar.write_text(json.dumps(described))
     if number == 2:
-        way.run(world, out, "--from_resume", 1, "--freeze_llm", 2).refused("--freeze_llm", "write ends")
+        refused = way.run(world, out, "--from_resume", 1, "--freeze_llm", 2)
+        assert refused.code == 2 and "--freeze_llm: 2 is not the same" in refused.err and "write ends" in refused.err
     again = way.run(world, out, "--from_resume", 1, "--epochs", 2, *(["--freeze_llm", 1] if number == 1 else []))
     assert "epochs 1 -> 2" in again.passed().out
 
