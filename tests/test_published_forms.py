@@ -1,5 +1,6 @@
 """Both published generations in their own form, at small widths: fetched, checked, trained, talked to, exported."""
 
+import argparse
 import json
 import math
 import shlex
@@ -21,6 +22,7 @@ from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
+from trainer.support.trained import add_model_flags, find_trained
 from trainer.weights import read_weights
 
 pytest_plugins = ["tiny"]
@@ -132,6 +134,15 @@ def test_the_download_ends_with_the_line_that_talks_to_it(world, published):
     said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4).passed().out
     assert f"{published.fetched / published.weights}" in said and "4 tokens" in said
     assert len(read_weights(published.fetched / published.weights / "sft_vlm_64.pth").tensors) == published.tensors
+
+
+def test_each_generation_draws_answers_as_its_recipe_says(published):
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    where = ["--save_dir", str(published.fetched / published.weights), *map(str, published.files)]
+    trained = find_trained(parser.parse_args(where))
+    temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
+    assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
 
 
 def test_the_data_is_checked_with_its_tokenizer(world, published):
