@@ -13,7 +13,7 @@ import pyarrow as pa
 from common.errors import UsageError
 from common.paths import printable
 from dataset import foreign
-from dataset.chat import RowError
+from dataset.conversation import RowError
 
 SAMPLED_BYTES = 1 << 16
 RIGHT_FORM = (

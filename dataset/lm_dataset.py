@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.chat import TOOL_CALLS
+from dataset.chat import has_image_pad
+from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
 from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
@@ -33,6 +34,11 @@ SPECIAL = {
         "the prompt has no place for reasoning_content: it is dropped, the answer learned",
     ),
     "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
+}
+# The same for minimind-3v, whose every answer begins by thinking.
+SPECIAL_3V = {
+    "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
+    "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
 }
 TOOL_RULE = ("tool calls", "left out, as nothing here answers a call; not counted as bad")
 
@@ -82,6 +88,7 @@ class VLMDataset(Dataset):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
+        self.is_3v = has_image_pad(tokenizer)
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         if self.is_parquet:
             raw, self.image_files = load_parquet(self.data_path, image_tokens, cache_dir)
@@ -155,9 +162,10 @@ class VLMDataset(Dataset):
     def rules(self) -> dict[str, str]:
         """What is done with rows of a special kind, and in how many, by the kind; only of kinds that are there."""
         counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL} | {"tool_calls": self.tool_rows}
+        kinds = SPECIAL | (SPECIAL_3V if self.is_3v else {}) | {"tool_calls": TOOL_RULE}
         return {
             kind: f"in {counts[name]:,} row{'' if counts[name] == 1 else 's'}: {rule}"
-            for name, (kind, rule) in (SPECIAL | {"tool_calls": TOOL_RULE}).items()
+            for name, (kind, rule) in kinds.items()
             if counts[name]
         }
 

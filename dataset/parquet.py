@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.files import TEMPORARY, flush_folder, lock, remove_temporaries
 from common.paths import display_path
 from dataset import foreign
-from dataset.chat import RowError
+from dataset.conversation import RowError
 from dataset.formats import DataError, check_file, content_key, data_error, hash_63
 from dataset.pictures import is_blank
 

@@ -13,11 +13,12 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.chat import IMAGE_TAG, ChatEncoder, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.chat import ChatEncoder
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(

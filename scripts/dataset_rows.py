@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from PIL import ExifTags, Image
 
 from dataset import foreign
-from dataset.chat import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.formats import why_missing
 from dataset.pictures import PICTURE_FORMATS, PictureError, decoding, is_blank, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images

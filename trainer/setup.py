@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import RankError, UsageError
 from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
+from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
 from dataset.formats import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both
@@ -119,7 +120,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     sha256 = tokenizer_hash(tokenizer)
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
-        weight_io.check_tokenizer(weights, sha256, args.tokenizer_path, len(tokenizer))
+        weight_io.check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
     tower = read_tower_settings(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
@@ -179,7 +180,7 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
                 f"--{name} {value} contradicts {display_path(weights.path)}, which has {getattr(config, name)}: "
                 "leave it out"
             )
-    config.image_token_id = tokenizer.convert_tokens_to_ids("@")
+    config.image_token_id = image_token_id(tokenizer)
     if args.max_seq_len > config.max_position_embeddings:
         raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions")
     return config
@@ -351,14 +352,14 @@ def load_model(run: Run) -> MiniMindVLM:
     return model
 
 
-def freeze(model: MiniMindVLM, mode: int):
-    """Sets what learns: mode 0 everything, 1 the projection, 2 the projection and the first and last layer.
+def freeze(model: MiniMindVLM, frozen: str):
+    """Sets what learns beside the projection: the decoder's layers ("none" is frozen), its "ends", or nothing ("all").
 
     The tower is frozen in every mode.
     """
-    model.requires_grad_(mode == 0)
+    model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
-    if mode == 2:
+    if frozen == "ends":
         model.model.layers[0].requires_grad_(True)
         model.model.layers[-1].requires_grad_(True)
 

@@ -20,7 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.chat import ChatEncoder, parse_conversation
+from dataset.chat import ChatEncoder
+from dataset.conversation import parse_conversation
 from dataset.features import FeatureFile, compute_features, image_slots
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
@@ -192,7 +193,7 @@ def model_flops(args, total: dict, is_cached: bool) -> float:
     weights = layers * (2 * width**2 + 2 * width * key_value + 3 * width * config.intermediate_size)
     forward = 2 * weights * total["useful"] + 2 * layers * width * total["squares"]
     forward += 2 * width * config.vocab_size * total["learned"]
-    backward = 1 if STAGES[args.stage].defaults["freeze_llm"] else 2
+    backward = 2 if STAGES[args.stage].defaults["freeze_llm"] == "none" else 1
     width, positions = made_up.TOWER.hidden_size, (made_up.TOWER.image_size // made_up.TOWER.patch_size) ** 2 + 1
     layer = 4 * width**2 + 2 * width * made_up.TOWER.intermediate_size + 2 * positions * width
     tower = 2 * positions * (made_up.TOWER.num_hidden_layers * layer + width * 3 * made_up.TOWER.patch_size**2)

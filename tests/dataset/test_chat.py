@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.paths import ROOT
-from dataset.chat import (
-    SYSTEM_PROMPT,
-    ChatEncoder,
-    RowError,
-    check_images,
-    parse_conversation,
-    parse_picture_names,
-)
+from dataset.chat import SYSTEM_PROMPT, ChatEncoder
+from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
 from dataset.prompts import prompt_batch, with_images
 from dataset.rows import RowTokeniser
 
