@@ -27,14 +27,14 @@ from transformers import TextStreamer, set_seed  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import EVAL_IMAGES_DIR, display_path, printable  # noqa: E402
-from dataset.chat import IMAGE_TAG  # noqa: E402
+from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE, LANGUAGES  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
-from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
+from trainer.support.trained import SAMPLING, SAMPLING_3V, add_model_flags, find_trained  # noqa: E402
 from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
@@ -68,8 +68,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--prompt", help=f"{what} (default: {DESCRIBE}; the built-in model is also asked in English)")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
-    add("--temperature", type=float, default=0.65, help="0 always takes the likeliest token")
-    add("--top_p", type=float, default=0.85, help="draw from the likeliest tokens with this share")
+    what = "0 always takes the likeliest token"
+    default = f"{SAMPLING['temperature']}; minimind-3v: {SAMPLING_3V['temperature']}"
+    add("--temperature", type=float, help=f"{what} (default: {default})")
+    what = "draw from the likeliest tokens with this share"
+    add("--top_p", type=float, help=f"{what} (default: {SAMPLING['top_p']})")
+    what = "draw from this many of the likeliest tokens; 0: from all"
+    add("--top_k", type=int, help=f"{what} (default: {SAMPLING['top_k']}; minimind-3v: {SAMPLING_3V['top_k']})")
     add("--seed", type=int, default=42, help="of the drawing")
     args = parser.parse_args(argv)
     args.prompt = args.prompt and args.prompt.replace("\\n", "\n")  # as it is typed in a shell
@@ -82,10 +87,12 @@ def check_flags(args):
     problems = []
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    if not (args.temperature == 0 or args.temperature >= LEAST_TEMPERATURE):
+    if not (args.temperature in (None, 0) or args.temperature >= LEAST_TEMPERATURE):
         problems.append(f"--temperature {args.temperature}: must be 0 or at least {LEAST_TEMPERATURE:g}")
-    if not 0 < args.top_p <= 1:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
         problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if args.top_k is not None and args.top_k < 0:
+        problems.append(f"--top_k {args.top_k}: must be at least 0")
     chosen = [name for name in ("image", "image_dir", "chat", "eval_data") if getattr(args, name)]
     if len(chosen) > 1:
         problems.append(f"{' and '.join(f'--{name}' for name in chosen)}: give one of them")
@@ -123,6 +130,8 @@ class Talker:
     def __init__(self, args, processes: Processes):
         self.args = args
         trained = find_trained(args)
+        given = {name: getattr(args, name) for name in trained.sampling if getattr(args, name) is not None}
+        self.sampling = trained.sampling | given
         torch.manual_seed(args.seed)  # of a projection that the weights lack
         self.assistant = Assistant(trained, processes.device, args.dtype, args.compile)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
@@ -169,7 +178,8 @@ class Talker:
             answers = assistant.answers(
                 [[turn] for _, _, turn in asked],
                 [[pictures[path]] for path, _, _ in asked],
-                *(args.max_new_tokens, args.temperature, args.top_p),
+                args.max_new_tokens,
+                **self.sampling,
             )
             seconds, tokens = time.perf_counter() - started, sum(map(len, answers))
             for (path, prompt, _), ids in zip(asked, answers, strict=True):
@@ -199,9 +209,7 @@ class Talker:
         args, tokenizer = self.args, self.assistant.tokenizer
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        ids = self.assistant.answer(
-            conversation, pictures, args.max_new_tokens, args.temperature, args.top_p, streamer=streamer
-        )
+        ids = self.assistant.answer(conversation, pictures, args.max_new_tokens, **self.sampling, streamer=streamer)
         seconds = time.perf_counter() - started
         print(f"    {len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s\n", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 import zipfile
@@ -78,12 +79,15 @@ def flush_folder(folder: Path):
 
 
 def remove_temporaries(path: Path):
-    """Removes what killed processes left of `path` half written: its temporaries whose process is gone."""
+    """Removes what killed processes left of a file or folder half written: its temporaries whose process is gone."""
     for hidden in (f".{path.name}", path.name):
         for temporary in path.parent.glob(f"{glob.escape(hidden)}.*{TEMPORARY}"):
             number = temporary.name.removeprefix(f"{hidden}.").removesuffix(TEMPORARY)
             if number.isdecimal() and not is_alive(int(number)):
-                temporary.unlink(missing_ok=True)
+                if temporary.is_dir():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                else:
+                    temporary.unlink(missing_ok=True)
 
 
 def is_alive(process: int) -> bool:

@@ -7,8 +7,11 @@ SAVE_DIR = ROOT / "out"
 
 TOWER_DIR = ROOT / "model" / "vision_model" / "clip-vit-base-patch16"
 TOKENIZER_DIR = ROOT / "model" / "tokenizer_minimind2"
+TOWER_3V_DIR = TOWER_DIR.with_name("siglip2-base-p32-256-ve")
+TOKENIZER_3V_DIR = ROOT / "model" / "tokenizer_minimind3v"
 DATASET_DIR = ROOT / "dataset"
 EVAL_IMAGES_DIR = DATASET_DIR / "eval_images"
+EXAMPLE_PHOTO = DATASET_DIR / "example" / "photos" / "house.jpg"
 
 BUILTIN_MODEL_DIR = ROOT / "model" / "builtin"
 BUILTIN_TOWER_DIR = BUILTIN_MODEL_DIR / "tower"

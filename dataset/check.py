@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -26,8 +26,9 @@ from tqdm import tqdm  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path  # noqa: E402
-from dataset.formats import RIGHT_FORM  # noqa: E402
-from dataset.lm_dataset import VLMDataset, bad_rows_limit, hash_63  # noqa: E402
+from dataset.features import image_slots  # noqa: E402
+from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
+from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
 from dataset.pictures import PictureError, load_picture  # noqa: E402
 from dataset.tokenizer import load_tokenizer, quiet_libraries  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
@@ -71,8 +72,8 @@ def overview(data: VLMDataset) -> list[str]:
         images = percent(data.picture_count * data.image_tokens, total)
         report += fact("pictures", pictures(data))
         report += fact("tokens", f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures")
-    if data.tags_added:
-        report += fact("no <image>", f"in {counted(data.tags_added, 'row')}: the picture is put first")
+    for name, rule in data.rules.items():
+        report += fact(name, rule)
     report += fact(f"cut at {data.max_length}", cut(data))
     return report + (fact("duplicates", duplicates(data)) if len(data) else [])
 
@@ -84,12 +85,14 @@ def good_rows(data: VLMDataset) -> Iterable[tuple[int, dict]]:
 
 
 def pictures(data: VLMDataset) -> str:
-    rows_with = Counter(name for _, row in good_rows(data) for name in set(row["pictures"]))
-    if not rows_with:  # a parquet's pictures have no names
-        return f"{data.picture_count:,}"
-    several = sum(count > 1 for count in rows_with.values())
-    shared = f"{several:,} of them in several rows" if several else "none in several rows"
-    return f"{data.picture_count:,} of {counted(len(rows_with), 'file')}, {shared}"
+    shown = data.picture_numbers[image_slots(data)]
+    if len(shown) == 0:
+        return "none"
+    # A row may show a picture twice.
+    rows, several = np.repeat(np.arange(len(data)), data.image_counts), shown.max() + 1
+    rows_with = np.bincount(np.unique(rows * several + shown) % several)
+    shared = f"{(rows_with > 1).sum():,} of them in several rows" if (rows_with > 1).any() else "none in several rows"
+    return f"{data.picture_count:,} of {counted(int((rows_with > 0).sum()), 'file')}, {shared}"
 
 
 def cut(data: VLMDataset) -> str:
@@ -107,7 +110,7 @@ def cut(data: VLMDataset) -> str:
 def duplicates(data: VLMDataset) -> str:
     first, copies = {}, []
     for position, row in good_rows(data):
-        content = row["input_ids"], row["pictures"], row["picture_hash"] if data.is_parquet else None
+        content = row["input_ids"], row["pictures"], row["picture_numbers"]
         original = first.setdefault(hash_63(repr(content).encode()), position)
         if original != position:
             copies.append(f"{position + 1} (as {original + 1})")
@@ -164,32 +167,33 @@ def histogram(values: np.ndarray) -> list[str]:
 
 
 def broken_pictures(data: VLMDataset) -> list[str]:
-    """Decodes every picture, each file once, and names the broken ones; training only skips their rows."""
-    lines_of = defaultdict(list)  # by a picture's name
+    """Decodes every picture, each once, and names the broken ones; training only skips their rows."""
+    lines_of = defaultdict(list)  # by a picture's number
 
-    def sources() -> Iterable[tuple[Path | bytes, str]]:
+    def sources() -> Iterable[tuple[int, Path | bytes, str]]:
         for position, row in good_rows(data):
-            for source, name in data.picture_sources(position, row):
-                if name not in lines_of:
-                    yield source, name
-                lines_of[name].append(row["line"])
+            first, of_row = data.first_slots[position], data.picture_sources(row)
+            for number, source in zip(data.picture_numbers[first : first + len(of_row)].tolist(), of_row, strict=True):
+                if number not in lines_of:
+                    yield number, *source
+                lines_of[number].append(row["line"])
 
-    def decode(source: tuple[Path | bytes, str]) -> PictureError | None:
+    def decode(source: tuple[int, Path | bytes, str]) -> tuple[int, PictureError] | None:
         try:
-            load_picture(*source, data.picture_format)
+            load_picture(*source[1:], data.picture_format)
         except PictureError as error:
-            return error
+            return source[0], error
 
     with ThreadPool() as pool:  # Pillow releases the GIL while it decodes
         decoded = pool.imap(decode, sources(), 16)
-        bar = tqdm(decoded, "decoding", data.picture_count, unit=" pictures", leave=False, disable=None)
-        errors = [error for error in bar if error is not None]
+        bar = tqdm(decoded, "decoding", unit=" pictures", leave=False, disable=None)
+        errors = dict(filter(None, bar))
     if not errors:
         return [f"broken pictures: none of {len(lines_of):,}"]
-    skipped = {line for error in errors for line in lines_of[error.name]}
+    skipped = {line for number in errors for line in lines_of[number]}
     report = [f"broken pictures: {len(errors):,} of {len(lines_of):,}; training skips {counted(len(skipped), 'row')}"]
-    for error in errors[:SHOWN_PICTURES]:
-        text = str(error) if data.is_parquet else f"{error} ({places(data, sorted(set(lines_of[error.name])))})"
+    for number, error in list(errors.items())[:SHOWN_PICTURES]:
+        text = f"{error} ({places(data, sorted(set(lines_of[number])))})"
         report += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
     if len(errors) > SHOWN_PICTURES:
         report.append(f"  ... and {len(errors) - SHOWN_PICTURES:,} more")

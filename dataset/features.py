@@ -1,7 +1,8 @@
-"""The frozen tower's features of every image, computed once before the first step and kept in one memory-mapped file.
+"""The frozen tower's features of every picture, computed once before the first step and kept in a memory-mapped file.
 
-The file holds a header that says what it was made from, an index with one entry per image (size and modification time
-of the image's file, and whether it could be read), and the features in float16: 301 kB an image at CLIP's width of 768.
+The file holds a header that says what it was made from, an index with one entry per picture, however many rows show it
+(size and modification time of its file, a hash of its content, and whether it could be read), and the features in
+float16: 301 kB a picture at CLIP's width of 768.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,11 +22,12 @@ from tqdm import tqdm
 
 from common.errors import UsageError
 from common.files import remove_temporaries
+from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
-from dataset.pictures import PictureError, load_picture
+from dataset.pictures import PictureError, decoding, load_picture
 
 HEADER_BYTES = 4096
-INDEX_ENTRY = np.dtype([("size", "<i8"), ("modified", "<i8"), ("state", "u1")])
+INDEX_ENTRY = np.dtype([("size", "<i8"), ("modified", "<i8"), ("content", "<i8"), ("state", "u1")])
 MISSING, PRESENT, UNREADABLE = 0, 1, 2
 IMAGES_PER_FLUSH = 256
 
@@ -34,12 +37,12 @@ class FeatureCacheError(UsageError):
 
 
 class FeatureFile:
-    """Features by slot, an image's number among all images of the data file.
+    """Features by a picture's number (`VLMDataset.picture_numbers`).
 
     Args:
         folder: Where such files lie.
         data_sha256, tower_sha256: What the file is for; both are in its name and header.
-        shape: (images, patches, width).
+        shape: (pictures, patches, width).
 
     Raises:
         FeatureCacheError: If the disk has no room for the whole file, or the file is for something else.
@@ -48,7 +51,7 @@ class FeatureFile:
     def __init__(self, folder: Path, data_sha256: str, tower_sha256: str, shape: tuple[int, int, int]):
         self.path = Path(folder) / f"{data_sha256[:12]}-{tower_sha256[:12]}.features"
         self.shape, self.size = shape, file_bytes(shape)
-        header = json.dumps({"version": 2, "data": data_sha256, "tower": tower_sha256, "shape": shape}).encode()
+        header = json.dumps({"version": 3, "data": data_sha256, "tower": tower_sha256, "shape": shape}).encode()
         try:
             if not self.path.is_file() or self.path.stat().st_size != self.size:
                 self._create(header)
@@ -82,9 +85,9 @@ class FeatureFile:
             temporary.unlink(missing_ok=True)
 
     def _map(self):
-        images = self.shape[0]
-        self.index = np.memmap(self.path, INDEX_ENTRY, "r+", HEADER_BYTES, (images,))
-        offset = HEADER_BYTES + images * INDEX_ENTRY.itemsize
+        pictures = self.shape[0]
+        self.index = np.memmap(self.path, INDEX_ENTRY, "r+", HEADER_BYTES, (pictures,))
+        offset = HEADER_BYTES + pictures * INDEX_ENTRY.itemsize
         self.features = np.memmap(self.path, np.float16, "r+", offset, self.shape)
 
     def __getstate__(self):
@@ -94,32 +97,40 @@ class FeatureFile:
         vars(self).update(state)
         self._map()
 
-    def is_current(self, slots: np.ndarray, stamps: np.ndarray) -> np.ndarray:
-        """Tells which slots hold what their image's file, by its (size, modification time), would give again."""
-        entries = self.index[slots]
+    def is_current(self, numbers: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+        """Tells which pictures' features are those that their files, by (size, modification time), would give again."""
+        entries = self.index[numbers]
         same = (entries["size"] == stamps[:, 0]) & (entries["modified"] == stamps[:, 1])
         return same & (entries["state"] != MISSING)
 
-    def write(self, batch: Iterable[tuple[int, tuple[int, int], np.ndarray | None]]):
-        """Writes (slot, stamp, features or None for an unreadable image); the index last, so no entry is half true."""
+    def by_content(self, but: np.ndarray) -> dict[int, int]:
+        """Returns a number for each content whose features are there, by its hash, without those that are to change."""
+        present = np.setdiff1d(np.flatnonzero(self.index["state"] == PRESENT), but)
+        return dict(zip(self.index["content"][present].tolist(), present.tolist(), strict=True))
+
+    def write(self, batch: Iterable[tuple[int, tuple[int, int], int, np.ndarray | None]]):
+        """Writes (number, stamp, content's hash, features or None for an unreadable picture).
+
+        The index comes last, so no entry is half true.
+        """
         batch = list(batch)
-        for slot, _, features in batch:
+        for number, _, _, features in batch:
             if features is not None:
-                self.features[slot] = features
+                self.features[number] = features
         self.features.flush()
-        for slot, stamp, features in batch:
-            self.index[slot] = (*stamp, UNREADABLE if features is None else PRESENT)
+        for number, stamp, content, features in batch:
+            self.index[number] = (*stamp, content, UNREADABLE if features is None else PRESENT)
         self.index.flush()
 
-    def get(self, slot: int) -> np.ndarray | None:
-        """Returns a copy of (patches, width) float16, or None where the image was unreadable."""
-        return np.array(self.features[slot]) if self.index[slot]["state"] == PRESENT else None
+    def get(self, number: int) -> np.ndarray | None:
+        """Returns a copy of (patches, width) float16, or None where the picture was unreadable."""
+        return np.array(self.features[number]) if self.index[number]["state"] == PRESENT else None
 
 
 def file_bytes(shape: tuple[int, int, int]) -> int:
     """Returns the size of a file of features."""
-    images, patches, width = shape
-    return HEADER_BYTES + images * (INDEX_ENTRY.itemsize + patches * width * 2)
+    pictures, patches, width = shape
+    return HEADER_BYTES + pictures * (INDEX_ENTRY.itemsize + patches * width * 2)
 
 
 def compute_features(
@@ -133,19 +144,26 @@ def compute_features(
 ):
     """Fills this rank's share of what `file` lacks for the samples of `data`; a run that was interrupted continues.
 
-    Off CUDA each image is encoded by itself, at little cost: images encoded together change each other's last bits,
-    and the features shall not depend on how the work was divided.
+    A picture in several rows is encoded once, and so is one that several files hold. Off CUDA each is encoded by
+    itself, at little cost: pictures encoded together change each other's last bits, and the features shall not depend
+    on how the work was divided.
 
     Args:
         encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
     """
-    slots, stamps = image_slots(data), image_stamps(data)
-    share = slots[rank::ranks]  # of all, not of what is missing: that changes while other ranks write
-    missing = share[~file.is_current(share, stamps[share])]
-    if len(missing) == 0:
+    slots = image_slots(data)
+    numbers, first = np.unique(data.picture_numbers[slots], return_index=True)
+    slots = slots[first]  # where each picture is shown first
+    stamps = picture_stamps(data, slots)
+    missing = ~file.is_current(numbers, stamps)
+    known = file.by_content(numbers[missing])  # by a content's hash: its number, or features not written yet
+    share = np.zeros_like(missing)
+    share[rank::ranks] = True  # of all, not of what is missing: that changes while other ranks write
+    numbers, slots, stamps = (values[share & missing] for values in (numbers, slots, stamps))
+    if len(numbers) == 0:
         return
     loader = DataLoader(
-        Images(data, missing),
+        Images(data, slots),
         batch_size=64,
         collate_fn=list,
         num_workers=num_workers,
@@ -154,24 +172,34 @@ def compute_features(
     )
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every = 0.2 if sys.stderr.isatty() else 30.0
+    entries = zip(numbers.tolist(), map(tuple, stamps.tolist()), strict=True)
     done = []
-    with tqdm(desc=name, total=len(missing), unit="image", disable=rank > 0, mininterval=every) as bar:
-        for images in loader:  # of (slot, pixels or None)
-            readable = [pixels for _, pixels in images if pixels is not None]
-            groups = torch.stack(readable).split(len(readable) if device.type == "cuda" else 1) if readable else ()
+    with tqdm(desc=name, total=len(slots), unit="image", disable=rank > 0, mininterval=every) as bar:
+        for images in loader:  # of (content's hash, pixels or None)
+            new = list({content: pixels for content, pixels in images if content not in known}.values())
+            new = [pixels for pixels in new if pixels is not None]
+            groups = torch.stack(new).split(len(new) if device.type == "cuda" else 1) if new else ()
             features = (of_image for group in groups for of_image in encode_images(group.to(device)))
-            for slot, pixels in images:
-                of_image = None if pixels is None else next(features).to("cpu", torch.float16).numpy()
-                done.append((slot, tuple(stamps[slot]), of_image))
+            for content, pixels in images:
+                if pixels is not None and content not in known:
+                    known[content] = next(features).to("cpu", torch.float16).numpy()
+                kept = None if pixels is None else known[content]
+                done.append((*next(entries), content, file.get(kept) if isinstance(kept, int) else kept))
                 bar.update()
                 if len(done) == IMAGES_PER_FLUSH:
-                    file.write(done)
-                    done = []
-        file.write(done)
+                    write_known(file, done, known)
+        write_known(file, done, known)
+
+
+def write_known(file: FeatureFile, done: list, known: dict):
+    """Writes what is done, and lets go of its features."""
+    file.write(done)
+    known.update({content: number for number, _, content, features in done if features is not None})
+    done.clear()
 
 
 class Images(Dataset):
-    """The images of these slots, decoded: (slot, pixels), pixels None where one cannot be read."""
+    """The images of these slots, decoded: (hash of the content, pixels), pixels None where one cannot be read."""
 
     def __init__(self, data: VLMDataset, slots: np.ndarray):
         self.data, self.slots = data, slots
@@ -184,11 +212,15 @@ class Images(Dataset):
         positions = (np.searchsorted(data.first_slots, slots, side="right") - 1).tolist()
         images = []
         for slot, position, row in zip(slots.tolist(), positions, data.read_rows(positions), strict=True):
-            source = data.picture_sources(position, row)[slot - data.first_slots[position]]
+            source, name = data.picture_sources(row)[slot - data.first_slots[position]]
+            content = 0
             try:
-                images.append((slot, load_picture(*source, data.picture_format)))
+                with decoding(name):
+                    file = source if isinstance(source, bytes) else source.read_bytes()
+                content = hash_63(file)
+                images.append((content, load_picture(file, name, data.picture_format)))
             except PictureError:
-                images.append((slot, None))
+                images.append((content, None))
         return images
 
 
@@ -198,11 +230,14 @@ def image_slots(data: VLMDataset) -> np.ndarray:
     return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
-def image_stamps(data: VLMDataset) -> np.ndarray:
-    """Returns (images of all rows, 2): size and modification time (ns) of each image's file, or of the parquet file."""
+def picture_stamps(data: VLMDataset, slots: np.ndarray) -> np.ndarray:
+    """Returns (slots, 2): size and modification time (ns) of each image's file; zeros in a parquet.
+
+    A parquet's features are kept by what its pictures hold, so they need no stamp.
+    """
     if data.is_parquet:
-        return np.tile(file_stamp(data.data_path), (int(data.list_lengths("image_starts").sum()), 1))
-    names = pc.list_flatten(data.rows.data.column("pictures")).to_pylist()
+        return np.zeros((len(slots), 2), dtype=np.int64)
+    names = pc.list_flatten(data.rows.data.column("pictures")).take(pa.array(slots)).to_pylist()
     return np.array([file_stamp(data.images_path / name) for name in names], dtype=np.int64).reshape(-1, 2)
 
 

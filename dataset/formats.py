@@ -13,10 +13,9 @@ import pyarrow as pa
 from common.errors import UsageError
 from common.paths import printable
 from dataset import foreign
-from dataset.chat import RowError
+from dataset.conversation import RowError
 
 SAMPLED_BYTES = 1 << 16
-BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 RIGHT_FORM = (
     '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
     '{"role": "assistant", "content": "A cat."}]}'
@@ -27,29 +26,24 @@ class DataError(UsageError):
     """A data file that is missing, unreadable, or has too many bad rows."""
 
 
-def load_rows(data_path: Path, is_parquet: bool, cache_dir=None) -> datasets.Dataset:
-    """Returns the file's rows, memory-mapped: `text` lines of a jsonl, the columns of a parquet.
+def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
+    """Returns the lines of a jsonl, memory-mapped, as `text`.
 
     Raises:
         DataError: If the file is missing, of another kind, unreadable or empty.
     """
     check_file(data_path)
     # utf-8-sig: some editors on Windows begin a file with a byte order mark.
-    text = {"path": "text", "encoding": "utf-8-sig", "encoding_errors": "replace"}
-    kind = {"path": "parquet"} if is_parquet else text
+    how = {"encoding": "utf-8-sig", "encoding_errors": "replace", "split": "train", "cache_dir": cache_dir}
     files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
     try:
         with without_bars():  # "Generating train split" means nothing to the user
-            key = content_key(data_path)
-            rows = datasets.load_dataset(**kind, data_files=files, split="train", name=key, cache_dir=cache_dir)
+            lines = datasets.load_dataset("text", data_files=files, name=content_key(data_path), **how)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
         raise data_error(data_path, error.__cause__ or error) from error
-    if len(rows) == 0:
+    if len(lines) == 0:
         raise DataError(f"{data_path} has no rows")
-    if is_parquet:
-        rows = with_plain_images(rows)
-        check_columns(data_path, rows)
-    return rows
+    return lines
 
 
 def content_key(path: Path) -> str:
@@ -61,6 +55,11 @@ def content_key(path: Path) -> str:
             file.seek(max(0, start))
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
+
+
+def hash_63(content: bytes) -> int:
+    """Returns a hash that fits an int64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 @contextlib.contextmanager
@@ -126,11 +125,6 @@ def check_row(row: dict):
         raise RowError(f"{form}; this makes training data of the file: {foreign.command('FILE')}")
 
 
-def image_column(rows: datasets.Dataset) -> str:
-    """Returns the name of a parquet's image column."""
-    return "image" if "image" in rows.column_names and "image_bytes" not in rows.column_names else "image_bytes"
-
-
 def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
     """Returns the rows with image files as bytes, where `datasets` would decode them."""
     plain = datasets.Image(decode=False)
@@ -140,35 +134,6 @@ def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             rows = rows.cast_column(name, datasets.List(plain))
     return rows
-
-
-def check_columns(data_path: Path, rows: datasets.Dataset):
-    """Raises DataError unless a parquet file has the required columns, of the right types."""
-    name = image_column(rows)
-    if not {"conversations", name} <= set(rows.column_names):
-        is_known = foreign.form_of_row(dict.fromkeys(rows.column_names)) is not None
-        cure = f". This makes training data of it:\n  {foreign.command(data_path)}" if is_known else ""
-        needed = "the columns conversations and image_bytes (or image)"
-        raise DataError(f"{data_path} needs {needed}, it has {rows.column_names}{cure}")
-    column = rows.data.column(name).type
-    element = column.value_type if pa.types.is_list(column) or pa.types.is_large_list(column) else column
-    if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes
-        element = element.field("bytes").type
-    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
-        raise DataError(f"{name} must be a picture's bytes or a list of them, it is {column}")
-
-
-def as_files(images) -> list[bytes]:
-    """Returns the image files of a parquet row: bytes, {"bytes", "path"}, or a list of them.
-
-    Raises:
-        RowError: If there is only a path to one, which is not followed: it may lead anywhere.
-    """
-    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
-    images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
-    if any(image["bytes"] is None and image.get("path") for image in images):
-        raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
-    return [image["bytes"] for image in images if image["bytes"] is not None]
 
 
 def why_missing(folder: Path, name: str) -> str | None:

@@ -1,19 +1,14 @@
 """The training data: rows of a jsonl or parquet file to tensors, and a list of samples to a batch.
 
-A row is tokenised once; the result is kept as memory-mapped Arrow by the `datasets` library, so neither start-up time
-nor memory grows with the file, and a loader's worker only decodes images.
+A row is tokenised once and kept memory-mapped, so a loader's worker only decodes images.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,28 +18,29 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.chat import ChatEncoder, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.chat import has_image_pad
+from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
+from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
-from dataset.tokenizer import tokenizer_hash
+from dataset.rows import BLANK_LINE, ROWS_PER_PROCESS, tokenise_rows
 
-# Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 3
-ROWS_PER_PROCESS = 20_000
-COLUMNS = datasets.Features(
-    {
-        "line": datasets.Value("int32"),
-        "reason": datasets.Value("string"),  # what is wrong with the row; empty for a good one
-        "input_ids": datasets.List(datasets.Value("uint16")),
-        "learned": datasets.List(datasets.Value("int32")),  # start, end, start, end ... of the learned spans
-        "image_starts": datasets.List(datasets.Value("int32")),
-        "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
-        "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "tag_added": datasets.Value("bool"),  # the text had no <image>, so the picture was put first
-        "learned_tokens": datasets.Value("int32"),
-        "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
-    }
-)
+# Kinds of rows by the column that says which rows they are, and what is done with them.
+SPECIAL = {
+    "tag_added": ("no <image>", "the picture is put first"),
+    "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
+    "reasoning": (
+        "reasoning",
+        "the prompt has no place for reasoning_content: it is dropped, the answer learned",
+    ),
+    "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
+}
+# The same for minimind-3v, whose every answer begins by thinking.
+SPECIAL_3V = {
+    "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
+    "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
+}
+TOOL_RULE = ("tool calls", "left out, as nothing here answers a call; not counted as bad")
 
 
 @dataclass(frozen=True)
@@ -92,17 +88,21 @@ class VLMDataset(Dataset):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
+        self.is_3v = has_image_pad(tokenizer)
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
-        raw = formats.load_rows(self.data_path, self.is_parquet, cache_dir)
+        if self.is_parquet:
+            raw, self.image_files = load_parquet(self.data_path, image_tokens, cache_dir)
+        else:
+            raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
         with formats.keeping_rows_of(self.data_path):
-            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, self.is_parquet, num_proc)
-        self.image_files = raw.select_columns([formats.image_column(raw)]) if self.is_parquet else None
+            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, num_proc)
         self.features = None  # a dataset.features.FeatureFile, see use_features
         reasons = self.rows.data.column("reason")
         lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
-        refused = [(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good)]
-        self.bad_rows = [BadRow(line, reason) for line, reason in refused if reason != "blank"]
-        self.row_count = len(self.rows) - len(refused) + len(self.bad_rows)  # without blank lines
+        refused = [BadRow(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good)]
+        self.bad_rows = [row for row in refused if row.reason not in (BLANK_LINE, TOOL_CALLS)]
+        self.tool_rows = sum(row.reason == TOOL_CALLS for row in refused)
+        self.row_count = len(self.rows) - sum(row.reason == BLANK_LINE for row in refused)
         if not self.is_parquet:
             missing = self._missing_pictures(good)
             good[list(missing)] = False
@@ -159,9 +159,15 @@ class VLMDataset(Dataset):
         return int((self.column("cut_tokens")[self.positions] > 0).sum())
 
     @property
-    def tags_added(self) -> int:
-        """Samples whose text had no `<image>`: the picture is put first."""
-        return int(self.column("tag_added")[self.positions].sum())
+    def rules(self) -> dict[str, str]:
+        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that are there."""
+        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL} | {"tool_calls": self.tool_rows}
+        kinds = SPECIAL | (SPECIAL_3V if self.is_3v else {}) | {"tool_calls": TOOL_RULE}
+        return {
+            kind: f"in {counts[name]:,} row{'' if counts[name] == 1 else 's'}: {rule}"
+            for name, (kind, rule) in kinds.items()
+            if counts[name]
+        }
 
     @property
     def left_out(self) -> np.ndarray:
@@ -198,6 +204,28 @@ class VLMDataset(Dataset):
         counts = self.list_lengths("image_starts")
         return np.cumsum(counts) - counts
 
+    @functools.cached_property
+    def picture_numbers(self) -> np.ndarray:
+        """(images of all rows,) which picture each is: equal for the same name, or in a parquet for the same bytes."""
+        if self.is_parquet:
+            return pc.list_flatten(self.rows.data.column("picture_numbers")).to_numpy()
+        return self._names().indices.to_numpy()
+
+    @property
+    def distinct_pictures(self) -> int:
+        """Pictures that `picture_numbers` counts."""
+        return len(self.image_files) if self.is_parquet else len(self._names().dictionary)
+
+    @property
+    def pictures_sha256(self) -> str:
+        """SHA-256 (hex) of the pictures' names, or in a parquet of what they hold, in the order of their numbers."""
+        if self.is_parquet:
+            return hashlib.sha256(self.image_files.data.column("hash").to_numpy()).hexdigest()
+        return hashlib.sha256("\0".join(self._names().dictionary.to_pylist()).encode()).hexdigest()
+
+    def _names(self) -> pa.DictionaryArray:
+        return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
+
     def __len__(self) -> int:
         return len(self.positions)
 
@@ -231,133 +259,34 @@ class VLMDataset(Dataset):
             labels[start:end] = input_ids[start:end]
         starts = torch.tensor(row["image_starts"], dtype=torch.int64)
         sample = {"input_ids": input_ids, "labels": labels, "image_starts": starts}
-        sources = self.picture_sources(position, row)
+        sources = self.picture_sources(row)
         if self.features is None:
             pixels = [load_picture(*source, self.picture_format) for source in sources]
             size = self.picture_format.size
             return sample | {
                 "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
             }
-        first = int(self.first_slots[position])
-        features = [self._features(slot, source) for slot, source in enumerate(sources, start=first)]
+        first = self.first_slots[position]
+        numbers = self.picture_numbers[first : first + len(sources)].tolist()
+        features = [self._features(number, source) for number, source in zip(numbers, sources, strict=True)]
         empty = torch.zeros(0, *self.features.shape[1:], dtype=torch.float16)
         return sample | {"image_features": torch.stack(features) if features else empty}
 
-    def _features(self, slot: int, source: tuple[Path | bytes, str]) -> torch.Tensor:
-        features = self.features.get(slot)
+    def _features(self, number: int, source: tuple[Path | bytes, str]) -> torch.Tensor:
+        features = self.features.get(number)
         if features is None:
             load_picture(*source, self.picture_format)  # says what is wrong with it
             raise PictureError(source[1], "it could not be read when its features were computed; start the run anew")
         return torch.from_numpy(features)
 
-    def picture_sources(self, position: int, row: dict) -> list[tuple[Path | bytes, str]]:
+    def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
         """Returns each image's path or bytes, and what errors call it."""
         if not self.is_parquet:
             return [(self.images_path / name, name) for name in row["pictures"]]
         if not row["image_starts"]:
             return []
-        files = formats.as_files(*self.image_files[position].values())
+        files = self.image_files[row["picture_numbers"]]["content"]
         return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
-
-
-def tokenise_rows(
-    raw, tokenizer, max_length: int, image_tokens: int, is_parquet: bool, num_proc: int | None
-) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache where they are there."""
-    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION}"
-    processes = num_proc or min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
-    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
-        return raw.map(
-            RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
-            input_columns=["conversations", formats.image_column(raw)] if is_parquet else ["text"],
-            with_indices=True,
-            batched=True,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=raw.column_names,
-            features=COLUMNS,
-            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            desc="tokenising",
-        )
-
-
-class RowTokeniser:
-    """Maps a batch of raw rows to COLUMNS; what is wrong with a row goes into its `reason`."""
-
-    def __init__(self, encoder: ChatEncoder, max_length: int):
-        self.encoder, self.max_length = encoder, max_length
-
-    def __call__(self, values: list, *more: list) -> dict[str, list]:
-        *files, indices = more  # a parquet's second column, and the rows' numbers
-        parsed = []
-        for number, value in enumerate(values):
-            try:
-                parsed.append(parse_parquet_row(value, files[0][number]) if files else parse_line(value))
-            except RowError as error:
-                parsed.append(str(error))
-        chats = iter(self.encoder.encode([row[0] for row in parsed if not isinstance(row, str)]))
-        rows = [
-            refused_row(index, row) if isinstance(row, str) else self._row(index, next(chats), *row[1:])
-            for index, row in zip(indices, parsed, strict=True)
-        ]
-        return {name: [row[name] for row in rows] for name in COLUMNS}
-
-    def _row(self, index: int, chat, names: list[str], picture_hash: int, tag_added: bool) -> dict:
-        whole_length = len(chat.input_ids)
-        try:
-            chat = self.encoder.truncate(chat, self.max_length)
-        except RowError as error:
-            return refused_row(index, str(error)) | {"cut_tokens": whole_length}
-        return {
-            "line": index + 1,
-            "reason": "",
-            "input_ids": chat.input_ids,
-            "learned": [edge for span in chat.learned for edge in span],
-            "image_starts": chat.image_starts,
-            "pictures": names,
-            "picture_hash": picture_hash,
-            "tag_added": tag_added,
-            "learned_tokens": sum(end - start for start, end in chat.learned),
-            "cut_tokens": whole_length - len(chat.input_ids),
-        }
-
-
-def refused_row(index: int, reason: str) -> dict:
-    lists = dict.fromkeys(("input_ids", "learned", "image_starts", "pictures"), [])
-    numbers = dict.fromkeys(("picture_hash", "tag_added", "learned_tokens", "cut_tokens"), 0)
-    return {"line": index + 1, "reason": reason, **lists, **numbers}
-
-
-def parse_line(line: str) -> tuple[list[dict], list[str], int, bool]:
-    """Returns turns, image names, image hash, and whether an `<image>` was added, of a jsonl line.
-
-    Raises:
-        RowError: If it cannot be learned from.
-    """
-    if not line.strip():
-        raise RowError("blank")
-    if "\ufffd" in line:
-        raise RowError("the line is not UTF-8 (or holds U+FFFD, the sign of a text once broken)")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise RowError(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise RowError("not a JSON object")
-    formats.check_row(row)
-    turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
-    tag_added = check_images(turns, len(names))
-    return turns, names, hash_63(names[0].encode() if names else line.encode()), tag_added
-
-
-def parse_parquet_row(conversations, image_bytes) -> tuple[list[dict], list[str], int, bool]:
-    """Returns of a parquet row what `parse_line` does of a line (no names); raises RowError as it does."""
-    turns, files = parse_conversation(conversations), formats.as_files(image_bytes)
-    tag_added = check_images(turns, len(files))
-    return turns, [], hash_63(files[0] if files else json.dumps(turns).encode()), tag_added
-
-
-def hash_63(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1  # fits an int64
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:

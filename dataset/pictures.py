@@ -19,6 +19,7 @@ MAX_RESIZED_PIXELS = 50_000_000
 # Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
 Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
+BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
 # What Pillow's decoders raise on a file that is cut off, garbled, or not a picture at all.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -114,6 +115,17 @@ def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FO
     image = image.resize((width, height), picture_format.resample)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def is_blank(content: bytes) -> bool:
+    """Tells whether a picture's file is the black one of 8 x 8 pixels that stands for none in published rows."""
+    if len(content) > BLANK_BYTES:
+        return False
+    try:
+        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+            return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
+    except DECODING_ERRORS:
+        return False
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import IMAGE_TAG, ChatEncoder
+from dataset.chat import ChatEncoder
+from dataset.conversation import IMAGE_TAG
 from dataset.lm_dataset import VLMDataset
 
 PROMPT, NEWLINE = "{prompt}", "\n"

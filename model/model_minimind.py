@@ -27,9 +27,12 @@ class MiniMindConfig(PretrainedConfig):
         intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
         inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
             `original_max_position_embeddings` by `yarn_factor`.
+        yarn_attention_factor: Factor on queries and keys under YaRN, by default the paper's 0.1 ln(yarn_factor) + 1.
+        qk_norm: Norm each head's queries and keys before they are rotated (https://arxiv.org/abs/2302.05442).
         use_moe: Replace the feed-forward by `n_routed_experts` experts, of which each token uses the
             `num_experts_per_tok` best, and `n_shared_experts` that every token uses.
         aux_loss_alpha: Coefficient of the experts' load-balancing loss.
+        balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
 
     Raises:
         ValueError: If a value is out of range, or the head counts do not fit the hidden size.
@@ -54,11 +57,14 @@ class MiniMindConfig(PretrainedConfig):
         yarn_factor: float = 16.0,
         yarn_beta_fast: float = 32.0,
         yarn_beta_slow: float = 1.0,
+        yarn_attention_factor: float | None = None,
+        qk_norm: bool = False,
         use_moe: bool = False,
         num_experts_per_tok: int = 2,
         n_routed_experts: int = 4,
         n_shared_experts: int = 1,
         aux_loss_alpha: float = 0.01,
+        balance_over_batch: bool = False,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
         pad_token_id: int = 0,
@@ -92,11 +98,14 @@ class MiniMindConfig(PretrainedConfig):
         self.yarn_factor = yarn_factor
         self.yarn_beta_fast = yarn_beta_fast
         self.yarn_beta_slow = yarn_beta_slow
+        self.yarn_attention_factor = yarn_attention_factor or 0.1 * math.log(yarn_factor) + 1.0
+        self.qk_norm = qk_norm
         self.use_moe = use_moe
         self.num_experts_per_tok = num_experts_per_tok
         self.n_routed_experts = n_routed_experts
         self.n_shared_experts = n_shared_experts
         self.aux_loss_alpha = aux_loss_alpha
+        self.balance_over_batch = balance_over_batch
         kwargs.setdefault("tie_word_embeddings", True)
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
 
@@ -138,7 +147,7 @@ def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
     # Fast pairs (below low) keep their frequency, slow ones (above high) are stretched, those between are blended.
     stretched = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequencies = frequencies * (1 - stretched) + frequencies / config.yarn_factor * stretched
-    return frequencies, 0.1 * math.log(config.yarn_factor) + 1.0
+    return frequencies, config.yarn_attention_factor
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -167,6 +176,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (
+            norm(config.head_dim, config.rms_norm_eps),
+            norm(config.head_dim, config.rms_norm_eps),
+        )
 
     def forward(self, hidden_states, rotary, attention_mask, cache, cache_position):
         x_BLD = hidden_states
@@ -174,7 +188,7 @@ class Attention(nn.Module):
         q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         k_BKLE = self.k_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         v_BKLE = self.v_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q_BHLE, k_BKLE = apply_rotary(q_BHLE, *rotary), apply_rotary(k_BKLE, *rotary)
+        q_BHLE, k_BKLE = apply_rotary(self.q_norm(q_BHLE), *rotary), apply_rotary(self.k_norm(k_BKLE), *rotary)
         if cache is not None:
             # Early releases of transformers 5 do not count what a static cache holds: they need the position.
             cache_kwargs = {"cache_position": cache_position}
@@ -207,19 +221,22 @@ class FeedForward(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Routed experts and shared ones; the balancing loss is per sequence (https://arxiv.org/abs/2401.06066)."""
+    """Routed experts and shared ones, with a balancing loss (https://arxiv.org/abs/2401.06066)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
-        self.alpha = config.aux_loss_alpha
+        self.alpha, self.balance_over_batch = config.aux_loss_alpha, config.balance_over_batch
         self.gate = nn.Linear(config.hidden_size, self.num_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(self.num_experts))
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
-        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) excludes pads."""
+        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) excludes pads.
+
+        Balanced over the batch, the loss is (1,): all tokens count as one sequence.
+        """
         batch, length, width = hidden_states.shape
         x_TD = hidden_states.reshape(-1, width)
         # The router decides between near-equal scores, so it runs in float32 under autocast too.
@@ -234,8 +251,10 @@ class MoEFeedForward(nn.Module):
             token, slot = (expert_Tk == index).nonzero(as_tuple=True)
             out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
         out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
+        sequences = 1 if self.balance_over_batch else batch
+        token_mask = None if token_mask is None else token_mask.reshape(sequences, -1)
         return out_BLD, self.balancing_loss(
-            scores_TX.view(batch, length, -1), expert_Tk.view(batch, length, -1), token_mask
+            scores_TX.view(sequences, -1, self.num_experts), expert_Tk.view(sequences, -1, self.top_k), token_mask
         )
 
     def balancing_loss(self, scores_BLX, expert_BLk, token_mask):
@@ -311,8 +330,10 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, MiniMindModel):
             # Not saved in the state dict, so it is computed here.
             module.rotary_frequencies.copy_(rotary_frequencies(module.config)[0])

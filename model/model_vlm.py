@@ -22,7 +22,8 @@ class VisionProj(nn.Module):
     Args:
         ve_hidden_size: Width of the tower's features.
         hidden_size: Width of the decoder.
-        kind: "linear": one layer with bias, as published; "mlp": two with a GELU between them.
+        kind: "linear": one layer with bias, as published; "mlp": two with a GELU between them; "norm_mlp": those after
+            a LayerNorm, under minimind-3v's names.
         pixel_shuffle: See `VLMConfig`.
     """
 
@@ -30,13 +31,15 @@ class VisionProj(nn.Module):
         super().__init__()
         self.pixel_shuffle = pixel_shuffle
         layers = [nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size)]
-        if kind == "mlp":
+        if kind != "linear":
             layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-        self.vision_proj = nn.Sequential(*layers)
+        self.name = "mlp" if kind == "norm_mlp" else "vision_proj"
+        norm = [nn.LayerNorm(ve_hidden_size)] if kind == "norm_mlp" else []
+        self.add_module(self.name, nn.Sequential(*norm, *layers))
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(images, patches, ve_hidden_size) to (images, patches / pixel_shuffle^2, hidden_size)."""
-        return self.vision_proj(shuffle_pixels(image_features, self.pixel_shuffle))
+        return getattr(self, self.name)(shuffle_pixels(image_features, self.pixel_shuffle))
 
 
 def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:

@@ -9,22 +9,34 @@ import torch
 from model.model_minimind import MiniMindConfig
 from model.vision_tower import TowerSettings
 
-PROJECTORS = ("linear", "mlp")
+PROJECTORS = ("linear", "mlp", "norm_mlp")
+# What the tensors of minimind-3v do not tell. It is known by its per-head norms, which no older model has.
+MINIMIND_3V = {
+    "rms_norm_eps": 1e-6,
+    "yarn_attention_factor": 1.0,
+    "num_experts_per_tok": 1,
+    "aux_loss_alpha": 5e-4,
+    "balance_over_batch": True,
+    "image_token_id": 12,
+    "vision_patches": 64,
+    "projector": "norm_mlp",
+}
 
 
 class VLMConfig(MiniMindConfig):
     """The decoder's shape (see `MiniMindConfig`) and how images enter it.
 
     Args:
-        image_token_id: The placeholder's id, `@` in the published tokenizer.
+        image_token_id: The placeholder's id: 34, `@`, in the published tokenizer, 12 in minimind-3v's.
         vision_hidden_size: Width of the tower's features; read from the tower where there is one.
         vision_patches: The tower's features per image; read from the tower where there is one.
-        projector: "linear", as published, or "mlp".
+        projector: "linear", as published, "mlp", or "norm_mlp", as in minimind-3v.
         pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide
             (https://arxiv.org/abs/1609.05158, backwards).
 
     Raises:
-        ValueError: If there is no such projector, or the patches are no grid that N divides.
+        ValueError: If there is no such projector, or the patches are no grid that N divides, or a norm_mlp is to take
+            shuffled ones.
     """
 
     model_type = "minimind-v"
@@ -41,6 +53,8 @@ class VLMConfig(MiniMindConfig):
         if projector not in PROJECTORS:
             raise ValueError(f"no projector {projector!r}, choose from {', '.join(PROJECTORS)}")
         check_pixel_shuffle(vision_patches, pixel_shuffle)
+        if projector == "norm_mlp" and pixel_shuffle != 1:
+            raise ValueError(f"a norm_mlp takes no pixel_shuffle {pixel_shuffle}: its input width must be the tower's")
         self.image_token_id = image_token_id
         self.vision_hidden_size = vision_hidden_size
         self.vision_patches = vision_patches
@@ -73,14 +87,26 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
 
     Args:
         from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input
-            width (as vision_hidden_size): N^2 times the tower's width means a pixel shuffle of N before it.
+            width (as vision_hidden_size): N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp
+            is minimind-3v's then, of a tower with 64 patches.
 
     Raises:
-        ValueError: If the tower's patches are no grid that the pixel shuffle divides.
+        ValueError: If the tower's patches are no grid that the pixel shuffle divides, or the weights are minimind-3v's
+            and the tower is not.
     """
+    if from_tensors and config.projector == "norm_mlp" and tower.patches != config.vision_patches:
+        raise ValueError(
+            f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
+            f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
+        )
     factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
     config = copy.deepcopy(config)
-    if from_tensors and factor > 1 and config.vision_hidden_size == tower.hidden_size * factor**2:
+    if (
+        from_tensors
+        and factor > 1
+        and config.projector != "norm_mlp"
+        and config.vision_hidden_size == tower.hidden_size * factor**2
+    ):
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
     check_pixel_shuffle(config.vision_patches, config.pixel_shuffle)
@@ -89,6 +115,9 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
 
 def projector_of(tensors: dict[str, torch.Tensor]) -> dict:
     """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none."""
+    norm = tensors.get("vision_proj.mlp.0.weight")
+    if norm is not None:
+        return {"projector": "norm_mlp", "vision_hidden_size": len(norm)}
     first = tensors.get("vision_proj.vision_proj.0.weight")
     if first is None:
         return {}

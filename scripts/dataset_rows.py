@@ -14,9 +14,9 @@ from urllib.parse import unquote
 from PIL import ExifTags, Image
 
 from dataset import foreign
-from dataset.chat import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.formats import why_missing
-from dataset.pictures import PICTURE_FORMATS, PictureError, decoding, resized_to, to_rgb, upright
+from dataset.pictures import PICTURE_FORMATS, PictureError, decoding, is_blank, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -117,7 +117,10 @@ def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[d
     else:
         turns = parse_conversation([own_turn(turn, images_path, inline) for turn in turns_of(row)])
     pictures = inline or pictures
-    if pictures and not any(IMAGE_TAG in turn["content"] for turn in turns):
+    has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
+    if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
+        return turns, []
+    if pictures and not has_tag:
         asked = next(turn for turn in turns if turn["role"] == "user")
         asked["content"] = with_images(asked["content"], len(pictures), f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
     check_images(turns, len(pictures))
@@ -160,14 +163,15 @@ def turns_of(row: dict) -> list:
 
 
 def own_turn(turn, images_path: Path, pictures: list[str | bytes]):
-    """Returns a turn as {"role", "content"}, where it has such; appends the pictures that stand in its parts."""
+    """Returns a turn as {"role", "content", ...}, where it has such; appends the pictures that stand in its parts."""
     if not isinstance(turn, dict):
         return turn
     role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
                      for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
     if isinstance(content, list):
         content = NEWLINE.join(part_text(part, images_path, pictures) for part in content)
-    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+    more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
+    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
 
 
 def part_text(part, images_path: Path, pictures: list[str | bytes]) -> str:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from common.errors import UsageError
 from common.paths import display_path
 from dataset import foreign
-from dataset.chat import RowError
+from dataset.conversation import RowError
 from dataset.formats import with_plain_images
 
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once

@@ -1,17 +1,22 @@
-"""Fetch the published weights, tokenizer and data into the places where training looks for them.
+"""Fetch the published weights, tokenizer and data to where they are looked for.
 
-    python scripts/download.py                               all for the small model, pretraining and SFT
-    python scripts/download.py tower llm tokenizer pretrain  only what pretraining needs
-    python scripts/download.py llm --hidden_size 768         the base language model
-    HF_ENDPOINT=https://MIRROR python scripts/download.py    through a mirror of the hub
+    python scripts/download.py sft_vlm          a trained model, to talk to
+    python scripts/download.py                  all to train the small model
+    python scripts/download.py tower pretrain   only these parts
+    python scripts/download.py sft_vlm --hidden_size 768
+    python scripts/download.py sft_vlm --source modelscope
+    HF_ENDPOINT=https://MIRROR python scripts/download.py
 
-Run it again after an interruption: it resumes, and fetches nothing that is already here.
+Weights bring the tower and tokenizer that they were trained with.
+The same command resumes after an interruption, and fetches nothing twice.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +27,81 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import DATASET_DIR, ROOT, SAVE_DIR, TOKENIZER_DIR, TOWER_DIR
-from scripts.transfer import RemoteFile, fetch, human, list_hub, unpack  # noqa: E402
+from common.paths import (  # noqa: E402
+    DATASET_DIR,
+    EXAMPLE_PHOTO,
+    ROOT,
+    SAVE_DIR,
+    TOKENIZER_3V_DIR,
+    TOKENIZER_DIR,
+    TOWER_3V_DIR,
+    TOWER_DIR,
+)
+from scripts.transfer import (  # noqa: E402
+    RemoteFile,
+    fetch,
+    has_checksum,
+    human,
+    list_hub,
+    list_modelscope,
+    modelscope_endpoint,
+    unpack,
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one word on the command line asks for: the first of the choices that its repository has in full."""
+    """What one word on the command line asks for: the first of the choices that its repository has in full.
+
+    Attributes:
+        needs: Of weights: the parts with the tower and the tokenizer that they were trained with.
+        hidden_size: Of weights: which size, unless --hidden_size says another.
+    """
 
     repo_type: str
     repo_id: str
     folder: Path
     about: str
     choices: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    hidden_size: int = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files are published.
+
+    Attributes:
+        list_files: Lists the repository of an id and a type, "model" or "dataset".
+        owners: What the hub's owners are called there.
+        cure: What to do where it fails.
+        access: What else to check where something is not there.
+    """
+
+    endpoint: str
+    list_files: Callable[[str, str], dict[str, RemoteFile]]
+    owners: dict[str, str]
+    cure: str
+    access: str = ""
+
+    def list_part(self, part: Part, hidden_size: int | None) -> list[RemoteFile]:
+        """Asks for the files of a part; raises UsageError where its repository lacks them."""
+        owner, name = part.repo_id.split("/")
+        repo_id = f"{self.owners.get(owner, owner)}/{name}"
+        published = self.list_files(repo_id, part.repo_type)
+        choices = [choice.format(hidden_size=hidden_size or part.hidden_size) for choice in part.choices]
+        for choice in choices:
+            names = choice.split(" + ")
+            if published.keys() >= set(names):
+                return [published[name] for name in names]
+        there = ", ".join(sorted(name for name in published if not name.startswith("."))) or "nothing"
+        raise UsageError(f"{repo_id} on {self.endpoint} has no {' and no '.join(choices)}. It has: {there}.")
+
+
+def weights_part(name: str, about: str) -> Part:
+    """Returns weights of the published model."""
+    files = (f"{name}_{{hidden_size}}.pth",)
+    return Part("model", "jingyaogong/MiniMind2-V-PyTorch", SAVE_DIR, about, files, ("tower", "tokenizer"))
 
 
 def data_part(name: str, about: str) -> Part:
@@ -45,37 +112,51 @@ def data_part(name: str, about: str) -> Part:
 
 TOWER_CONFIG = "config.json + preprocessor_config.json"
 TOWER_FILES = (f"{TOWER_CONFIG} + model.safetensors", f"{TOWER_CONFIG} + pytorch_model.bin")
-LLM_FILES = ("llm_{hidden_size}.pth",)
 TOKENIZER_FILES = ("tokenizer.json + tokenizer_config.json",)
+WEIGHTS_3V = ("sft_vlm_{hidden_size}.pth + llm_{hidden_size}.pth",)
+NEEDS_3V = ("tower_3v", "tokenizer_3v")
 PARTS = {
     "tower": Part("model", "openai/clip-vit-base-patch16", TOWER_DIR, "the vision tower", TOWER_FILES),
-    "llm": Part("model", "jingyaogong/MiniMind2-V-PyTorch", SAVE_DIR, "the language model to start from", LLM_FILES),
-    "tokenizer": Part("model", "jingyaogong/MiniMind2-V", TOKENIZER_DIR, "that model's tokenizer", TOKENIZER_FILES),
+    "tokenizer": Part("model", "jingyaogong/MiniMind2-V", TOKENIZER_DIR, "the tokenizer", TOKENIZER_FILES),
+    "sft_vlm": weights_part("sft_vlm", "the trained model"),
+    "pretrain_vlm": weights_part("pretrain_vlm", "after pretraining"),
+    "llm": weights_part("llm", "before any picture"),
     "pretrain": data_part("pretrain", "pictures with captions"),
     "sft": data_part("sft", "pictures with conversations"),
+    "minimind-3v": Part(
+        *("model", "jingyaogong/minimind-3v-pytorch", SAVE_DIR / "minimind-3v"),
+        *("the newer model", WEIGHTS_3V, NEEDS_3V, 768),
+    ),
+    "tower_3v": Part("model", "jingyaogong/siglip2-base-p32-256-ve", TOWER_3V_DIR, "its vision tower", TOWER_FILES),
+    "tokenizer_3v": Part("model", "jingyaogong/minimind-3v", TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER_FILES),
 }
+TO_TRAIN = ("tower", "llm", "tokenizer", "pretrain", "sft")
+MODELSCOPE_OWNERS = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
 
 UNPACKED_PER_ZIP = 1.6  # a guess: JPEGs of 4 kB do not shrink in a zip, and fill whole blocks on disk
 
 
-def choose_files(part: Part, published: dict[str, RemoteFile], hidden_size: int) -> list[RemoteFile]:
-    """Picks a part's files out of those of its repository."""
-    choices = [choice.format(hidden_size=hidden_size) for choice in part.choices]
-    for choice in choices:
-        names = choice.split(" + ")
-        if published.keys() >= set(names):
-            return [published[name] for name in names]
-    there = ", ".join(sorted(name for name in published if not name.startswith("."))) or "nothing"
-    raise UsageError(f"{part.repo_id} on {ENDPOINT} has no {' and no '.join(choices)}. It has: {there}.")
+def find_source(name: str) -> Source:
+    """Returns what --source names."""
+    if name == "modelscope":
+        cure = "leave --source out (the hub has the same files)"
+        return Source(modelscope_endpoint(), list_modelscope, MODELSCOPE_OWNERS, cure)
+    cure = "set HF_ENDPOINT=https://MIRROR, or try --source modelscope"
+    return Source(ENDPOINT, list_hub, {}, cure, "check HF_TOKEN (your access token), or ")
 
 
-def plan(parts: list[str], hidden_size: int, dest: Path) -> dict[str, dict[Path, RemoteFile]]:
-    """Asks the hub what makes up the wanted parts: for each of them, path here -> published file."""
+def folder_of(part: Part, args: argparse.Namespace) -> Path:
+    """Returns where a part's files go."""
+    if part.needs and args.save_dir:
+        return args.save_dir / part.folder.relative_to(SAVE_DIR)
+    return args.dest / part.folder.relative_to(ROOT)
+
+
+def plan(args: argparse.Namespace, source: Source) -> dict[str, dict[Path, RemoteFile]]:
+    """Asks the source what makes up the wanted parts: for each of them, path here -> published file."""
     files = {}
-    for name in parts:
-        part = PARTS[name]
-        folder = dest / part.folder.relative_to(ROOT)
-        chosen = choose_files(part, list_hub(part.repo_id, part.repo_type), hidden_size)
+    for name in args.parts:
+        folder, chosen = folder_of(PARTS[name], args), source.list_part(PARTS[name], args.hidden_size)
         # Training looks for pretrain_data.parquet, whichever name it was published under.
         files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
     return files
@@ -88,14 +169,18 @@ def final_path(path: Path) -> Path:
 
 def is_in_place(path: Path, file: RemoteFile) -> bool:
     """Tells whether nothing is left to do for a file; raises where the user's own file has its name."""
-    final = final_path(path)
+    final, is_weights = final_path(path), path.suffix == ".pth"
     if final.is_dir() and any(final.iterdir()):
         return True
+    elsewhere = "rename it, or put the published weights into another folder with --save_dir"
+    if is_weights and path.with_suffix(".json").exists():
+        raise UsageError(f"{path} is of your own training ({path.stem}.json beside it says so): {elsewhere}.")
     if path.exists() and path.stat().st_size != file.size:
-        raise UsageError(
-            f"{path} has {path.stat().st_size:,} bytes, the published file {file.size:,}. "
-            "Move or delete it, then run this again (or name the other parts to fetch only those)."
-        )
+        cure = elsewhere if is_weights else "move or delete it, or name the other parts to fetch only those"
+        raise UsageError(f"{path} has {path.stat().st_size:,} bytes, the published file {file.size:,}: {cure}.")
+    # Weights of one's own have the size of the published ones. Nobody makes the other files.
+    if is_weights and path.exists() and not has_checksum(path, file.checksum):
+        raise UsageError(f"{path} is not the published file (another checksum): {elsewhere}.")
     return final.is_file()
 
 
@@ -125,86 +210,117 @@ def check_disk(missing: dict[Path, RemoteFile]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parts = "\n".join(f"  {name:<10} {part.about} ({part.repo_id})" for name, part in PARTS.items())
-    parser = ArgumentParser(description=f"{__doc__}\nparts (default: all):\n{parts}", formatter_class=HelpFormatter)
+    """Reads the command line; `parts` comes in the order of PARTS, with what weights need."""
+    parts = "\n".join(f"  {name:<12} {part.about} ({part.repo_id})" for name, part in PARTS.items())
+    about = f"{__doc__}\nparts (default: all, which is {', '.join(TO_TRAIN)}):\n{parts}"
+    parser = ArgumentParser(description=about, formatter_class=HelpFormatter)
     parser.add_argument("parts", nargs="*", choices=("all", *PARTS), default="all", metavar="PART", help="see above")
-    parser.add_argument("--hidden_size", type=int, choices=(512, 768), default=512, help="which language model")
+    parser.add_argument("--hidden_size", type=int, help="which size of weights (default: 512; minimind-3v: 768)")
+    parser.add_argument("--source", choices=("hub", "modelscope"), default="hub", help="where to fetch from")
     parser.add_argument("--dest", type=file_path, default=ROOT, help="put everything under this folder")
+    parser.add_argument("--save_dir", type=file_path, help="put weights there (default: out)")
     parser.add_argument("--keep_zip", action="store_true", help="keep a zip of pictures after it is unpacked")
     args = parser.parse_args(argv)
-    args.parts = [part for part in PARTS if part in args.parts or "all" in args.parts]
+    named = set(TO_TRAIN if "all" in args.parts else ()) | {part for part in PARTS if part in args.parts}
+    named.update(need for part in tuple(named) for need in PARTS[part].needs)
+    args.parts = [part for part in PARTS if part in named]
+    args.dest, args.save_dir = args.dest.absolute(), args.save_dir and args.save_dir.absolute()
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Asks the hub, checks the disk, fetches, unpacks and prints where everything is."""
-    dest = args.dest.absolute()
-    print(f"Asking {ENDPOINT} ...", flush=True)
-    files, missing = plan(args.parts, args.hidden_size, dest), {}
+def run(args: argparse.Namespace, source: Source) -> None:
+    """Asks the source, checks the disk, fetches, unpacks and prints where everything is."""
+    print(f"Asking {source.endpoint} ...", flush=True)
+    files, missing = plan(args, source), {}
     for part, published in files.items():
         here = {path: file for path, file in published.items() if not is_in_place(path, file)}
         size = human(sum(bytes_to_fetch(path, file) for path, file in here.items()))
         names = ", ".join(file.name for file in here.values())
-        print(f"  {part:<10} {f'{names} ({size})' if here else 'already here'}")
+        print(f"  {part:<12} {f'{names} ({size})' if here else 'already here'}")
         missing |= here
     check_disk(missing)
     for path, file in missing.items():
         if not path.exists():
             fetch(file, path)
-            print(f"  fetched   {path.relative_to(dest).as_posix()} ({human(file.size)})", flush=True)
+            print(f"  fetched   {shown(path, args)} ({human(file.size)})", flush=True)
         if (folder := final_path(path)) != path:
             unpack(path, folder)
-            print(f"  unpacked  {folder.relative_to(dest).as_posix()}/", flush=True)
+            print(f"  unpacked  {shown(folder, args)}/", flush=True)
             if not args.keep_zip:
                 path.unlink()
-    report(args, files, dest)
+    report(args, files)
 
 
-def report(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]], dest: Path) -> None:
-    """Prints what is where, and the command to type next."""
-    print(f"\nIn place, under {dest}:")
+def shown(path: Path, args: argparse.Namespace) -> str:
+    """Returns a path as it is printed, relative to --dest where it lies inside."""
+    return (path.relative_to(args.dest) if path.is_relative_to(args.dest) else path).as_posix()
+
+
+def report(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]) -> None:
+    """Prints what is where, and the commands to type next."""
+    print(f"\nIn place, under {args.dest}:")
     for part, published in files.items():
         paths = [final_path(path) for path in published]
-        if PARTS[part].folder in (TOWER_DIR, TOKENIZER_DIR):
+        if PARTS[part].choices in (TOWER_FILES, TOKENIZER_FILES):
             paths = [paths[0].parent]
-        names = [path.relative_to(dest).as_posix() + "/" * path.is_dir() for path in paths]
-        print(f"  {part:<10} {' + '.join(names)}")
-    if dest != ROOT:
+        print(f"  {part:<12} {' + '.join(shown(path, args) + '/' * path.is_dir() for path in paths)}")
+    stages = [stage for stage in ("pretrain", "sft") if stage in args.parts]
+    if args.dest != ROOT and stages:
         print(f"Training looks under {ROOT}: move these folders there.")
-    size = f" --hidden_size {args.hidden_size}" if args.hidden_size != 512 else ""
-    for word, stage in (("Next:", "pretrain"), ("then:", "sft")):
-        script = ROOT / "trainer" / f"train_{stage}_vlm.py"
-        if stage == "pretrain" or stage in args.parts:
-            print(f"{word}  python {os.path.relpath(script) if Path.cwd().is_relative_to(ROOT) else script}{size}")
+    size = ["--hidden_size", str(args.hidden_size)] if args.hidden_size else []
+    for stage in stages:
+        print("Train: ", command(f"trainer/train_{stage}_vlm.py", *size))
+    for part, published in files.items():
+        if PARTS[part].needs and not (part == "llm" and stages):
+            print("Talk to it: ", talk_command(PARTS[part], next(iter(published)), args))
 
 
-def explain(error: HTTPError | OSError) -> str:
+def talk_command(part: Part, weights: Path, args: argparse.Namespace) -> str:
+    """Returns the command that shows the example photo to the weights."""
+    flags = ["--weight", typed(weights), "--image", typed(EXAMPLE_PHOTO)]
+    for flag, need in zip(("--vision_model_path", "--tokenizer_path"), part.needs, strict=True):
+        if (folder := folder_of(PARTS[need], args)) not in (TOWER_DIR, TOKENIZER_DIR):
+            flags += [flag, typed(folder)]
+    return command("eval_vlm.py", *flags)
+
+
+def command(script: str, *flags: str) -> str:
+    """Returns the line that runs one of the project's scripts."""
+    return shlex.join(["python", typed(ROOT / script), *flags])
+
+
+def typed(path: Path) -> str:
+    """Returns a path as it is typed in the current folder."""
+    return os.path.relpath(path) if Path.cwd().is_relative_to(ROOT) and path.is_relative_to(ROOT) else str(path)
+
+
+def explain(error: HTTPError | OSError, source: Source) -> str:
     """Returns a line for the person who typed the command: what is wrong, and what to do."""
     if not isinstance(error, HTTPError):
         return str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
     if not isinstance(error, HfHubHTTPError):
         reason = str(error) or type(error).__name__
-        return f"the connection to {ENDPOINT} failed ({reason}): check the network, or set HF_ENDPOINT=https://MIRROR"
+        return f"the connection to {source.endpoint} failed ({reason}): check the network, or {source.cure}"
     status, url = error.response.status_code, str(error.response.url).split("?")[0]
-    advice = "try again later, or set HF_ENDPOINT to another mirror"
+    advice = f"try again later, or {source.cure}"
     if isinstance(error, GatedRepoError):
         advice = "it needs a login: accept the terms on its page, then set HF_TOKEN"
     elif status in (401, 403, 404):
-        advice = "not there, or private: check HF_TOKEN (your access token), or set HF_ENDPOINT to another mirror"
+        advice = f"not there, or private: {source.access}{source.cure}"
     return f"{url} answers {status}: {advice}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_args(argv)
+    source = find_source(args.source)
     try:
-        run(args)
+        run(args, source)
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes.", file=sys.stderr)
         sys.exit(130)
     except (HTTPError, OSError) as error:
-        raise UsageError(f"{explain(error)}. What has arrived is kept: the same command resumes.") from error
+        raise UsageError(f"{explain(error, source)}. What has arrived is kept: the same command resumes.") from error
 
 
 if __name__ == "__main__":

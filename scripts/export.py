@@ -34,7 +34,8 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
 from common.paths import SAVE_DIR, display_path  # noqa: E402
-from dataset.chat import IMAGE_TAG, SYSTEM_PROMPT  # noqa: E402
+from dataset.chat import END_OF_THINKING, SYSTEM_PROMPT, THINK, has_image_pad, thinking  # noqa: E402
+from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
 from model.tower_files import read_tower_weights  # noqa: E402
 from model.vlm_config import VLMConfig  # noqa: E402
@@ -55,14 +56,30 @@ CHAT_TEMPLATE = (
     f"{{% if add_generation_prompt %}}{{{{ {TURN.format(role=repr('assistant'))} }}}}{{% endif %}}"
 )
 
+# Of minimind-3v: no default system turn; an answer begins with its think block, or with an empty one.
+EMPTY_BLOCK = repr(thinking(""))
+CHAT_TEMPLATE_3V = (
+    "{% for turn in messages %}{% set text = turn['content'] %}"
+    "{% if text is not string %}{% set text = text | map(attribute='text') | join %}{% endif %}"
+    "{% if turn['role'] == 'assistant' %}"
+    f"{{% set before = text.split('{END_OF_THINKING}')[0].split('{THINK}')[-1].strip('\n') %}}"
+    f"{{% set reasoning = before if '{END_OF_THINKING}' in text else '' %}}"
+    f"{{% set answer = text.split('{END_OF_THINKING}')[-1].lstrip('\n') %}}"
+    f"{{% set text = {thinking('REASONING')!r}.replace('REASONING', reasoning) + answer %}}{{% endif %}}"
+    f"{{{{ {TURN.format(role='turn[' + repr('role') + ']')} + text + '<|im_end|>\n' }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ {TURN.format(role=repr('assistant'))} + {EMPTY_BLOCK} }}}}{{% endif %}}"
+)
+
 
 def chat_template(trained: Trained) -> str:
     """Returns the prompt as a Jinja template; parts of a content are joined as most rows in training had them."""
+    if has_image_pad(trained.tokenizer):
+        return CHAT_TEMPLATE_3V
     return CHAT_TEMPLATE.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
 
 
 def text_config(config: VLMConfig) -> dict:
-    """Returns the decoder as transformers' Llama, or Qwen2-MoE where it has experts.
+    """Returns the decoder as transformers' Llama, or Qwen2-MoE where it has experts; with norms per head, as Qwen3.
 
     Raises:
         UsageError: If they cannot express it.
@@ -76,20 +93,18 @@ def text_config(config: VLMConfig) -> dict:
     shape |= {"head_dim": config.head_dim, "hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32"}
     shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if not config.use_moe:
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False} | shape
-    if config.n_shared_experts != 1:
-        raise UsageError(f"{config.n_shared_experts} shared experts are not exported: Qwen2-MoE has one")
-    return {
-        "model_type": "qwen2_moe",
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "num_experts": config.n_routed_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "norm_topk_prob": True,
-        "moe_intermediate_size": config.intermediate_size,
-        "shared_expert_intermediate_size": config.intermediate_size,
-        "qkv_bias": False,
-        "router_aux_loss_coef": config.aux_loss_alpha,
-    } | shape
+        kind, name = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+        return {"model_type": kind, "architectures": [name], "attention_bias": False} | shape
+    shape |= {"num_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    shape |= {"norm_topk_prob": True, "moe_intermediate_size": config.intermediate_size}
+    shape |= {"router_aux_loss_coef": config.aux_loss_alpha}
+    if config.n_shared_experts != (0 if config.qk_norm else 1):
+        fits = "Qwen3-MoE, which has norms per head, has none" if config.qk_norm else "Qwen2-MoE has one"
+        raise UsageError(f"{config.n_shared_experts} shared experts are not exported: {fits}")
+    if config.qk_norm:
+        return {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False} | shape
+    shared = {"shared_expert_intermediate_size": config.intermediate_size, "qkv_bias": False}
+    return {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]} | shared | shape
 
 
 def llava_config(trained: Trained, image_token_id: int) -> dict:
@@ -103,6 +118,10 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
         raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
+    if config.projector == "norm_mlp":
+        raise UsageError("a projection with a norm (norm_mlp) is not exported: LLaVA has none")
+    if has_image_pad(trained.tokenizer):
+        raise UsageError("of minimind-3v the language model alone is exported (--weight llm), not the one with images")
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -202,6 +221,8 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         raise UsageError("--to gguf needs a package: pip install -r scripts/requirements-export.txt") from error
     if trained.config.use_moe:
         raise UsageError("experts are not exported to GGUF: use --to transformers")
+    if trained.config.qk_norm:
+        raise UsageError("norms per head (minimind-3v) are not exported to GGUF: use --to transformers")
     text_config(trained.config)  # refuses what a Llama cannot express
     sees_images, mmproj = trained.weights.has_projection, f"mmproj-{name}-f32.gguf"
     if sees_images:

@@ -40,7 +40,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
 from dataset import check  # noqa: E402
-from dataset.chat import RowError  # noqa: E402
+from dataset.conversation import RowError  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from scripts.dataset_rows import RowMaker  # noqa: E402
 from scripts.dataset_sources import Row, read_source  # noqa: E402

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
 from common.paths import TOWER_DIR, display_path
-from dataset.chat import IMAGE_TAG
+from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.watch import charts, page

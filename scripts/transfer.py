@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
+from urllib.parse import quote_plus, urlsplit
 
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.constants import ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT
@@ -64,6 +65,45 @@ def list_hub(repo_id: str, repo_type: str) -> dict[str, RemoteFile]:
     return files
 
 
+def modelscope_endpoint() -> str:
+    """Returns ModelScope's address: $MODELSCOPE_ENDPOINT or the older $MODELSCOPE_DOMAIN, as its own client does."""
+    named = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    endpoint = (named if "://" in named else f"https://{named}").rstrip("/")
+    try:
+        _ = urlsplit(endpoint).port  # raises for a port that is no number, and for half of an IPv6 address
+    except ValueError as error:
+        raise UsageError(f"MODELSCOPE_ENDPOINT {named} is no address: {error}.") from error
+    return endpoint
+
+
+def list_modelscope(repo_id: str, repo_type: str) -> dict[str, RemoteFile]:
+    """Lists the files of a repository of ModelScope by their names.
+
+    The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
+    """
+    endpoint = modelscope_endpoint()
+    repo = f"{endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
+    # 200 files are one page of a data set, and the client's own size; a model's files come all at once.
+    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
+    response = get_session().get(
+        f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}",
+        params=page,
+        timeout=HF_HUB_DOWNLOAD_TIMEOUT,
+        follow_redirects=True,
+    )
+    hf_raise_for_status(response)
+    try:
+        answer = response.json()
+        entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+        about = {entry["Path"]: (int(entry["Size"]), entry["Sha256"].lower()) for entry in entries}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, or some other server's JSON
+        raise UsageError(f"{endpoint} does not answer like ModelScope: check MODELSCOPE_ENDPOINT.") from error
+    return {
+        name: RemoteFile(name, f"{repo}?Revision=master&FilePath={quote_plus(name)}", {}, size, checksum)
+        for name, (size, checksum) in about.items()
+    }
+
+
 def fetch(file: RemoteFile, path: Path) -> None:
     """Downloads a file and verifies its checksum; resumes where an earlier run stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +136,8 @@ def append_rest(file: RemoteFile, out: BinaryIO, bar: tqdm) -> None:
     options = {"headers": headers, "timeout": HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
     with get_session().stream("GET", file.url, **options) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:  # a server without range support sends the file from its beginning
+        # The status does not tell: ModelScope sends the rest with 200, a server without range support the whole file.
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
             out.seek(0)
             out.truncate()
         bar.n = out.tell()

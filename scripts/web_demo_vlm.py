@@ -32,7 +32,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import ROOT, SAVE_DIR  # noqa: E402
-from dataset.chat import IMAGE_TAG  # noqa: E402
+from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE, ENGLISH  # noqa: E402

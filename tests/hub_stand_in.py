@@ -24,6 +24,7 @@ class HubStandIn:
         hold: file name -> after how many bytes it stalls, once; `holding` is set by then.
         damage: file names that arrive with a wrong byte, once each.
         ranges: whether requests for a part of a file are understood.
+        partial_status: the status of an answer with a part of a file.
         private: repositories that are private; only `describe` says it.
         gets: (file name, Range header or None) of every request for a file's content.
     """
@@ -33,6 +34,7 @@ class HubStandIn:
     hold: dict[str, int] = field(default_factory=dict)
     damage: set[str] = field(default_factory=set)
     ranges: bool = True
+    partial_status: int = 206
     private: set[str] = field(default_factory=set)
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     holding: threading.Event = field(default_factory=threading.Event)
@@ -149,7 +151,7 @@ def send_file(hub: HubStandIn, request: BaseHTTPRequestHandler, name: str, conte
         hub.damage.remove(name)
         content = content[:-1] + bytes([content[-1] ^ 1])
     start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and hub.ranges else 0
-    request.send_response(206 if start else 200)
+    request.send_response(hub.partial_status if start else 200)
     if start:
         request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
     request.send_header("Content-Length", str(len(content) - start))

@@ -39,20 +39,20 @@ def fill_decoder(model):
         fill_by_name(name, tensor)
 
 
-def recorded(case: str) -> dict:
+def recorded(case: str, side: int = 224) -> dict:
     """Loads one recorded case: shape, input_ids (B, L), pixel_values or None, columns, logits, loss."""
     arrays = np.load(DATA / f"{case}.npz")
     images = len(arrays["spans"])
-    index = np.arange(images * 3 * 224 * 224, dtype=np.float64)
+    index = np.arange(images * 3 * side * side, dtype=np.float64)
     pixels = np.sin(index * 0.013 + float(arrays["pixel_offset"])).astype(np.float32)
     return {
         "shape": json.loads(str(arrays["config"])),
         "input_ids": torch.from_numpy(arrays["input_ids"]).long(),
         "image_starts": torch.from_numpy(arrays["spans"]).long(),
-        "pixel_values": torch.from_numpy(pixels).view(images, 3, 224, 224) if images else None,
+        "pixel_values": torch.from_numpy(pixels).view(images, 3, side, side) if images else None,
         "columns": torch.from_numpy(arrays["columns"]).long(),
         "logits": torch.from_numpy(arrays["logits"]),
-        "loss": float(arrays["loss_all_text_targets"]),
+        "loss": float(arrays["loss" if "loss" in arrays else "loss_all_text_targets"]),
     }
 
 
@@ -77,7 +77,7 @@ def angular_frequencies(config) -> tuple[list[float], float]:
     for pair, frequency in enumerate(plain):
         kept = 1.0 if pair <= low else 0.0 if pair >= high else (high - pair) / (high - low)
         scaled.append(kept * frequency + (1 - kept) * frequency / config.yarn_factor)
-    return scaled, 0.1 * math.log(config.yarn_factor) + 1
+    return scaled, config.yarn_attention_factor
 
 
 def rms_norm(x_LD, weight, eps):
@@ -99,6 +99,9 @@ def attention(x_LD, weights, config):
     q_LHE = (x_LD @ weights["q_proj.weight"].T).view(length, heads, -1)
     k_LHE = (x_LD @ weights["k_proj.weight"].T).view(length, groups, -1).repeat_interleave(heads // groups, dim=1)
     v_LHE = (x_LD @ weights["v_proj.weight"].T).view(length, groups, -1).repeat_interleave(heads // groups, dim=1)
+    if config.qk_norm:
+        q_LHE = rms_norm(q_LHE, weights["q_norm.weight"], config.rms_norm_eps)
+        k_LHE = rms_norm(k_LHE, weights["k_norm.weight"], config.rms_norm_eps)
     q_LHE, k_LHE = rotate(q_LHE, frequencies, scale), rotate(k_LHE, frequencies, scale)
     scores = torch.einsum("qhe,khe->hqk", q_LHE, k_LHE) / math.sqrt(q_LHE.shape[-1])
     scores = scores + torch.full((length, length), -math.inf, dtype=torch.float64).triu(1)
@@ -160,6 +163,16 @@ def decode(model, x_LD: torch.Tensor, is_token=None) -> tuple[torch.Tensor, floa
             fed = feed_forward(normed, below(layer, "mlp."))
         x_LD = x_LD + fed
     return rms_norm(x_LD, weights["model.norm.weight"], config.rms_norm_eps) @ weights["lm_head.weight"].T, balance
+
+
+def norm_mlp(x_PW, weights) -> torch.Tensor:
+    """Projects the patches of an image as minimind-3v does: layer norm, linear, GELU (the exact one), linear."""
+    centred = x_PW - x_PW.mean(-1, keepdim=True)
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    normed = normed * weights["mlp.0.weight"] + weights["mlp.0.bias"]
+    hidden = normed @ weights["mlp.1.weight"].T + weights["mlp.1.bias"]
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return hidden @ weights["mlp.3.weight"].T + weights["mlp.3.bias"]
 
 
 def splice(x_LD: torch.Tensor, starts: list[int], projected: list[torch.Tensor]) -> torch.Tensor:

@@ -1,12 +1,22 @@
 """Tiny vision towers and models, and prompts with images."""
 
+import json
 import tempfile
 from pathlib import Path
 
 import plain_model
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 
@@ -18,7 +28,36 @@ AT = plain_model.PLACEHOLDER
 def save_tower(folder: Path, width: int = 32, prefix: str = "vision_model.", **shape) -> Path:
     """Writes a tower with the published names and the weights behind the recorded figures."""
     shape = TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width} | shape
-    tower = CLIPVisionModel(CLIPVisionConfig(**shape))
+    return write_tower(folder, CLIPVisionModel(CLIPVisionConfig(**shape)), prefix)
+
+
+def save_siglip(folder: Path, width: int = 32, **shape) -> Path:
+    """Writes a tower as minimind-3v's, 64 patches of 32 pixels, with its preprocessor file."""
+    shape = (
+        TOWER_SHAPE | {"hidden_size": width, "intermediate_size": width, "patch_size": 32, "image_size": 256} | shape
+    )
+    write_tower(folder, SiglipVisionModel(SiglipVisionConfig(**shape)))
+    settings = {"do_resize": True, "size": {"height": 256, "width": 256}, "resample": 2}
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def save_tokenizer_3v(folder: Path) -> Path:
+    """Writes a byte-level tokenizer of minimind-3v's form: `<|image_pad|>` is token 12, think marks are 25 and 26."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|buffer{number}|>" for number in range(3, 25))]
+    special[12] = "<|image_pad|>"
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate([*special, "<think>", "</think>", *alphabet])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    names = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0], "unk_token": special[0]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+def write_tower(folder: Path, tower, prefix: str = "vision_model.") -> Path:
     plain_model.fill_tower(tower)
     tower.config.save_pretrained(folder)
     tensors = {prefix + name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}

@@ -1,6 +1,6 @@
 """Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UsageError
@@ -11,11 +11,13 @@ from common.paths import (
     BUILTIN_TOWER_DIR,
     DATASET_DIR,
     ROOT,
+    TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
+    TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
 )
-from trainer.weights import find_weights, read_sidecar_or_empty
+from trainer.weights import find_weights, read_sidecar_or_empty, read_weights
 
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
@@ -84,6 +86,13 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
         UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
     """
     files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
+    if starts_from_3v(args):
+        folders = {
+            "vision_model_path": (TOWER_3V_DIR, "tower_3v"),
+            "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v"),
+        }
+        for flag, (folder, part) in folders.items():
+            files[flag] = replace(files[flag], path=folder, command=f"python scripts/download.py {part}")
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
     sidecar = starting_sidecar(args) if args.data_path is not None or is_path(args.from_weight) else {}
     if args.data_path is not None:  # the data is there, so the model alone is in question
@@ -112,14 +121,28 @@ def is_path(from_weight: str) -> bool:
     return Path(from_weight).suffix == ".pth"
 
 
-def starting_sidecar(args) -> dict:
-    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
+def starting_path(args) -> Path | None:
+    """Returns the weights that --from_weight names; None where there are none."""
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     try:
-        path = find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
+        return find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
     except UsageError:
-        return {}
-    return read_sidecar_or_empty(path)
+        return None
+
+
+def starting_sidecar(args) -> dict:
+    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
+    path = starting_path(args)
+    return {} if path is None else read_sidecar_or_empty(path)
+
+
+def starts_from_3v(args) -> bool:
+    """Tells whether the weights that --from_weight names are minimind-3v's, by their tensors."""
+    path = starting_path(args)
+    try:
+        return path is not None and read_weights(path).config.qk_norm
+    except UsageError:  # said when the run reads them
+        return False
 
 
 def is_builtin_model(args, sidecar: dict, there: list[str], given: list[str]) -> bool:

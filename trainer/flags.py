@@ -10,10 +10,11 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.vlm_config import PROJECTORS
-from trainer.assets import choose_assets
+from trainer.assets import choose_assets, starts_from_3v
 from trainer.support.processes import cores, pick_device, pick_dtype
 
 LOG_INTERVAL = 100
+FREEZE = ("none", "ends", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class Stage:
         name: In the sidecar of its weights.
         title, story: What it is called, and what it does, in a line.
         defaults: The published settings, by flag.
+        minimind_3v: Where those of minimind-3v differ, for runs that start from its weights.
         builtin: The settings that teach the small built-in model.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
         following: The command that comes next; {save_weight} is filled in.
@@ -34,6 +36,7 @@ class Stage:
     title: str
     story: str
     defaults: dict
+    minimind_3v: dict
     builtin: dict
     data: str
     following: str
@@ -58,20 +61,28 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
 def add_model_flags(add, default: dict):
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
     add("--from_weight", default=default["from_weight"], help=what)
-    modes = "0: projection and decoder learn; 1: the projection; 2: projection, the decoder's first and last layer"
-    add("--freeze_llm", type=int, choices=(0, 1, 2), default=default["freeze_llm"], help=modes)
+    what = (
+        "none: projection and decoder learn; ends: projection, the decoder's first and last layer; all: the projection"
+    )
+    add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
     add("--hidden_size", type=int, help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=int, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
     add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=int, metavar="N", help=what)
-    add(
-        "--max_seq_len",
-        type=int,
-        default=default["max_seq_len"],
-        help="tokens a sample is cut at, its images' included",
-    )
+    what = "tokens a sample is cut at, its images' included"
+    add("--max_seq_len", type=int, help=f"{what} (default: {default['max_seq_len']})")
+
+
+def freeze_word(text: str) -> str:
+    """Returns what `--freeze_llm` means by a word, or by the numbers 0 and 1 of this project's first generation."""
+    if text == "2":
+        raise argparse.ArgumentTypeError(
+            "2 is not the same in the original's two generations: write ends (projection and the decoder's first and "
+            "last layer learn) or all (the projection alone learns)"
+        )
+    return {"0": "none", "1": "all"}.get(text, text)
 
 
 def add_file_flags(add, stage: Stage):
@@ -152,9 +163,7 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     except UsageError as error:  # reported together with what is wrong with the flags
         args.assets, paths, problems = "published", {}, [str(error)]
     fill_in(args, paths)
-    fill_in(
-        args, {"log_interval": LOG_INTERVAL} | stage.defaults | (stage.builtin if args.assets == "built-in" else {})
-    )
+    fill_in(args, {"log_interval": LOG_INTERVAL} | recipe(stage, args))
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))
@@ -164,6 +173,13 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     args.device, args.dtype = str(device), dtype
     fill_in(args, {"compile": device.type == "cuda", "num_workers": min(16, max(1, cores() // world_size))})
     return args
+
+
+def recipe(stage: Stage, args) -> dict:
+    """Returns the settings, by flag, that suit the starting weights."""
+    if args.assets == "built-in":
+        return stage.defaults | stage.builtin
+    return stage.defaults | (stage.minimind_3v if starts_from_3v(args) else {})
 
 
 def fill_in(args, values: dict):

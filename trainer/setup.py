@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import RankError, UsageError
 from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
+from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
 from dataset.formats import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both
@@ -119,7 +120,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     sha256 = tokenizer_hash(tokenizer)
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
-        weight_io.check_tokenizer(weights, sha256, args.tokenizer_path, len(tokenizer))
+        weight_io.check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
     tower = read_tower_settings(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
@@ -179,7 +180,7 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
                 f"--{name} {value} contradicts {display_path(weights.path)}, which has {getattr(config, name)}: "
                 "leave it out"
             )
-    config.image_token_id = tokenizer.convert_tokens_to_ids("@")
+    config.image_token_id = image_token_id(tokenizer)
     if args.max_seq_len > config.max_position_embeddings:
         raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions")
     return config
@@ -274,8 +275,8 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
-    if data.tags_added:
-        run.log(f"{data.tags_added:,} rows have a picture but no <image> in their text: the picture is put first")
+    for name, rule in data.rules.items():
+        run.log(f"{name}: {rule}")
     if len(data) == 0:
         raise DataError(f"{data.data_path} has no row to learn from")
     if args.eval_data == "none":
@@ -351,14 +352,14 @@ def load_model(run: Run) -> MiniMindVLM:
     return model
 
 
-def freeze(model: MiniMindVLM, mode: int):
-    """Sets what learns: mode 0 everything, 1 the projection, 2 the projection and the first and last layer.
+def freeze(model: MiniMindVLM, frozen: str):
+    """Sets what learns beside the projection: the decoder's layers ("none" is frozen), its "ends", or nothing ("all").
 
     The tower is frozen in every mode.
     """
-    model.requires_grad_(mode == 0)
+    model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
-    if mode == 2:
+    if frozen == "ends":
         model.model.layers[0].requires_grad_(True)
         model.model.layers[-1].requires_grad_(True)
 
@@ -383,15 +384,14 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFile 
     folder = save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
     if wish == "off" or data.picture_count == 0 or (wish is None and run.device.type == "cuda"):
         return None
-    images = int(data.list_lengths("image_starts").sum())
-    shape = images, run.tower.patches, run.tower.hidden_size
+    shape = data.distinct_pictures, run.tower.patches, run.tower.hidden_size
     if wish is None and file_bytes(shape) > shutil.disk_usage(save_dir).free / 10:
         return None
     # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     try:
         with run.processes.main_first(per_machine=True):
-            return FeatureFile(folder, data.content_sha256, made_by, shape)
+            return FeatureFile(folder, data.pictures_sha256, made_by, shape)
     except FeatureCacheError as error:
         if wish is not None:
             raise

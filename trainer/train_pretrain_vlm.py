@@ -25,12 +25,13 @@ STAGE = Stage(
     defaults={
         "from_weight": "llm",
         "save_weight": "pretrain_vlm",
-        "freeze_llm": 1,
+        "freeze_llm": "all",
         "epochs": 4,
         "batch_size": 16,
         "learning_rate": 4e-4,
         "max_seq_len": 640,
     },
+    minimind_3v={"epochs": 2, "max_seq_len": 450},
     builtin={"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20},
     data="pretrain",
     following="python trainer/train_sft_vlm.py",
@@ -44,7 +45,7 @@ def main():
         run = prepare_run(STAGE, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # captions as token ids: rows to learn from, rows to measure on
         model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm)  # 1: only the projection learns
+        freeze(model, args.freeze_llm)  # all: only the projection learns
         train(run, model, data, heldout)  # minimises STAGE.loss
 
 

@@ -25,12 +25,13 @@ STAGE = Stage(
     defaults={
         "from_weight": "pretrain_vlm",
         "save_weight": "sft_vlm",
-        "freeze_llm": 0,
+        "freeze_llm": "none",
         "epochs": 2,
         "batch_size": 4,
         "learning_rate": 1e-6,
         "max_seq_len": 1536,
     },
+    minimind_3v={"learning_rate": 5e-6, "max_seq_len": 768},
     builtin={"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50},
     data="sft",
     following="python eval_vlm.py --weight {save_weight}",
@@ -44,7 +45,7 @@ def main():
         run = prepare_run(STAGE, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # dialogues as token ids: rows to learn from, rows to measure on
         model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm)  # 0: all but the tower learns
+        freeze(model, args.freeze_llm)  # none: all but the tower learns
         train(run, model, data, heldout)  # minimises STAGE.loss
 
 

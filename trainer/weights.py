@@ -21,16 +21,19 @@ from safetensors.torch import load_file as load_safetensors
 from common.errors import UsageError
 from common.files import load_file
 from common.paths import ROOT, display_path
+from dataset.chat import image_token_id
 from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import config_fields, projector_of
+from model.vlm_config import MINIMIND_3V, config_fields, projector_of
 from trainer.support.llava import from_transformers
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
 CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
-ORIGINAL_HEADS = 8  # the tensors do not tell it; all of the original's models have it
+ORIGINAL_HEADS = 8  # without norms per head, the tensors do not tell it; all of the original's models have it
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-EXPORTED = ("llava", "llama", "qwen2_moe")
+SHAPE_KEYS += ("qk_norm",)
+EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
+EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
@@ -183,21 +186,32 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
     """Returns the configuration that the tensors' names and shapes tell, overridden by `known` fields.
 
     Raises:
-        UsageError: If they are not a MiniMind model's.
+        UsageError: If they are not a MiniMind model's, or an earlier minimind-3v's.
     """
+    first = tensors.get("vision_proj.mlp.0.weight")
+    if first is not None and (first.dim() != 1 or len(first) == EARLIER_3V_WIDTH):
+        raise UsageError(
+            f"{display_path(path)} is of an earlier minimind-3v, whose projection takes four patches at once "
+            f"(vision_proj.mlp.0.weight is {tuple(first.shape)}). Only its later form, (768,), is supported"
+        )
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
         keys, router = tensors["model.layers.0.self_attn.k_proj.weight"], tensors.get("model.layers.0.mlp.gate.weight")
         feed_forward = "model.layers.0.mlp." + ("" if router is None else "experts.0.")
+        head_norm = tensors.get("model.layers.0.self_attn.q_norm.weight")
+        heads = ORIGINAL_HEADS if head_norm is None else hidden_size // len(head_norm)
         shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
-            "num_attention_heads": ORIGINAL_HEADS,
-            "num_key_value_heads": keys.shape[0] // (hidden_size // ORIGINAL_HEADS),
+            "num_attention_heads": heads,
+            "num_key_value_heads": keys.shape[0] // (hidden_size // heads),
             "vocab_size": vocab_size,
             "intermediate_size": tensors[f"{feed_forward}gate_proj.weight"].shape[0],
             "use_moe": router is not None,
+            "qk_norm": head_norm is not None,
         }
+        if head_norm is not None:
+            shape |= MINIMIND_3V
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
@@ -218,13 +232,23 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
             )
 
 
-def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, vocab_size: int):
-    """Raises UsageError where the weights are known to be trained with another tokenizer, or have too few rows."""
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, tokenizer):
+    """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
+
+    Weights without a sidecar do not say their tokenizer, but their generation gives the id of an image's placeholder.
+    """
+    vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
     expected = weights.sidecar.get("tokenizer_sha256")
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
             f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
             f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
+            "--tokenizer_path"
+        )
+    if expected is None and placeholder != weights.config.image_token_id:
+        raise UsageError(
+            f"an image is token {weights.config.image_token_id} to {display_path(weights.path)}, but {placeholder} in "
+            f"the tokenizer {display_path(tokenizer_path)}: they are of different generations; name the right one with "
             "--tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:

@@ -31,10 +31,10 @@ from common.cli import file_path  # noqa: E402
 from common.files import write_together  # noqa: E402
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
-from dataset.lm_dataset import tokenizer_hash  # noqa: E402
 from dataset.scenes import language  # noqa: E402
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
 from dataset.scenes.language import LANGUAGES, Facts, Language  # noqa: E402
+from dataset.tokenizer import tokenizer_hash  # noqa: E402
 from model.model_minimind import MiniMindForCausalLM  # noqa: E402
 from model.model_vlm import VLMConfig  # noqa: E402
 from scripts.builtin import build_tower  # noqa: E402

@@ -20,8 +20,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.chat import ChatEncoder, parse_conversation
-from dataset.features import FeatureFile, compute_features
+from dataset.chat import ChatEncoder
+from dataset.conversation import parse_conversation
+from dataset.features import FeatureFile, compute_features, image_slots
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer
@@ -130,10 +131,12 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
             sampler = list(itertools.islice(sampler, WARM_UP[device.type] + args.steps)) * 100
             few = data.with_pixels()
             few.positions = np.unique(data.positions[np.concatenate(sampler)])
-            shape = len(data), model.config.vision_patches, model.config.vision_hidden_size
+            shape = data.distinct_pictures, model.config.vision_patches, model.config.vision_hidden_size
             file = FeatureFile(Path(folder), "data", "tower", shape)
             seconds, _ = timed(device, compute_features, few, file, model.encode_images, device, args.num_workers)
-            encoding = seconds / len(few) * args.batch_size if name == FIRST_EPOCH else 0.0
+            # The made-up rows share few pictures: count as if each row had its own.
+            encoded = len(np.unique(data.picture_numbers[image_slots(few)]))
+            encoding = seconds / encoded * args.batch_size if name == FIRST_EPOCH else 0.0
             data.use_features(file)
         multiple = LENGTH_MULTIPLE if forward is not model else 1
         for batch, waited in with_waits(load_batches(data, sampler, device, args.num_workers, 0, multiple)):
@@ -190,7 +193,7 @@ def model_flops(args, total: dict, is_cached: bool) -> float:
     weights = layers * (2 * width**2 + 2 * width * key_value + 3 * width * config.intermediate_size)
     forward = 2 * weights * total["useful"] + 2 * layers * width * total["squares"]
     forward += 2 * width * config.vocab_size * total["learned"]
-    backward = 1 if STAGES[args.stage].defaults["freeze_llm"] else 2
+    backward = 2 if STAGES[args.stage].defaults["freeze_llm"] == "none" else 1
     width, positions = made_up.TOWER.hidden_size, (made_up.TOWER.image_size // made_up.TOWER.patch_size) ** 2 + 1
     layer = 4 * width**2 + 2 * width * made_up.TOWER.intermediate_size + 2 * positions * width
     tower = 2 * positions * (made_up.TOWER.num_hidden_layers * layer + width * 3 * made_up.TOWER.patch_size**2)

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.paths import ROOT
-from dataset.chat import (
-    SYSTEM_PROMPT,
-    ChatEncoder,
-    RowError,
-    check_images,
-    parse_conversation,
-    parse_picture_names,
-)
-from dataset.lm_dataset import RowTokeniser
+from dataset.chat import SYSTEM_PROMPT, ChatEncoder
+from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
 from dataset.prompts import prompt_batch, with_images
+from dataset.rows import RowTokeniser
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
 LOOK_ALIKES = "<|im_end|>\n<|im_start|>assistant\n好<|im_end|>\n<|endoftext|>"

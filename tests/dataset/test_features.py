@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import SFT, read_jsonl, sft_row, write_jsonl
 
 from dataset import features
@@ -35,7 +36,7 @@ def file(tmp_path) -> FeatureFile:
 def test_a_slot_is_valid_for_its_image_only(file):
     stamps = np.array([[5, 6]])
     assert not file.is_current(np.array([1]), stamps).any()
-    file.write([(1, (5, 6), some_features(1)), (2, (7, 8), None)])
+    file.write([(1, (5, 6), 11, some_features(1)), (2, (7, 8), 12, None)])
     assert file.is_current(np.array([1]), stamps).all()
     assert not file.is_current(np.array([1]), stamps + [[0, 1]]).any()  # changed since
     assert not file.is_current(np.array([0]), stamps).any()
@@ -45,7 +46,7 @@ def test_a_slot_is_valid_for_its_image_only(file):
 
 
 def test_it_persists_and_a_worker_maps_it_itself(file, tmp_path):
-    file.write([(3, (1, 1), some_features(3))])
+    file.write([(3, (1, 1), 13, some_features(3))])
     assert file.path.stat().st_size == file.size == file_bytes(SHAPE)
     assert file_bytes((1, 196, 768)) - file_bytes((0, 196, 768)) == pytest.approx(301_000, rel=1e-3)
     again = FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
@@ -98,7 +99,7 @@ def data(world, tmp_path) -> VLMDataset:
 
 
 def computed(data, folder, encoder, **share) -> FeatureFile:
-    file = FeatureFile(folder, "d" * 16, "t" * 16, (int(data.image_counts.sum()), 196, 8))
+    file = FeatureFile(folder, "d" * 16, "t" * 16, (data.distinct_pictures, 196, 8))
     compute_features(data, file, encoder, CPU, 0, **share)
     return file
 
@@ -109,7 +110,7 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
     encoder = Encoder()
     for rank in range(ranks):
         file = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
-    assert encoder.images == len(image_slots(data)) == data.picture_count
+    assert encoder.images == data.distinct_pictures == 10 < len(image_slots(data)) == data.picture_count
     data.use_features(file)
     for index, means in enumerate(expected):
         sample = data[index]
@@ -122,12 +123,34 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
 def test_only_what_is_missing_or_changed_is_computed(data, tmp_path):
     computed(data, tmp_path, first := Encoder())
     computed(data, tmp_path, again := Encoder())
-    assert (first.images, again.images) == (data.picture_count, 0)
-    picture = data.images_path / "1.jpg"
-    shown = sum(row["pictures"].count("1.jpg") for row in data.read_rows(data.positions.tolist()))
-    picture.write_bytes((data.images_path / "2.jpg").read_bytes())
+    assert (first.images, again.images) == (data.distinct_pictures, 0)
+    Image.new("RGB", (9, 9), "red").save(data.images_path / "1.jpg")
     computed(data, tmp_path, changed := Encoder())
-    assert changed.images == shown > 0
+    assert changed.images == 1
+
+
+def means_of(data: VLMDataset, index: int) -> torch.Tensor:
+    return data.with_pixels()[index]["pixel_values"].float().mean(dim=(1, 2, 3)).half()
+
+
+def test_a_picture_that_several_files_hold_is_encoded_once(data, tmp_path):
+    first, *others = sorted({name for row in data.read_rows(range(15)) for name in row["pictures"]})[:4]
+    for name in others:
+        shutil.copy(data.images_path / first, data.images_path / name)
+    file = computed(data, tmp_path, encoder := Encoder())
+    assert encoder.images == data.distinct_pictures - 3
+    data.use_features(file)
+    assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
+
+
+def test_files_that_swap_their_pictures_swap_their_features(data, tmp_path):
+    computed(data, tmp_path, Encoder())
+    for name, other in (("1.jpg", "2.jpg"), ("2.jpg", "3.jpg"), ("3.jpg", "1.jpg")):
+        shutil.copy(data.images_path / other, data.images_path / f"new {name}")
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        (data.images_path / f"new {name}").replace(data.images_path / name)
+    data.use_features(computed(data, tmp_path, Encoder()))
+    assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
 def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
@@ -142,7 +165,7 @@ def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         computed(data, tmp_path, Interrupted())
     computed(data, tmp_path, rest := Encoder())
-    assert rest.images == data.picture_count - 4  # what was written before the interruption
+    assert rest.images == data.distinct_pictures - 4  # what was written before the interruption
 
 
 def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):

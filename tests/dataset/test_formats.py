@@ -67,7 +67,7 @@ def test_a_row_of_a_known_form_is_told_its_name_and_the_command_that_converts_it
 def test_the_right_form_that_errors_show_is_right(folder, tokenizer):
     shutil.copy(folder / "photos" / "a.png", folder / "photos" / "a.jpg")
     data = of_rows(folder, tokenizer, json.loads(RIGHT_FORM))
-    assert (len(data), data.bad_rows, data.tags_added) == (1, [], 0)
+    assert (len(data), data.bad_rows, data.rules) == (1, [], {})
 
 
 def test_one_picture_without_a_tag_is_put_first_and_counted(folder, tokenizer):
@@ -80,7 +80,7 @@ def test_one_picture_without_a_tag_is_put_first_and_counted(folder, tokenizer):
         {"image": "a.png, b.png", "conversations": bare},
     )
     assert data[1]["input_ids"].tolist() == data[0]["input_ids"].tolist()
-    assert data.tags_added == 1
+    assert data.rules == {"no <image>": "in 1 row: the picture is put first"}
     assert [bad.reason for bad in data.bad_rows] == ["0 <image> in the text, but 2 picture(s)"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 from tiny import as_file, turn
 
-from dataset.chat import RowError
+from dataset.conversation import RowError
 from dataset.pictures import PictureError, load_picture
 from scripts.dataset_rows import RowMaker, picture_file
 
@@ -178,3 +178,19 @@ def test_conversations_as_json_text_are_decoded(make):
         turn("user", "<image>\n?"),
         turn("assistant", "A cat."),
     ]
+
+
+def test_rows_of_text_with_a_black_picture_become_rows_of_text(make):
+    black, asked = as_file(Image.new("RGB", (8, 8)), "JPEG"), [turn("user", "Hi."), turn("assistant", "Hello.")]
+    assert make(conversations=asked, image_bytes=black) == {"image": [], "conversations": asked}
+    assert len(make(conversations=asked, image_bytes=PICTURE)["image"]) == 1
+    shown = [turn("user", "<image>\nWhat?"), turn("assistant", "Nothing.")]
+    assert len(make(conversations=shown, image_bytes=black)["image"]) == 1
+
+
+def test_reasoning_is_kept_and_tool_calls_are_refused(make):
+    thought = [turn("user", "Hi."), turn("assistant", "Hello.") | {"reasoning_content": "Greet."}]
+    assert make(conversations=thought)["conversations"] == thought
+    called = [turn("user", "Hi."), turn("assistant", "Wait.") | {"tool_calls": [{"name": "search"}]}]
+    for turns in (called, [*called[:1], turn("tool", "{}")]):
+        assert "calls tools" in str(make(conversations=turns))

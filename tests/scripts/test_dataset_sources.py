@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UsageError
-from dataset.chat import RowError
+from dataset.conversation import RowError
 from scripts import dataset_sources
 from scripts.dataset_sources import read_source
 

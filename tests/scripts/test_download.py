@@ -2,14 +2,12 @@
 
 import errno
 import io
-import json
 import os
 import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 import zipfile
 from collections import namedtuple
@@ -17,6 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from downloads import (
+    DATA,
+    LLM,
+    TOKENIZER,
+    TOWER,
+    TOWER_FOLDER,
+    WEIGHTS,
+    command,
+    make_zip,
+    refused,
+    repos,
+    run,
+    tree,
+)
 from hub_stand_in import COMMIT, HubStandIn, send
 from huggingface_hub.errors import HTTPError
 from hypothesis import given, settings
@@ -25,45 +37,6 @@ from hypothesis import strategies as st
 from common.errors import UsageError
 from common.paths import ROOT
 from scripts import download, transfer
-
-TOWER, LLM = "models/openai/clip-vit-base-patch16", "models/jingyaogong/MiniMind2-V-PyTorch"
-TOKENIZER, DATA = "models/jingyaogong/MiniMind2-V", "datasets/jingyaogong/minimind-v_dataset"
-WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: enough for several reads of a socket
-TOWER_FOLDER = "model/vision_model/clip-vit-base-patch16"
-
-
-def make_zip(members: dict[str, bytes]) -> bytes:
-    """A zip of these members, names taken as they are."""
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return memory.getvalue()
-
-
-def repos() -> dict[str, dict[str, bytes]]:
-    """The four repositories with a few bytes in each file, and files that nobody asked for."""
-    row = json.dumps({"conversations": [], "image": "a.jpg"}).encode()
-    return {
-        TOWER: {
-            "config.json": b"{}",
-            "preprocessor_config.json": b'{"size": 224}',
-            "model.safetensors": WEIGHTS,
-            "pytorch_model.bin": b"bin",
-            "flax_model.msgpack": b"flax",
-            "tokenizer.json": b"not this one",
-        },
-        LLM: {"llm_512.pth": WEIGHTS[::-1], "llm_768.pth": b"768", "sft_vlm_512.pth": b"other"},
-        TOKENIZER: {"tokenizer.json": b'{"v": 6400}', "tokenizer_config.json": b"{ }", "model.safetensors": b"x"},
-        DATA: {
-            "README.md": b"read me",
-            "pretrain_data.jsonl": row,
-            "pretrain_images.zip": make_zip({"pretrain_images/": b"", "pretrain_images/a.jpg": b"A" * 5000}),
-            "sft_data.jsonl": row * 2,
-            "sft_images.zip": make_zip({"a.jpg": b"S", "more/b.jpg": b"B", "__MACOSX/._a.jpg": b"junk"}),
-            "sft_i2t.parquet": b"PAR1",
-        },
-    }
 
 
 @pytest.fixture
@@ -80,38 +53,6 @@ def near_hub(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return hub
-
-
-def command(endpoint: str, dest: Path, *arguments: str) -> dict:
-    """What to give to subprocess: the real script, from a folder that is not the project's."""
-    quiet = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(dest.parent / "hf"), "HF_HUB_OFFLINE": "0"}
-    environment = {**quiet, **hub, "HF_HUB_DOWNLOAD_TIMEOUT": "40"}  # seconds: the stand-in may have to wait for a core
-    return {
-        "args": [sys.executable, str(ROOT / "scripts" / "download.py"), "--dest", str(dest), *arguments],
-        "env": environment,
-        "cwd": dest.parent,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-
-
-def run(endpoint: str, dest: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The script, to its end."""
-    return subprocess.run(**command(endpoint, dest, *arguments), timeout=60, check=False)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """All files under a folder with their contents."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """One line that says what is wrong, no traceback, status 1."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(hub, tmp_path):
@@ -152,6 +93,8 @@ def test_parts_can_be_chosen_and_other_forms_are_understood(hub, tmp_path):
         f"{TOWER_FOLDER}/config.json": b"{}",
         f"{TOWER_FOLDER}/preprocessor_config.json": b'{"size": 224}',
         f"{TOWER_FOLDER}/pytorch_model.bin": b"bin",
+        "model/tokenizer_minimind2/tokenizer.json": b'{"v": 6400}',
+        "model/tokenizer_minimind2/tokenizer_config.json": b"{ }",
         "out/llm_768.pth": b"768",
         "dataset/pretrain_data.jsonl": data["pretrain_data.jsonl"],
         "dataset/pretrain_images/a.jpg": b"A",
@@ -166,8 +109,8 @@ def test_a_lost_connection_is_resumed_where_it_broke(hub, tmp_path, ranges):
     hub.cut["llm_512.pth"], hub.ranges = 150_000, ranges
     done = run(hub.endpoint, tmp_path / "d", "llm")
     assert done.returncode == 0 and "trying again" in done.stderr
-    assert tree(tmp_path / "d") == {"out/llm_512.pth": WEIGHTS[::-1]}
-    assert hub.gets == [("llm_512.pth", None), ("llm_512.pth", "bytes=150000-")]
+    assert tree(tmp_path / "d")["out/llm_512.pth"] == WEIGHTS[::-1]
+    assert hub.gets[-2:] == [("llm_512.pth", None), ("llm_512.pth", "bytes=150000-")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -192,7 +135,7 @@ def test_a_stopped_run_is_continued_by_the_next(hub, tmp_path, how):
     done = run(hub.endpoint, tmp_path / "d", "llm")
     assert done.returncode == 0, done.stderr
     assert hub.gets[-1] == ("llm_512.pth", f"bytes={kept}-") and kept >= 100_000
-    assert tree(tmp_path / "d") == {"out/llm_512.pth": WEIGHTS[::-1]}
+    assert tree(tmp_path / "d")["out/llm_512.pth"] == WEIGHTS[::-1]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "llm_512.pth"])
@@ -214,8 +157,9 @@ def test_an_unreachable_hub_is_named_at_once(tmp_path):
 
 
 def test_what_the_hub_lacks_is_named(hub, tmp_path):
-    del hub.repos[LLM]["llm_768.pth"], hub.repos[TOKENIZER]
+    del hub.repos[LLM]["llm_768.pth"]
     refused(run(hub.endpoint, tmp_path / "d", "llm", "--hidden_size", "768"), "llm_768.pth", "sft_vlm_512.pth")
+    del hub.repos[TOKENIZER]
     refused(run(hub.endpoint, tmp_path / "d"), "MiniMind2-V answers 404", "not there, or private")
     assert hub.gets == [] and not (tmp_path / "d").exists()
 
@@ -224,7 +168,7 @@ def test_a_file_of_the_users_own_is_not_overwritten(hub, tmp_path):
     own = tmp_path / "d" / "dataset" / "pretrain_data.jsonl"
     own.parent.mkdir(parents=True)
     own.write_text("my own rows")
-    refused(run(hub.endpoint, tmp_path / "d"), "pretrain_data.jsonl", "Move or delete")
+    refused(run(hub.endpoint, tmp_path / "d"), "pretrain_data.jsonl", "move or delete")
     assert hub.gets == [] and own.read_text() == "my own rows"
 
 
@@ -235,6 +179,11 @@ def test_an_unsafe_zip_is_refused_and_the_rest_stays(hub, tmp_path):
     refused(run(hub.endpoint, dest, "pretrain", "sft"), "sft_images.zip", "../evil")
     assert (dest / "dataset/pretrain_images/a.jpg").exists() and not (dest / "dataset/sft_images").exists()
     assert not any("evil" in path.name for path in tmp_path.rglob("*"))
+
+
+def planned(dest: Path, part: str) -> dict:
+    """What makes up a part."""
+    return download.plan(download.parse_args([part, "--dest", str(dest)]), download.find_source("hub"))[part]
 
 
 def test_too_little_disk_is_refused_before_anything_is_fetched(near_hub, tmp_path, monkeypatch):
@@ -248,7 +197,7 @@ def test_too_little_disk_is_refused_before_anything_is_fetched(near_hub, tmp_pat
             with pytest.raises(UsageError, match="not enough disk .* needed .* free"):
                 download.main(["pretrain", "--dest", str(tmp_path)])
         else:
-            download.check_disk(download.plan(["pretrain"], 512, tmp_path)["pretrain"])
+            download.check_disk(planned(tmp_path, "pretrain"))
     assert near_hub.gets == [] and list(tmp_path.iterdir()) == []
 
 
@@ -344,15 +293,15 @@ def test_an_answer_that_is_no_hubs(near_hub, tmp_path, monkeypatch):
 def test_a_repository_that_needs_a_login(near_hub, tmp_path, monkeypatch):
     gated = {"X-Error-Code": "GatedRepo"}
     monkeypatch.setattr("hub_stand_in.answer", lambda _, request: send(request, 401, b"", gated))
-    with pytest.raises(UsageError, match="MiniMind2-V-PyTorch answers 401: .*accept the terms"):
-        download.main(["llm", "--dest", str(tmp_path)])
+    with pytest.raises(UsageError, match="MiniMind2-V answers 401: .*accept the terms"):
+        download.main(["tokenizer", "--dest", str(tmp_path)])
 
 
 def test_an_answer_that_ends_early_is_not_asked_for_ever(near_hub, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(transfer.time, "sleep", waits.append)
     near_hub.repos[LLM]["short"] = b"only this"
-    (path, file), *_ = download.plan(["llm"], 512, tmp_path)["llm"].items()
+    (path, file), *_ = planned(tmp_path, "llm").items()
     file = replace(file, url=f"{near_hub.endpoint}/{LLM[7:]}/resolve/{COMMIT}/short")
     with pytest.raises(HTTPError, match="ends after 9 of 307,200 bytes"):
         transfer.fetch(file, path)
@@ -371,7 +320,7 @@ def test_a_disk_that_fills_up_meanwhile(near_hub, tmp_path, monkeypatch):
 def test_inside_the_project_the_next_command_can_be_typed_as_shown(capsys, monkeypatch):
     arguments = download.parse_args(["pretrain", "sft"])
     monkeypatch.chdir(ROOT / "scripts")
-    download.report(arguments, {}, ROOT)
+    download.report(arguments, {})
     lines = capsys.readouterr().out.splitlines()
     expected = [Path("../trainer/train_pretrain_vlm.py"), Path("../trainer/train_sft_vlm.py")]
     assert [line.split()[-1] for line in lines[-2:]] == [str(path) for path in expected]

@@ -151,7 +151,7 @@ def everything(trainer) -> list[torch.Tensor]:
 def trainer(world):
     torch.manual_seed(0)
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower)
-    freeze(model, 0)
+    freeze(model, "none")
     tokenizer = load_tokenizer(world.tokenizer)
     data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     processes = Processes(0, 1, torch.device("cpu"))

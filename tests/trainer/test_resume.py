@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
 
-from dataset.lm_dataset import tokenizer_hash
-from dataset.tokenizer import load_tokenizer
+from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from trainer.weights import describe
 
@@ -299,6 +298,25 @@ def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tm
     assert before == {path: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
 
 
+@pytest.mark.parametrize(("number", "word"), [(1, "all"), (2, "ends")])
+def test_a_state_that_holds_the_old_number_resumes(world, save_dir, tmp_path, number, word):
+    """Before --freeze_llm had words, state and sidecar held its number."""
+    way = Way(PRETRAIN, "pretrain_vlm_32", ("--batch_size", 8, "--epochs", 1, "--freeze_llm", word))
+    out = save_dir(tmp_path / "out")
+    way.run(world, out).passed()
+    state, sidecar = load(out / "pretrain_vlm_32_resume.pth"), out / "pretrain_vlm_32.json"
+    state["arguments"]["freeze_llm"] = str(number)
+    torch.save(state, out / "pretrain_vlm_32_resume.pth")
+    described = json.loads(sidecar.read_text())
+    described["arguments"]["freeze_llm"] = number
+    sidecar.write_text(json.dumps(described))
+    if number == 2:
+        refused = way.run(world, out, "--from_resume", 1, "--freeze_llm", 2)
+        assert refused.code == 2 and "--freeze_llm: 2 is not the same" in refused.err and "write ends" in refused.err
+    again = way.run(world, out, "--from_resume", 1, "--epochs", 2, *(["--freeze_llm", 1] if number == 1 else []))
+    assert "epochs 1 -> 2" in again.passed().out
+
+
 def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path):
     """In pretraining the state holds only the projection; the frozen weights must still be the same."""
     way = Way(PRETRAIN, "pretrain_vlm_32", ("--batch_size", 8))
@@ -323,7 +341,7 @@ def test_a_garbled_state_is_refused(world, save_dir, tmp_path, content):
 
 def test_the_state_holds_neither_tower_nor_frozen_weights(world, save_dir, tmp_path):
     out = save_dir(tmp_path / "out")
-    world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--freeze_llm", 2).passed()
+    world.run(PRETRAIN, *world.files("pretrain", out), "--epochs", 1, "--freeze_llm", "ends").passed()
     state = load(out / "pretrain_vlm_32_resume.pth")
     learned = {name.split(".")[0] + name.split(".")[1] for name in state["learned"]}
     assert learned == {"modellayers", "vision_projvision_proj"}

@@ -119,7 +119,7 @@ def test_the_sidecar_names_the_commit(fine_tuned):
 
 
 def test_the_header_describes_the_run(pretrained, fine_tuned_by_two):
-    total, learned = count_parameters(tiny_model(freeze_mode=1))
+    total, learned = count_parameters(tiny_model(frozen="all"))
     header = pretrained.result.out
     for part in (
         "stage 1, pretraining",
@@ -127,7 +127,7 @@ def test_the_header_describes_the_run(pretrained, fine_tuned_by_two):
         f"{PRETRAIN_ROWS} rows, {PRETRAIN_ROWS} pictures",
         f"hidden_size 32, 2 layers: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
         "epochs 2, batch_size 8, learning_rate 0.0004",
-        "max_seq_len 640, freeze_llm 1",
+        "max_seq_len 640, freeze_llm all",
         f"steps        {2 * STEPS} of 8 samples ({STEPS} an epoch)",
         "CPU, 1 process(es), float32",
     ):
@@ -186,7 +186,7 @@ def test_pretraining_changes_the_projection_and_nothing_else(world, pretrained):
     assert all(not torch.equal(pretrained.weights[name], untrained[name].half()) for name in learned)
 
 
-@pytest.mark.parametrize("freeze_llm", [1, 2])
+@pytest.mark.parametrize("freeze_llm", ["all", "ends"])
 def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze_llm):
     """Frozen weights are rounded in memory only; those that learn stay in float32."""
     out = world.copy_of_out(tmp_path / "out")
@@ -204,7 +204,7 @@ def test_weights_held_in_bfloat16_are_saved_as_they_were(world, tmp_path, freeze
 
 def test_only_frozen_weights_are_held_in_half_precision(world):
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=3, use_moe=True), vision_model_path=world.tower)
-    freeze(model, 2)
+    freeze(model, "ends")
     round_frozen_weights(model, torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert kinds["model.embed_tokens.weight"] == kinds["model.layers.1.self_attn.q_proj.weight"] == torch.bfloat16
@@ -232,24 +232,24 @@ def test_two_ranks_give_the_losses_of_one(fine_tuned, fine_tuned_by_two):
     assert fine_tuned_by_two.state["step"] == fine_tuned.state["step"]
 
 
-def tiny_model(freeze_mode: int) -> MiniMindVLM:
-    layers = 3 if freeze_mode == 2 else 2
+def tiny_model(frozen: str) -> MiniMindVLM:
+    layers = 3 if frozen == "ends" else 2
     model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=layers, vision_hidden_size=32))
-    freeze(model, freeze_mode)
+    freeze(model, frozen)
     return model
 
 
 def test_freeze_modes():
-    def learned(mode: int) -> set[str]:
-        return {name for name, parameter in tiny_model(mode).named_parameters() if parameter.requires_grad}
+    def learned(frozen: str) -> set[str]:
+        return {name for name, parameter in tiny_model(frozen).named_parameters() if parameter.requires_grad}
 
     projection = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
-    assert learned(0) == {name for name, _ in tiny_model(0).named_parameters()}
-    assert learned(1) == projection
+    assert learned("none") == {name for name, _ in tiny_model("none").named_parameters()}
+    assert learned("all") == projection
     prefixes = ("model.layers.0.", "model.layers.2.")
-    outer = {name for name, _ in tiny_model(2).named_parameters() if name.startswith(prefixes)}
+    outer = {name for name, _ in tiny_model("ends").named_parameters() if name.startswith(prefixes)}
     assert len(outer) == 18
-    assert learned(2) == projection | outer
+    assert learned("ends") == projection | outer
 
 
 def test_a_terminal_gets_a_progress_bar(world, tmp_path):

@@ -1,7 +1,7 @@
 """The same weights under the names of transformers' LLaVA, there and back.
 
-A MiniMind decoder is a Llama; with experts it is a Qwen2-MoE. LLaVA's projector is Linear, activation, Linear: a single
-linear layer is followed by the identity.
+A MiniMind decoder is a Llama, with experts a Qwen2-MoE; one with norms per head is a Qwen3, with experts a Qwen3-MoE.
+LLaVA's projector is Linear, activation, Linear: a single linear layer is followed by the identity.
 """
 
 import torch
@@ -10,18 +10,18 @@ DECODER, PROJECTOR, TOWER = "language_model.", "multi_modal_projector.", "vision
 
 
 def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a decoder's tensors to those of LlamaForCausalLM, or of Qwen2MoeForCausalLM where it has experts.
+    """Renames a decoder's tensors to those of LlamaForCausalLM, or of Qwen2MoeForCausalLM where it has shared experts.
 
-    The tied head is left out. Qwen2-MoE weighs its shared expert by the sigmoid of a gate: a gate of zeros makes that
-    one half, and a doubled down projection makes it whole again, exactly.
+    Qwen3's have the same names as ours. The tied head is left out. Qwen2-MoE weighs its shared expert by the sigmoid of
+    a gate: a gate of zeros makes that one half, and a doubled down projection makes it whole again, exactly.
     """
-    renamed = {}
+    renamed, shares_an_expert = {}, any(".shared_experts." in name for name in tensors)
     for name, tensor in tensors.items():
         if name.startswith("vision_proj.") or name == "lm_head.weight":
             continue
         name = name.replace("mlp.shared_experts.0.", "mlp.shared_expert.")
         renamed[name] = tensor * 2 if name.endswith("mlp.shared_expert.down_proj.weight") else tensor
-        if name.endswith("mlp.gate.weight"):
+        if shares_an_expert and name.endswith("mlp.gate.weight"):
             renamed[name.replace("mlp.gate.", "mlp.shared_expert_gate.")] = torch.zeros_like(tensor[:1])
     return renamed
 

@@ -16,7 +16,9 @@ from common.paths import (
     BUILTIN_TOWER_DIR,
     ROOT,
     SAVE_DIR,
+    TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
+    TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
 )
@@ -26,6 +28,10 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
 from trainer import weights as weight_io
+
+# How the published models' own scripts draw an answer; top_k 0 draws from all tokens.
+SAMPLING = {"temperature": 0.65, "top_p": 0.85, "top_k": 0}
+SAMPLING_3V = SAMPLING | {"temperature": 0.7, "top_k": 50}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Trained:
     def prompt_form(self) -> str:
         """Where most rows that it learned had their image."""
         return self.weights.sidecar.get("prompt_form", DEFAULT_FORM)
+
+    @property
+    def sampling(self) -> dict:
+        """The recipe's settings for drawing answers, by flag."""
+        return SAMPLING_3V if self.config.qk_norm else SAMPLING
 
     @property
     def knows_only_scenes(self) -> bool:
@@ -100,10 +111,11 @@ def find_trained(args: argparse.Namespace) -> Trained:
         tokenizer_path = tokenizer_path or folder
     if folder and "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         tower_path = tower_path or folder
-    tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR)
-    tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, TOWER_DIR)
+    published = (TOKENIZER_3V_DIR, TOWER_3V_DIR) if weights.config.qk_norm else (TOKENIZER_DIR, TOWER_DIR)
+    tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
+    tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
     tokenizer = load_tokenizer(tokenizer_path)
-    weight_io.check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, len(tokenizer))
+    weight_io.check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower_settings(tower_path)
     try:
         config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)

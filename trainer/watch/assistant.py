@@ -72,6 +72,7 @@ class Assistant:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
         **settings,
     ) -> list[torch.Tensor]:
         """Returns the token ids of each conversation's next turn, up to its end token.
@@ -80,6 +81,7 @@ class Assistant:
             conversations, pictures: Lists of turns, and for each the images of all its placeholders.
             temperature: 0 always takes the likeliest token.
             top_p: Draw from the likeliest tokens with this share.
+            top_k: Draw from this many of the likeliest; 0: from all; None: as the weights' recipe does.
             settings: For transformers' `generate`: a streamer, stopping criteria.
 
         Raises:
@@ -88,7 +90,8 @@ class Assistant:
         for conversation in conversations:
             self.check_length(conversation, max_new_tokens)
         if temperature > 0:
-            settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            top_k = self.trained.sampling["top_k"] if top_k is None else top_k
+            settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         inputs = prompt_batch(self.encoder, conversations, pictures)
         rows = generate(self.model, inputs, max_new_tokens, self.compiles, **settings)
         ends = (rows == self.model.config.eos_token_id).int()

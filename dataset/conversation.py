@@ -1,0 +1,112 @@
+"""What a row may hold: its turns, checked, and the names of its pictures."""
+
+import json
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+
+IMAGE_TAG = "<image>"
+TOOL_CALLS = "it calls tools, and nothing here answers a call"
+NO_CALLS = (None, "", "[]", [])
+EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+
+
+class RowError(ValueError):
+    """A row that cannot be learned from; the message says why."""
+
+
+def parse_conversation(value: str | list) -> list[dict]:
+    """Returns the turns of a row's `conversations` (JSON text or a list).
+
+    Raises:
+        RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            raise RowError(f"conversations is not JSON: {error}") from error
+    if not isinstance(value, list) or not value:
+        raise RowError("conversations is missing or not a list of turns")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise RowError(f"turn {number} has no role")
+        if turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS:
+            raise RowError(TOOL_CALLS)
+        if not isinstance(turn.get("content"), str):
+            raise RowError(f"turn {number} has no text as content")
+        turns.append(parse_answer(turn) if turn["role"] == "assistant" else {k: turn[k] for k in ("role", "content")})
+    check_turns(turns)
+    return turns
+
+
+def parse_answer(turn: dict) -> dict:
+    """Returns an assistant's turn; `reasoning_content` is there if it has such, empty for an empty think block."""
+    content, reasoning = turn["content"], turn.get("reasoning_content")
+    empty = EMPTY_THINKING.match(content)
+    parsed = {"role": "assistant", "content": content[empty.end() :] if empty else content}
+    if isinstance(reasoning, str) and reasoning.strip():
+        return parsed | {"reasoning_content": reasoning}
+    return parsed | ({"reasoning_content": ""} if empty else {})
+
+
+def check_turns(turns: list[dict]):
+    """Raises RowError unless there is at most one system turn, first, and then user and assistant alternate."""
+    spoken = turns[1:] if turns[0]["role"] == "system" else turns
+    offset = len(turns) - len(spoken) + 1
+    for index, turn in enumerate(spoken):
+        expected = ("user", "assistant")[index % 2]
+        if turn["role"] != expected:
+            raise RowError(f"turn {index + offset} is of role {turn['role']!r}, expected {expected!r}")
+    if len(spoken) < 2:
+        raise RowError("nothing to learn: no assistant turn")
+    for number, turn in enumerate(turns, start=1):
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise RowError(f"turn {number}: the answer is empty")
+        if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
+            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
+        check_characters(turn["content"] + turn.get("reasoning_content", ""), f"turn {number}")
+
+
+def check_characters(text: str, what: str):
+    """Raises RowError if the text holds half a surrogate pair, which JSON can escape but no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
+
+
+def parse_picture_names(value) -> list[str]:
+    """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
+
+    Raises:
+        RowError: If it is something else, or a name leads upwards. Absolute ones are left to the data set.
+    """
+    if value is None or value == "":
+        return []
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
+    for name in names:
+        check_characters(name, "a picture's name")
+        path = PurePosixPath(name.replace("\\", "/"))
+        is_foreign = path.is_absolute() and not name.startswith("/")
+        if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+            raise RowError(f"the picture's path leaves images_path: {name!r}")
+    return names
+
+
+def check_images(turns: list[dict], pictures: int) -> bool:
+    """Raises RowError unless the conversation has as many `<image>` as there are pictures.
+
+    Returns:
+        Whether a single picture had none: it is then put first, as LLaVA's loaders do.
+    """
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
+    if tags == 0 and pictures == 1:
+        asked = next(turn for turn in turns if turn["role"] == "user")
+        asked["content"] = f"{IMAGE_TAG}\n{asked['content']}"
+        return True
+    if tags != pictures:
+        raise RowError(f"{tags} {IMAGE_TAG} in the text, but {pictures} picture(s)")
+    return False

@@ -1,0 +1,253 @@
+"""A parquet file, brought once into the cache: each picture once, by its content, and the rows with their pictures'
+numbers.
+
+Several rows may be about one picture. Parquet stores it once (dictionary encoding), but an Arrow copy of the rows holds
+it in each of them, several times the file's size. Here the rows name their pictures by number; both parts are
+memory-mapped, so training holds neither.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from common.files import TEMPORARY, flush_folder, lock, remove_temporaries
+from common.paths import display_path
+from dataset import foreign
+from dataset.conversation import RowError
+from dataset.formats import DataError, check_file, content_key, data_error, hash_63
+from dataset.pictures import is_blank
+
+VERSION = 1  # part of the cache's key: raise it when the same file must be brought in differently
+BATCH = 100  # rows with their pictures in memory
+BAR_ROWS = 20_000  # from here on a progress bar is shown
+BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
+LIST_TYPES = (pa.types.is_list, pa.types.is_large_list)
+ROWS = pa.schema(
+    {
+        "conversations": pa.string(),  # JSON text
+        "pictures": pa.list_(pa.int32()),  # their numbers; null where the file has only a picture's path
+        "picture_hash": pa.int64(),  # of the first picture's content
+        "is_blank": pa.bool_(),  # the only picture is the black one that stands for none
+    }
+)
+PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
+SOURCE = "source.txt"  # the file that a folder of the cache was made from
+
+
+def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Returns a file's rows (ROWS) and distinct pictures (PICTURES), memory-mapped; the first time it makes them.
+
+    Args:
+        path: A parquet file with the columns `conversations` and `image_bytes` (or `image`).
+        image_tokens: Tokens an image takes; only to say how much disk is needed.
+        cache_dir: Where the cache lies; by default that of `datasets`.
+
+    Raises:
+        DataError: If the file is missing, unreadable, empty or without these columns, or the disk is too small.
+    """
+    check_file(path)
+    try:
+        key = f"{content_key(path)}-{VERSION}"
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / key
+        while not folder.is_dir():
+            try:
+                held = lock(folder)
+            except BlockingIOError:  # another process brings the same file in
+                time.sleep(0.2)
+                continue
+            if not folder.is_dir():
+                bring_in(path, folder, image_tokens)
+            del held
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise data_error(path, error) from error
+    try:
+        return kept_table(folder, "rows"), kept_table(folder, "pictures")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
+
+
+def kept_table(folder: Path, name: str) -> datasets.Dataset:
+    table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
+    return datasets.Dataset(table, fingerprint=f"{name}-{folder.name}")
+
+
+def bring_in(path: Path, folder: Path, image_tokens: int):
+    """Makes a file's folder of the cache, whole or not at all, and removes that of the file's former content."""
+    remove_former(path, folder)
+    with pq.ParquetFile(path, memory_map=True) as file:
+        name = image_column(file.schema_arrow.names)
+        check_columns(path, file.schema_arrow, name)
+        if file.metadata.num_rows == 0:
+            raise DataError(f"{path} has no rows")
+        announce(path, file.metadata, name, image_tokens, folder.parent)
+        with whole_folder(folder) as part:
+            (part / SOURCE).write_text(str(path.resolve()), encoding="utf-8", errors="surrogateescape")
+            write_tables(file, name, part)
+    pa.default_memory_pool().release_unused()  # the row groups' dictionaries
+
+
+def write_tables(file: pq.ParquetFile, name: str, part: Path):
+    """Writes the rows and, each once, the pictures; in memory are a batch of rows and a hash for each picture."""
+    rows, every = file.metadata.num_rows, 0.2 if sys.stderr.isatty() else 30.0
+    with (
+        open(part / "rows.arrow", "wb") as rows_file,
+        open(part / "pictures.arrow", "wb") as pictures_file,
+        pa.ipc.new_stream(rows_file, ROWS) as row_writer,
+        pa.ipc.new_stream(pictures_file, PICTURES) as picture_writer,
+        tqdm(desc="keeping each picture", total=rows, unit=" rows", disable=rows < BAR_ROWS, mininterval=every) as bar,
+    ):
+        pictures = Pictures()
+        for batch in file.iter_batches(BATCH, columns=["conversations", name]):
+            columns = [as_json(batch.column("conversations")), *pictures.number(batch.column(name))]
+            row_writer.write_batch(pa.record_batch(columns, schema=ROWS))
+            if pictures.new:
+                picture_writer.write_batch(pa.RecordBatch.from_pylist(pictures.new, schema=PICTURES))
+                pictures.new.clear()
+            bar.update(len(batch))
+
+
+class Pictures:
+    """The distinct pictures so far: `number` says which ones rows have; `new` are those not yet written."""
+
+    def __init__(self):
+        self.numbers: dict[bytes, int] = {}
+        self.hashes, self.blank, self.new = array("q"), set(), []
+
+    def number(self, column: pa.Array) -> tuple[list, list, list]:
+        """Returns the columns `pictures`, `picture_hash` and `is_blank` of rows with these pictures."""
+        numbers = []
+        for images in column.to_pylist():
+            try:
+                numbers.append([self._number(content) for content in as_files(images)])
+            except RowError:
+                numbers.append(None)
+        hashes = [self.hashes[of_row[0]] if of_row else 0 for of_row in numbers]
+        return numbers, hashes, [bool(of_row) and len(of_row) == 1 and of_row[0] in self.blank for of_row in numbers]
+
+    def _number(self, content: bytes) -> int:
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        number = self.numbers.setdefault(digest, len(self.numbers))
+        if number == len(self.hashes):
+            self.hashes.append(hash_63(content))
+            self.new.append({"content": content, "hash": self.hashes[-1]})
+            if is_blank(content):
+                self.blank.add(number)
+        return number
+
+
+def as_json(column: pa.Array) -> pa.Array:
+    """Returns conversations as JSON text; raises pa.ArrowInvalid for text that is not UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type):
+        column.validate(full=True)
+        return column.cast(pa.string())
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+             for value in column.to_pylist()]  # fmt: skip
+    return pa.array(texts, pa.string())
+
+
+def as_files(images) -> list[bytes]:
+    """Returns the image files of a row: bytes, {"bytes", "path"}, or a list of them.
+
+    Raises:
+        RowError: If there is only a path to one, which is not followed: it may lead anywhere.
+    """
+    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+    images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
+    if any(image["bytes"] is None and image.get("path") for image in images):
+        raise RowError("only a path")
+    return [image["bytes"] for image in images if image["bytes"] is not None]
+
+
+def image_column(names: list[str]) -> str:
+    """Returns the name of the image column."""
+    return "image" if "image" in names and "image_bytes" not in names else "image_bytes"
+
+
+def check_columns(path: Path, schema: pa.Schema, name: str):
+    """Raises DataError unless the file has the required columns, of the right types."""
+    if not {"conversations", name} <= set(schema.names):
+        is_known = foreign.form_of_row(dict.fromkeys(schema.names)) is not None
+        cure = f". This makes training data of it:\n  {foreign.command(path)}" if is_known else ""
+        needed = "the columns conversations and image_bytes (or image)"
+        raise DataError(f"{path} needs {needed}, it has {schema.names}{cure}")
+    column = element = schema.field(name).type
+    if any(is_list(element) for is_list in LIST_TYPES):
+        element = element.value_type
+    if pa.types.is_dictionary(element):
+        element = element.value_type
+    if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes
+        element = element.field("bytes").type
+    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
+        raise DataError(f"{name} must be a picture's bytes or a list of them, it is {column}")
+
+
+def announce(path: Path, metadata: pq.FileMetaData, name: str, image_tokens: int, folder: Path):
+    """Says what disk and memory bringing a file in takes; raises DataError if the disk has less."""
+    groups = [column_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
+    pictures, text = (sum(group.get(column, 0) for group in groups) for column in (name, "conversations"))
+    kept = text + text * 7 // 10 + metadata.num_rows * (100 + 2 * image_tokens)  # with token ids, two bytes each
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    needed = f"up to {size(pictures)} for its pictures, each once, and about {size(kept)} for its rows"
+    if free < pictures + kept:
+        raise DataError(
+            f"{path} takes {needed} in {folder}, which has {size(free)} free: make room, or set HF_HOME to another "
+            "folder"
+        )
+    memory = 2 * max(group.get(name, 0) for group in groups)  # a dictionary is decompressed, then copied by the decoder
+    print(
+        f"{display_path(path)} is read once into {folder} ({size(free)} free), where it takes {needed}; meanwhile its "
+        f"row groups take up to {size(memory)} of memory",
+        flush=True,
+    )
+
+
+def size(number: int) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"
+
+
+def column_bytes(group: pq.RowGroupMetaData) -> dict[str, int]:
+    """Returns the decompressed size of each column of a row group; of a picture in several rows it counts one."""
+    sizes = {}
+    for column in (group.column(number) for number in range(group.num_columns)):
+        name = column.path_in_schema.partition(".")[0]
+        sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
+    return sizes
+
+
+def remove_former(path: Path, folder: Path):
+    """Removes what was kept of the same file with other content."""
+    for source in folder.parent.glob(f"*/{SOURCE}"):
+        if source.parent != folder and source.read_text("utf-8", "surrogateescape") == str(path.resolve()):
+            shutil.rmtree(source.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write to, which gets its name when all is written."""
+    remove_temporaries(folder)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in part.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        part.rename(folder)
+        flush_folder(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

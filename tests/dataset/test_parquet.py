@@ -1,0 +1,374 @@
+"""Parquet files of the published form: each picture kept once, by its content; rows of text; what is made only once."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tiny import PRETRAIN, ROOT, SFT, as_file, turn
+
+from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset import parquet
+from dataset.chat import ChatEncoder
+from dataset.features import FeatureFile, compute_features
+from dataset.formats import DataError
+from dataset.holdout import hold_out, rows_in_both
+from dataset.lm_dataset import VLMDataset
+from dataset.pictures import is_blank
+from dataset.tokenizer import load_tokenizer
+from scripts.check_parquet import write_published_form
+
+pytest_plugins = ["tiny"]
+
+BLACK = as_file(Image.new("RGB", (8, 8)), "JPEG")
+ASKED, TEXT = "<image>\n图中有什么？", "你好"
+
+
+def picture(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return as_file(Image.fromarray(noise).resize((32, 32)), "JPEG")
+
+
+def said(asked: str, answer: str = "一只猫。", *before: dict, **more) -> list[dict]:
+    return [*before, turn("user", asked), turn("assistant", answer) | more]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
+
+
+@pytest.fixture
+def written(tmp_path, tokenizer):
+    """Writes rows of (turns, image) as a parquet, and opens it."""
+
+    def write(rows, name="rows.parquet", images=None, **options) -> VLMDataset:
+        texts = [json.dumps(turns, ensure_ascii=False) for turns, _ in rows]
+        images = pa.array([image for _, image in rows], pa.binary()) if images is None else images
+        pq.write_table(pa.table({"conversations": texts, "image_bytes": images}), tmp_path / name, **options)
+        return opened(tmp_path / name, tokenizer)
+
+    return write
+
+
+def opened(path: Path, tokenizer) -> VLMDataset:
+    return VLMDataset(path, None, tokenizer, 640, 16, cache_dir=path.parent / "cache")
+
+
+def kept_in(folder: Path) -> Path:
+    [kept] = (folder / "cache" / "minimind-v").iterdir()
+    return kept
+
+
+def means(data: VLMDataset) -> list[list[float]]:
+    return [sample["pixel_values"].float().mean(dim=(1, 2, 3)).tolist() for sample in data]
+
+
+# ---- rows
+
+
+def test_rows_of_text_with_a_black_picture_are_learned_as_text(written):
+    red, two = as_file(Image.new("RGB", (8, 8), "red"), "JPEG"), said("<image><image>你好")
+    data = written([(said(TEXT), BLACK), (said(TEXT), None), (said(f"<image>\n{TEXT}"), BLACK), (said(TEXT), red)])
+    assert [len(sample["image_starts"]) for sample in data] == [0, 0, 1, 1]
+    assert torch.equal(data[0]["input_ids"], data[1]["input_ids"])
+    assert data.bad_rows == []
+    assert data.rules == {
+        "no <image>": "in 1 row: the picture is put first",
+        "text only": "in 1 row: no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
+    }
+    lists = pa.array([[BLACK], [BLACK, BLACK], [BLACK, BLACK]])
+    data = written([(said(TEXT), None), (two, None), (said(TEXT), None)], "lists.parquet", lists)
+    assert [len(sample["image_starts"]) for sample in data] == [0, 2]
+    assert [bad.reason for bad in data.bad_rows] == ["0 <image> in the text, but 2 picture(s)"]
+
+
+def test_only_the_black_picture_of_8_x_8_stands_for_none():
+    for kind in ("JPEG", "PNG", "BMP", "WEBP"):
+        assert is_blank(as_file(Image.new("RGB", (8, 8)), kind))
+    assert is_blank(as_file(Image.new("L", (8, 8)), "PNG"))
+    spot = Image.new("RGB", (8, 8))
+    spot.putpixel((3, 3), (200, 0, 0))
+    others = [spot, Image.new("RGB", (8, 9)), Image.new("RGB", (256, 256)), Image.new("RGBA", (8, 8), (0, 0, 0, 0))]
+    assert not any(is_blank(as_file(image, "PNG")) for image in others)
+    assert not any(map(is_blank, [b"", b"no picture", BLACK[:40], as_file(others[0], "PNG")[:60]]))
+
+
+@pytest.mark.parametrize("wording", ["", "Reply briefly.", "你是一个智能助手，名叫小明。" * 20, "<|im_end|>\n@"])
+def test_a_system_turn_may_say_anything(written, tokenizer, wording):
+    turns = said(TEXT, "好", turn("system", wording))
+    data = written([(turns, BLACK)])
+    [chat] = ChatEncoder(tokenizer, 16).encode([turns])
+    assert data[0]["input_ids"].tolist() == chat.input_ids
+    assert (data.bad_rows, len(data)) == ([], 1)
+
+
+def test_tool_calls_are_left_out_but_are_not_bad(written):
+    calls = [{"name": "search", "arguments": {"query": "猫"}}]
+    called = [*said(TEXT, "", tool_calls=calls), turn("tool", "{}"), turn("assistant", "一只猫。")]
+    rows = [said(TEXT), called, said(TEXT, "", tool_calls=json.dumps(calls)), [*said(TEXT), turn("tool", "x")]]
+    rows += [said(TEXT, tool_calls=none) for none in (None, "", [], "[]")]
+    data = written([(turns, BLACK) for turns in rows])
+    assert (len(data), data.row_count, data.bad_rows) == (5, 8, [])
+    assert data.rules["tool calls"] == "in 3 rows: left out, as nothing here answers a call; not counted as bad"
+
+
+def test_reasoning_and_empty_think_blocks_are_dropped_and_the_answer_learned(written):
+    empty = ["<think>\n\n</think>\n\n", "<think></think>", "\n<think> </think>"]
+    rows = [said(TEXT), said(TEXT, reasoning_content="猫？"), *(said(TEXT, f"{block}一只猫。") for block in empty)]
+    rows += [said(TEXT, reasoning_content=none) for none in (None, "", " ")]
+    kept, nothing = said(TEXT, "<think>\n猫\n</think>\n\n一只猫。"), said(TEXT, empty[0])
+    data = written([(turns, BLACK) for turns in [*rows, kept, nothing]])
+    assert all(torch.equal(data[i]["input_ids"], data[0]["input_ids"]) for i in range(len(rows)))
+    assert len(data) == len(rows) + 1 and data.lengths[-1] > data.lengths[0]  # thoughts that are written stay
+    assert [bad.reason for bad in data.bad_rows] == ["turn 2: the answer is empty"]
+    assert data.rules["reasoning"].startswith("in 1 row: ")
+    assert data.rules["empty think"] == "in 3 rows: the empty think block before an answer is dropped"
+
+
+# ---- pictures
+
+
+def published(tmp_path, tokenizer, rows=200) -> tuple[dict, VLMDataset]:
+    counts = write_published_form(tmp_path / "published.parquet", rows)
+    return counts, opened(tmp_path / "published.parquet", tokenizer)
+
+
+def test_each_picture_is_kept_once_and_read_from_every_row(written, tmp_path):
+    shown = [0, 1, 2, 0, 1, 0, 0]
+    data = written([(said(ASKED, f"第{row}张。"), picture(number)) for row, number in enumerate(shown)])
+    assert data.picture_numbers.tolist() == shown
+    assert (data.picture_count, data.distinct_pictures) == (7, 3)
+    assert data.image_files["content"] == [picture(number) for number in range(3)]
+    expected = means(data)
+    assert all(expected[row] == expected[shown.index(number)] for row, number in enumerate(shown))
+    assert len({values[0] for values in expected}) == 3
+    assert means(pickle.loads(pickle.dumps(data))) == expected
+    size = (kept_in(tmp_path) / "pictures.arrow").stat().st_size
+    assert sum(len(picture(number)) for number in range(3)) < size < sum(len(picture(number)) for number in shown)
+
+
+def test_a_file_of_the_published_form_takes_less_disk_than_a_copy_of_its_rows(tmp_path, tokenizer):
+    counts, data = published(tmp_path, tokenizer, 400)
+    assert len(data.image_files) == counts["pictures"] < 100
+    assert data.rules["text only"].startswith(f"in {counts['rows of text'] - data.tool_rows} row")
+    size = sum(path.stat().st_size for path in kept_in(tmp_path).iterdir())
+    assert size < counts["bytes of all rows"] / 2
+    assert len(data) + data.tool_rows == 400
+
+
+@pytest.mark.parametrize("form", ["dictionaries", "lists of dictionaries", "structs", "several row groups", "plain"])
+def test_every_way_to_write_the_pictures_gives_the_same(written, tmp_path, form):
+    shown, files = [0, 1, 1, 0, 2], [picture(number) for number in range(3)]
+    rows = [(said(ASKED, f"第{row}张。"), files[number]) for row, number in enumerate(shown)]
+    dictionaries = pa.DictionaryArray.from_arrays(pa.array(shown, pa.int32()), pa.array(files))
+    images = {
+        "dictionaries": dictionaries,
+        "lists of dictionaries": pa.ListArray.from_arrays(pa.array(range(6), pa.int32()), dictionaries),
+        "structs": pa.array([{"bytes": files[number], "path": f"{row}.jpg"} for row, number in enumerate(shown)]),
+    }
+    options = {"several row groups": {"row_group_size": 2}, "plain": {"use_dictionary": False}}
+    data = written(rows, "other.parquet", images.get(form), **options.get(form, {}))
+    assert data.bad_rows == []
+    assert data.picture_numbers.tolist() == shown
+    shutil.rmtree(tmp_path / "cache")
+    assert means(data) == means(written(rows))
+
+
+def test_a_picture_in_several_rows_is_encoded_once(tmp_path, tokenizer):
+    counts, data = published(tmp_path, tokenizer)
+    encoded = []
+
+    def encode(pixels):
+        encoded.append(len(pixels))
+        return pixels.float().mean(dim=(1, 2, 3))[:, None, None].expand(-1, 4, 2)
+
+    for _ in range(2):
+        file = FeatureFile(tmp_path, data.pictures_sha256, "tower", (data.distinct_pictures, 4, 2))
+        compute_features(data, file, encode, torch.device("cpu"), 0)
+    assert sum(encoded) == counts["pictures"] - 1 < data.picture_count / 3  # not the black one
+    expected = means(data)
+    data.use_features(file)
+    for sample, of_pixels in zip(data, expected, strict=True):
+        assert sample["image_features"][:, 0, 0].tolist() == pytest.approx(of_pixels, rel=1e-3)
+    assert data.pictures_sha256 != opened_other(data, tmp_path, tokenizer).pictures_sha256
+
+
+def opened_other(data: VLMDataset, tmp_path, tokenizer) -> VLMDataset:
+    write_published_form(tmp_path / "other.parquet", 200, seed=1)
+    return opened(tmp_path / "other.parquet", tokenizer)
+
+
+def test_rows_that_share_a_picture_are_held_out_together(tmp_path, tokenizer):
+    _, data = published(tmp_path, tokenizer, 400)
+    kept, held_out = hold_out(data, share=0.05)
+    shown = [
+        set(np.concatenate([row["picture_numbers"] for row in of.read_rows(of.positions.tolist())]))
+        for of in (kept, held_out)
+    ]
+    assert 0 < len(held_out) <= 40 and len(kept) + len(held_out) == len(data)
+    assert not shown[0] & shown[1]
+    assert rows_in_both(kept, held_out) == 0
+    assert (held_out.image_counts > 0).all()
+    texts = data.column("picture_hash")[data.positions[data.image_counts == 0]]
+    assert len(np.unique(texts)) == len(texts)  # the black picture does not make them one group
+
+
+def test_several_processes_give_the_same_rows(tmp_path, tokenizer):
+    _, data = published(tmp_path, tokenizer)
+    path = tmp_path / "published.parquet"
+    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache", num_proc=2)
+    assert len(two.rows.cache_files) == 2
+    assert two.rows.data.to_pylist() == data.rows.data.to_pylist()
+
+
+# ---- the cache
+
+
+def test_what_was_made_is_opened_without_reading_the_file(tmp_path, tokenizer, monkeypatch):
+    _, data = published(tmp_path, tokenizer)
+    monkeypatch.setattr(parquet.pq, "ParquetFile", lambda *args, **named: pytest.fail("read again"))
+    monkeypatch.setattr(ChatEncoder, "encode", lambda *args, **named: pytest.fail("tokenised again"))
+    shutil.copytree(tmp_path, tmp_path / "copied", ignore=shutil.ignore_patterns("cache"))
+    (tmp_path / "copied" / "cache").symlink_to(tmp_path / "cache")
+    for path in (tmp_path / "published.parquet", tmp_path / "copied" / "published.parquet"):
+        again = opened(path, tokenizer)
+        assert again.content_sha256 == data.content_sha256
+        assert torch.equal(again[5]["pixel_values"], data[5]["pixel_values"])
+
+
+def test_the_disk_that_is_needed_is_said_before_and_must_be_there(written, tmp_path, monkeypatch, capsys):
+    rows = [(said(ASKED, f"第{row}张。"), picture(row % 5)) for row in range(50)]
+    data = written(rows)
+    shown = capsys.readouterr().out
+    assert "rows.parquet is read once into" in shown and " free), where it takes up to " in shown
+    pictures = float(shown.split("takes up to ")[1].split()[0]) * 1e6
+    real = sum(map(len, data.image_files["content"]))
+    assert real <= pictures + 5000 <= 2 * real + 10_000
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(parquet.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    with pytest.raises(DataError, match=r"takes up to .* MB .*, which has 0\.01 MB free: make room, or set HF_HOME"):
+        written(rows)
+    assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
+
+
+def test_a_changed_file_replaces_what_was_kept_of_it(written, tmp_path):
+    written([(said(ASKED), picture(0))])
+    before, other = kept_in(tmp_path), written([(said(ASKED), picture(1))], "other.parquet")
+    changed = written([(said(ASKED), picture(2)), (said(ASKED), picture(3))])
+    assert not before.exists()
+    assert len(list(before.parent.iterdir())) == 2  # that of the other file stays
+    assert changed.image_files["content"] == [picture(2), picture(3)]
+    assert other.image_files["content"] == [picture(1)]
+
+
+def test_a_full_disk_leaves_nothing_and_is_not_blamed_on_the_file(written, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parquet.Pictures, "number", full)
+    with pytest.raises(DataError, match="the rows of .* cannot be kept in .*: No space left .* HF_HOME"):
+        written([(said(ASKED), picture(0))])
+    assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+from dataset import parquet
+from pathlib import Path
+def killed(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+parquet.Pictures.number = killed
+parquet.load_parquet(Path(sys.argv[1]), 16, sys.argv[2])
+"""
+
+
+def test_a_process_that_was_killed_while_reading_leaves_nothing_behind(written, tmp_path):
+    rows = [(said(ASKED), picture(0))]
+    written(rows)
+    shutil.rmtree(tmp_path / "cache")
+    command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), tmp_path / "rows.parquet", tmp_path / "cache"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert kept_in(tmp_path).suffix == ".tmp"
+    assert len(written(rows)) == 1
+    assert kept_in(tmp_path).suffix == ""
+
+
+def test_another_process_that_reads_the_same_file_is_waited_for(written, tmp_path, tokenizer, monkeypatch):
+    rows = [(said(ASKED), picture(0))]
+    written(rows)
+    shutil.rmtree(tmp_path / "cache")
+    real, made = parquet.bring_in, []
+
+    def held_by_another(folder):
+        if not made:
+            real(tmp_path / "rows.parquet", folder, 16)
+            made.append(folder)
+            raise BlockingIOError("1")
+
+    monkeypatch.setattr(parquet, "lock", held_by_another)
+    monkeypatch.setattr(parquet, "bring_in", lambda *args: pytest.fail("made twice"))
+    assert len(opened(tmp_path / "rows.parquet", tokenizer)) == 1
+
+
+def test_a_damaged_cache_is_named(written, tmp_path):
+    rows = [(said(ASKED), picture(number)) for number in range(9)]
+    written(rows)
+    (kept_in(tmp_path) / "pictures.arrow").write_bytes(b"\xff\xff\xff\xff")
+    with pytest.raises(DataError, match=f"{kept_in(tmp_path)} is damaged .*: delete it, and it is made again"):
+        written(rows)
+    shutil.rmtree(kept_in(tmp_path))
+    assert len(written(rows)) == 9
+
+
+def test_text_that_is_not_utf_8_is_an_error_of_the_file(tmp_path, tokenizer):
+    broken = pa.array([b'[{"role": "user\xff"}]']).view(pa.string())
+    pq.write_table(pa.table({"conversations": broken, "image_bytes": [picture(0)]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read: .*UTF8"):
+        opened(tmp_path / "rows.parquet", tokenizer)
+
+
+# ---- runs
+
+
+def test_a_run_on_the_published_form_says_its_rules_and_resumes_bit_identically(world, tmp_path):
+    write_published_form(tmp_path / "published.parquet", 100)
+    flags = ["--data_path", tmp_path / "published.parquet", "--max_seq_len", 640, "--epochs", 2, "--batch_size", 16]
+    flags += ["--from_weight", "llm", "--learning_rate", 1e-3, "--num_workers", 1, "--ignore_high_loss"]
+    ends = []
+    for name, hook in (("whole", ""), ("killed", KILLED_IN_STEP_9)):
+        out = world.copy_of_out(tmp_path / name)
+        run = world.run(SFT, *world.files("sft", out), *flags, "--save_interval", 3, hook=hook)
+        if hook:
+            assert run.code == -signal.SIGKILL
+            run = world.run(SFT, *world.files("sft", out), *flags, "--save_interval", 3, "--from_resume", 1)
+        ends.append(torch.load(run.passed() and out / "sft_vlm_32.pth", weights_only=True))
+        assert "text only: in " in run.out and "tool calls: in " in run.out
+        assert ("is read once into" in run.out, "encoding images, once" in run.err) == (not hook, not hook)
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    other = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_seq_len", 600).passed()
+    assert "encoding images" not in other.err  # the features are the pictures', whatever the tokens
+
+
+KILLED_IN_STEP_9 = """
+import os, signal, model.model_vlm
+forward, calls = model.model_vlm.MiniMindVLM.forward, []
+def counted(*inputs, **named):
+    calls.append(1)
+    if len(calls) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*inputs, **named)
+model.model_vlm.MiniMindVLM.forward = counted
+"""

@@ -1,0 +1,82 @@
+"""Small published files for the stand-ins, and scripts/download.py run as a process against them."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from common.paths import ROOT
+
+TOWER, LLM = "models/openai/clip-vit-base-patch16", "models/jingyaogong/MiniMind2-V-PyTorch"
+TOKENIZER, DATA = "models/jingyaogong/MiniMind2-V", "datasets/jingyaogong/minimind-v_dataset"
+WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: enough for several reads of a socket
+TOWER_FOLDER = "model/vision_model/clip-vit-base-patch16"
+
+
+def make_zip(members: dict[str, bytes]) -> bytes:
+    """A zip of these members, names taken as they are."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return memory.getvalue()
+
+
+def repos() -> dict[str, dict[str, bytes]]:
+    """The four repositories with a few bytes in each file, and files that nobody asked for."""
+    row = json.dumps({"conversations": [], "image": "a.jpg"}).encode()
+    return {
+        TOWER: {
+            "config.json": b"{}",
+            "preprocessor_config.json": b'{"size": 224}',
+            "model.safetensors": WEIGHTS,
+            "pytorch_model.bin": b"bin",
+            "flax_model.msgpack": b"flax",
+            "tokenizer.json": b"not this one",
+        },
+        LLM: {"llm_512.pth": WEIGHTS[::-1], "llm_768.pth": b"768", "sft_vlm_512.pth": b"other"},
+        TOKENIZER: {"tokenizer.json": b'{"v": 6400}', "tokenizer_config.json": b"{ }", "model.safetensors": b"x"},
+        DATA: {
+            "README.md": b"read me",
+            "pretrain_data.jsonl": row,
+            "pretrain_images.zip": make_zip({"pretrain_images/": b"", "pretrain_images/a.jpg": b"A" * 5000}),
+            "sft_data.jsonl": row * 2,
+            "sft_images.zip": make_zip({"a.jpg": b"S", "more/b.jpg": b"B", "__MACOSX/._a.jpg": b"junk"}),
+            "sft_i2t.parquet": b"PAR1",
+        },
+    }
+
+
+def command(endpoint: str, dest: Path, *arguments: str) -> dict:
+    """What to give to subprocess: the real script, from a folder that is not the project's."""
+    quiet = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(dest.parent / "hf"), "HF_HUB_OFFLINE": "0"}
+    environment = {**quiet, **hub, "HF_HUB_DOWNLOAD_TIMEOUT": "40"}  # seconds: the stand-in may have to wait for a core
+    return {
+        "args": [sys.executable, str(ROOT / "scripts" / "download.py"), "--dest", str(dest), *arguments],
+        "env": environment,
+        "cwd": dest.parent,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def run(endpoint: str, dest: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The script, to its end."""
+    return subprocess.run(**command(endpoint, dest, *arguments), timeout=60, check=False)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files under a folder with their contents."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """One line that says what is wrong, no traceback, status 1."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]

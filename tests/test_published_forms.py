@@ -1,0 +1,210 @@
+"""Both published generations in their own form, at small widths: fetched, checked, trained, talked to, exported."""
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from downloads import command
+from hub_stand_in import HubStandIn
+from modelscope_stand_in import ModelScopeStandIn
+from tiny import EVAL, PRETRAIN, PRETRAIN_ROWS, SFT, SFT_ROWS, turn
+from tiny_models import save_siglip, save_tokenizer_3v, save_tower
+
+from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
+from dataset.chat import ChatEncoder
+from dataset.tokenizer import load_tokenizer
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.vlm_config import MINIMIND_3V
+from trainer.support.trained import add_model_flags, find_trained
+from trainer.weights import read_weights
+
+pytest_plugins = ["tiny"]
+CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
+USER = ROOT / "tests" / "scripts" / "transformers_user.py"
+WIDTH, BATCH, STEPS = 64, 9, 3
+SHAPE_3V = MINIMIND_3V | {
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "qk_norm": True, "n_shared_experts": 0},
+    "intermediate_size": 64 * math.ceil(WIDTH * math.pi / 64),
+}
+CLIP_PIXELS = {
+    **{"do_resize": True, "size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "do_normalize": True},
+    **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+}
+
+
+@dataclass
+class Published:
+    """A generation's repositories, and where a download put their files.
+
+    Attributes:
+        fetched: The folder that scripts/download.py filled, and what it printed.
+        settings: Of both stages, as their recipe gives them: flag -> value.
+    """
+
+    parts: list[str]
+    weights: str
+    tower: str
+    tokenizer: str
+    image_tokens: int
+    tensors: int
+    settings: list[dict]
+    fetched: Path | None = None
+    printed: str = ""
+
+    @property
+    def files(self) -> list:
+        folders = {"--vision_model_path": self.tower, "--tokenizer_path": self.tokenizer}
+        return [word for flag, folder in folders.items() for word in (flag, self.fetched / folder)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def weight_file(folder: Path, with_projection: bool, **shape) -> tuple[bytes, int]:
+    """Returns a state dict in half precision without a sidecar, and how many tensors it has."""
+    torch.manual_seed(0)
+    model = MiniMindVLM(VLMConfig(hidden_size=WIDTH, num_hidden_layers=8, vision_hidden_size=32, **shape))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    if not with_projection:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_proj.")}
+    torch.save(tensors, folder / "weights.pth")
+    return (folder / "weights.pth").read_bytes(), len(tensors)
+
+
+def old_form(folder: Path) -> tuple[HubStandIn, Published]:
+    """Makes the hub with the first generation on it."""
+    tower = save_tower(folder / "clip")
+    (tower / "preprocessor_config.json").write_text(json.dumps(CLIP_PIXELS), encoding="utf-8")
+    trained, tensors = weight_file(folder, True)
+    weights = {"sft_vlm_64.pth": trained, "pretrain_vlm_64.pth": trained, "llm_64.pth": weight_file(folder, False)[0]}
+    repos = {
+        "models/openai/clip-vit-base-patch16": contents(tower),
+        "models/jingyaogong/MiniMind2-V-PyTorch": weights,
+        "models/jingyaogong/MiniMind2-V": contents(BUILTIN_TOKENIZER_DIR),
+    }
+    settings = [{"learning_rate": 4e-4, "max_seq_len": 640}, {"learning_rate": 1e-6, "max_seq_len": 1536}]
+    folders = "out", "model/vision_model/clip-vit-base-patch16", "model/tokenizer_minimind2"
+    return HubStandIn(repos), Published(["sft_vlm", "pretrain_vlm", "llm"], *folders, 196, tensors, settings)
+
+
+def newest_form(folder: Path) -> tuple[HubStandIn, Published]:
+    """Makes ModelScope with minimind-3v on it."""
+    trained, tensors = weight_file(folder, True, **SHAPE_3V)
+    repos = {
+        "models/gongjy/siglip2-base-p32-256-ve": contents(save_siglip(folder / "siglip")),
+        "models/gongjy/minimind-3v-pytorch": {
+            "sft_vlm_64.pth": trained,
+            "llm_64.pth": weight_file(folder, False, **SHAPE_3V)[0],
+        },
+        "models/gongjy/minimind-3v": contents(save_tokenizer_3v(folder / "tokenizer")),
+    }
+    settings = [{"learning_rate": 4e-4, "max_seq_len": 450}, {"learning_rate": 5e-6, "max_seq_len": 768}]
+    folders = "out/minimind-3v", "model/vision_model/siglip2-base-p32-256-ve", "model/tokenizer_minimind3v"
+    parts = ["minimind-3v", "--source", "modelscope"]
+    return ModelScopeStandIn(repos), Published(parts, *folders, 64, tensors, settings)
+
+
+@pytest.fixture(scope="module", params=[old_form, newest_form], ids=["MiniMind2-V", "minimind-3v"])
+def published(request, tmp_path_factory) -> Published:
+    folder = tmp_path_factory.mktemp("published")
+    server, published = request.param(folder)
+    with server as source:
+        asked = command(source.endpoint, folder / "project", *published.parts, "--hidden_size", str(WIDTH))
+        asked["env"] |= {"MODELSCOPE_ENDPOINT": source.endpoint}
+        done = subprocess.run(**asked, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    published.fetched, published.printed = folder / "project", done.stdout
+    return published
+
+
+def test_the_download_ends_with_the_line_that_talks_to_it(world, published):
+    words = shlex.split(published.printed.splitlines()[-1].partition("Talk to it: ")[2])
+    first, script, *flags = words
+    assert (first, Path(script).resolve()) == ("python", EVAL)
+    said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4).passed().out
+    assert f"{published.fetched / published.weights}" in said and "4 tokens" in said
+    assert len(read_weights(published.fetched / published.weights / "sft_vlm_64.pth").tensors) == published.tensors
+
+
+def test_each_generation_draws_answers_as_its_recipe_says(published):
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    where = ["--save_dir", str(published.fetched / published.weights), *map(str, published.files)]
+    trained = find_trained(parser.parse_args(where))
+    temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
+    assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
+
+
+def test_the_data_is_checked_with_its_tokenizer(world, published):
+    flags = ["--images_path", world.images, "--image_tokens", published.image_tokens, *published.files[2:]]
+    assert "26" in world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+
+
+def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_path):
+    out, common = tmp_path / "out", ["--num_workers", 0, "--device", "cpu", "--eval_data", "none", "--epochs", 1]
+    common += ["--batch_size", BATCH, "--save_dir", out, "--ignore_high_loss", *published.files]
+    llm, weights = published.fetched / published.weights / "llm_64.pth", {}
+    for script, stage, start in ((PRETRAIN, "pretrain", llm), (SFT, "sft", out / "pretrain_vlm_64.pth")):
+        data = ["--data_path", world.root / f"{stage}.jsonl", "--images_path", world.images, "--from_weight", start]
+        world.run(script, *data, *common).passed()
+        weights[stage] = read_weights(out / f"{stage}_vlm_64.pth")
+        sidecar = weights[stage].sidecar
+        expected = published.settings[stage == "sft"]
+        assert {name: sidecar["arguments"][name] for name in expected} == expected
+        assert sidecar["step"] == STEPS == math.ceil((SFT_ROWS if stage == "sft" else PRETRAIN_ROWS) / BATCH)
+    before, after = read_weights(llm).tensors, weights["pretrain"].tensors
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert len(weights["sft"].tensors) == published.tensors
+
+    ask = ["--image", world.images / "0.jpg", "--temperature", 0, "--max_new_tokens", 4, "--device", "cpu"]
+    said = world.run(EVAL, "--save_dir", out, *ask).passed().out  # tower and tokenizer: the sidecar's
+    exported = world.run(EXPORT, "--save_dir", out)
+    if weights["sft"].config.qk_norm:
+        exported.refused("a SigLIP tower is not exported")
+        return
+    exported.passed()
+    again = world.run(EVAL, "--load_from", out / "sft_vlm_64-hf", *ask).passed().out
+    assert again.splitlines()[1:-2] == said.splitlines()[1:-2]
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["qwen3", "qwen3_moe"])
+def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, use_moe):
+    """The same prompts' ids and the same logits; reading the folder back gives the weights."""
+    tokenizer, out = save_tokenizer_3v(tmp_path / "tokenizer"), tmp_path / "out"
+    out.mkdir()
+    path = out / f"llm_64{'_moe' * use_moe}.pth"
+    path.write_bytes(weight_file(tmp_path, False, **SHAPE_3V, use_moe=use_moe)[0])
+    tower = save_siglip(tmp_path / "siglip")
+    files = ["--save_dir", out, "--weight", "llm", "--tokenizer_path", tokenizer, "--vision_model_path", tower]
+    world.run(EXPORT, *files).passed()
+    world.run(EXPORT, *files, "--to", "gguf").refused("not exported to GGUF")
+    folder = out / f"{path.stem}-hf"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == ("qwen3_moe" if use_moe else "qwen3")
+
+    chat = [turn("user", "What is 2 @ 3?"), turn("assistant", "<think>\nsum\n</think>\n\n5"), turn("user", "你好")]
+    chat += [turn("assistant", "好"), turn("user", "Sure?")]
+    (tmp_path / "chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
+    user = [sys.executable, "-W", "ignore", USER, folder, tmp_path / "chats.json", tmp_path / "result.pt"]
+    done = subprocess.run(list(map(str, user)), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "result.pt")
+    [ours] = ChatEncoder(load_tokenizer(tokenizer), 64).encode([chat], add_generation_prompt=True)
+    assert theirs["input_ids"].tolist() == [ours.input_ids]
+    weights = read_weights(path)
+    model = MiniMindVLM(weights.config).eval()
+    model.load_state_dict({**model.state_dict(), **weights.tensors})
+    with torch.inference_mode():
+        logits = model(theirs["input_ids"]).logits
+    torch.testing.assert_close(theirs["logits"], logits, atol=1e-4, rtol=0)
+    ask = ["--prompt", "你好", "--image_dir", world.images, "--max_new_tokens", 1, "--device", "cpu"]
+    world.run(EVAL, "--load_from", folder, "--vision_model_path", tower, *ask).passed()
