@@ -5,6 +5,7 @@
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate folder
     python scripts/benchmark.py ranks                            how much of the sums over ranks is hidden
+    python scripts/benchmark.py cost                             hours on GPUs that were not at hand, on paper
     python scripts/benchmark.py checks                           what only a device can show: no syncs, same losses, ...
 
 The data are made up, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
@@ -32,6 +33,7 @@ from tqdm import tqdm  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from scripts.measure.checks import CHECKS, check  # noqa: E402
+from scripts.measure.cost import COST_LINES, GPUS, estimate_cost  # noqa: E402
 from scripts.measure.generation import FOLDER_LINES, GENERATE_LINES, measure_folder, measure_generate  # noqa: E402
 from scripts.measure.made_up import LAYERS, STAGES  # noqa: E402
 from scripts.measure.ranks import RANKS_LINES, measure_ranks  # noqa: E402
@@ -54,13 +56,15 @@ MEASUREMENTS = {
     "batch": (measure_largest_batch, tuple(STAGES)),
     "ranks": (measure_ranks, tuple(RANKS_LINES)),
     "checks": (check, tuple(CHECKS)),
+    "cost": (estimate_cost, tuple(COST_LINES)),
 }
-ONCE = ("batch", "checks")
+ONCE = ("batch", "checks", "cost")
 BATCH_SIZES = {"cuda": {"pretrain": 128, "sft": 32}, "cpu": {"pretrain": 16, "sft": 4}}
 # The columns of the tables, those that a measurement has.
 FORMATS = {"samples": ",.0f", "samples/s": ",.2f", "images/s": ",.0f", "tokens/s": ",.0f", "pictures/s": ",.2f"}
 FORMATS |= {"x plain": ".2f", "x Llama": ".2f", "x one": ".2f", "useful": ".1%", "product": ".0%", "waits": ".0%"}
 FORMATS |= {"s": ".2f", "MB": ",.0f", "link s": ".2f", "waited s": ".2f", "hidden": ".0%", "GB": ".2f"}
+FORMATS |= {"GFLOP": ",.0f"} | {f"h, {gpu}": ",.2f" for gpu in GPUS} | {"cores": ".0f"}
 
 
 def lines_of(what: str, args: Namespace) -> list[str]:
@@ -114,14 +118,18 @@ def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
 def print_table(what: str, results: dict[str, dict]):
     """Prints a line for each measurement, as wide as a terminal."""
     columns = {name: form for name, form in FORMATS.items() if any(name in row for row in results.values())}
-    print(f"{what:<34}" + "".join(f"{name:>10}" for name in columns))
+    widths = {name: max(10, len(name) + 1) for name in columns}
+    print(f"{what:<34}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for name, row in results.items():
         if "failed" in row:
             print(f"  {name:<32}  failed: {row['failed']}")
         elif "passed" in row:
             print(f"  {name:<36} {'yes' if row['passed'] else 'NO'}: {row['found']}")
         else:
-            print(f"  {name:<32}" + "".join(f"{row[column]:>10{form}}" for column, form in columns.items()))
+            print(
+                f"  {name:<32}"
+                + "".join(f"{row[column]:>{max(10, len(column) + 1)}{form}}" for column, form in columns.items())
+            )
     product = max((row.get("GFLOP/s", 0) for row in results.values()), default=0)
     if product:
         print(f"  product: of the FLOP/s of a matrix product, here {product:,.0f} GFLOP/s; waits: for data")

@@ -120,7 +120,7 @@ def add_optimisation_flags(add, default: dict):
 
 def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = "of matrix products (default: bfloat16 where a GPU computes in it, float16 on other CUDA GPUs, else float32)"
+    what = "of matrix products (default: bfloat16 on GPUs that have it, float16 on others, on a CPU what is faster)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
@@ -169,8 +169,10 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
         raise UsageError("\n".join(problems))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
-    dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
-    args.device, args.dtype = str(device), dtype
+    args.device, dtype = str(device), pick_dtype(args.dtype, device)
+    # With the built-in models a CPU keeps to float32, so that their figures hold everywhere; else `Run` measures.
+    if args.dtype or device.type != "cpu" or args.assets == "built-in":
+        args.dtype = str(dtype).removeprefix("torch.")
     fill_in(args, {"compile": device.type == "cuda", "num_workers": min(16, max(1, cores() // world_size))})
     return args
 

@@ -26,6 +26,7 @@ from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
 from trainer import weights as weight_io
 from trainer.flags import Stage
+from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes
 
 SHOWN_BAD_ROWS = 20
@@ -133,6 +134,9 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
         )
     held = prepare_save_dir(files, processes)
     state = read_state(args, files, processes)
+    if args.dtype is None:
+        kept = state and state["arguments"].get("dtype")
+        args.dtype = kept or str(faster_dtype(config, processes)).removeprefix("torch.")
     return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
 
 

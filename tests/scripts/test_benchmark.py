@@ -141,6 +141,13 @@ def test_sums_over_a_slow_link_are_hidden_behind_the_backward_pass(run, monkeypa
     assert lines[0]["hidden"] < 0.2 and lines[0]["waited s"] >= 0.8 * lines[0]["link s"]
 
 
+def test_the_hours_on_a_gpu_follow_from_the_operations(run):
+    figures, _ = run("cost")
+    row = figures["cost"]["pretrain, 1.27 M rows"]
+    assert row["h, 8 x H100"] == pytest.approx(row["h, H100"] / 8)
+    assert row["h, H100"] == pytest.approx(1.27e6 * row["GFLOP"] * 1e9 / (0.4 * 989e12) / 3600)
+
+
 def test_an_unknown_measurement_is_told(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_arguments(["training"])
