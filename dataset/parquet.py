@@ -30,7 +30,8 @@ from dataset.formats import DataError, check_file, content_key, data_error, hash
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be brought in differently
-BATCH = 100  # rows with their pictures in memory
+BATCH, BATCHES = 100, 40  # rows that are read, and such batches that are written, at once
+BLOCK_BYTES = 1 << 26  # of pictures that are written at once
 BAR_ROWS = 20_000  # from here on a progress bar is shown
 BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 LIST_TYPES = (pa.types.is_list, pa.types.is_large_list)
@@ -99,7 +100,7 @@ def bring_in(path: Path, folder: Path, image_tokens: int):
 
 
 def write_tables(file: pq.ParquetFile, name: str, part: Path):
-    """Writes the rows and, each once, the pictures; in memory are a batch of rows and a hash for each picture."""
+    """Writes the rows and, each once, the pictures; in memory are a block of rows and a hash for each picture."""
     rows, every = file.metadata.num_rows, 0.2 if sys.stderr.isatty() else 30.0
     with (
         open(part / "rows.arrow", "wb") as rows_file,
@@ -108,22 +109,32 @@ def write_tables(file: pq.ParquetFile, name: str, part: Path):
         pa.ipc.new_stream(pictures_file, PICTURES) as picture_writer,
         tqdm(desc="keeping each picture", total=rows, unit=" rows", disable=rows < BAR_ROWS, mininterval=every) as bar,
     ):
-        pictures = Pictures()
+        pictures, waiting, read = Pictures(), [], 0
         for batch in file.iter_batches(BATCH, columns=["conversations", name]):
             columns = [as_json(batch.column("conversations")), *pictures.number(batch.column(name))]
-            row_writer.write_batch(pa.record_batch(columns, schema=ROWS))
-            if pictures.new:
-                picture_writer.write_batch(pa.RecordBatch.from_pylist(pictures.new, schema=PICTURES))
-                pictures.new.clear()
+            waiting.append(pa.record_batch(columns, schema=ROWS))
+            read += len(batch)
             bar.update(len(batch))
+            # Opening the files looks at each block that was written, so there must not be many.
+            if len(waiting) == BATCHES or pictures.new_bytes > BLOCK_BYTES or read == rows:
+                row_writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
+                picture_writer.write_batch(pictures.take_new())
+                waiting.clear()
 
 
 class Pictures:
-    """The distinct pictures so far: `number` says which ones rows have; `new` are those not yet written."""
+    """The distinct pictures so far: `number` says which ones rows have, `take_new` returns those not taken yet."""
 
     def __init__(self):
         self.numbers: dict[bytes, int] = {}
-        self.hashes, self.blank, self.new = array("q"), set(), []
+        self.hashes, self.blank = array("q"), set()
+        self.new, self.new_bytes = [], 0
+
+    def take_new(self) -> pa.RecordBatch:
+        """Returns (PICTURES) those that were not returned before."""
+        taken = pa.record_batch([self.new, self.hashes[len(self.hashes) - len(self.new) :].tolist()], schema=PICTURES)
+        self.new, self.new_bytes = [], 0
+        return taken
 
     def number(self, column: pa.Array) -> tuple[list, list, list]:
         """Returns the columns `pictures`, `picture_hash` and `is_blank` of rows with these pictures."""
@@ -141,7 +152,8 @@ class Pictures:
         number = self.numbers.setdefault(digest, len(self.numbers))
         if number == len(self.hashes):
             self.hashes.append(hash_63(content))
-            self.new.append({"content": content, "hash": self.hashes[-1]})
+            self.new.append(content)
+            self.new_bytes += len(content)
             if is_blank(content):
                 self.blank.add(number)
         return number

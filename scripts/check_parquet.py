@@ -9,6 +9,7 @@ only, with a black picture of 8 x 8. Then processes of their own open it for
 the first and the second time, and read samples in random order.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -215,13 +216,18 @@ def fact(name: str, text: str):
     print(f"  {name:<18} {text}", flush=True)
 
 
-def main():
+def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--rows", type=int, default=300_000, help="rows of the file")
     parser.add_argument("--folder", type=file_path, help="where file and cache are written (default: removed after)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.rows < 100:
         raise UsageError(f"--rows {args.rows}: must be at least 100")
+    return args
+
+
+def main():
+    args = parse_arguments()
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         try:

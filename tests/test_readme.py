@@ -11,7 +11,7 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import check_llama_cpp, check_looking, download, export, make_dataset, publish, web_demo_vlm
+from scripts import check_llama_cpp, check_looking, check_parquet, download, export, make_dataset, publish, web_demo_vlm
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -45,6 +45,7 @@ PARSERS = {
     "eval_vlm.py": eval_vlm.parse_arguments,
     "scripts/check_llama_cpp.py": check_llama_cpp.parse_arguments,
     "scripts/check_looking.py": check_looking.parse_arguments,
+    "scripts/check_parquet.py": check_parquet.parse_arguments,
     "scripts/download.py": download.parse_args,
     "scripts/export.py": export.parse_arguments,
     "scripts/make_dataset.py": make_dataset.parse_arguments,

@@ -225,6 +225,20 @@ def test_rows_that_share_a_picture_are_held_out_together(tmp_path, tokenizer):
     assert len(np.unique(texts)) == len(texts)  # the black picture does not make them one group
 
 
+def test_many_rows_are_few_blocks_and_large_pictures_more(tmp_path, tokenizer, monkeypatch):
+    """Opening a file looks at each of its blocks; writing it holds one in memory."""
+    rows = [(said(TEXT), None)] * 1000
+    texts = [json.dumps(turns, ensure_ascii=False) for turns, _ in rows]
+    for name, limit, blocks in (("a", 1 << 26, [1, 1]), ("b", 5000, [10, 10])):
+        monkeypatch.setattr(parquet, "BLOCK_BYTES", limit)
+        images = [np.random.default_rng(number).bytes(100) for number in range(1000)]
+        pq.write_table(pa.table({"conversations": texts, "image_bytes": images}), tmp_path / f"{name}.parquet")
+        kept = parquet.load_parquet(tmp_path / f"{name}.parquet", 16, tmp_path / name)
+        assert [of.data.column(0).num_chunks for of in kept] == blocks
+        assert kept[1]["content"] == images
+        assert kept[0]["pictures"] == [[number] for number in range(1000)]
+
+
 def test_several_processes_give_the_same_rows(tmp_path, tokenizer):
     _, data = published(tmp_path, tokenizer)
     path = tmp_path / "published.parquet"
