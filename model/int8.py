@@ -42,5 +42,5 @@ def quantize(model: MiniMindForCausalLM):
     """
     for block in [*model.model.layers.modules(), model]:
         for name, child in block.named_children():
-            if isinstance(child, nn.Linear) and name not in ("gate", "vision_proj"):
+            if isinstance(child, nn.Linear) and name != "gate":
                 setattr(block, name, Int8Linear(child))

@@ -4,17 +4,21 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT
 
+from common.errors import UsageError
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import weights as checkpoint
+from trainer.watch.assistant import in_precision
 
 pytest_plugins = ["tiny"]
 
 SPEED = re.compile(r"^    \d+ tokens, \d+ tokens/s$", re.MULTILINE)
+AT_ONCE = re.compile(r"^    (?:1 answer|\d+ answers at once): \d+ tokens, \d+ tokens/s$", re.MULTILINE)
 UNTRAINED = "the projection is untrained"
 
 
@@ -42,12 +46,31 @@ def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
     script, save_dir = os.path.relpath(EVAL, tmp_path), os.path.relpath(out, tmp_path)
     # Tokenizer and tower default to those of the weights.
     result = world.start(script, "--save_dir", save_dir, "--image_dir", pictures, "--max_new_tokens", 4, cwd=tmp_path)
-    asked = answers(result)
-    assert sorted(name for name, _ in asked) == sorted(f"{number}.jpg" for number in range(PICTURES))
+    asked = re.findall(r"^(.*\.jpg): 描述这张图片$", result.passed().out, re.MULTILINE)
+    assert sorted(asked) == sorted(f"{number}.jpg" for number in range(PICTURES))
     assert "sft_vlm_32.pth" in result.out
     assert str(world.tower) in result.out
     assert UNTRAINED not in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_is_described_at_once_as_picture_by_picture(world, out):
+    flags = [*world.eval_files(loud(world, out)), "--image_dir", world.images, "--temperature", 0]
+    flags += ["--max_new_tokens", 12]
+    texts = {}
+    for batch_size in (1, 3, PICTURES):
+        said = world.run(EVAL, *flags, "--batch_size", batch_size).passed().out
+        texts[batch_size], speeds = AT_ONCE.sub("", said).split(), AT_ONCE.findall(said)
+        assert len(speeds) == -(-PICTURES // batch_size)
+    assert texts[1] == texts[3] == texts[PICTURES]
+
+
+def test_the_precisions_answer_and_int8_is_for_the_cpu(world, out):
+    flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--max_new_tokens", 4]
+    for dtype in ("float32", "bfloat16", "int8"):
+        assert "tokens/s" in world.run(EVAL, *flags, "--dtype", dtype).passed().out
+    with pytest.raises(UsageError, match="--dtype int8 is for the CPU"):
+        in_precision(SimpleNamespace(device=torch.device("cuda")), "int8")
 
 
 def test_it_gives_the_same_from_every_folder(world, out, tmp_path):
@@ -176,7 +199,7 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_reported(world, out, tmp_p
     (folder / "c.png").write_bytes((world.images / "1.jpg").read_bytes()[:200])
     result = world.run(EVAL, *world.eval_files(out), "--image_dir", folder)
     result.refused("2 picture(s) could not be read")
-    assert len(SPEED.findall(result.out)) == 1
+    assert len(AT_ONCE.findall(result.out)) == 1
     assert re.search(r"skipped: .*a\.jpg: not a picture", result.out)
     assert re.search(r"skipped: .*c\.png: ", result.out)
 
