@@ -1,6 +1,6 @@
 """Builds the small language model that stands in for MiniMind2 where nothing was downloaded, see README.md here.
 
-    python scripts/builtin/build_llm.py                     # about 25 minutes on one core, into model/builtin
+    python scripts/builtin/build_llm.py                     # 75 to 110 minutes on one core, into model/builtin
     python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
 
 It is trained on text only: the conversations of the built-in data set, with the scene described in place of the image.
