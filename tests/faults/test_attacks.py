@@ -169,6 +169,7 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 
 NO_COMMANDS = ("__init__.py", "transfer.py", "gguf_files.py", "model_card.py", "lmms_eval/scenes.py")
 NO_COMMANDS += ("dataset_rows.py", "dataset_sources.py")
+NO_COMMANDS += tuple(f"measure/{part}.py" for part in ("made_up", "training", "generation", "ranks", "checks", "cost"))
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if not name.endswith(NO_COMMANDS)])
