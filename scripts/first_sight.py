@@ -21,24 +21,25 @@ from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import ENGLISH  # noqa: E402
 from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
 from trainer.watch.assistant import Assistant  # noqa: E402
-from trainer.watch.page import MUCH, mask_of  # noqa: E402
+from trainer.watch.page import mask_of  # noqa: E402
 
-WIDTH, EDGE, SCENE, THUMB = 1200, 24, 240, 112  # pixels
+WIDTH, EDGE, SCENE, THUMB, GAP = 1200, 24, 240, 112, 12  # pixels
+WORDS = (WIDTH - 3 * EDGE - SCENE + GAP) // (THUMB + GAP)  # the strongest maps, as many as there is room for
 TOKENS = 64
 INK, QUIET, PAPER = "#1e293b", "#64748b", "#ffffff"
 
 
 def layout(scene: Image.Image, question: str, answer: str, looks: list[tuple[str, np.ndarray]]) -> Image.Image:
     """Returns the picture; `looks` are the words to show with their maps."""
-    columns = (WIDTH - 3 * EDGE - SCENE) // (THUMB + 12)
-    rows = -(-len(looks) // columns)
-    sheet = Image.new("RGB", (WIDTH, max(SCENE + 2 * EDGE, 108 + rows * (THUMB + 36) + EDGE)), PAPER)
+    sheet = Image.new("RGB", (WIDTH, SCENE + 2 * EDGE), PAPER)
     pen, left = ImageDraw.Draw(sheet), SCENE + 2 * EDGE
     sheet.paste(scene.resize((SCENE, SCENE), Image.Resampling.LANCZOS), (EDGE, EDGE))
     pen.text((left, EDGE), question, QUIET, ImageFont.load_default(20))
-    pen.text((left, EDGE + 34), answer, INK, ImageFont.load_default(22))
+    room = sheet.width - left - EDGE
+    size = next(size for size in range(22, 0, -1) if pen.textlength(answer, ImageFont.load_default(size)) <= room)
+    pen.text((left, EDGE + 34), answer, INK, ImageFont.load_default(size))
     for number, (word, of_word) in enumerate(looks):
-        x, y = left + number % columns * (THUMB + 12), 108 + number // columns * (THUMB + 36)
+        x, y = left + number * (THUMB + GAP), 108
         mask = mask_of([of_word]).resize((THUMB, THUMB), Image.Resampling.NEAREST)
         thumb = scene.resize((THUMB, THUMB)).convert("RGBA")
         sheet.paste(Image.alpha_composite(thumb, mask.convert("RGBA")).convert("RGB"), (x, y))
@@ -68,7 +69,8 @@ def main():
     ids = assistant.answer(conversation, [picture], TOKENS)
     answer = assistant.tokenizer.decode(ids, skip_special_tokens=True)
     looks = [(word, maps[0].numpy()) for word, maps in assistant.look(conversation, [picture], ids)]
-    sheet = layout(scene, args.question, answer, [(word, of_word) for word, of_word in looks if of_word.max() >= MUCH])
+    least = sorted((of_word.max() for _, of_word in looks), reverse=True)[:WORDS][-1]
+    sheet = layout(scene, args.question, answer, [(word, of_word) for word, of_word in looks if of_word.max() >= least])
     write_atomically(args.out.absolute(), lambda file: sheet.save(file, "png", optimize=True))
     print(f"{answer}\nwrote {display_path(args.out.absolute())}")
 

@@ -38,7 +38,8 @@ def test_a_model_is_quantized_but_for_embedding_norms_projection_and_router(use_
     assert (found - expected).norm() < 0.03 * expected.norm()
     kept = [*model.model.layers.parameters(), *model.model.layers.buffers()]
     assert sum(tensor.numel() * tensor.element_size() for tensor in kept) < before / 3.5
-    assert isinstance(model.model.embed_tokens, nn.Embedding) and isinstance(model.vision_proj.vision_proj[0], nn.Linear)
+    assert isinstance(model.model.embed_tokens, nn.Embedding)
+    assert isinstance(model.vision_proj.vision_proj[0], nn.Linear)
     gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
     assert all(isinstance(gate, nn.Linear) for gate in gates) and len(gates) == 2 * use_moe
 
