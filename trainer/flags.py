@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
@@ -25,22 +25,22 @@ class Stage:
         name: In the sidecar of its weights.
         title, story: What it is called, and what it does, in a line.
         defaults: The published settings, by flag.
-        minimind_3v: Where those of minimind-3v differ, for runs that start from its weights.
         builtin: The settings that teach the small built-in model.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
         following: The command that comes next; {save_weight} is filled in.
         loss: (model, inputs) -> (loss summed over the learned tokens, balancing loss of experts or None).
+        minimind_3v: Where the defaults of minimind-3v differ, for runs that start from its weights.
     """
 
     name: str
     title: str
     story: str
     defaults: dict
-    minimind_3v: dict
     builtin: dict
     data: str
     following: str
     loss: Callable
+    minimind_3v: dict = field(default_factory=dict)
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
