@@ -8,6 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Read by transformers, datasets and huggingface_hub when they are imported, here and in the scripts that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of torch, here and there: threads of several tests at once would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
