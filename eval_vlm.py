@@ -47,10 +47,7 @@ LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Reads the flags; raises UsageError with everything that is wrong with them."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    device = "cpu, cuda, cuda:N or mps (default: the best there is)"
-    model = add_model_flags(parser)
-    model.add_argument("--device", help=device)
-    add_speed_flags(model)
+    add_speed_flags(add_model_flags(parser))
     add = parser.add_argument_group("chat or measure").add_argument
     add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
     add("--eval_data", type=file_path, help="rows to measure on, jsonl or parquet as for training")

@@ -365,10 +365,7 @@ def build_page(gr, demo: Demo):
 
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    device = "cpu, cuda, cuda:N or mps (default: the best there is)"
-    model = add_model_flags(parser)
-    model.add_argument("--device", help=device)
-    add_speed_flags(model)
+    add_speed_flags(add_model_flags(parser))
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")
     add("--port", type=int, default=7860, help="port to listen on")

@@ -1,6 +1,7 @@
 """Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UsageError
@@ -139,8 +140,14 @@ def starting_sidecar(args) -> dict:
 def starts_from_3v(args) -> bool:
     """Tells whether the weights that --from_weight names are minimind-3v's, by their tensors."""
     path = starting_path(args)
+    return path is not None and is_3v(path)
+
+
+@lru_cache
+def is_3v(path: Path) -> bool:
+    """Tells whether a weight file is minimind-3v's; reads it once."""
     try:
-        return path is not None and read_weights(path).config.qk_norm
+        return read_weights(path).config.qk_norm
     except UsageError:  # said when the run reads them
         return False
 

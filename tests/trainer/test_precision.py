@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PRETRAIN, read_jsonl
+from tiny import PRETRAIN
 
 from model.model_vlm import VLMConfig
 from trainer.support import precision
@@ -48,4 +48,3 @@ def test_a_run_measures_and_a_resumed_one_keeps_what_it_found(world, tmp_path):
     assert "times as fast" not in more.out and ", bfloat16, " in more.out
     chosen = world.run(PRETRAIN, *flags, "--from_resume", 0, "--dtype", "float32", hook=HOOK.format(seconds=(1.0, 0.5)))
     assert ", float32, " in chosen.passed().out and "times as fast" not in chosen.out
-    assert all(row.get("loss") is None or row["loss"] > 0 for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl"))

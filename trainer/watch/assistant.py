@@ -19,6 +19,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 def add_speed_flags(group):
     """Adds the flags of how an assistant computes to an argument group."""
+    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "int8: the decoder's matrices in a quarter of the memory, for a CPU; bfloat16: for what multiplies it fast"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
     what = "1: compile the step of one token, which takes half a minute (default: on CUDA only)"
