@@ -50,14 +50,14 @@ class Steps:
 
 
 def same_losses_as_on_the_cpu(args) -> tuple[bool, str]:
-    """Whether a few steps have the losses of float32 on the CPU, within the error of the device's precision."""
+    """Tells whether a few steps have the losses of float32 on the CPU, within the error of the device's precision."""
     ours, expected = Steps(args, args.device).take(range(STEPS)), Steps(args, "cpu").take(range(STEPS))
     difference = max(abs(a - b) / b for a, b in zip(ours, expected, strict=True))
     return difference < 0.01, f"they differ by {difference:.1e} at most (limit 1e-2)"
 
 
 def resumes_bit_by_bit(args) -> tuple[bool, str]:
-    """Whether steps after saving and loading give the weights of steps without, with deterministic algorithms."""
+    """Tells whether steps after saving and loading give the weights of steps without, with deterministic algorithms."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     straight, first, second = (Steps(args, args.device) for _ in range(3))
     straight.take(range(STEPS))
@@ -73,7 +73,7 @@ def resumes_bit_by_bit(args) -> tuple[bool, str]:
 
 
 def compiles_once(args) -> tuple[bool, str]:
-    """Whether no step compiles anything after the warm-up."""
+    """Tells whether no step compiles anything after the warm-up."""
     steps = Steps(args, args.device, compiles=True)
     if not steps.compiles:
         return False, "torch.compile does not work here"
@@ -86,7 +86,7 @@ def compiles_once(args) -> tuple[bool, str]:
 
 
 def does_not_sync(args) -> tuple[bool, str]:
-    """Whether a step never waits for the GPU."""
+    """Tells whether a step never waits for the GPU."""
     steps = Steps(args, args.device)
     steps.take([0])
     counts = [count([batch], steps.processes) for batch in steps.batches]

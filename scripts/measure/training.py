@@ -32,6 +32,7 @@ from scripts.measure.made_up import STAGES, load_data, load_model, model_config,
 from trainer.loop import answer_loss, count, load_batches, make_learner, train_step
 from trainer.setup import round_frozen_weights
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
+from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes, pick_dtype
 
 BATCHES, LOADER_IMAGES, MOST_DOUBLINGS = 40, 4000, 13
@@ -117,7 +118,8 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
     Yields:
         (batch, seconds waited for it, seconds that its features took to encode before).
     """
-    processes, dtype = Processes.start(args.device), pick_dtype(None, device)
+    processes = Processes.start(args.device)
+    dtype = faster_dtype(model.config, processes) if device.type == "cpu" else pick_dtype(None, device)
     round_frozen_weights(model, dtype)
     forward = model.to(device)
     is_cuda = device.type == "cuda"
