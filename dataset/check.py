@@ -26,6 +26,7 @@ from tqdm import tqdm  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path  # noqa: E402
+from dataset.chat import has_image_pad  # noqa: E402
 from dataset.features import image_slots  # noqa: E402
 from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
 from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
@@ -37,6 +38,7 @@ WIDTH, BAR = 80, 40  # characters of a line, and of a histogram's longest bar
 BINS = 10
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
+IMAGE_TOKENS_3V = 64  # of minimind-3v's tower: 8 x 8 patches of 32 pixels
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -49,8 +51,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--tokenizer_path", type=file_path, help=f"the tokenizer that training will use (default: {default})")
     what = "tokens a sample is cut at; the defaults of training are 640 (pretraining) and 1536 (fine-tuning)"
     add("--max_seq_len", type=int, default=640, help=what)
-    what = "tokens a picture takes: 196 with the published tower and projection"
-    add("--image_tokens", type=int, default=VLMConfig().image_tokens, help=what)
+    what = f"tokens a picture takes (default: {VLMConfig().image_tokens}; minimind-3v: {IMAGE_TOKENS_3V})"
+    add("--image_tokens", type=int, help=what)
     add("--max_bad_rows", type=int, help="rows that may be left out (default: 1 %% of the rows)")
     add("--pictures", action="store_true", help="decode every picture too, and name the broken ones")
     args = parser.parse_args(argv)
@@ -221,7 +223,9 @@ def main(argv=None):
     path = (args.tokenizer_path or (TOKENIZER_DIR if is_published else BUILTIN_TOKENIZER_DIR)).resolve()
     which = {TOKENIZER_DIR: " (the published one)", BUILTIN_TOKENIZER_DIR: " (the built-in one)"}.get(path, "")
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
-    data = VLMDataset(data_path, images_path, load_tokenizer(path), args.max_seq_len, args.image_tokens)
+    tokenizer = load_tokenizer(path)
+    image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else VLMConfig().image_tokens)
+    data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
     summary = [display_path(data_path), *fact("tokenizer", display_path(path) + which), *overview(data)]
     print("\n\n".join("\n".join(lines) for lines in (summary, bad_rows(data), histograms(data)) if lines), flush=True)
     if args.pictures:

@@ -177,13 +177,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         norm = RMSNorm if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = (
-            norm(config.head_dim, config.rms_norm_eps),
-            norm(config.head_dim, config.rms_norm_eps),
-        )
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position):
-        x_BLD = hidden_states
+    def forward(self, x_BLD, rotary, attention_mask, cache, cache_position, pick):
         batch, length, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         k_BKLE = self.k_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -204,7 +201,7 @@ class Attention(nn.Module):
             is_causal=False if attention_mask is not None or length == 1 else True,
             enable_gqa=True,
         )
-        return self.o_proj(out_BHLE.transpose(1, 2).reshape(batch, length, -1))
+        return self.o_proj(pick(out_BHLE.transpose(1, 2).reshape(batch, length, -1)))
 
 
 class FeedForward(nn.Module):
@@ -269,8 +266,12 @@ class MoEFeedForward(nn.Module):
         return self.alpha * (share_BX * score_BX).sum(dim=-1)
 
 
+def everywhere(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
 class MiniMindBlock(nn.Module):
-    """One pre-norm block: attention, then the feed-forward, each added to the residual stream."""
+    """One pre-norm block: attention over all positions, then the feed-forward of those that `pick` takes of them."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -280,15 +281,13 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick):
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position)
-        hidden_states = hidden_states + self.dropout(attended)
+        attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position, pick)
+        hidden_states = pick(hidden_states) + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
-        if isinstance(self.mlp, MoEFeedForward):
-            fed, aux_loss = self.mlp(normed, token_mask)
-        else:
-            fed, aux_loss = self.mlp(normed), None
+        has_experts = isinstance(self.mlp, MoEFeedForward)
+        fed, aux_loss = self.mlp(normed, token_mask) if has_experts else (self.mlp(normed), None)
         return hidden_states + self.dropout(fed), aux_loss
 
 
@@ -359,8 +358,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
             self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
         return self
 
-    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None):
-        """Runs the blocks over (B, L, D); returns the normed (B, L, D) and the balancing loss per sequence or None."""
+    def forward(
+        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None, pick=everywhere
+    ):
+        """Runs the blocks over (B, L, D); returns normed hidden states, and the balancing loss per sequence or None.
+
+        `pick` takes from (B, L, ...) the positions whose hidden states are wanted: the last block computes only those.
+        """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
         is_static = cache is not None and cache.is_compileable
@@ -371,12 +375,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
         rotary = self.rotary(position_ids)
 
-        hidden_states = self.dropout(inputs_embeds)
-        aux_losses = []
+        hidden_states, aux_losses = self.dropout(inputs_embeds), []
+        # The experts of the last block are balanced over all positions, so with experts none is left out there.
+        early, late = (everywhere, pick) if self.config.use_moe else (pick, everywhere)
         for layer in self.layers:
-            hidden_states, aux_loss = layer(hidden_states, rotary, attention_mask, cache, cache_position, token_mask)
+            inputs = hidden_states, rotary, attention_mask, cache, cache_position, token_mask
+            hidden_states, aux_loss = layer(*inputs, early if layer is self.layers[-1] else everywhere)
             aux_losses.append(aux_loss)
-        return self.norm(hidden_states), sum(aux_losses) if self.config.use_moe else None
+        return self.norm(late(hidden_states)), sum(aux_losses) if self.config.use_moe else None
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, float32, of positions (B or 1, L)."""
@@ -451,18 +457,21 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
-        token_mask = None
-        if self.config.use_moe and input_ids is not None:
-            token_mask = input_ids != self.config.pad_token_id
-        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask)
+        is_masked = self.config.use_moe and input_ids is not None
+        token_mask = input_ids != self.config.pad_token_id if is_masked else None
 
+        def pick(states: torch.Tensor) -> torch.Tensor:
+            """Takes the positions whose logits are wanted: those at i - 1 predict position i."""
+            if learned_positions is None:
+                return states[:, -logits_to_keep:]
+            return states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
+
+        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask, pick)
+        logits = self.lm_head(hidden_states)
         if learned_positions is not None:
-            # The logits at i - 1 predict position i; a first position cannot be predicted.
-            kept = hidden_states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
-            is_first = learned_positions % labels.shape[1] == 0
-            logits, targets = self.lm_head(kept), labels.flatten()[learned_positions].masked_fill(is_first, -100)
+            is_first = learned_positions % labels.shape[1] == 0  # a first position cannot be predicted
+            targets = labels.flatten()[learned_positions].masked_fill(is_first, -100)
         else:
-            logits = self.lm_head(hidden_states[:, -logits_to_keep:])
             targets = None if labels is None else labels[:, 1:].flatten()
         loss, aux_loss = None, aux_losses.mean() if aux_losses is not None else None
         if targets is not None:

@@ -164,16 +164,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             inputs_embeds = self.embed(input_ids)
             if image_features is not None and len(image_features):
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        text = input_ids, attention_mask, position_ids, past_key_values if cache is None else cache
+        return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)
 
     def encode_batch_images(self, input_ids, pixel_values, image_starts):
         """Returns the images' features (None where there are none) and their starts, after checking that they match."""

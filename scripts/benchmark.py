@@ -5,6 +5,7 @@
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate folder
     python scripts/benchmark.py ranks                            how much of the sums over ranks is hidden
+    python scripts/benchmark.py growth                           start-up, memory, steps: 10,000 to 1,000,000 rows
     python scripts/benchmark.py cost                             hours on GPUs that were not at hand, on paper
     python scripts/benchmark.py checks                           what only a device can show: no syncs, same losses, ...
 
@@ -35,6 +36,7 @@ from common.errors import UsageError, run_script  # noqa: E402
 from scripts.measure.checks import CHECKS, check  # noqa: E402
 from scripts.measure.cost import COST_LINES, GPUS, estimate_cost  # noqa: E402
 from scripts.measure.generation import FOLDER_LINES, GENERATE_LINES, measure_folder, measure_generate  # noqa: E402
+from scripts.measure.growth import GROWTH_LINES, measure_growth  # noqa: E402
 from scripts.measure.made_up import LAYERS, STAGES  # noqa: E402
 from scripts.measure.ranks import RANKS_LINES, measure_ranks  # noqa: E402
 from scripts.measure.training import (  # noqa: E402
@@ -57,13 +59,16 @@ MEASUREMENTS = {
     "ranks": (measure_ranks, tuple(RANKS_LINES)),
     "checks": (check, tuple(CHECKS)),
     "cost": (estimate_cost, tuple(COST_LINES)),
+    "growth": (measure_growth, tuple(GROWTH_LINES)),
 }
-ONCE = ("batch", "checks", "cost")
+ONCE = ("batch", "checks", "cost", "growth")
+NAMED_ONLY = ("growth",)  # it takes half an hour
 BATCH_SIZES = {"cuda": {"pretrain": 128, "sft": 32}, "cpu": {"pretrain": 16, "sft": 4}}
 # The columns of the tables, those that a measurement has.
 FORMATS = {"samples": ",.0f", "samples/s": ",.2f", "images/s": ",.0f", "tokens/s": ",.0f", "pictures/s": ",.2f"}
 FORMATS |= {"x plain": ".2f", "x Llama": ".2f", "x one": ".2f", "useful": ".1%", "product": ".0%", "waits": ".0%"}
 FORMATS |= {"s": ".2f", "MB": ",.0f", "link s": ".2f", "waited s": ".2f", "hidden": ".0%", "GB": ".2f"}
+FORMATS |= {"first s": ".0f", "start s": ".1f", "step s": ".2f", "peak GB": ".2f", "own GB": ".2f"}
 FORMATS |= {"GFLOP": ",.0f"} | {f"h, {gpu}": ",.2f" for gpu in GPUS} | {"cores": ".0f"}
 
 
@@ -77,7 +82,8 @@ def lines_of(what: str, args: Namespace) -> list[str]:
 
 def settings_of(what: str, name: str, args: Namespace) -> Namespace:
     """Returns the flags of one measurement, with the stage's batch size and length where none is given."""
-    stage = name if name in STAGES else what if what in STAGES else "sft" if what in ("ranks", "checks") else "pretrain"
+    stage = next((stage for stage in (name, what) if stage in STAGES), None)
+    stage = stage or ("sft" if what in ("ranks", "checks", "growth") else "pretrain")
     sizes = BATCH_SIZES["cuda" if args.device.startswith("cuda") else "cpu"]
     batch_size, longest = args.batch_size or sizes[stage], args.max_seq_len or STAGES[stage].defaults["max_seq_len"]
     return Namespace(**vars(args) | {"stage": stage, "batch_size": batch_size, "max_seq_len": longest})
@@ -138,7 +144,7 @@ def print_table(what: str, results: dict[str, dict]):
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="WHAT", help=f"{', '.join(MEASUREMENTS)} (default: all)")
+    add("what", nargs="*", metavar="WHAT", help=f"{', '.join(MEASUREMENTS)} (default: all but growth)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=int, help="samples a step (default: by stage, 16 and 4; on CUDA 128 and 32)")
@@ -151,7 +157,7 @@ def parse_arguments(argv=None) -> Namespace:
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
     args.repeats = args.repeats or (1 if args.device.startswith("cuda") else 3)
-    args.what = args.what or list(MEASUREMENTS)
+    args.what = args.what or [what for what in MEASUREMENTS if what not in NAMED_ONLY]
     unknown = set(args.what) - MEASUREMENTS.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(MEASUREMENTS)}")

@@ -17,9 +17,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
 from dataset.tokenizer import load_tokenizer, quiet_libraries  # noqa: E402
+from scripts.measure.memory import peak_memory  # noqa: E402
 
 ROWS_PER_PICTURE = 2_900_000 / 650_000
 TEXT_ONLY = 230_000 / 2_900_000
@@ -61,13 +61,16 @@ def picture_files(count: int, rng: np.random.Generator) -> list[bytes]:
     return [start + rng.bytes(max(8, PICTURE_BYTES - len(start))) for start in picked]
 
 
-def conversation(number: int, is_text: bool, long_text: str, rng: np.random.Generator) -> list[dict]:
-    """Returns turns; of the rows of text, a tenth each have a system turn, reasoning, a think block or a tool call."""
+def conversation(number: int, pictures: int, long_text: str, rng: np.random.Generator) -> list[dict]:
+    """Returns turns about so many pictures.
+
+    Of those without, a tenth each have a system turn, reasoning, a think block or a tool call.
+    """
     start = int(rng.integers(len(long_text) - 240))
     said = long_text[start : start + int(rng.integers(40, 240))]
     answer = {"role": "assistant", "content": f"{said}{number}。"}
-    turns = [{"role": "user", "content": f"图中有什么{number}？" + ("" if is_text else "\n<image>")}, answer]
-    kind = rng.integers(10) if is_text else 9
+    turns = [{"role": "user", "content": f"图中有什么{number}？" + "\n<image>" * pictures}, answer]
+    kind = 9 if pictures else rng.integers(10)
     if kind == 0:
         turns.insert(0, {"role": "system", "content": f"回答要短{number % 7}"})
     elif kind == 1:
@@ -80,10 +83,15 @@ def conversation(number: int, is_text: bool, long_text: str, rng: np.random.Gene
     return turns
 
 
-def write_published_form(path: Path, rows: int, seed: int = 0) -> dict[str, int]:
-    """Writes a parquet file of the published form; returns how many rows, pictures and rows of text it has."""
+def write_published_form(path: Path, rows: int, seed: int = 0, per_row: int = 1) -> dict[str, int]:
+    """Writes a parquet file of the published form; returns how many rows, pictures and rows of text it has.
+
+    Args:
+        per_row: Pictures of a row that is not of text.
+    """
     rng, black = np.random.default_rng(seed), jpeg(Image.new("RGB", (8, 8)))
-    schema = pa.schema({"conversations": pa.string(), "image_bytes": pa.dictionary(pa.int32(), pa.binary())})
+    picture = pa.dictionary(pa.int32(), pa.binary())
+    schema = pa.schema({"conversations": pa.string(), "image_bytes": picture if per_row == 1 else pa.list_(picture)})
     # A dictionary of any size stays one: by default the writer gives it up at 1 MB.
     options = {"dictionary_pagesize_limit": 2**31 - 1, "use_dictionary": ["image_bytes"], "store_schema": False}
     long_text = "".join(rng.choice(list(WORDS), 100_000))
@@ -92,16 +100,23 @@ def write_published_form(path: Path, rows: int, seed: int = 0) -> dict[str, int]
         for start in range(0, rows, GROUP_ROWS):
             numbers = range(start, min(rows, start + GROUP_ROWS))
             files = [black, *picture_files(max(1, int(len(numbers) / ROWS_PER_PICTURE)), rng)]
-            shown = rng.integers(1, len(files), len(numbers))
-            shown[rng.random(len(numbers)) < TEXT_ONLY] = 0
+            shown = rng.integers(1, len(files), (len(numbers), per_row))
+            is_text = rng.random(len(numbers)) < TEXT_ONLY
+            shown[is_text] = 0
+            pictures_of = np.where(is_text, 1, per_row)
+            shown = shown[np.arange(per_row) < pictures_of[:, None]]
             texts = (
-                conversation(number, which == 0, long_text, rng) for number, which in zip(numbers, shown, strict=True)
+                conversation(number, 0 if text else per_row, long_text, rng)
+                for number, text in zip(numbers, is_text, strict=True)
             )
             column = pa.array([json.dumps(turns, ensure_ascii=False) for turns in texts], pa.string())
             counts["pictures"] += len(np.unique(shown[shown > 0]))
-            counts["rows of text"] += int((shown == 0).sum())
+            counts["rows of text"] += int(is_text.sum())
             counts["bytes of all rows"] += column.nbytes + int(np.array([*map(len, files)])[shown].sum())
             pictures = pa.DictionaryArray.from_arrays(pa.array(shown, pa.int32()), pa.array(files, pa.binary()))
+            if per_row > 1:
+                ends = np.concatenate([[0], np.cumsum(pictures_of)])
+                pictures = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pictures)
             writer.write_table(pa.table([column, pictures], schema=schema), GROUP_ROWS)
     return counts
 
@@ -119,44 +134,11 @@ def measured(function: Callable, *arguments) -> dict[str, float]:
 
 def timed(function: Callable, *arguments) -> dict[str, float]:
     quiet_libraries(is_main=False)
-    with peak_memory() as peaks:
+    with peak_memory(os.getpid()) as peak:
         started = time.perf_counter()
         found = function(*arguments)
         seconds = time.perf_counter() - started
-    peak, own = (max(of_kind) / 1e9 for of_kind in zip(*peaks, strict=True))
-    return found | {"seconds": seconds, "peak GB": peak, "own GB": own}
-
-
-@contextlib.contextmanager
-def peak_memory() -> Iterator[list[tuple[int, int]]]:
-    """Yields a list that gets the memory in use, all and without mapped files, in bytes, ten times a second."""
-    peaks, done = [memory_in_use()], threading.Event()
-
-    def look():
-        while not done.wait(0.1):
-            peaks.append(memory_in_use())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        done.set()
-        thread.join()
-
-
-def memory_in_use() -> tuple[int, int]:
-    """Returns the bytes that this process and its children use, all and anonymous; shared pages count once."""
-    total, own = 0, 0
-    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    for process in [os.getpid(), *(child for file in children for child in file.read_text().split())]:
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended, or this is not Linux
-            continue
-        figures = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
-        total, own = total + figures["Pss:"], own + figures["Pss_Anon:"]
-    return total, own
+    return found | {"seconds": seconds} | peak
 
 
 def opened(path: Path, cache: Path) -> VLMDataset:

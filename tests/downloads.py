@@ -54,6 +54,7 @@ def command(endpoint: str, dest: Path, *arguments: str) -> dict:
     """What to give to subprocess: the real script, from a folder that is not the project's."""
     quiet = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(dest.parent / "hf"), "HF_HUB_OFFLINE": "0"}
+    hub["MODELSCOPE_ENDPOINT"] = endpoint
     environment = {**quiet, **hub, "HF_HUB_DOWNLOAD_TIMEOUT": "40"}  # seconds: the stand-in may have to wait for a core
     return {
         "args": [sys.executable, str(ROOT / "scripts" / "download.py"), "--dest", str(dest), *arguments],

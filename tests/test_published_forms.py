@@ -22,6 +22,7 @@ from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
+from trainer.assets import choose_assets
 from trainer.support.trained import add_model_flags, find_trained
 from trainer.weights import read_weights
 
@@ -120,7 +121,6 @@ def published(request, tmp_path_factory) -> Published:
     server, published = request.param(folder)
     with server as source:
         asked = command(source.endpoint, folder / "project", *published.parts, "--hidden_size", str(WIDTH))
-        asked["env"] |= {"MODELSCOPE_ENDPOINT": source.endpoint}
         done = subprocess.run(**asked, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     published.fetched, published.printed = folder / "project", done.stdout
@@ -146,8 +146,29 @@ def test_each_generation_draws_answers_as_its_recipe_says(published):
 
 
 def test_the_data_is_checked_with_its_tokenizer(world, published):
-    flags = ["--images_path", world.images, "--image_tokens", published.image_tokens, *published.files[2:]]
-    assert "26" in world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+    flags = ["--images_path", world.images, *published.files[2:]]
+    said = world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+    flags += ["--image_tokens", published.image_tokens]
+    assert "26" in said and said == world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+
+
+def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch):
+    is_3v = published.weights.endswith("3v")
+    for module in ("trainer.support.trained", "trainer.assets"):
+        for kind, folder in (("TOWER", published.tower), ("TOKENIZER", published.tokenizer)):
+            monkeypatch.setattr(f"{module}.{kind}{'_3V' * is_3v}_DIR", published.fetched / folder)
+    weights = published.fetched / published.weights
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    trained = find_trained(parser.parse_args(["--save_dir", str(weights)]))
+    start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
+    data = {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None}
+    _, chosen = choose_assets(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
+    for tower, tokenizer in (
+        (trained.tower_path, trained.tokenizer_path),
+        (chosen["vision_model_path"], chosen["tokenizer_path"]),
+    ):
+        assert (tower, tokenizer) == (published.fetched / published.tower, published.fetched / published.tokenizer)
 
 
 def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_path):

@@ -192,9 +192,10 @@ def model_flops(args, total: dict, is_cached: bool) -> float:
     config = model_config(args)
     width, layers = config.hidden_size, config.num_hidden_layers
     key_value = config.num_key_value_heads * config.head_dim
-    weights = layers * (2 * width**2 + 2 * width * key_value + 3 * width * config.intermediate_size)
-    forward = 2 * weights * total["useful"] + 2 * layers * width * total["squares"]
-    forward += 2 * width * config.vocab_size * total["learned"]
+    before, after = width**2 + 2 * width * key_value, width**2 + 3 * width * config.intermediate_size  # attention
+    forward = 2 * (layers * before + (layers - 1) * after) * total["useful"] + 2 * layers * width * total["squares"]
+    # The last block's output is needed where something is learned.
+    forward += 2 * (after + width * config.vocab_size) * total["learned"]
     backward = 2 if STAGES[args.stage].defaults["freeze_llm"] == "none" else 1
     width, positions = made_up.TOWER.hidden_size, (made_up.TOWER.image_size // made_up.TOWER.patch_size) ** 2 + 1
     layer = 4 * width**2 + 2 * width * made_up.TOWER.intermediate_size + 2 * positions * width

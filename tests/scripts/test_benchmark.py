@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CompileConfig
 
 from common.errors import UsageError
 from scripts import benchmark
-from scripts.measure import checks, generation, made_up, ranks, training
+from scripts.measure import checks, generation, growth, made_up, ranks, training
 from scripts.measure.training import FIRST_EPOCH, KEPT_FEATURES, PLAIN_LINES
 from trainer.loop import Counts
 from trainer.support import gradients
@@ -106,6 +106,15 @@ def test_loader_and_answering_are_measured(run):
     assert [title in printed for title in titles] == [True] * 5
 
 
+@pytest.mark.parametrize("change", [{}, {"processes": 2, "pictures": 2}])
+def test_growth_starts_the_real_training_twice(run, monkeypatch, change):
+    line = {"rows": 100} | change
+    monkeypatch.setitem(growth.GROWTH_LINES, "made up", line)
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "growth", (growth.measure_growth, ("made up",)))
+    [row] = run("growth")[0]["growth"].values()
+    assert row["first s"] > 0 and row["start s"] > 0 and row["step s"] > 0 and row["peak GB"] >= row["own GB"] > 0
+
+
 def test_the_checks_pass(run):
     figures, printed = run("checks")
     assert all(row["passed"] for row in figures["checks"].values()), printed
@@ -172,8 +181,9 @@ def test_the_operations_counted_are_those_of_the_shape():
     """By hand for one caption: 8 layers of 512, 100 tokens of which 10 are learned, one picture."""
     args = benchmark.settings_of("pretrain", "plain", benchmark.parse_arguments(["pretrain", "--device", "cpu"]))
     total = {"useful": 100, "squares": 100**2, "learned": 10, "samples": 1}
-    layer = 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408
-    decoder = 2 * 8 * layer * 100 + 2 * 8 * 512 * 100**2 + 2 * 512 * 6400 * 10
+    projections, rest = 512 * 512 + 2 * 512 * 128, 512 * 512 + 3 * 512 * 1408  # of a block: q, k, v; and what follows
+    decoder = 2 * 8 * projections * 100 + 2 * 8 * 512 * 100**2 + 2 * 7 * rest * 100
+    decoder += 2 * (rest + 512 * 6400) * 10  # the last block's rest and the logits, where something is learned
     assert training.model_flops(args, total, is_cached=True) == 2 * decoder
     tower = training.model_flops(args, total, is_cached=False) - 2 * decoder
     assert tower == pytest.approx(35e9, rel=0.03)  # published: 17.5 G multiply-adds

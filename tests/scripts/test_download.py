@@ -33,6 +33,7 @@ from hub_stand_in import COMMIT, HubStandIn, send
 from huggingface_hub.errors import HTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelscope_stand_in import ModelScopeStandIn
 
 from common.errors import UsageError
 from common.paths import ROOT
@@ -46,6 +47,23 @@ def hub():
         yield server
 
 
+@pytest.fixture(params=["hub", "modelscope"])
+def source(request):
+    """Both sources in turn with everything on them, and the flags that choose them."""
+    stand_in, files = HubStandIn, repos()
+    if request.param == "modelscope":
+        stand_in = ModelScopeStandIn
+        files = {rename(repo): content for repo, content in files.items()}
+    with stand_in(files) as server:
+        yield server, ("--source", request.param)
+
+
+def rename(repo: str) -> str:
+    """What a repository of the hub is called on ModelScope."""
+    kind, owner, name = repo.split("/")
+    return f"{kind}/{download.MODELSCOPE_OWNERS[owner]}/{name}"
+
+
 @pytest.fixture
 def near_hub(hub, monkeypatch):
     """The same for the script's functions called here: the real hub's address is read when they are imported."""
@@ -55,11 +73,12 @@ def near_hub(hub, monkeypatch):
     return hub
 
 
-def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(hub, tmp_path):
+def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(source, tmp_path):
+    server, flags = source
     dest = tmp_path / "project"
-    done = run(hub.endpoint, dest)
+    done = run(server.endpoint, dest, *flags)
     assert (done.returncode, done.stderr) == (0, "")
-    data = hub.repos[DATA]
+    data = repos()[DATA]
     assert tree(dest) == {
         f"{TOWER_FOLDER}/config.json": b"{}",
         f"{TOWER_FOLDER}/preprocessor_config.json": b'{"size": 224}',
@@ -76,9 +95,9 @@ def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(hub, tmp
     assert "dataset/pretrain_data.jsonl + dataset/pretrain_images/" in done.stdout
     assert str(Path("trainer/train_pretrain_vlm.py")) in done.stdout
 
-    hub.gets.clear()
-    again = run(hub.endpoint, dest)
-    assert (again.returncode, again.stderr, hub.gets) == (0, "", [])
+    server.gets.clear()
+    again = run(server.endpoint, dest, *flags)
+    assert (again.returncode, again.stderr, server.gets) == (0, "", [])
     assert again.stdout.count("already here") == 5
 
 
@@ -105,20 +124,22 @@ def test_parts_can_be_chosen_and_other_forms_are_understood(hub, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_lost_connection_is_resumed_where_it_broke(hub, tmp_path, ranges):
-    hub.cut["llm_512.pth"], hub.ranges = 150_000, ranges
-    done = run(hub.endpoint, tmp_path / "d", "llm")
+def test_a_lost_connection_is_resumed_where_it_broke(source, tmp_path, ranges):
+    server, flags = source
+    server.cut["llm_512.pth"], server.ranges = 150_000, ranges
+    done = run(server.endpoint, tmp_path / "d", "llm", *flags)
     assert done.returncode == 0 and "trying again" in done.stderr
     assert tree(tmp_path / "d")["out/llm_512.pth"] == WEIGHTS[::-1]
-    assert hub.gets[-2:] == [("llm_512.pth", None), ("llm_512.pth", "bytes=150000-")]
+    assert server.gets[-2:] == [("llm_512.pth", None), ("llm_512.pth", "bytes=150000-")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_is_continued_by_the_next(hub, tmp_path, how):
-    hub.hold["llm_512.pth"] = 150_000
-    first = subprocess.Popen(**command(hub.endpoint, tmp_path / "d", "llm"))
+def test_a_stopped_run_is_continued_by_the_next(source, tmp_path, how):
+    server, flags = source
+    server.hold["llm_512.pth"] = 150_000
+    first = subprocess.Popen(**command(server.endpoint, tmp_path / "d", "llm", *flags))
     try:
-        assert hub.holding.wait(60)
+        assert server.holding.wait(60)
         out = tmp_path / "d" / "out"
         deadline = time.monotonic() + 60
         while sum(path.stat().st_size for path in out.glob("*.part")) < 100_000 and time.monotonic() < deadline:
@@ -132,9 +153,9 @@ def test_a_stopped_run_is_continued_by_the_next(hub, tmp_path, how):
     assert not (out / "llm_512.pth").exists()
     kept = sum(path.stat().st_size for path in out.glob("*.part"))
 
-    done = run(hub.endpoint, tmp_path / "d", "llm")
+    done = run(server.endpoint, tmp_path / "d", "llm", *flags)
     assert done.returncode == 0, done.stderr
-    assert hub.gets[-1] == ("llm_512.pth", f"bytes={kept}-") and kept >= 100_000
+    assert server.gets[-1] == ("llm_512.pth", f"bytes={kept}-") and kept >= 100_000
     assert tree(tmp_path / "d")["out/llm_512.pth"] == WEIGHTS[::-1]
 
 

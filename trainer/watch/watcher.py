@@ -75,6 +75,7 @@ class Watch:
             return
         if self.evaluator is None:
             self._describe(progress, step)
+        torch.set_num_threads(torch.get_num_threads() * run.processes.local_share[1])  # the other ranks are done
         try:
             self.samples.look(self.model)
             if run.learns_scenes:
