@@ -41,4 +41,6 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text[:60]!r}: {reason}") from error
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is an address: download the file and name it here")
     return path

@@ -25,6 +25,7 @@ FLAGS = {
     "--cache_vision=": "--cache_vision: an empty path",
     "--eval_data=": "--eval_data: an empty path",
     "--data_path=": "an empty path",
+    "--images_path=https://example.org/pictures": "is an address: download the file",
     "--data_path ~nobody_of_that_name/x.jsonl": "argument --data_path",
     f"--data_path {'n' * 300}.jsonl": "File name too long",
     "--batchsize 4": "did you mean --batch_size?",

@@ -40,14 +40,13 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     pictures = [
         load_picture(path, picture_format=picture_format) for path in sorted((root / "heldout_images").iterdir())
     ]
-    # Each scene gets the picture of another: half the set away, so that none keeps its own.
+    # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
     half = len(pictures) // 2
     random_caption, constant_caption = chance(facts)
     rows = {}
     for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
-        request = language.requests[0]
-        rows[f"{name}: right pictures"] = score(describe(model, tokenizer, pictures, request), facts)
-        shuffled = pictures[half:] + pictures[:half]
-        rows[f"{name}: shuffled images"] = score(describe(model, tokenizer, shuffled, request), facts)
+        texts = describe(model, tokenizer, pictures, language.requests[0])
+        rows[f"{name}: right pictures"] = score(texts, facts)
+        rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)
     rows |= {"chance: another scene's caption": random_caption, "chance: best single caption": constant_caption}
     return [{"name": name, "attributes": of.attributes, "captions": of.captions} for name, of in rows.items()]
