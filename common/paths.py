@@ -4,6 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_DIR = ROOT / "out"
+SAVE_3V_DIR = SAVE_DIR / "minimind-3v"  # where its published weights are put
 
 TOWER_DIR = ROOT / "model" / "vision_model" / "clip-vit-base-patch16"
 TOKENIZER_DIR = ROOT / "model" / "tokenizer_minimind2"

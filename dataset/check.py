@@ -25,7 +25,7 @@ from tqdm import tqdm  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_DIR, display_path  # noqa: E402
+from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path  # noqa: E402
 from dataset.chat import has_image_pad  # noqa: E402
 from dataset.features import image_slots  # noqa: E402
 from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
@@ -38,6 +38,11 @@ WIDTH, BAR = 80, 40  # characters of a line, and of a histogram's longest bar
 BINS = 10
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
+TOKENIZERS = {
+    TOKENIZER_DIR: "the published one",
+    TOKENIZER_3V_DIR: "minimind-3v's",
+    BUILTIN_TOKENIZER_DIR: "the built-in one",
+}
 IMAGE_TOKENS_3V = 64  # of minimind-3v's tower: 8 x 8 patches of 32 pixels
 
 
@@ -47,9 +52,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
-    default = f"{display_path(TOKENIZER_DIR)}, or where it was not downloaded {display_path(BUILTIN_TOKENIZER_DIR)}"
+    default = f"the first that is there of {', '.join(map(display_path, TOKENIZERS))}"
     add("--tokenizer_path", type=file_path, help=f"the tokenizer that training will use (default: {default})")
-    what = "tokens a sample is cut at; the defaults of training are 640 (pretraining) and 1536 (fine-tuning)"
+    what = "tokens a sample is cut at; training's defaults are 640, fine-tuning 1536 (minimind-3v: 450, 768)"
     add("--max_seq_len", type=int, default=640, help=what)
     what = f"tokens a picture takes (default: {VLMConfig().image_tokens}; minimind-3v: {IMAGE_TOKENS_3V})"
     add("--image_tokens", type=int, help=what)
@@ -219,9 +224,9 @@ def percent(part: int, whole: int) -> str:
 def main(argv=None):
     args = parse_arguments(argv)
     quiet_libraries(is_main=True)
-    is_published = (TOKENIZER_DIR / "tokenizer.json").is_file()
-    path = (args.tokenizer_path or (TOKENIZER_DIR if is_published else BUILTIN_TOKENIZER_DIR)).resolve()
-    which = {TOKENIZER_DIR: " (the published one)", BUILTIN_TOKENIZER_DIR: " (the built-in one)"}.get(path, "")
+    there = [folder for folder in TOKENIZERS if (folder / "tokenizer.json").is_file()]
+    path = (args.tokenizer_path or there[0]).resolve()
+    which = f" ({TOKENIZERS[path]})" if path in TOKENIZERS else ""
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
     tokenizer = load_tokenizer(path)
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else VLMConfig().image_tokens)

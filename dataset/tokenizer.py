@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from common.paths import display_path
+from common.paths import TOKENIZER_3V_DIR, display_path
 from dataset.chat import ChatEncoder
 
 
@@ -19,8 +19,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         UsageError: If it is missing, unreadable, or not of MiniMind's form.
     """
     if not (path / "tokenizer.json").is_file():
+        part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"
         raise UsageError(
-            f"no tokenizer in {display_path(path)}: tokenizer.json is missing (python scripts/download.py tokenizer)"
+            f"no tokenizer in {display_path(path)}: tokenizer.json is missing (python scripts/download.py {part})"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

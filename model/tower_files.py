@@ -14,13 +14,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common.errors import UsageError
+from common.paths import TOWER_3V_DIR
 
 CLASSES = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
 STATISTICS = {"clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
-REMEDY = (
-    "It must be a folder with config.json and model.safetensors (or pytorch_model.bin) of a CLIP or SigLIP ViT; "
-    "`python scripts/download.py tower` fetches the published one, --vision_model_path names another."
-)
 # What reading a damaged file of weights was seen to raise.
 READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
 
@@ -64,8 +61,17 @@ class TowerSettings:
         return {"size": self.config.image_size, "resample": self.resample, "crop": self.crop}
 
 
+def unusable(path: Path, problem: str) -> TowerError:
+    """Returns the error that says what is wrong with a folder, and what to do."""
+    part = "tower_3v" if path == TOWER_3V_DIR else "tower"
+    return TowerError(
+        f"{problem}. It must be a folder with config.json and model.safetensors (or pytorch_model.bin) of a CLIP or "
+        f"SigLIP ViT; `python scripts/download.py {part}` fetches the published one, --vision_model_path names another."
+    )
+
+
 def unreadable(path: Path, reason: str) -> TowerError:
-    return TowerError(f"the vision tower in {path} cannot be read ({reason}). {REMEDY}")
+    return unusable(path, f"the vision tower in {path} cannot be read ({reason})")
 
 
 def read_json(path: Path) -> dict:
@@ -87,12 +93,12 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise TowerError(f"no vision tower in {path}: {path / 'config.json'} is missing. {REMEDY}")
+        raise unusable(path, f"no vision tower in {path}: {path / 'config.json'} is missing")
     content = read_json(path / "config.json")
     content = content.get("vision_config") or content
     kind = str(content.get("model_type", "clip")).split("_")[0]
     if kind not in CLASSES or not isinstance(content, dict):
-        raise TowerError(f"the vision tower in {path} is a {kind}, neither CLIP nor SigLIP. {REMEDY}")
+        raise unusable(path, f"the vision tower in {path} is a {kind}, neither CLIP nor SigLIP")
     try:
         config = CLASSES[kind][0].from_pretrained(path, local_files_only=True)
         patches = config.image_size // config.patch_size
@@ -104,7 +110,7 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     if kind == "siglip":
         config.vision_use_head = False  # its pooled output is not used
     if patches < 1:
-        raise TowerError(f"the vision tower in {path} has patches larger than its images. {REMEDY}")
+        raise unusable(path, f"the vision tower in {path} has patches larger than its images")
     return TowerSettings(kind, config, **read_preprocessing(path, kind))
 
 
@@ -133,7 +139,7 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     safetensors, pickled = path / "model.safetensors", path / "pytorch_model.bin"
     if not (safetensors.is_file() or pickled.is_file()):
-        raise TowerError(f"no vision tower in {path}: {safetensors} is missing. {REMEDY}")
+        raise unusable(path, f"no vision tower in {path}: {safetensors} is missing")
     try:
         if safetensors.is_file():
             with safe_open(safetensors, framework="pt") as checkpoint:

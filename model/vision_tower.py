@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
-from model.tower_files import CLASSES, REMEDY, TowerError, TowerSettings, read_tower_settings, read_tower_weights
+from model.tower_files import CLASSES, TowerError, TowerSettings, read_tower_settings, read_tower_weights, unusable
 
 __all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
 
@@ -32,10 +32,10 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     wrong = wanted.keys() ^ tensors.keys()
     wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     if wrong:
-        raise TowerError(
-            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many or "
-            f"of another shape, the first is {min(wrong)}. {REMEDY}"
+        problem = (
+            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many "
         )
+        raise unusable(path, f"{problem}or of another shape, the first is {min(wrong)}")
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])

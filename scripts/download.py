@@ -31,6 +31,7 @@ from common.paths import (  # noqa: E402
     DATASET_DIR,
     EXAMPLE_PHOTO,
     ROOT,
+    SAVE_3V_DIR,
     SAVE_DIR,
     TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
@@ -104,17 +105,21 @@ def weights_part(name: str, about: str) -> Part:
     return Part("model", "jingyaogong/MiniMind2-V-PyTorch", SAVE_DIR, about, files, ("tower", "tokenizer"))
 
 
+def weights_part_3v(name: str, about: str) -> Part:
+    """Returns weights of minimind-3v."""
+    files, needs = (f"{name}_{{hidden_size}}.pth",), ("tower_3v", "tokenizer_3v")
+    return Part("model", "jingyaogong/minimind-3v-pytorch", SAVE_3V_DIR, about, files, needs, 768)
+
+
 def data_part(name: str, about: str) -> Part:
-    """Returns one stage's data: rows and a zip of pictures, or both in one parquet file."""
-    choices = (f"{name}_data.jsonl + {name}_images.zip", f"{name}_data.parquet", f"{name}_i2t.parquet")
+    """Returns one stage's data, in its newest form first: a parquet file with the pictures, or rows and a zip."""
+    choices = (f"{name}_i2t.parquet", f"{name}_data.jsonl + {name}_images.zip", f"{name}_data.parquet")
     return Part("dataset", "jingyaogong/minimind-v_dataset", DATASET_DIR, about, choices)
 
 
 TOWER_CONFIG = "config.json + preprocessor_config.json"
 TOWER_FILES = (f"{TOWER_CONFIG} + model.safetensors", f"{TOWER_CONFIG} + pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json + tokenizer_config.json",)
-WEIGHTS_3V = ("sft_vlm_{hidden_size}.pth + llm_{hidden_size}.pth",)
-NEEDS_3V = ("tower_3v", "tokenizer_3v")
 PARTS = {
     "tower": Part("model", "openai/clip-vit-base-patch16", TOWER_DIR, "the vision tower", TOWER_FILES),
     "tokenizer": Part("model", "jingyaogong/MiniMind2-V", TOKENIZER_DIR, "the tokenizer", TOKENIZER_FILES),
@@ -123,14 +128,13 @@ PARTS = {
     "llm": weights_part("llm", "before any picture"),
     "pretrain": data_part("pretrain", "pictures with captions"),
     "sft": data_part("sft", "pictures with conversations"),
-    "minimind-3v": Part(
-        *("model", "jingyaogong/minimind-3v-pytorch", SAVE_DIR / "minimind-3v"),
-        *("the newer model", WEIGHTS_3V, NEEDS_3V, 768),
-    ),
+    "minimind-3v": weights_part_3v("sft_vlm", "the trained model of the newest generation"),
+    "llm_3v": weights_part_3v("llm", "the same before any picture"),
     "tower_3v": Part("model", "jingyaogong/siglip2-base-p32-256-ve", TOWER_3V_DIR, "its vision tower", TOWER_FILES),
     "tokenizer_3v": Part("model", "jingyaogong/minimind-3v", TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER_FILES),
 }
-TO_TRAIN = ("tower", "llm", "tokenizer", "pretrain", "sft")
+STAGES = ("pretrain", "sft")
+TO_TRAIN = ("tower", "llm", "tokenizer", *STAGES)
 MODELSCOPE_OWNERS = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
 
 UNPACKED_PER_ZIP = 1.6  # a guess: JPEGs of 4 kB do not shrink in a zip, and fill whole blocks on disk
@@ -145,18 +149,19 @@ def find_source(name: str) -> Source:
     return Source(ENDPOINT, list_hub, {}, cure, "check HF_TOKEN (your access token), or ")
 
 
-def folder_of(part: Part, args: argparse.Namespace) -> Path:
+def folder_of(part: Part, save_dir: Path | None, dest: Path) -> Path:
     """Returns where a part's files go."""
-    if part.needs and args.save_dir:
-        return args.save_dir / part.folder.relative_to(SAVE_DIR)
-    return args.dest / part.folder.relative_to(ROOT)
+    if part.needs and save_dir:
+        return save_dir / part.folder.relative_to(SAVE_DIR)
+    return dest / part.folder.relative_to(ROOT)
 
 
 def plan(args: argparse.Namespace, source: Source) -> dict[str, dict[Path, RemoteFile]]:
     """Asks the source what makes up the wanted parts: for each of them, path here -> published file."""
     files = {}
     for name in args.parts:
-        folder, chosen = folder_of(PARTS[name], args), source.list_part(PARTS[name], args.hidden_size)
+        folder = folder_of(PARTS[name], args.save_dir, args.dest)
+        chosen = source.list_part(PARTS[name], args.hidden_size)
         # Training looks for pretrain_data.parquet, whichever name it was published under.
         files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
     return files
@@ -215,13 +220,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = f"{__doc__}\nparts (default: all, which is {', '.join(TO_TRAIN)}):\n{parts}"
     parser = ArgumentParser(description=about, formatter_class=HelpFormatter)
     parser.add_argument("parts", nargs="*", choices=("all", *PARTS), default="all", metavar="PART", help="see above")
-    parser.add_argument("--hidden_size", type=int, help="which size of weights (default: 512; minimind-3v: 768)")
+    parser.add_argument("--hidden_size", type=int, help="which size of weights (default: 512; of minimind-3v 768)")
     parser.add_argument("--source", choices=("hub", "modelscope"), default="hub", help="where to fetch from")
     parser.add_argument("--dest", type=file_path, default=ROOT, help="put everything under this folder")
     parser.add_argument("--save_dir", type=file_path, help="put weights there (default: out)")
     parser.add_argument("--keep_zip", action="store_true", help="keep a zip of pictures after it is unpacked")
     args = parser.parse_args(argv)
     named = set(TO_TRAIN if "all" in args.parts else ()) | {part for part in PARTS if part in args.parts}
+    if "minimind-3v" in named and "llm" not in named and named.intersection(STAGES):
+        named.add("llm_3v")  # what training starts from
     named.update(need for part in tuple(named) for need in PARTS[part].needs)
     args.parts = [part for part in PARTS if part in named]
     args.dest, args.save_dir = args.dest.absolute(), args.save_dir and args.save_dir.absolute()
@@ -264,22 +271,34 @@ def report(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]) -
         if PARTS[part].choices in (TOWER_FILES, TOKENIZER_FILES):
             paths = [paths[0].parent]
         print(f"  {part:<12} {' + '.join(shown(path, args) + '/' * path.is_dir() for path in paths)}")
-    stages = [stage for stage in ("pretrain", "sft") if stage in args.parts]
+    stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != ROOT and stages:
         print(f"Training looks under {ROOT}: move these folders there.")
-    size = ["--hidden_size", str(args.hidden_size)] if args.hidden_size else []
     for stage in stages:
-        print("Train: ", command(f"trainer/train_{stage}_vlm.py", *size))
+        print("Train: ", command(f"trainer/train_{stage}_vlm.py", *training_flags(stage, args)))
     for part, published in files.items():
-        if PARTS[part].needs and not (part == "llm" and stages):
+        if PARTS[part].needs and not (part in ("llm", "llm_3v") and stages):
             print("Talk to it: ", talk_command(PARTS[part], next(iter(published)), args))
+
+
+def training_flags(stage: str, args: argparse.Namespace) -> list[str]:
+    """Returns the flags of a stage's command: minimind-3v's if `llm_3v` was asked for and `llm` was not."""
+    if "llm_3v" not in args.parts or "llm" in args.parts:
+        return ["--hidden_size", str(args.hidden_size)] if args.hidden_size else []
+    part = PARTS["llm_3v"]
+    size = args.hidden_size or part.hidden_size
+    starts = {
+        "pretrain": folder_of(part, args.save_dir, ROOT) / part.choices[0].format(hidden_size=size),
+        "sft": SAVE_DIR / f"pretrain_3v_{size}.pth",
+    }
+    return ["--from_weight", typed(starts[stage]), "--save_weight", f"{stage}_3v"]
 
 
 def talk_command(part: Part, weights: Path, args: argparse.Namespace) -> str:
     """Returns the command that shows the example photo to the weights."""
     flags = ["--weight", typed(weights), "--image", typed(EXAMPLE_PHOTO)]
     for flag, need in zip(("--vision_model_path", "--tokenizer_path"), part.needs, strict=True):
-        if (folder := folder_of(PARTS[need], args)) not in (TOWER_DIR, TOKENIZER_DIR):
+        if (folder := folder_of(PARTS[need], args.save_dir, args.dest)) not in (TOWER_DIR, TOKENIZER_DIR):
             flags += [flag, typed(folder)]
     return command("eval_vlm.py", *flags)
 

@@ -33,7 +33,7 @@ from safetensors.torch import save_file  # noqa: E402
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
-from common.paths import SAVE_DIR, display_path  # noqa: E402
+from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path  # noqa: E402
 from dataset.chat import END_OF_THINKING, SYSTEM_PROMPT, THINK, has_image_pad, thinking  # noqa: E402
 from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
@@ -114,14 +114,15 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
         UsageError: If LLaVA cannot express it.
     """
     config, tower = trained.config, trained.tower
+    if has_image_pad(trained.tokenizer):
+        alone = f"python scripts/export.py --save_dir {display_path(SAVE_3V_DIR)} --weight llm"
+        raise UsageError(f"of minimind-3v the language model alone is exported, not the one with images: {alone}")
     if tower.kind != "clip":
         raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
     if config.projector == "norm_mlp":
         raise UsageError("a projection with a norm (norm_mlp) is not exported: LLaVA has none")
-    if has_image_pad(trained.tokenizer):
-        raise UsageError("of minimind-3v the language model alone is exported (--weight llm), not the one with images")
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -219,14 +220,14 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         if error.name != "gguf":
             raise
         raise UsageError("--to gguf needs a package: pip install -r scripts/requirements-export.txt") from error
+    sees_images, mmproj = trained.weights.has_projection, f"mmproj-{name}-f32.gguf"
+    if sees_images:  # first: what it refuses is in no form exported
+        llava_config(trained, 0)
     if trained.config.use_moe:
         raise UsageError("experts are not exported to GGUF: use --to transformers")
     if trained.config.qk_norm:
         raise UsageError("norms per head (minimind-3v) are not exported to GGUF: use --to transformers")
     text_config(trained.config)  # refuses what a Llama cannot express
-    sees_images, mmproj = trained.weights.has_projection, f"mmproj-{name}-f32.gguf"
-    if sees_images:
-        llava_config(trained, 0)
     with whole_folder(folder) as part:
         text = f"{name}-{quant}.gguf"
         gguf_files.write_text(trained, part / text, name, quant, chat_template(trained))

@@ -29,6 +29,7 @@ from common.errors import UsageError
 
 LONGEST_WAIT = 8  # seconds: without a new byte, it tries again after 1, 2, 4 and 8
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+MODELSCOPE_PAGE = 200  # files: one page of a data set, and its client's own size; a model's files come all at once
 DISK_BLOCK = 4096  # bytes a small file takes at least
 BAR = {"delay": 1, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}  # few lines in a log file
 human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
@@ -83,8 +84,7 @@ def list_modelscope(repo_id: str, repo_type: str) -> dict[str, RemoteFile]:
     """
     endpoint = modelscope_endpoint()
     repo = f"{endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
-    # 200 files are one page of a data set, and the client's own size; a model's files come all at once.
-    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
+    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": MODELSCOPE_PAGE}
     response = get_session().get(
         f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}",
         params=page,
@@ -94,10 +94,15 @@ def list_modelscope(repo_id: str, repo_type: str) -> dict[str, RemoteFile]:
     hf_raise_for_status(response)
     try:
         answer = response.json()
-        entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+        listed = answer["Data"]["Files"]
+        entries = [entry for entry in listed if entry["Type"] != "tree"]
         about = {entry["Path"]: (int(entry["Size"]), entry["Sha256"].lower()) for entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, or some other server's JSON
         raise UsageError(f"{endpoint} does not answer like ModelScope: check MODELSCOPE_ENDPOINT.") from error
+    if repo_type == "dataset" and len(listed) >= MODELSCOPE_PAGE:
+        raise UsageError(f"{repo_id} has {MODELSCOPE_PAGE} files or more on {endpoint}: leave --source out.")
+    if lacking := [name for name, (_, checksum) in about.items() if len(checksum) != 64]:
+        raise UsageError(f"{endpoint} has no checksum for {lacking[0]}: leave --source out.")
     return {
         name: RemoteFile(name, f"{repo}?Revision=master&FilePath={quote_plus(name)}", {}, size, checksum)
         for name, (size, checksum) in about.items()

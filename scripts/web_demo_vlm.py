@@ -38,7 +38,7 @@ from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE, ENGLISH  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
-from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
+from trainer.support.trained import SAMPLING, SAMPLING_3V, add_model_flags, find_trained  # noqa: E402
 from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
 from trainer.watch.page import mask_of  # noqa: E402
 
@@ -250,7 +250,10 @@ class Demo:
         first = find_trained(args)
         self.first = first.weights.path.stem if args.load_from == "model" else str(args.load_from)
         self.load = lru_cache(maxsize=2)(self.load)
-        self.examples = self.draw_examples() if self.load(self.first).trained.knows_only_scenes else example_photos()
+        trained = self.load(self.first).trained
+        self.examples = self.draw_examples() if trained.knows_only_scenes else example_photos()
+        given = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
+        self.sampling = trained.sampling | given
 
     def load(self, name: str) -> Assistant:
         """Loads the weights of that name; the two used last stay in memory."""
@@ -332,8 +335,8 @@ def build_page(gr, demo: Demo):
             camera = gr.Image(sources=["webcam"], type="filepath", show_label=False)
         with gr.Accordion(text("settings"), open=False):
             weights = gr.Dropdown(demo.names(), value=demo.first, label=text("weights"), elem_id="weights")
-            temperature = gr.Slider(0, 1.5, demo.args.temperature, step=0.05, label=text("temperature"))
-            top_p = gr.Slider(0.05, 1, demo.args.top_p, step=0.05, label=text("top_p"))
+            temperature = gr.Slider(0, 1.5, demo.sampling["temperature"], step=0.05, label=text("temperature"))
+            top_p = gr.Slider(0.05, 1, demo.sampling["top_p"], step=0.05, label=text("top_p"))
             length = gr.Slider(8, 1024, demo.args.max_new_tokens, step=8, label=text("length"))
         settings = [weights, length, temperature, top_p]
 
@@ -370,8 +373,10 @@ def parse_arguments(argv=None) -> Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")
     add("--port", type=int, default=7860, help="port to listen on")
     add("--share", action="store_true", help="a public address for a few days, through gradio's servers")
-    add("--temperature", type=float, default=0.65, help="what its slider starts with; 0: always the likeliest word")
-    add("--top_p", type=float, default=0.85, help="what its slider starts with")
+    what = "what its slider starts with; 0: always the likeliest word"
+    default = f"{SAMPLING['temperature']}; minimind-3v: {SAMPLING_3V['temperature']}"
+    add("--temperature", type=float, help=f"{what} (default: {default})")
+    add("--top_p", type=float, help=f"what its slider starts with (default: {SAMPLING['top_p']})")
     add("--max_new_tokens", type=int, default=256, help="what its slider starts with")
     return parser.parse_args(argv)
 

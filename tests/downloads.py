@@ -45,7 +45,6 @@ def repos() -> dict[str, dict[str, bytes]]:
             "pretrain_images.zip": make_zip({"pretrain_images/": b"", "pretrain_images/a.jpg": b"A" * 5000}),
             "sft_data.jsonl": row * 2,
             "sft_images.zip": make_zip({"a.jpg": b"S", "more/b.jpg": b"B", "__MACOSX/._a.jpg": b"junk"}),
-            "sft_i2t.parquet": b"PAR1",
         },
     }
 

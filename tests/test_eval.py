@@ -11,8 +11,11 @@ import torch
 from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT
 
 from common.errors import UsageError
+from common.paths import BUILTIN_MODEL_DIR
+from eval_vlm import parse_arguments
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import weights as checkpoint
+from trainer.support import trained
 from trainer.watch.assistant import in_precision
 
 pytest_plugins = ["tiny"]
@@ -140,6 +143,35 @@ def test_weights_by_path_and_by_size(world, out, tmp_path):
     world.run(EVAL, *here, "--hidden_size", 768).refused("sft_vlm_768.pth", "there: sft_vlm_32.pth")
     world.run(EVAL, *here, "--num_hidden_layers", 8).refused("--num_hidden_layers 8 contradicts")
     world.run(EVAL, *world.eval_files(tmp_path), *picture).refused("no weight file sft_vlm_*.pth", "Train it first")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "part"),
+    [
+        ("sft_vlm", "out", "sft_vlm"),
+        ("pretrain_vlm", "out", "pretrain_vlm"),
+        ("llm", "out", "llm"),
+        ("sft_vlm", "out/minimind-3v", "minimind-3v"),
+        ("llm", "out/minimind-3v", "llm_3v"),
+    ],
+)
+def test_missing_published_weights_are_named_with_their_download(tmp_path, monkeypatch, name, folder, part):
+    monkeypatch.setattr(checkpoint, "SAVE_3V_DIR", tmp_path / "out/minimind-3v")
+    with pytest.raises(UsageError, match=f"etch the published one: python scripts/download.py {part}$"):
+        checkpoint.find_weights(tmp_path / folder, name)
+    with pytest.raises(UsageError, match=r"none of that name\)\.$"):
+        checkpoint.find_weights(tmp_path, "my_photos")
+
+
+@pytest.mark.parametrize("there", ["TOWER_DIR", "TOWER_3V_DIR"])
+def test_the_built_in_language_model_stands_in_only_where_nothing_was_downloaded(tmp_path, monkeypatch, there):
+    for name in ("TOWER_DIR", "TOWER_3V_DIR"):
+        monkeypatch.setattr(trained, name, tmp_path / name)
+    args = parse_arguments(["--weight", "llm", "--save_dir", str(tmp_path)])
+    assert trained.find_weights(args).path.parent == BUILTIN_MODEL_DIR
+    (tmp_path / there).mkdir()
+    with pytest.raises(UsageError, match="no weight file llm_"):
+        trained.find_weights(args)
 
 
 @pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])

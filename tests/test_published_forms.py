@@ -22,6 +22,7 @@ from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
+from scripts.web_demo_vlm import Demo, parse_arguments
 from trainer.assets import choose_assets
 from trainer.support.trained import add_model_flags, find_trained
 from trainer.weights import read_weights
@@ -111,7 +112,7 @@ def newest_form(folder: Path) -> tuple[HubStandIn, Published]:
     }
     settings = [{"learning_rate": 4e-4, "max_seq_len": 450}, {"learning_rate": 5e-6, "max_seq_len": 768}]
     folders = "out/minimind-3v", "model/vision_model/siglip2-base-p32-256-ve", "model/tokenizer_minimind3v"
-    parts = ["minimind-3v", "--source", "modelscope"]
+    parts = ["minimind-3v", "llm_3v", "--source", "modelscope"]
     return ModelScopeStandIn(repos), Published(parts, *folders, 64, tensors, settings)
 
 
@@ -127,22 +128,25 @@ def published(request, tmp_path_factory) -> Published:
     return published
 
 
-def test_the_download_ends_with_the_line_that_talks_to_it(world, published):
-    words = shlex.split(published.printed.splitlines()[-1].partition("Talk to it: ")[2])
-    first, script, *flags = words
-    assert (first, Path(script).resolve()) == ("python", EVAL)
-    said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4).passed().out
-    assert f"{published.fetched / published.weights}" in said and "4 tokens" in said
+def test_the_download_ends_with_the_lines_that_talk_to_it(world, published):
+    lines = published.printed.split("Talk to it: ")[1:]
+    assert len(lines) == len(list((published.fetched / published.weights).glob("*.pth")))
+    for line in lines:
+        first, script, *flags = shlex.split(line)
+        assert (first, Path(script).resolve()) == ("python", EVAL)
+        said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4).passed().out
+        assert f"{published.fetched / published.weights}" in said and "4 tokens" in said
     assert len(read_weights(published.fetched / published.weights / "sft_vlm_64.pth").tensors) == published.tensors
 
 
-def test_each_generation_draws_answers_as_its_recipe_says(published):
-    parser = argparse.ArgumentParser()
-    add_model_flags(parser)
+def test_each_generation_draws_answers_as_its_recipe_says(published, tmp_path):
+    """The web page's sliders start there too, unless a flag says another."""
     where = ["--save_dir", str(published.fetched / published.weights), *map(str, published.files)]
-    trained = find_trained(parser.parse_args(where))
+    page = [Demo(parse_arguments([*where, *given]), torch.device("cpu"), tmp_path) for given in ([], ["--top_p", "1"])]
+    trained = find_trained(page[0].args)
     temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
     assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
+    assert [demo.sampling for demo in page] == [trained.sampling, trained.sampling | {"top_p": 1}]
 
 
 def test_the_data_is_checked_with_its_tokenizer(world, published):
@@ -177,7 +181,8 @@ def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_
     llm, weights = published.fetched / published.weights / "llm_64.pth", {}
     for script, stage, start in ((PRETRAIN, "pretrain", llm), (SFT, "sft", out / "pretrain_vlm_64.pth")):
         data = ["--data_path", world.root / f"{stage}.jsonl", "--images_path", world.images, "--from_weight", start]
-        world.run(script, *data, *common).passed()
+        said = world.run(script, *data, *common).passed().out
+        assert ("(minimind-3v's recipe)" in said) == (published.image_tokens == 64)
         weights[stage] = read_weights(out / f"{stage}_vlm_64.pth")
         sidecar = weights[stage].sidecar
         expected = published.settings[stage == "sft"]
@@ -191,7 +196,9 @@ def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_
     said = world.run(EVAL, "--save_dir", out, *ask).passed().out  # tower and tokenizer: the sidecar's
     exported = world.run(EXPORT, "--save_dir", out)
     if weights["sft"].config.qk_norm:
-        exported.refused("a SigLIP tower is not exported")
+        instead = "python scripts/export.py --save_dir out/minimind-3v --weight llm"
+        exported.refused("the language model alone is exported", instead)
+        world.run(EXPORT, "--save_dir", out, "--to", "gguf").refused("the language model alone is exported", instead)
         return
     exported.passed()
     again = world.run(EVAL, "--load_from", out / "sft_vlm_64-hf", *ask).passed().out
@@ -229,3 +236,13 @@ def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, u
     torch.testing.assert_close(theirs["logits"], logits, atol=1e-4, rtol=0)
     ask = ["--prompt", "你好", "--image_dir", world.images, "--max_new_tokens", 1, "--device", "cpu"]
     world.run(EVAL, "--load_from", folder, "--vision_model_path", tower, *ask).passed()
+
+
+def test_the_helps_name_the_settings_of_minimind_3v(world):
+    trained = "From minimind-3v's weights the defaults are: "
+    for script, said in (
+        (PRETRAIN, f"{trained}epochs 2, max_seq_len 450."),
+        (SFT, f"{trained}learning_rate 5e-06, max_seq_len 768."),
+        (CHECK, "640, fine-tuning 1536 (minimind-3v: 450, 768)"),
+    ):
+        assert said in " ".join(world.run(script, "--help").passed().out.split())

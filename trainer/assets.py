@@ -43,9 +43,9 @@ class PublishedFile:
 
 
 def published_data(data: str) -> tuple[Path, Path]:
-    """Returns the data file (jsonl, or parquet where only that is there) and its images' folder."""
+    """Returns the data file (the parquet, the newer published form, where it is there) and its images' folder."""
     jsonl, parquet = (DATASET_DIR / f"{data}_data.{ending}" for ending in ("jsonl", "parquet"))
-    return (parquet if parquet.is_file() and not jsonl.is_file() else jsonl), DATASET_DIR / f"{data}_images"
+    return (parquet if parquet.is_file() else jsonl), DATASET_DIR / f"{data}_images"
 
 
 def published_files(data: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:

@@ -45,11 +45,11 @@ class Stage:
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
     """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
-    parser = ArgumentParser(
-        description=description,
-        formatter_class=HelpFormatter,
-        epilog="Nothing downloaded and no path given: the small built-in set is used, with settings of its own.",
-    )
+    epilog = "Nothing downloaded and no path given: the small built-in set is used, with settings of its own."
+    if stage.minimind_3v:
+        settings = ", ".join(f"{flag} {value:g}" for flag, value in stage.minimind_3v.items())
+        epilog += f"\nFrom minimind-3v's weights the defaults are: {settings}."
+    parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
     add_model_flags(parser.add_argument_group("what is learned, and from what").add_argument, stage.defaults)
     add_file_flags(parser.add_argument_group("files").add_argument, stage)
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
@@ -87,7 +87,7 @@ def freeze_word(text: str) -> str:
 
 def add_file_flags(add, stage: Stage):
     data = stage.data
-    add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.jsonl or .parquet)")
+    add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.parquet, else .jsonl)")
     folder = f"the jsonl's own; dataset/{data}_images for published data"
     add("--images_path", type=file_path, help=f"folder of the jsonl's images (default: {folder})")
     what = "the tokenizer that belongs to the weights"

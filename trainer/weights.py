@@ -20,7 +20,7 @@ from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
 from common.files import load_file
-from common.paths import ROOT, display_path
+from common.paths import ROOT, SAVE_3V_DIR, display_path
 from dataset.chat import image_token_id
 from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -84,7 +84,7 @@ def find_weights(
         if of_size:
             there += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
         raise UsageError(
-            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name)}".rstrip()
+            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name, save_dir)}".rstrip()
         )
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
@@ -93,12 +93,15 @@ def find_weights(
     return newest
 
 
-def hint(name: str) -> str:
+def hint(name: str, save_dir: Path) -> str:
     """Returns how to get weights of that name: a stage's script is called after the weights it writes."""
-    if name == "llm":
-        return "`python scripts/download.py llm` fetches the published language model"
-    script = ROOT / "trainer" / f"train_{name}.py"
-    return f"Train it first: python {display_path(script)}" if script.is_file() else ""
+    script, parts = ROOT / "trainer" / f"train_{name}.py", {part: part for part in ("llm", "pretrain_vlm", "sft_vlm")}
+    if save_dir.absolute() == SAVE_3V_DIR:
+        parts = {"llm": "llm_3v", "sft_vlm": "minimind-3v"}
+    ways = [f"train it first: python {display_path(script)}"] if script.is_file() else []
+    ways += [f"fetch the published one: python scripts/download.py {parts[name]}"] if name in parts else []
+    text = ", or ".join(ways)
+    return text[:1].upper() + text[1:]
 
 
 def read_sidecar_or_empty(path: Path) -> dict:

@@ -18,6 +18,7 @@ from tiny import (
     sft_row,
     turn,
 )
+from tiny_models import save_tokenizer_3v
 from transformers import AutoTokenizer
 
 from dataset.chat import SYSTEM_PROMPT
@@ -71,6 +72,13 @@ def test_as_a_module_and_the_default_tokenizer(world):
     done = world.start("-m", "dataset.check", world.root / "sft.jsonl", "--images_path", world.images, cwd=ROOT)
     assert WOULD_START in done.passed().out
     assert re.search(r"tokenizer +model/tokenizer(_minimind2 \(the published one\)| \(the built-in one\))\n", done.out)
+
+
+def test_the_newest_tokenizer_is_taken_where_it_alone_was_downloaded(world, tmp_path):
+    alone = f"import common.paths as paths\npaths.TOKENIZER_3V_DIR = paths.Path({str(save_tokenizer_3v(tmp_path))!r})\n"
+    alone += "paths.TOKENIZER_DIR = paths.ROOT / 'nowhere'"
+    files = [world.root / "sft.jsonl", "--images_path", world.images]
+    assert f"{tmp_path} (minimind-3v's)" in words(world.run(CHECK, *files, hook=alone).passed().out)
 
 
 def test_tokens_and_learned_share_counted_by_hand(check):

@@ -10,6 +10,8 @@ from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
 from dataset.formats import RIGHT_FORM
+from dataset.tokenizer import load_tokenizer
+from model.tower_files import read_tower_settings
 from trainer import assets
 from trainer.assets import choose_assets
 from trainer.flags import fill_in
@@ -229,8 +231,19 @@ def test_published_files_are_used_if_complete(place):
 
 def test_parquet_needs_no_folder_of_pictures(place):
     place.has(TOWER, PUBLISHED_TOKENIZER, "dataset/pretrain_data.parquet", "out/llm_512.pth")
+    place.has(DATA[0])  # of an older form, without its pictures
     assert place.choose().data_path == place.root / "dataset/pretrain_data.parquet"
     assert place.choose(data_path=place.root / "mine.parquet").images_path is None
+
+
+def test_missing_folders_of_each_generation_are_named_with_their_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.tower_files.TOWER_3V_DIR", tmp_path / "3v")
+    monkeypatch.setattr("dataset.tokenizer.TOKENIZER_3V_DIR", tmp_path / "3v")
+    for folder, end in (("3v", "_3v"), ("other", "")):
+        with pytest.raises(UsageError, match=rf"download\.py tower{end}`"):
+            read_tower_settings(tmp_path / folder)
+        with pytest.raises(UsageError, match=rf"download\.py tokenizer{end}\)"):
+            load_tokenizer(tmp_path / folder)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,9 @@ def test_a_damaged_picture_in_a_parquet_file_is_skipped(world, out, tmp_path):
     whole = write_parquet(world, path, "none")
     picture = (world.images / "7.jpg").read_bytes()
     path.write_bytes(whole.replace(picture, overwritten(picture, 2, len(picture) - 2)))
+    (tmp_path / "rows.jsonl").touch()
     result = world.run(PRETRAIN, *world.files("pretrain", out), *ONE_EPOCH, "--data_path", path).passed()
+    assert f"{path} (the jsonl beside it is not read): " in result.out
     assert result.out.count("skipped a sample, its picture cannot be read: row 8, picture 1: ") == 1
     (last,) = read_jsonl(out / f"{NAME}.metrics.jsonl")
     assert last["skipped_pictures"] == 1

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -60,16 +62,20 @@ def source(request):
 
 def rename(repo: str) -> str:
     """What a repository of the hub is called on ModelScope."""
-    kind, owner, name = repo.split("/")
-    return f"{kind}/{download.MODELSCOPE_OWNERS[owner]}/{name}"
+    return repo.replace("/openai/", "/openai-mirror/").replace("/jingyaogong/", "/gongjy/")
 
 
 @pytest.fixture
-def near_hub(hub, monkeypatch):
-    """The same for the script's functions called here: the real hub's address is read when they are imported."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+def online(monkeypatch):
+    """Lets the script's functions, called here, reach a stand-in."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def near_hub(hub, online, monkeypatch):
+    """The same for the script's functions called here: the real hub's address is read when they are imported."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     return hub
 
 
@@ -104,8 +110,8 @@ def test_everything_lands_in_its_place_and_a_second_run_fetches_nothing(source, 
 def test_parts_can_be_chosen_and_other_forms_are_understood(hub, tmp_path):
     del hub.repos[TOWER]["model.safetensors"]
     data = hub.repos[DATA]
-    del data["sft_images.zip"]
-    data["pretrain_images.zip"] = make_zip({"a.jpg": b"A"})
+    data |= {"pretrain_images.zip": make_zip({"a.jpg": b"A"}), "pretrain_data.parquet": b"an older form"}
+    data["sft_i2t.parquet"] = b"PAR1"  # today's form, beside the older ones
     done = run(hub.endpoint, tmp_path / "d", "tower", "llm", "pretrain", "sft", "--hidden_size", "768", "--keep_zip")
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "d") == {
@@ -166,6 +172,42 @@ def test_damage_on_the_way_is_noticed(hub, tmp_path, name):
     refused(run(hub.endpoint, tmp_path / "d", part), name, "damaged")
     assert name not in str(tree(tmp_path / "d").keys())
     assert run(hub.endpoint, tmp_path / "d", part).returncode == 0
+
+
+TRAIN_3V = [
+    "trainer/train_pretrain_vlm.py --from_weight out/minimind-3v/llm_768.pth --save_weight pretrain_3v",
+    "trainer/train_sft_vlm.py --from_weight out/pretrain_3v_768.pth --save_weight sft_3v",
+]
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights", "train", "talk"),
+    [
+        ("minimind-3v", ["sft_vlm_768"], [], ["sft_vlm_768"]),
+        ("llm_3v", ["llm_768"], [], ["llm_768"]),
+        ("llm_3v sft --hidden_size 64", ["llm_64"], [TRAIN_3V[1].replace("768", "64")], []),
+        ("minimind-3v pretrain sft", ["sft_vlm_768", "llm_768"], TRAIN_3V, ["sft_vlm_768"]),
+        ("minimind-3v llm sft", ["sft_vlm_768"], ["trainer/train_sft_vlm.py"], ["sft_vlm_768"]),
+    ],
+)
+def test_of_the_newest_generation_comes_what_is_needed_and_its_commands(hub, tmp_path, parts, weights, train, talk):
+    """Its repository has no more than that."""
+    hub.repos |= {
+        "models/jingyaogong/minimind-3v-pytorch": {f"{name}.pth": WEIGHTS for name in weights},
+        "models/jingyaogong/siglip2-base-p32-256-ve": repos()[TOWER],
+        "models/jingyaogong/minimind-3v": repos()[TOKENIZER],
+    }
+    done = run(hub.endpoint, tmp_path / "d", *parts.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.stem for path in (tmp_path / "d" / "out" / "minimind-3v").iterdir()} == set(weights)
+    said = [line.split(":  ") for line in done.stdout.replace(f"{ROOT}/", "").splitlines() if ":  " in line]
+    assert [command for what, command in said if what == "Train"] == [f"python {line}" for line in train]
+    assert [re.search(r"--weight \S+/(\w+)\.pth", command)[1] for what, command in said if what == "Talk to it"] == talk
+
+
+def test_the_newest_generation_is_trained_as_the_readme_says():
+    lines = [line.split("  #")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    assert all(f"python {line}" in lines for line in ("scripts/download.py llm_3v pretrain sft", *TRAIN_3V))
 
 
 def test_an_unreachable_hub_is_named_at_once(tmp_path):
@@ -309,6 +351,55 @@ def test_an_answer_that_is_no_hubs(near_hub, tmp_path, monkeypatch):
     monkeypatch.setattr("hub_stand_in.describe", lambda *_: ["a login page"])
     with pytest.raises(UsageError, match="does not answer like a model hub"):
         download.main(["llm", "--dest", str(tmp_path)])
+
+
+@pytest.fixture
+def modelscope(online, monkeypatch):
+    """ModelScope with everything on it, for the script's functions called here."""
+    with ModelScopeStandIn({rename(repo): content for repo, content in repos().items()}) as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
+        yield server
+
+
+def from_modelscope(dest: Path, part: str, *words: str):
+    """Tries to fetch a part; all words must be in the error's one line, and nothing on the disk."""
+    with pytest.raises(UsageError) as error:
+        download.main([part, "--source", "modelscope", "--dest", str(dest)])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert not any(dest.iterdir())
+
+
+@pytest.mark.parametrize(
+    "listing", [{"Data": {"Files": None}}, {"Data": {}}, ["a login page"], {"Data": {"Files": [{"Type": "blob"}]}}]
+)
+def test_an_answer_that_is_not_modelscopes(modelscope, tmp_path, monkeypatch, listing):
+    answer = json.dumps(listing).encode()
+    monkeypatch.setattr(ModelScopeStandIn, "serve", lambda _, request: send(request, 200, answer))
+    from_modelscope(tmp_path, "llm", modelscope.endpoint, "does not answer like ModelScope", "MODELSCOPE_ENDPOINT")
+
+
+def test_what_modelscope_lacks_is_named_with_the_cure(modelscope, tmp_path, monkeypatch):
+    cure = "leave --source out"
+    with monkeypatch.context() as patch:
+        unhashed = {"Path": "new.pth", "Type": "blob", "Size": 1, "Sha256": ""}
+        patch.setattr("modelscope_stand_in.describe", lambda name, content: unhashed)
+        from_modelscope(tmp_path, "llm", "no checksum for new.pth", cure)
+    modelscope.repos[rename(DATA)] |= {f"{number}.txt": b"." for number in range(200)}
+    from_modelscope(tmp_path, "sft", "gongjy/minimind-v_dataset has 200 files or more", cure)
+    modelscope.repos.clear()
+    from_modelscope(tmp_path, "llm", "answers 404: not there, or private: leave --source out")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("http://a:b", ["MODELSCOPE_ENDPOINT http://a:b is no address"]),
+        ("http://127.0.0.1:9", ["connection to http://127.0.0.1:9 failed", "leave --source out"]),
+    ],
+)
+def test_an_address_where_no_modelscope_is(online, tmp_path, monkeypatch, endpoint, words):
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
+    from_modelscope(tmp_path, "llm", *words)
 
 
 def test_a_repository_that_needs_a_login(near_hub, tmp_path, monkeypatch):

@@ -131,7 +131,8 @@ def find_weights(args: argparse.Namespace) -> weight_io.Weights:
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
         save_dir = args.save_dir or SAVE_DIR
-        if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not TOWER_DIR.exists():
+        is_downloaded = TOWER_DIR.exists() or TOWER_3V_DIR.exists()
+        if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not is_downloaded:
             save_dir = BUILTIN_MODEL_DIR
         name = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
         weights = weight_io.read_weights(weight_io.find_weights(save_dir, name, args.hidden_size, use_moe))

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 
 import torch
 
@@ -51,19 +52,21 @@ def print_header(
     shape += ", experts" if config.use_moe else ""
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
     shape += f", {config.image_tokens} tokens an image" if config.pixel_shuffle > 1 else ""
+    starts_from_3v = run.weights is not None and run.weights.config.qk_norm
+    recipe = " (the built-in recipe)" if run.is_builtin else " (minimind-3v's recipe)" * starts_from_3v
     per_step = args.batch_size * args.accumulation_steps * world_size
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type.upper()
     rows = {
         "starts from": start,
         "writes": display_path(run.files.weights),
-        "data": f"{display_path(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
+        "data": f"{data_file(args.data_path)}: {len(data):,} rows, {data.picture_count:,} pictures, "
         f"{data.learned_tokens.sum():,} learned tokens, longest row {data.lengths.max()} tokens{cut}",
         "held out": held_out(args, heldout, eval_interval),
         "tower": f"{display_path(args.vision_model_path)}: {tower / 1e6:.3f} M parameters, frozen",
         "features": kept,
         "model": f"{shape}: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
         "settings": f"epochs {args.epochs}, batch_size {args.batch_size}, learning_rate {args.learning_rate:g}"
-        f"{' (the built-in recipe)' if run.is_builtin else ''}; accumulation_steps {args.accumulation_steps}, "
+        f"{recipe}; accumulation_steps {args.accumulation_steps}, "
         f"grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, freeze_llm {args.freeze_llm}, seed {args.seed}",
         "steps": f"{steps:,} of {per_step} samples ({math.ceil(len(data) / per_step):,} an epoch)",
         "device": f"{device}, {world_size} process(es), {args.dtype}{', compiled' if is_compiled else ''}, "
@@ -81,6 +84,12 @@ def in_terminal(line: str, indent: int) -> str:
         return line
     width = shutil.get_terminal_size().columns - 1
     return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def data_file(path: Path) -> str:
+    """Names the file that is learned from, and says so where it was preferred to another."""
+    is_preferred = path.suffix == ".parquet" and path.with_suffix(".jsonl").exists()
+    return display_path(path) + " (the jsonl beside it is not read)" * is_preferred
 
 
 def held_out(args, heldout: VLMDataset | None, eval_interval: int) -> str:
