@@ -213,7 +213,7 @@ def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, u
     assert json.loads((folder / "config.json").read_text())["model_type"] == ("qwen3_moe" if use_moe else "qwen3")
 
     chat = [turn("user", "What is 2 @ 3?"), turn("assistant", "<think>\nsum\n</think>\n\n5"), turn("user", "你好")]
-    chat += [turn("assistant", "好"), turn("user", "Sure?")]
+    chat += [turn("assistant", "\n好") | {"reasoning_content": "\n想\n"}, turn("user", "Sure?")]
     (tmp_path / "chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
     user = [sys.executable, "-W", "ignore", USER, folder, tmp_path / "chats.json", tmp_path / "result.pt"]
     done = subprocess.run(list(map(str, user)), cwd=tmp_path, capture_output=True, text=True, check=False)
