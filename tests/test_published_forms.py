@@ -145,6 +145,20 @@ def test_each_generation_draws_answers_as_its_recipe_says(published):
     assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
 
 
+def test_weights_and_tokenizer_of_different_generations_are_refused(world, published, tmp_path):
+    """Both ways: to eval_vlm.py and to training."""
+    is_3v = published.weights.endswith("3v")
+    tokenizer = BUILTIN_TOKENIZER_DIR if is_3v else save_tokenizer_3v(tmp_path / "tokenizer")
+    save_dir = published.fetched / published.weights
+    files = ["--vision_model_path", published.fetched / published.tower, "--tokenizer_path", tokenizer]
+    words = ("an image is token 12 ", "but 34 in") if is_3v else ("an image is token 34 ", "but 12 in")
+    ask = ["--image", world.images / "0.jpg", "--device", "cpu"]
+    world.run(EVAL, "--save_dir", save_dir, *files, *ask).refused(*words, "name the right one with --tokenizer_path")
+    data = ["--data_path", world.root / "sft.jsonl", "--images_path", world.images, "--save_dir", tmp_path / "out"]
+    start = ["--from_weight", save_dir / "sft_vlm_64.pth", "--device", "cpu"]
+    world.run(SFT, *data, *files, *start).refused(*words, "of different generations")
+
+
 def test_the_data_is_checked_with_its_tokenizer(world, published):
     flags = ["--images_path", world.images, *published.files[2:]]
     said = world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
