@@ -45,11 +45,8 @@ def parse_turn(turn: dict, number: int) -> dict:
         raise RowError(f"turn {number} has no text as content")
     empty = EMPTY_THINKING.match(content) if role == "assistant" else None
     parsed = {"role": role, "content": content[empty.end() :] if empty else content}
-    if role != "assistant":
-        return parsed
-    if isinstance(reasoning, str) and reasoning.strip():
-        return parsed | {"reasoning_content": reasoning}
-    return parsed | ({"reasoning_content": ""} if empty else {})
+    thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
+    return parsed | ({"reasoning_content": thought} if role == "assistant" and (thought or empty) else {})
 
 
 def check_turns(turns: list[dict]):
