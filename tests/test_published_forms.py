@@ -30,7 +30,7 @@ from trainer.weights import Weights, read_weights
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
 USER = ROOT / "tests" / "scripts" / "transformers_user.py"
-WIDTH, ROWS, BATCH, STEPS = 64, 26, 9, 3
+WIDTH, ROWS, BATCH, STEPS = 64, 14, 5, 3
 SHAPE_3V = MINIMIND_3V | {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "qk_norm": True, "n_shared_experts": 0},
     "intermediate_size": 64 * math.ceil(WIDTH * math.pi / 64),
