@@ -151,7 +151,7 @@ def with_thinking(turn: dict) -> str:
     """Returns an answer after its think block: of its reasoning_content, else of what stands before `</think>`."""
     answer = turn["content"]
     if "reasoning_content" in turn:
-        return thinking(turn["reasoning_content"].strip("\n")) + answer
+        return thinking(turn["reasoning_content"].strip("\n")) + answer.lstrip("\n")
     before, _, _ = answer.partition(END_OF_THINKING)
     reasoning = before.split(THINK)[-1] if END_OF_THINKING in answer else ""
     return thinking(reasoning.strip("\n")) + answer.split(END_OF_THINKING)[-1].lstrip("\n")

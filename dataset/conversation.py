@@ -27,27 +27,26 @@ def parse_conversation(value: str | list) -> list[dict]:
             raise RowError(f"conversations is not JSON: {error}") from error
     if not isinstance(value, list) or not value:
         raise RowError("conversations is missing or not a list of turns")
-    turns = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} has no role")
-        if turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS:
-            raise RowError(TOOL_CALLS)
-        if not isinstance(turn.get("content"), str):
-            raise RowError(f"turn {number} has no text as content")
-        turns.append(parse_answer(turn) if turn["role"] == "assistant" else {k: turn[k] for k in ("role", "content")})
+    if any(turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS for turn in value):
+        raise RowError(TOOL_CALLS)
+    turns = [parse_turn(turn, number) for number, turn in enumerate(value, start=1)]
     check_turns(turns)
     return turns
 
 
-def parse_answer(turn: dict) -> dict:
-    """Returns an assistant's turn; `reasoning_content` is there if it has such, empty for an empty think block."""
-    content, reasoning = turn["content"], turn.get("reasoning_content")
-    empty = EMPTY_THINKING.match(content)
-    parsed = {"role": "assistant", "content": content[empty.end() :] if empty else content}
-    if isinstance(reasoning, str) and reasoning.strip():
-        return parsed | {"reasoning_content": reasoning}
-    return parsed | ({"reasoning_content": ""} if empty else {})
+def parse_turn(turn: dict, number: int) -> dict:
+    """Returns a turn; an answer's `reasoning_content` is there if it has such, empty for an empty think block."""
+    role, content, reasoning = turn["role"], turn.get("content"), turn.get("reasoning_content")
+    content = "" if role == "system" and content is None else content
+    if not isinstance(content, str):
+        raise RowError(f"turn {number} has no text as content")
+    empty = EMPTY_THINKING.match(content) if role == "assistant" else None
+    parsed = {"role": role, "content": content[empty.end() :] if empty else content}
+    thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
+    return parsed | ({"reasoning_content": thought} if role == "assistant" and (thought or empty) else {})
 
 
 def check_turns(turns: list[dict]):

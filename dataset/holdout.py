@@ -12,6 +12,9 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
 
     Where there are images, rows without one are not taken; of three images or more, at least one is held out.
 
+    A row of several images goes by its first. Rows to learn from that show a held-out image beside others are left out,
+    unless they are more than a fifth of all.
+
     Returns:
         The rows to learn from, and the rows held out: `share` of all and at most about `most`, None for none.
     """
@@ -31,7 +34,17 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
     taken = np.sort(candidates[order[:count]])
     kept, held_out = copy.copy(data), copy.copy(data)
     kept.positions, held_out.positions = np.setdiff1d(data.positions, taken), taken
+    leaking = showing_the_same(kept, held_out)
+    if len(leaking) <= len(data) // 5:
+        kept.positions = np.setdiff1d(kept.positions, leaking)
     return kept, held_out
+
+
+def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
+    """Returns the positions of `data` whose rows show an image that `held_out`, of the same file, shows too."""
+    row_of_image = np.repeat(np.arange(len(data.rows)), data.list_lengths("image_starts"))
+    held_out_images = data.picture_numbers[np.isin(row_of_image, held_out.positions)]
+    return np.intersect1d(data.positions, row_of_image[np.isin(data.picture_numbers, held_out_images)])
 
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:

@@ -176,9 +176,9 @@ class VLMDataset(Dataset):
 
     @functools.cached_property
     def content_sha256(self) -> str:
-        """SHA-256 (hex) of the rows' tokens and image names, wherever the file lies and whenever it was written."""
-        digest = hashlib.sha256()
-        for name in ("input_ids", "learned", "image_starts", "pictures"):
+        """SHA-256 (hex) of the rows' tokens and images' names or bytes, wherever and whenever the file was written."""
+        digest = hashlib.sha256(self.pictures_sha256.encode() if self.is_parquet else b"")
+        for name in ("input_ids", "learned", "image_starts", "picture_numbers" if self.is_parquet else "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
             for chunk in column.chunks:

@@ -9,6 +9,7 @@ memory-mapped, so training holds neither.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ BATCH, BATCHES = 100, 40  # rows that are read, and such batches that are writte
 BLOCK_BYTES = 1 << 26  # of pictures that are written at once
 BAR_ROWS = 20_000  # from here on a progress bar is shown
 BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, *BYTES_TYPES)
 LIST_TYPES = (pa.types.is_list, pa.types.is_large_list)
 ROWS = pa.schema(
     {
@@ -56,16 +58,21 @@ def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[dataset
         cache_dir: Where the cache lies; by default that of `datasets`.
 
     Raises:
-        DataError: If the file is missing, unreadable, empty or without these columns, or the disk is too small.
+        DataError: If the file is missing, unreadable, empty or without these columns, or the disk or the memory is too
+            small.
     """
     check_file(path)
     try:
         key = f"{content_key(path)}-{VERSION}"
         folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / key
+        waits = False
         while not folder.is_dir():
             try:
                 held = lock(folder)
-            except BlockingIOError:  # another process brings the same file in
+            except BlockingIOError as other:
+                if not waits:
+                    print(f"{display_path(path)} is being read into {folder} by process {other}: waiting", flush=True)
+                waits = True
                 time.sleep(0.2)
                 continue
             if not folder.is_dir():
@@ -163,7 +170,7 @@ def as_json(column: pa.Array) -> pa.Array:
     """Returns conversations as JSON text; raises pa.ArrowInvalid for text that is not UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type):
+    if any(is_text(column.type) for is_text in TEXT_TYPES):
         column.validate(full=True)
         return column.cast(pa.string())
     texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str)
@@ -208,9 +215,12 @@ def check_columns(path: Path, schema: pa.Schema, name: str):
 
 
 def announce(path: Path, metadata: pq.FileMetaData, name: str, image_tokens: int, folder: Path):
-    """Says what disk and memory bringing a file in takes; raises DataError if the disk has less."""
-    groups = [column_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
-    pictures, text = (sum(group.get(column, 0) for group in groups) for column in (name, "conversations"))
+    """Says what disk and memory bringing a file in takes; raises DataError where there is less."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    pictures, text = (
+        sum(chunk.total_uncompressed_size for group in groups for chunk in chunks(group, column))
+        for column in (name, "conversations")
+    )
     kept = text + text * 7 // 10 + metadata.num_rows * (100 + 2 * image_tokens)  # with token ids, two bytes each
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -220,7 +230,16 @@ def announce(path: Path, metadata: pq.FileMetaData, name: str, image_tokens: int
             f"{path} takes {needed} in {folder}, which has {size(free)} free: make room, or set HF_HOME to another "
             "folder"
         )
-    memory = 2 * max(group.get(name, 0) for group in groups)  # a dictionary is decompressed, then copied by the decoder
+    memory = max(
+        sum(memory_to_read(chunk) for column in (name, "conversations") for chunk in chunks(group, column))
+        for group in groups
+    )
+    available = available_memory()
+    if memory > available:
+        raise DataError(
+            f"the row groups of {path} take up to {size(memory)} of memory to read, and {size(available)} are free: "
+            f"end other programs; or run this command on a machine with more memory, and copy {folder} from there"
+        )
     print(
         f"{display_path(path)} is read once into {folder} ({size(free)} free), where it takes {needed}; meanwhile its "
         f"row groups take up to {size(memory)} of memory",
@@ -232,13 +251,31 @@ def size(number: int) -> str:
     return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"
 
 
-def column_bytes(group: pq.RowGroupMetaData) -> dict[str, int]:
-    """Returns the decompressed size of each column of a row group; of a picture in several rows it counts one."""
-    sizes = {}
-    for column in (group.column(number) for number in range(group.num_columns)):
-        name = column.path_in_schema.partition(".")[0]
-        sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
-    return sizes
+def chunks(group: pq.RowGroupMetaData, name: str) -> list[pq.ColumnChunkMetaData]:
+    """Returns a row group's chunks of a column, one for each of its parts."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return [column for column in columns if column.path_in_schema.partition(".")[0] == name]
+
+
+def memory_to_read(chunk: pq.ColumnChunkMetaData) -> int:
+    """Returns the bytes of memory that reading a chunk takes: of its dictionary, as the rest is read in small pages."""
+    if not any("DICTIONARY" in encoding for encoding in chunk.encodings):
+        return 0
+    share = 1.0
+    if chunk.has_dictionary_page:  # not every writer says where it is
+        share = (chunk.data_page_offset - chunk.dictionary_page_offset) / chunk.total_compressed_size
+    copies = 1 if chunk.compression == "UNCOMPRESSED" else 2  # the decoder copies what it gets decompressed, or mapped
+    return int(copies * share * chunk.total_uncompressed_size)
+
+
+def available_memory() -> float:
+    """Returns the bytes of memory and swap that a process can still get; infinity where the system is not Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes.get("MemAvailable", math.inf) + sizes.get("SwapFree", 0)
 
 
 def remove_former(path: Path, folder: Path):

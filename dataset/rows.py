@@ -18,7 +18,7 @@ from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conver
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 6
+ENCODING_VERSION = 7
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(

@@ -14,7 +14,7 @@ import torch
 from downloads import command
 from hub_stand_in import HubStandIn
 from modelscope_stand_in import ModelScopeStandIn
-from tiny import EVAL, PRETRAIN, PRETRAIN_ROWS, SFT, SFT_ROWS, turn
+from tiny import EVAL, PRETRAIN, SFT, turn
 from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
@@ -22,15 +22,16 @@ from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
+from scripts.check_parquet import write_published_form
 from scripts.web_demo_vlm import Demo, parse_arguments
 from trainer.assets import choose_assets
 from trainer.support.trained import add_model_flags, find_trained
-from trainer.weights import read_weights
+from trainer.weights import Weights, read_weights
 
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
 USER = ROOT / "tests" / "scripts" / "transformers_user.py"
-WIDTH, BATCH, STEPS = 64, 9, 3
+WIDTH, ROWS, BATCH, STEPS = 64, 14, 5, 3
 SHAPE_3V = MINIMIND_3V | {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "qk_norm": True, "n_shared_experts": 0},
     "intermediate_size": 64 * math.ceil(WIDTH * math.pi / 64),
@@ -70,10 +71,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def data_files(folder: Path) -> dict[str, bytes]:
+    """Returns both stages' data as it is published today."""
+    for seed, name in enumerate(("pretrain_i2t.parquet", "sft_i2t.parquet")):
+        write_published_form(folder / name, ROWS, seed)
+    return {path.name: path.read_bytes() for path in folder.glob("*_i2t.parquet")}
+
+
 def weight_file(folder: Path, with_projection: bool, **shape) -> tuple[bytes, int]:
     """Returns a state dict in half precision without a sidecar, and how many tensors it has."""
     torch.manual_seed(0)
-    model = MiniMindVLM(VLMConfig(hidden_size=WIDTH, num_hidden_layers=8, vision_hidden_size=32, **shape))
+    model = MiniMindVLM(VLMConfig(**{"num_hidden_layers": 8} | shape, hidden_size=WIDTH, vision_hidden_size=32))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -93,10 +101,12 @@ def old_form(folder: Path) -> tuple[HubStandIn, Published]:
         "models/openai/clip-vit-base-patch16": contents(tower),
         "models/jingyaogong/MiniMind2-V-PyTorch": weights,
         "models/jingyaogong/MiniMind2-V": contents(BUILTIN_TOKENIZER_DIR),
+        "datasets/jingyaogong/minimind-v_dataset": data_files(folder),
     }
     settings = [{"learning_rate": 4e-4, "max_seq_len": 640}, {"learning_rate": 1e-6, "max_seq_len": 1536}]
     folders = "out", "model/vision_model/clip-vit-base-patch16", "model/tokenizer_minimind2"
-    return HubStandIn(repos), Published(["sft_vlm", "pretrain_vlm", "llm"], *folders, 196, tensors, settings)
+    parts = ["sft_vlm", "pretrain_vlm", "llm", "pretrain", "sft"]
+    return HubStandIn(repos), Published(parts, *folders, 196, tensors, settings)
 
 
 def newest_form(folder: Path) -> tuple[HubStandIn, Published]:
@@ -109,10 +119,11 @@ def newest_form(folder: Path) -> tuple[HubStandIn, Published]:
             "llm_64.pth": weight_file(folder, False, **SHAPE_3V)[0],
         },
         "models/gongjy/minimind-3v": contents(save_tokenizer_3v(folder / "tokenizer")),
+        "datasets/gongjy/minimind-v_dataset": data_files(folder),
     }
     settings = [{"learning_rate": 4e-4, "max_seq_len": 450}, {"learning_rate": 5e-6, "max_seq_len": 768}]
     folders = "out/minimind-3v", "model/vision_model/siglip2-base-p32-256-ve", "model/tokenizer_minimind3v"
-    parts = ["minimind-3v", "llm_3v", "--source", "modelscope"]
+    parts = ["minimind-3v", "llm_3v", "pretrain", "sft", "--source", "modelscope"]
     return ModelScopeStandIn(repos), Published(parts, *folders, 64, tensors, settings)
 
 
@@ -149,11 +160,27 @@ def test_each_generation_draws_answers_as_its_recipe_says(published, tmp_path):
     assert [demo.sampling for demo in page] == [trained.sampling, trained.sampling | {"top_p": 1}]
 
 
+def test_weights_and_tokenizer_of_different_generations_are_refused(world, published, tmp_path):
+    """Both ways: to eval_vlm.py and to training."""
+    is_3v = published.weights.endswith("3v")
+    tokenizer = BUILTIN_TOKENIZER_DIR if is_3v else save_tokenizer_3v(tmp_path / "tokenizer")
+    save_dir = published.fetched / published.weights
+    files = ["--vision_model_path", published.fetched / published.tower, "--tokenizer_path", tokenizer]
+    words = ("an image is token 12 ", "but 34 in") if is_3v else ("an image is token 34 ", "but 12 in")
+    ask = ["--image", world.images / "0.jpg", "--device", "cpu"]
+    world.run(EVAL, "--save_dir", save_dir, *files, *ask).refused(*words, "name the right one with --tokenizer_path")
+    data = ["--data_path", world.root / "sft.jsonl", "--images_path", world.images, "--save_dir", tmp_path / "out"]
+    start = ["--from_weight", save_dir / "sft_vlm_64.pth", "--device", "cpu"]
+    world.run(SFT, *data, *files, *start).refused(*words, "of different generations")
+
+
 def test_the_data_is_checked_with_its_tokenizer(world, published):
-    flags = ["--images_path", world.images, *published.files[2:]]
-    said = world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+    path, flags = published.fetched / "dataset/sft_data.parquet", published.files[2:]
+    world.run(CHECK, path, *flags, "--pictures").passed()  # says what is kept once
+    said = world.run(CHECK, path, *flags).passed().out
     flags += ["--image_tokens", published.image_tokens]
-    assert "26" in said and said == world.run(CHECK, world.root / "pretrain.jsonl", *flags).passed().out
+    assert f"{ROWS} rows" in said and "text only" in said
+    assert said == world.run(CHECK, path, *flags).passed().out
 
 
 def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch):
@@ -175,19 +202,26 @@ def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch)
         assert (tower, tokenizer) == (published.fetched / published.tower, published.fetched / published.tokenizer)
 
 
-def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_path):
-    out, common = tmp_path / "out", ["--num_workers", 0, "--device", "cpu", "--eval_data", "none", "--epochs", 1]
+def three_steps(world, published: Published, llm: Path, out: Path, name: str = "64") -> dict[str, Weights]:
+    """Trains both stages on the published data; returns their weights."""
+    common, weights = ["--num_workers", 0, "--device", "cpu", "--eval_data", "none", "--epochs", 1], {}
     common += ["--batch_size", BATCH, "--save_dir", out, "--ignore_high_loss", *published.files]
-    llm, weights = published.fetched / published.weights / "llm_64.pth", {}
-    for script, stage, start in ((PRETRAIN, "pretrain", llm), (SFT, "sft", out / "pretrain_vlm_64.pth")):
-        data = ["--data_path", world.root / f"{stage}.jsonl", "--images_path", world.images, "--from_weight", start]
+    for script, stage, start in ((PRETRAIN, "pretrain", llm), (SFT, "sft", out / f"pretrain_vlm_{name}.pth")):
+        data = ["--data_path", published.fetched / f"dataset/{stage}_data.parquet", "--from_weight", start]
         said = world.run(script, *data, *common).passed().out
+        assert "text only: in " in said
         assert ("(minimind-3v's recipe)" in said) == (published.image_tokens == 64)
-        weights[stage] = read_weights(out / f"{stage}_vlm_64.pth")
+        weights[stage] = read_weights(out / f"{stage}_vlm_{name}.pth")
         sidecar = weights[stage].sidecar
         expected = published.settings[stage == "sft"]
         assert {name: sidecar["arguments"][name] for name in expected} == expected
-        assert sidecar["step"] == STEPS == math.ceil((SFT_ROWS if stage == "sft" else PRETRAIN_ROWS) / BATCH)
+        assert sidecar["step"] == STEPS == math.ceil(ROWS / BATCH)
+    return weights
+
+
+def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_path):
+    out, llm = tmp_path / "out", published.fetched / published.weights / "llm_64.pth"
+    weights = three_steps(world, published, llm, out)
     before, after = read_weights(llm).tensors, weights["pretrain"].tensors
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert len(weights["sft"].tensors) == published.tensors
@@ -205,6 +239,23 @@ def test_three_steps_of_both_stages_then_talk_then_export(world, published, tmp_
     assert again.splitlines()[1:-2] == said.splitlines()[1:-2]
 
 
+@pytest.mark.parametrize("published", [newest_form], indirect=True, ids=["minimind-3v"])
+def test_three_steps_with_the_newest_experts_then_talk(world, published, tmp_path):
+    out, llm = tmp_path / "out", tmp_path / "llm_64_moe.pth"
+    content, tensors = weight_file(tmp_path, False, **SHAPE_3V, use_moe=True, num_hidden_layers=2)
+    llm.write_bytes(content)
+    weights = three_steps(world, published, llm, out, "64_moe")
+    before, after, last = read_weights(llm).tensors, weights["pretrain"].tensors, weights["sft"].tensors
+    assert len(before) == tensors
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    changed = {name for name, tensor in before.items() if not torch.equal(last[name], tensor)}
+    assert any(".mlp.experts." in name for name in changed)
+    config = weights["sft"].config
+    assert (config.n_routed_experts, config.num_experts_per_tok, config.n_shared_experts) == (4, 1, 0)
+    ask = ["--image", world.images / "0.jpg", "--temperature", 0, "--max_new_tokens", 4, "--device", "cpu"]
+    world.run(EVAL, "--save_dir", out, *ask).passed()
+
+
 @pytest.mark.parametrize("use_moe", [False, True], ids=["qwen3", "qwen3_moe"])
 def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, use_moe):
     """The same prompts' ids and the same logits; reading the folder back gives the weights."""
@@ -220,7 +271,7 @@ def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, u
     assert json.loads((folder / "config.json").read_text())["model_type"] == ("qwen3_moe" if use_moe else "qwen3")
 
     chat = [turn("user", "What is 2 @ 3?"), turn("assistant", "<think>\nsum\n</think>\n\n5"), turn("user", "你好")]
-    chat += [turn("assistant", "好"), turn("user", "Sure?")]
+    chat += [turn("assistant", "\n好") | {"reasoning_content": "\n想\n"}, turn("user", "Sure?")]
     (tmp_path / "chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
     user = [sys.executable, "-W", "ignore", USER, folder, tmp_path / "chats.json", tmp_path / "result.pt"]
     done = subprocess.run(list(map(str, user)), cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -84,7 +84,8 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
         flags' names.
 
     Raises:
-        UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it.
+        UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it. Or
+            if the starting weights cannot be read.
     """
     files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
     if starts_from_3v(args):
@@ -95,7 +96,8 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
         for flag, (folder, part) in folders.items():
             files[flag] = replace(files[flag], path=folder, command=f"python scripts/download.py {part}")
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
-    sidecar = starting_sidecar(args) if args.data_path is not None or is_path(args.from_weight) else {}
+    asks_weights = args.data_path is not None or is_path(args.from_weight)
+    sidecar = starting_sidecar(args) if asks_weights else {}
     if args.data_path is not None:  # the data is there, so the model alone is in question
         files = {flag: file for flag, file in files.items() if flag not in DATA_FLAGS}
     there = [flag for flag, file in files.items() if file.path.exists()]
@@ -107,6 +109,7 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
     if is_builtin_model(args, sidecar, there, given):
         paths |= {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
         return "built-in", paths | (builtin_data(args, data) if args.data_path is None else {})
+    sidecar = starting_sidecar(args, builtin=False) if asks_weights else {}
     trained_with = {flag: sidecar.get("arguments", {}).get(flag) for flag in MODEL_FLAGS}
     paths |= {flag: ROOT / path for flag, path in trained_with.items() if path and (ROOT / path).is_dir()}
     if has_any_weight(Path(args.save_dir), args.from_weight):
@@ -122,34 +125,32 @@ def is_path(from_weight: str) -> bool:
     return Path(from_weight).suffix == ".pth"
 
 
-def starting_path(args) -> Path | None:
-    """Returns the weights that --from_weight names; None where there are none."""
+def starting_path(args, builtin: bool | None = None) -> Path | None:
+    """Returns the weights that --from_weight names, see `find_weights`; None where there are none."""
     use_moe = None if args.use_moe is None else bool(args.use_moe)
+    name, size = args.from_weight, args.hidden_size
     try:
-        return find_weights(Path(args.save_dir), args.from_weight, args.hidden_size, use_moe, log=lambda line: None)
+        return find_weights(Path(args.save_dir), name, size, use_moe, builtin, log=lambda line: None)
     except UsageError:
         return None
 
 
-def starting_sidecar(args) -> dict:
+def starting_sidecar(args, builtin: bool | None = None) -> dict:
     """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
-    path = starting_path(args)
+    path = starting_path(args, builtin)
     return {} if path is None else read_sidecar_or_empty(path)
 
 
 def starts_from_3v(args) -> bool:
-    """Tells whether the weights that --from_weight names are minimind-3v's, by their tensors."""
-    path = starting_path(args)
+    """Tells whether a run on published files starts from minimind-3v's weights, by their tensors."""
+    path = starting_path(args, builtin=False)
     return path is not None and is_3v(path)
 
 
 @lru_cache
 def is_3v(path: Path) -> bool:
     """Tells whether a weight file is minimind-3v's; reads it once."""
-    try:
-        return read_weights(path).config.qk_norm
-    except UsageError:  # said when the run reads them
-        return False
+    return read_weights(path).config.qk_norm
 
 
 def is_builtin_model(args, sidecar: dict, there: list[str], given: list[str]) -> bool:

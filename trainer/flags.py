@@ -160,10 +160,11 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     problems = []
     try:
         args.assets, paths = choose_assets(args, stage.data)
+        settings = recipe(stage, args)
     except UsageError as error:  # reported together with what is wrong with the flags
-        args.assets, paths, problems = "published", {}, [str(error)]
+        args.assets, paths, settings, problems = "published", {}, stage.defaults, [str(error)]
     fill_in(args, paths)
-    fill_in(args, {"log_interval": LOG_INTERVAL} | recipe(stage, args))
+    fill_in(args, {"log_interval": LOG_INTERVAL} | settings)
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))

@@ -16,7 +16,7 @@ from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
 from dataset.formats import RIGHT_FORM
-from dataset.holdout import hold_out, rows_in_both
+from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
 from dataset.scenes.draw import draw_builtin_dataset
@@ -286,7 +286,9 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     if args.eval_data == "none":
         return data, None
     if args.eval_data is None:
-        return hold_out(data)
+        kept, heldout = hold_out(data)
+        report_shared_images(run, data, kept, heldout)
+        return kept, heldout
     path = Path(args.eval_data).expanduser().resolve()
     heldout = open_data(run, path, args.eval_images_path or args.images_path)
     if heldout.bad_rows:
@@ -304,6 +306,20 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
             "so the held-out loss says less than it seems to"
         )
     return data, heldout
+
+
+def report_shared_images(run: Run, data: VLMDataset, kept: VLMDataset, heldout: VLMDataset | None):
+    """Says how many rows are left out, or trained on, although they show a held-out image."""
+    if heldout is None:
+        return
+    left_out, trained_on = len(data) - len(kept) - len(heldout), len(showing_the_same(kept, heldout))
+    if left_out:
+        run.log(f"{left_out:,} rows show a held-out image beside others: neither learned nor measured on")
+    if trained_on:
+        run.log(
+            f"warning: {trained_on:,} rows to learn from show a held-out image, too many to leave out, so the held-out "
+            "loss says less than it seems to"
+        )
 
 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:

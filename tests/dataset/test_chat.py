@@ -294,6 +294,7 @@ ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "to
 @example([("user", "<image>@<image>"), ("assistant", "两张。")], ["a.jpg", "a.jpg"], True, 640)
 @example([("system", "@"), ("user", LOOK_ALIKES), ("assistant", LOOK_ALIKES)], [], False, 640)
 @example([("user", "<image>"), ("assistant", "一"), ("user", "二"), ("assistant", "三")], ["a.jpg"], True, 640)
+@example([("user", "一"), ("assistant", "二")], ["a.jpg"], False, 640)
 def test_any_row_is_refused_with_a_reason_or_learned(tokenizer, encoder, turns, pictures, as_text, max_length):
     """Exactly the assistant's turns are learned, and each image takes 196 tokens."""
     conversation = [{"role": role, "content": content} for role, content in turns]
@@ -310,7 +311,7 @@ def test_any_row_is_refused_with_a_reason_or_learned(tokenizer, encoder, turns, 
         assert len(reason.strip()) > 10
         return
     assert alternate
-    assert len(starts) == tags == len(columns["pictures"][0])
+    assert len(starts) == tags + columns["tag_added"][0] == len(columns["pictures"][0])
     assert all(ids[start : start + 196] == [34] * 196 for start in starts)
     assert len(ids) <= max_length
     learned = [tokenizer.decode(ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -27,6 +27,7 @@ CONVERSATIONS = [
     ],
     [turn("system", "简短"), turn("user", "a@<image>@ a@b.com"), turn("assistant", "  @\n")],
     [turn("user", "你好"), turn("assistant", "好")],
+    [turn("user", "<image>"), turn("assistant", "\n\n红") | {"reasoning_content": "\n看一看\n"}],
 ]
 
 
@@ -123,5 +124,7 @@ def test_with_thinking(answer, expected):
 def test_reasoning_content_stands_in_the_think_block():
     row = [turn("user", "什么？"), turn("assistant", "红") | {"reasoning_content": "看一看"}]
     assert with_thinking(parse_conversation(row)[1]) == "<think>\n看一看\n</think>\n\n红"
+    row[1]["content"] = "\n\n红\n"  # the template strips an answer's first line breaks
+    assert with_thinking(parse_conversation(row)[1]) == "<think>\n看一看\n</think>\n\n红\n"
     row = [turn("user", "什么？"), turn("assistant", f"{EMPTY}红")]
     assert with_thinking(parse_conversation(row)[1]) == f"{EMPTY}红"

@@ -75,6 +75,23 @@ def test_a_picture_in_every_row_is_not_held_out_with_all_of_them(world, tokenize
     assert (len(data), len(held_out)) == (297, 3)
 
 
+def test_a_row_that_shows_a_held_out_picture_beside_its_own_is_left_out(world, tokenizer, tmp_path):
+    rows = many_rows(400)
+    for number, row in enumerate(rows):
+        row["image"] += f", copy_{(number + 1) % 400}.jpg"
+        row["conversations"][0]["content"] += "<image>"
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(400):
+        (images / f"copy_{number}.jpg").symlink_to(world.images / "0.jpg")
+    data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
+    shown = [
+        {name for row in of.read_rows(of.positions.tolist()) for name in row["pictures"]} for of in (data, held_out)
+    ]
+    assert not shown[0] & shown[1]
+    assert len(held_out) == 4 and 400 - 4 - 2 * 4 <= len(data) < 396
+
+
 def test_rows_without_pictures_are_held_out_by_their_text(world, tokenizer, tmp_path):
     rows = many_rows(300)
     for row in rows:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
 from scripts.check_parquet import write_published_form
+from trainer.setup import report_shared_images
 
 pytest_plugins = ["tiny"]
 
@@ -112,6 +115,17 @@ def test_a_system_turn_may_say_anything(written, tokenizer, wording):
     [chat] = ChatEncoder(tokenizer, 16).encode([turns])
     assert data[0]["input_ids"].tolist() == chat.input_ids
     assert (data.bad_rows, len(data)) == ([], 1)
+
+
+def test_a_system_turn_without_text_is_an_empty_one(written):
+    null, missing, empty = turn("system", None), {"role": "system"}, turn("system", "")
+    calls = [null, *said(TEXT, None, tool_calls=[{"name": "search"}])]
+    answers = [said(TEXT, None), [null, *said(TEXT, None)]]
+    data = written([(turns, BLACK) for turns in (*(said(TEXT, "好", system) for system in (empty, null, missing)),
+                                                 calls, [null, *said(TEXT), turn("tool", "x")], *answers)])  # fmt: skip
+    assert len({tuple(sample["input_ids"].tolist()) for sample in data}) == 1 and len(data) == 3
+    assert data.tool_rows == 2
+    assert [bad.reason for bad in data.bad_rows] == [f"turn {number} has no text as content" for number in (2, 3)]
 
 
 def test_tool_calls_are_left_out_but_are_not_bad(written):
@@ -225,6 +239,45 @@ def test_rows_that_share_a_picture_are_held_out_together(tmp_path, tokenizer):
     assert len(np.unique(texts)) == len(texts)  # the black picture does not make them one group
 
 
+def pairs(written, numbers) -> VLMDataset:
+    """Opens a file of rows with these pictures each, in another form for each number of rows."""
+    rows = [(said("<image>" * len(shown), f"第{row}个。"), None) for row, shown in enumerate(numbers)]
+    lists = pa.array([[picture(number) for number in shown] for shown in numbers], pa.list_(pa.binary()))
+    return written(rows, f"{len(rows)}.parquet", lists)
+
+
+def shown_by(data: VLMDataset) -> set[int]:
+    return {number for row in data.read_rows(data.positions.tolist()) for number in row["picture_numbers"]}
+
+
+def test_a_held_out_picture_is_not_trained_on_as_the_second_of_a_row(written):
+    data = pairs(written, [[number, (number + 1) % 60] for number in range(60)] + [[number] for number in range(60)])
+    kept, held_out = hold_out(data, share=0.05)
+    assert not shown_by(kept) & shown_by(held_out)
+    left_out, said = len(data) - len(kept) - len(held_out), []
+    assert 0 < left_out <= 3 * len(held_out)
+    assert len(kept.positions) == len(set(kept.positions.tolist()) - set(held_out.positions.tolist()))
+    report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
+    assert said == [f"{left_out} rows show a held-out image beside others: neither learned nor measured on"]
+
+
+def test_a_picture_in_most_rows_is_not_left_out_with_them_but_said(written):
+    data = pairs(written, [[number, 200] for number in range(100)])
+    kept, held_out = hold_out(data)
+    said = []
+    report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
+    assert (len(kept), len(held_out)) == (99, 1)
+    assert len(said) == 1 and said[0].startswith("warning: 99 rows to learn from show a held-out image, too many")
+
+
+def test_the_same_texts_with_other_pictures_are_other_data(written):
+    rows = [(said(ASKED, f"第{number}张。"), picture(number)) for number in range(4)]
+    others = [[(turns, picture(number)) for (turns, _), number in zip(rows, numbers, strict=True)]
+              for numbers in ([0, 1, 2, 4], [1, 0, 2, 3], [0, 0, 1, 2])]  # fmt: skip
+    found = [written(those, f"{n}.parquet").content_sha256 for n, those in enumerate([rows, rows, *others])]
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
 def test_many_rows_are_few_blocks_and_large_pictures_more(tmp_path, tokenizer, monkeypatch):
     """Opening a file looks at each of its blocks; writing it holds one in memory."""
     rows = [(said(TEXT), None)] * 1000
@@ -277,6 +330,31 @@ def test_the_disk_that_is_needed_is_said_before_and_must_be_there(written, tmp_p
     assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
 
 
+def test_the_memory_that_is_needed_must_be_there(written, tmp_path, monkeypatch):
+    rows = [(said(ASKED, f"第{row}张。"), picture(row % 5)) for row in range(50)]
+    written(rows)  # the system has as much
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(parquet, "available_memory", lambda: sum(len(picture(number)) for number in range(5)) * 1.5)
+    with pytest.raises(DataError, match=r"rows\.parquet take up to 0\.01 MB of memory to read, and 0.0. MB are free"):
+        written(rows)
+    assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
+    written(rows, compression="none", use_dictionary=["image_bytes"])
+    written(rows, "plain.parquet", use_dictionary=False)
+    assert sys.platform != "linux" or math.isfinite(parquet.available_memory())
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [({}, 2), ({"compression": "none"}, 1), ({"use_dictionary": False}, 0), ({"row_group_size": 10}, 2)],
+)
+def test_the_memory_to_read_a_chunk_is_that_of_its_dictionary(tmp_path, options, copies):
+    files = [np.random.default_rng(row % 5).bytes(10_000) for row in range(50)]
+    pq.write_table(pa.table({"image_bytes": files}), tmp_path / "rows.parquet", **options)
+    with pq.ParquetFile(tmp_path / "rows.parquet") as file:
+        needed = parquet.memory_to_read(file.metadata.row_group(0).column(0))
+    assert needed == pytest.approx(copies * 5 * 10_000, rel=0.02)
+
+
 def test_a_changed_file_replaces_what_was_kept_of_it(written, tmp_path):
     written([(said(ASKED), picture(0))])
     before, other = kept_in(tmp_path), written([(said(ASKED), picture(1))], "other.parquet")
@@ -320,21 +398,23 @@ def test_a_process_that_was_killed_while_reading_leaves_nothing_behind(written, 
     assert kept_in(tmp_path).suffix == ""
 
 
-def test_another_process_that_reads_the_same_file_is_waited_for(written, tmp_path, tokenizer, monkeypatch):
+def test_another_process_that_reads_the_same_file_is_waited_for(written, tmp_path, tokenizer, monkeypatch, capsys):
     rows = [(said(ASKED), picture(0))]
     written(rows)
     shutil.rmtree(tmp_path / "cache")
     real, made = parquet.bring_in, []
 
     def held_by_another(folder):
-        if not made:
+        if len(made) == 1:
             real(tmp_path / "rows.parquet", folder, 16)
-            made.append(folder)
-            raise BlockingIOError("1")
+        made.append(folder)
+        raise BlockingIOError("17")
 
     monkeypatch.setattr(parquet, "lock", held_by_another)
     monkeypatch.setattr(parquet, "bring_in", lambda *args: pytest.fail("made twice"))
+    capsys.readouterr()
     assert len(opened(tmp_path / "rows.parquet", tokenizer)) == 1
+    assert len(made) == 2 and capsys.readouterr().out.count("by process 17: waiting\n") == 1
 
 
 def test_a_damaged_cache_is_named(written, tmp_path):
@@ -345,6 +425,17 @@ def test_a_damaged_cache_is_named(written, tmp_path):
         written(rows)
     shutil.rmtree(kept_in(tmp_path))
     assert len(written(rows)) == 9
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "binary_view"])
+def test_text_of_every_type_is_read_as_text(tmp_path, tokenizer, kind):
+    texts = pa.array([json.dumps(said(ASKED), ensure_ascii=False).encode(), None]).cast(getattr(pa, kind)())
+    for name, column in (("a", texts), ("b", texts.cast(pa.string()).dictionary_encode())):
+        pq.write_table(pa.table({"conversations": column, "image_bytes": [picture(0)] * 2}), tmp_path / name)
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+        data = opened(tmp_path / f"{name}.parquet", tokenizer)
+        assert (len(data), [bad.line for bad in data.bad_rows]) == (1, [2])
+        assert parquet.as_json(column).to_pylist() == [json.dumps(said(ASKED), ensure_ascii=False), None]
 
 
 def test_text_that_is_not_utf_8_is_an_error_of_the_file(tmp_path, tokenizer):
@@ -374,6 +465,11 @@ def test_a_run_on_the_published_form_says_its_rules_and_resumes_bit_identically(
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     other = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_seq_len", 600).passed()
     assert "encoding images" not in other.err  # the features are the pictures', whatever the tokens
+    table = pq.read_table(tmp_path / "published.parquet")
+    files = pa.array([file + b"other" for file in table["image_bytes"].to_pylist()])
+    pq.write_table(table.set_column(1, "image_bytes", files), tmp_path / "other.parquet")
+    flags += ["--data_path", tmp_path / "other.parquet", "--from_resume", 1]
+    world.run(SFT, *world.files("sft", out), *flags).refused("sft_vlm_32_resume.pth is of a run with other data")
 
 
 KILLED_IN_STEP_9 = """

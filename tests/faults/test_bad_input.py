@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from tiny import EVAL, PRETRAIN, ROOT, SFT, pretrain_row, turn, write_jsonl
+from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
 from dataset.formats import RIGHT_FORM
@@ -14,8 +15,11 @@ from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
 from trainer import assets
 from trainer.assets import choose_assets
-from trainer.flags import fill_in
+from trainer.flags import build_parser, fill_in, parse_arguments, recipe
+from trainer.setup import find_starting_weights
 from trainer.support.processes import pick_device, pick_dtype
+from trainer.train_pretrain_vlm import STAGE as PRETRAIN_STAGE
+from trainer.train_sft_vlm import STAGE as SFT_STAGE
 
 pytest_plugins = ["tiny"]
 
@@ -181,19 +185,24 @@ class Place:
 
     def __init__(self, root, monkeypatch):
         self.root = root
-        for name in ("TOWER_DIR", "TOKENIZER_DIR", "DATASET_DIR"):
+        for name in ("TOWER_DIR", "TOKENIZER_DIR", "TOWER_3V_DIR", "TOKENIZER_3V_DIR", "DATASET_DIR"):
             monkeypatch.setattr(assets, name, root / getattr(assets, name).relative_to(ROOT))
 
     def has(self, *names: str) -> "Place":
         for name in names:
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch() if path.suffix else path.mkdir()
+            if path.suffix == ".pth":
+                torch.save(language_model(steps=0), path)
+            elif path.suffix:
+                path.touch()
+            else:
+                path.mkdir()
         return self
 
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
         names = ("data_path", "images_path", "eval_data", "eval_images_path", "tokenizer_path", "vision_model_path")
-        args = dict.fromkeys((*names, "hidden_size", "use_moe"))
+        args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe"))
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
         args.assets, paths = choose_assets(args, stage)
         fill_in(args, paths)
@@ -295,7 +304,8 @@ def test_own_data_trains_whichever_model_is_there(place):
     assert (args.data_path, args.images_path, args.eval_data) == (mine, mine.parent, None)
     # The newest weights of that name decide on tower and tokenizer, whatever was downloaded.
     place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_512.pth", "out/sft_vlm_128.pth")
-    (place.root / "out/sft_vlm_128.json").write_text('{"assets": "built-in"}')
+    shape = {"config": {"hidden_size": 32, "num_hidden_layers": 2}}
+    (place.root / "out/sft_vlm_128.json").write_text(json.dumps(shape | {"assets": "built-in"}))
     assert place.choose(data_path=mine).assets == "published"
     args = place.choose("sft", "sft_vlm", data_path=mine)
     assert (args.assets, args.tokenizer_path) == ("built-in", assets.BUILTIN_TOKENIZER_DIR)
@@ -303,11 +313,77 @@ def test_own_data_trains_whichever_model_is_there(place):
     assert place.choose("sft", path, data_path=mine).assets == "built-in"
     tower = place.root / "my_tower"
     tower.mkdir()
-    sidecar = {"assets": "published", "arguments": {"vision_model_path": str(tower), "tokenizer_path": "gone"}}
+    sidecar = shape | {"assets": "published", "arguments": {"vision_model_path": str(tower), "tokenizer_path": "gone"}}
     (place.root / "out/sft_vlm_128.json").write_text(json.dumps(sidecar))
     args = place.choose("sft", "sft_vlm", data_path=mine)
     assert (args.assets, args.vision_model_path) == ("published", tower)
     assert args.tokenizer_path == (place.root / PUBLISHED_TOKENIZER).parent
+
+
+def test_the_generation_is_that_of_the_weights_that_the_run_takes(place):
+    """Newer weights of the built-in set are not taken for published data, so they do not decide on the tower."""
+    place.has("out/pretrain_vlm_128.pth", "dataset/sft_data.parquet")
+    tensors = language_model(steps=0, qk_norm=True)
+    torch.save(tensors, place.root / "out/pretrain_vlm_768.pth")
+    os.utime(place.root / "out/pretrain_vlm_768.pth", (1, 1))
+    sidecar = {"config": {"hidden_size": 32, "num_hidden_layers": 2}, "assets": "built-in"}
+    (place.root / "out/pretrain_vlm_128.json").write_text(json.dumps(sidecar))
+    place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors")
+    place.has("model/tokenizer_minimind3v/tokenizer.json")
+    args = place.choose("sft", "pretrain_vlm")
+    assert (args.assets, args.vision_model_path) == ("published", assets.TOWER_3V_DIR)
+    assert recipe(SFT_STAGE, args)["learning_rate"] == 5e-6
+    assert find_starting_weights(args, print).path.name == "pretrain_vlm_768.pth"
+    args = place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
+    assert args.assets == "built-in"
+    assert find_starting_weights(args, print).path.name == "pretrain_vlm_128.pth"
+
+
+@pytest.mark.parametrize("shape", [(768, 3072), (3072,)])
+def test_weights_of_an_earlier_minimind_3v_are_named_not_what_the_older_generation_lacks(place, shape):
+    """Together with what is wrong with the flags."""
+    place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors", "out/llm_768.pth")
+    path = place.root / "out/llm_768.pth"
+    torch.save(language_model(steps=0, qk_norm=True) | {"vision_proj.mlp.0.weight": torch.zeros(shape)}, path)
+    with pytest.raises(UsageError, match=r"(?s)--epochs 0.*llm_768.pth is of an earlier minimind-3v") as error:
+        parse_arguments(PRETRAIN_STAGE, "", ["--from_weight", str(path), "--epochs", "0"])
+    assert "Missing" not in str(error.value)
+    path.write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"llm_768.pth"):
+        parse_arguments(PRETRAIN_STAGE, "", ["--from_weight", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(PRETRAIN_STAGE, (2, 16, 4e-4, 450)), (SFT_STAGE, (2, 4, 5e-6, 768))],
+    ids=["pretrain", "sft"],
+)
+def test_the_recipe_of_minimind_3v(place, stage, expected):
+    place.has("out/old_512.pth")
+    torch.save(language_model(steps=0, qk_norm=True), place.root / "out/new_768.pth")
+    names = ("epochs", "batch_size", "learning_rate", "max_seq_len")
+
+    def settings(from_weight: str) -> tuple:
+        args = {"assets": "published", "save_dir": place.root / "out", "hidden_size": None, "use_moe": None}
+        found = recipe(stage, argparse.Namespace(**args, from_weight=from_weight))
+        return tuple(found[name] for name in names)
+
+    assert settings("new") == settings(str(place.root / "out/new_768.pth")) == expected
+    assert settings("old") == tuple(stage.defaults[name] for name in names) != expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("none", "none"), ("ends", "ends"), ("all", "all"), ("0", "none"), ("1", "all")]
+)
+def test_freeze_llm_takes_words_and_the_numbers_that_mean_one_thing(typed, meant):
+    assert build_parser(SFT_STAGE, "").parse_args(["--freeze_llm", typed]).freeze_llm == meant
+
+
+@pytest.mark.parametrize(("typed", "word"), [("2", "write ends"), ("some", "none, ends, all"), ("", "none, ends, all")])
+def test_freeze_llm_asks_for_a_word_else(typed, word, capsys):
+    with pytest.raises(SystemExit):
+        build_parser(SFT_STAGE, "").parse_args(["--freeze_llm", typed])
+    assert word in capsys.readouterr().err.replace("'", "")
 
 
 def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):

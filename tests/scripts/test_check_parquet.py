@@ -1,13 +1,16 @@
 """scripts/check_parquet.py: what it writes is the published form, and what it prints is there."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UsageError
 from scripts import check_parquet
+from scripts.measure.memory import memory_in_use, peak_memory
 
 pytest_plugins = ["tiny"]
 
@@ -38,6 +41,26 @@ def test_it_prints_disk_memory_and_seconds(tmp_path, monkeypatch, capsys):
         assert re.search(rf"^  {name} +.*\d", shown, re.MULTILINE), name
     assert re.search(r"opened again +\d+\.\d s, peak memory \d\.\d\d GB \(\d\.\d\d GB without mapped files\)", shown)
     assert re.search(r"rows +\d+ to learn from, 0 bad; rows of text: \d+", shown)
+
+
+def growth_of_opening(path: Path, cache: Path) -> dict[str, float]:
+    """Returns by how much opening the data makes this process grow, without mapped files, in GB."""
+    before = memory_in_use(os.getpid())[1] / 1e9
+    with peak_memory(os.getpid()) as peak:
+        data = check_parquet.opened(path, cache)
+        data.content_sha256  # noqa: B018 (the checkpoint's key)
+        held = memory_in_use(os.getpid())[1] / 1e9
+    return {"growth": max(held, peak["own GB"]) - before}
+
+
+def test_what_is_kept_is_small_and_opening_it_takes_hardly_any_memory(tmp_path):
+    path, cache = tmp_path / "rows.parquet", tmp_path / "cache"
+    counts = check_parquet.write_published_form(path, 19_000)
+    check_parquet.open_it(path, cache)
+    assert counts["bytes of all rows"] > 120e6
+    kept = check_parquet.folder_bytes(cache, "*")
+    assert kept < counts["bytes of all rows"] / 2
+    assert check_parquet.measured(growth_of_opening, path, cache)["growth"] < kept / 1e9 / 2
 
 
 def test_too_few_rows_are_refused(monkeypatch):
