@@ -98,7 +98,6 @@ def check_flags(args):
             problems.append(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.prompt and not is_unicode(args.prompt):
         problems.append("--prompt is not UTF-8: type it in a terminal that is")
-    problems += [f"--image {path}: a file is needed, not an address" for path in args.image or () if is_url(path)]
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         problems.append(f"--json {args.json}: there is no such folder, or it is a folder itself")
     if not -(2**63) <= args.seed < 2**63 or args.seed < 0:
@@ -115,10 +114,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def is_url(path: Path) -> bool:
-    return re.match(r"[a-z]+:/", str(path)) is not None
 
 
 class Talker:

@@ -281,7 +281,7 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick=everywhere):
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position, pick)
         hidden_states = pick(hidden_states) + self.dropout(attended)

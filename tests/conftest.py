@@ -22,3 +22,9 @@ transformers.utils.logging.disable_progress_bar()
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files with the longest tests first: at the end one process would be left alone with them."""
+    longest = ("test_reference.py", "test_notebook.py", "test_readme.py", "test_against_plain.py", "test_running.py")
+    items.sort(key=lambda item: item.path.name not in longest)
