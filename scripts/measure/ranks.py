@@ -11,13 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dataset.lm_dataset import VLMCollator
+from dataset.sampler import BatchSampler
 from scripts.measure.made_up import load_data, load_model, timed
 from trainer.loop import answer_loss, count, make_learner, train_step
 from trainer.support import gradients
 from trainer.support.gradients import BUCKET_BYTES
 from trainer.support.processes import Processes
 
-LINK = 250e6  # bytes a second; a step of 104 MB then spends as long on the link as a fifth of a step on two cores
+LINK = 50e6  # bytes a second: slow enough to stand out of the noise of a CPU's steps
 RANKS_LINES = {"one sum after the backward pass": 10**12, f"buckets of {BUCKET_BYTES // 10**6} MB": BUCKET_BYTES}
 
 
@@ -53,8 +54,10 @@ def run_rank(rank: int, args: Namespace, bucket_bytes: int, folder: Path):
     model = load_model(args).to(device)
     gradients.BUCKET_BYTES = bucket_bytes
     learner = make_learner(model, answer_loss, processes, torch.float32, 1.0)
-    data = load_data(args, 2 * args.batch_size)
-    batch = VLMCollator()([data[rank * args.batch_size + row] for row in range(args.batch_size)])
+    data = load_data(args, 40 * args.batch_size)
+    # Both ranks take the same rows: a rank with shorter ones would wait for the other, and not for the link.
+    rows = next(iter(BatchSampler(data.lengths, args.batch_size)))
+    batch = VLMCollator()([data[int(row)] for row in rows])
     batch = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
     link, seconds = SlowLink(), []
     gradients.dist = link
