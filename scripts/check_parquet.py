@@ -40,6 +40,7 @@ ROWS_PER_PICTURE = 2_900_000 / 650_000
 TEXT_ONLY = 230_000 / 2_900_000
 PICTURE_BYTES = 6_600
 GROUP_ROWS = 1_000_000
+PIECE_ROWS = 10_000
 DRAWN = 64
 MAX_LENGTH, IMAGE_TOKENS = 1536, 196
 WORDS = "一只红色的猫坐在桌上看着窗外蓝天白云下有两个人走过街道"
@@ -93,7 +94,8 @@ def write_published_form(path: Path, rows: int, seed: int = 0, per_row: int = 1)
     picture = pa.dictionary(pa.int32(), pa.binary())
     schema = pa.schema({"conversations": pa.string(), "image_bytes": picture if per_row == 1 else pa.list_(picture)})
     # A dictionary of any size stays one: by default the writer gives it up at 1 MB.
-    options = {"dictionary_pagesize_limit": 2**31 - 1, "use_dictionary": ["image_bytes"], "store_schema": False}
+    options = {"dictionary_pagesize_limit": 2**31 - 1, "store_schema": False}
+    options["use_dictionary"] = ["image_bytes", "image_bytes.list.element"]
     long_text = "".join(rng.choice(list(WORDS), 100_000))
     counts = {"rows": rows, "pictures": 1, "rows of text": 0, "bytes of all rows": 0}
     with pq.ParquetWriter(path, schema, **options) as writer:
@@ -116,7 +118,10 @@ def write_published_form(path: Path, rows: int, seed: int = 0, per_row: int = 1)
             pictures = pa.DictionaryArray.from_arrays(pa.array(shown, pa.int32()), pa.array(files, pa.binary()))
             if per_row > 1:
                 ends = np.concatenate([[0], np.cumsum(pictures_of)])
-                pictures = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pictures)
+                lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pictures)
+                # The writer unfolds a list's dictionary, piece by piece, and a piece may have 2 GB at most.
+                pieces = [lists[piece : piece + PIECE_ROWS] for piece in range(0, len(lists), PIECE_ROWS)]
+                pictures = pa.chunked_array(pieces)
             writer.write_table(pa.table([column, pictures], schema=schema), GROUP_ROWS)
     return counts
 
