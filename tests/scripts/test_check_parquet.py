@@ -32,6 +32,18 @@ def test_a_file_of_the_published_form_has_each_picture_once_in_one_row_group(tmp
     assert any("reasoning_content" in turn for turn in turns)
 
 
+def test_rows_of_several_pictures_keep_each_picture_once_too(tmp_path, monkeypatch):
+    check_parquet.write_published_form(tmp_path / "whole.parquet", 300, per_row=4)
+    monkeypatch.setattr(check_parquet, "PIECE_ROWS", 70)
+    counts = check_parquet.write_published_form(tmp_path / "pieces.parquet", 300, per_row=4)
+
+    assert pq.read_table(tmp_path / "pieces.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+    group = pq.ParquetFile(tmp_path / "pieces.parquet").metadata.row_group(0)
+    assert group.num_rows == 300 and group.column(1).has_dictionary_page
+    assert group.column(1).total_uncompressed_size < (counts["pictures"] + 2) * 2 * check_parquet.PICTURE_BYTES
+    assert counts["bytes of all rows"] > 300 * 3 * check_parquet.PICTURE_BYTES
+
+
 def test_it_prints_disk_memory_and_seconds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_parquet, "measured", check_parquet.timed)  # a process of its own imports for seconds
     monkeypatch.setattr("sys.argv", ["check_parquet.py", "--rows", "300", "--folder", str(tmp_path / "made")])
