@@ -159,7 +159,11 @@ def test_missing_published_weights_are_named_with_their_download(tmp_path, monke
     monkeypatch.setattr(checkpoint, "SAVE_3V_DIR", tmp_path / "out/minimind-3v")
     with pytest.raises(UsageError, match=f"etch the published one: python scripts/download.py {part}$"):
         checkpoint.find_weights(tmp_path / folder, name)
-    with pytest.raises(UsageError, match=r"none of that name\)\.$"):
+    with pytest.raises(UsageError, match=r"\(there: no weights\)\.$"):
+        checkpoint.find_weights(tmp_path, "my_photos")
+    for there in ("photos_512.pth", "photos_512_resume.pth", "scenes_768_moe.pth"):
+        (tmp_path / there).touch()
+    with pytest.raises(UsageError, match=r"\(there: photos_512.pth, scenes_768_moe.pth\)\.$"):
         checkpoint.find_weights(tmp_path, "my_photos")
 
 

@@ -73,14 +73,15 @@ def find_weights(
         if not Path(name).is_file():
             raise UsageError(f"no weight file {name}")
         return Path(name)
-    files = sorted(path for path in save_dir.glob("*.pth") if path.is_file())  # no folder, no dangling link
+    files = [path for path in sorted(save_dir.glob("*.pth")) if re.fullmatch(r".+_\d+(_moe)?", path.stem)]
+    files = [path for path in files if path.is_file()]  # no folder, no dangling link
     found = [path for path in files if re.fullmatch(rf"{re.escape(name)}_\d+(_moe)?", path.stem)]
     size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
     of_size = [path for path in found if re.fullmatch(rf"{re.escape(name)}_{size}{moe}", path.stem)]
     fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
     if not fitting:
         wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
-        there = ", ".join(path.name for path in found) or "none of that name"
+        there = ", ".join(path.name for path in found or files) or "no weights"
         if of_size:
             there += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
         raise UsageError(
