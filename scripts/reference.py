@@ -3,6 +3,7 @@
     python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
     python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
     python scripts/reference.py --quick      both stages on their first rows only; with --record, records those figures
+    python scripts/reference.py --quick --dtype bfloat16        does it learn as well in another precision?
 
 The held-out loss (on 200 scenes whose combinations of colour, shape and place are never trained on) must not exceed the
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
@@ -112,7 +113,8 @@ def summary(curves: dict[str, list]) -> dict:
 
 def record(run, folder: Path):
     """Runs every seed, and adds the figures to those already recorded."""
-    by_seed = {seed: run(seed, folder / f"seed_{seed}", "--from_resume", "1") for seed in SEEDS}
+    flags = "--dtype", "float32", "--from_resume", "1"
+    by_seed = {seed: run(seed, folder / f"seed_{seed}", *flags) for seed in SEEDS}
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for name in by_seed[SEEDS[0]]:
         recorded[name] = summary({f"seed {seed}": by_seed[seed][name] for seed in SEEDS})
@@ -137,6 +139,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
+    what = "precision of the run that is compared; the recorded ones are float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=what)
     what = "where runs are kept (default: out/reference, or out/reference_quick)"
     parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
@@ -150,7 +154,7 @@ def main():
     if args.record:
         record(run, args.folder)
         return
-    worse = compare(run(args.seed, args.folder / f"seed_{args.seed}"))
+    worse = compare(run(args.seed, args.folder / f"seed_{args.seed}_{args.dtype}", "--dtype", args.dtype))
     if worse:
         raise UsageError("\n".join(worse))
 

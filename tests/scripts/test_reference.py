@@ -37,6 +37,21 @@ def test_the_recorded_runs_look_at_the_pictures():
         assert recorded["spread"] < recorded["grounding_gap"] / 10
 
 
+def test_a_run_in_bfloat16_is_compared_with_those_in_float32(tmp_path, monkeypatch, capsys):
+    runs = []
+
+    def run_stage(stage, seed, folder, *flags):
+        runs.append(dict(zip(flags[::2], flags[1::2], strict=True))["--dtype"])
+        return [[40, 0.0, 2.0]]
+
+    monkeypatch.setattr(reference, "run_stage", run_stage)
+    flags = "--quick", "--dtype", "bfloat16", "--folder", str(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reference.py", *flags])
+    reference.main()
+    assert runs == ["bfloat16"] * 2
+    assert "stage 2, quick: held-out loss 0.0000, recorded" in capsys.readouterr().out
+
+
 def test_a_run_that_fails_is_told(tmp_path):
     with pytest.raises(UsageError, match="failed"):
         reference.run_stage(reference.PRETRAIN, 0, tmp_path, "--no_such_flag", "1")
