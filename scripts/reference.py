@@ -139,8 +139,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
     parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
-    what = "precision of the run that is compared; the recorded ones are float32"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=what)
+    what = "precision of the run that is compared (default: what training chooses); recorded are float32 runs"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     what = "where runs are kept (default: out/reference, or out/reference_quick)"
     parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
@@ -154,7 +154,8 @@ def main():
     if args.record:
         record(run, args.folder)
         return
-    worse = compare(run(args.seed, args.folder / f"seed_{args.seed}_{args.dtype}", "--dtype", args.dtype))
+    flags = ("--dtype", args.dtype) if args.dtype else ()
+    worse = compare(run(args.seed, args.folder / (args.dtype or "") / f"seed_{args.seed}", *flags))
     if worse:
         raise UsageError("\n".join(worse))
 
