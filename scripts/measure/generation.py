@@ -18,9 +18,11 @@ from trainer.watch.assistant import in_precision
 PROMPT_TOKENS, NEW_TOKENS, TURNS, FOLDER_PICTURES = 230, 64, 9, 64
 GENERATE_LINES = {  # samples at once, and how
     "batch 1": (1,),
+    "batch 1, compiled": (1, "compiled"),
     "batch 1, int8": (1, "int8"),
     "batch 1, int8, compiled": (1, "int8", "compiled"),
     "batch 16": (16,),
+    "batch 16, compiled": (16, "compiled"),
 }
 FOLDER_LINES = {f"64 pictures, answers of {tokens}": tokens for tokens in (64, 256)}
 
@@ -29,8 +31,7 @@ FOLDER_LINES = {f"64 pictures, answers of {tokens}": tokens for tokens in (64, 2
 def measure_generate(args, name: str) -> dict:
     """Returns new tokens per second, greedy, and how many times those of transformers' own Llama of the same shape.
 
-    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does: on CUDA the step of one
-    token is compiled.
+    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does.
     """
     device, config, [batch, *how] = torch.device(args.device), model_config(args), GENERATE_LINES[name]
     torch.manual_seed(0)
@@ -39,8 +40,7 @@ def measure_generate(args, name: str) -> dict:
     prompt = torch.randint(300, config.vocab_size, (batch, PROMPT_TOKENS), device=device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    compiles = True if "compiled" in how else None
-    calls = [partial(generate, ours, inputs, compiles=compiles, **fixed), partial(llama.generate, **inputs, **fixed)]
+    calls = [partial(generate, ours, inputs, compiles="compiled" in how, **fixed), partial(llama.generate, **inputs, **fixed)]
     turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + TURNS)][1:]
     return {
         "tokens/s": median(NEW_TOKENS * batch / ours for ours, _ in turns),

@@ -1,8 +1,10 @@
 """torch.compile for a model's step: one graph for batches of every length, made before the first step."""
 
+import copy
 import itertools
 
 import torch
+from torch import nn
 from torch._dynamo import mark_dynamic
 
 from common.errors import UsageError
@@ -14,37 +16,40 @@ LENGTH_MULTIPLE = 8
 
 
 class CompiledVLM:
-    """`MiniMindVLM.forward` and `encode_images`, compiled for full batches of any length.
+    """`MiniMindVLM.forward` and `encode_images` with compiled blocks, for full batches of any length.
 
-    Rare batches run uncompiled: an epoch's last, smaller one, and those with fewer than two images or learned tokens,
-    for which torch.compile would make graphs of their own.
+    All blocks of the decoder but the last, which computes fewer positions, share one graph, and so do the tower's:
+    compiling the whole takes many times as long. Rare batches run uncompiled: an epoch's last, smaller one, and those
+    with fewer than two images or learned tokens, for which torch.compile would make graphs of their own.
 
     Args:
-        model: A model without experts, on its device.
+        model: A model without experts, on its device. It is left as it is; the compiled one shares its weights.
         batch_size: Samples of a full batch.
         options: For torch.compile.
     """
 
     def __init__(self, model: MiniMindVLM, batch_size: int, **options):
         self.model, self.batch_size = model, batch_size
-        self._forward = torch.compile(model.forward, **options)
-        self._encode_images = torch.compile(model.encode_images, **options)
+        parts = (model, model.vision_encoder)
+        tensors = [tensor for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())]
+        self.compiled = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        [tower_blocks] = [part for part in self.compiled.vision_encoder.modules() if isinstance(part, nn.ModuleList)]
+        for blocks, mark in ((self.compiled.model.layers, mark_length), (tower_blocks, mark_images)):
+            for block in blocks:
+                block.forward = torch.compile(block.forward, **options)
+                block.register_forward_pre_hook(mark)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Does what `MiniMindVLM.encode_images` does."""
-        if len(pixel_values) < 2:
-            return self.model.encode_images(pixel_values)
-        mark_dynamic(pixel_values, 0)
-        return self._encode_images(pixel_values)
+        return (self.compiled if len(pixel_values) > 1 else self.model).encode_images(pixel_values)
 
-    def __call__(self, num_items_in_batch: int, **inputs: torch.Tensor):
-        """Does what `MiniMindVLM.forward` does, given features. Each num_items_in_batch is a graph of its own."""
+    def __call__(self, **inputs):
+        """Does what `MiniMindVLM.forward` does, given features."""
         is_full = len(inputs["input_ids"]) == self.batch_size
         if not is_full or len(inputs["image_starts"]) < 2 or len(inputs["learned_positions"]) < 2:
-            return self.model(**inputs, num_items_in_batch=num_items_in_batch)
-        for name, tensor in inputs.items():
-            mark_dynamic(tensor, 1 if name in ("input_ids", "labels") else 0)
-        return self._forward(**inputs, num_items_in_batch=num_items_in_batch)
+            return self.model(**inputs)
+        mark_dynamic(inputs["learned_positions"], 0)
+        return self.compiled(**inputs)
 
     def warm_up(self, shapes: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype):
         """Compiles forward and backward with made-up batches; leaves gradients and random state as they are.
@@ -71,6 +76,19 @@ class CompiledVLM:
                     loss = self(**inputs, num_items_in_batch=1).loss
                 loss.backward()
         self.model.zero_grad(set_to_none=True)
+
+
+def mark_length(block: nn.Module, inputs: tuple):
+    """Tells the compiler that a block of the decoder gets any length."""
+    hidden_states, rotary, *_ = inputs
+    mark_dynamic(hidden_states, 1)
+    for part in rotary:
+        mark_dynamic(part, 2)
+
+
+def mark_images(block: nn.Module, inputs: tuple):
+    """Tells the compiler that a block of the tower gets any number of images."""
+    mark_dynamic(inputs[0], 0)
 
 
 def compile_or_not(

@@ -35,17 +35,17 @@ def compiled_step(model: MiniMindVLM, positions: int) -> dict:
 
 
 def generate(
-    model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: int | None = None, **settings
+    model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings
 ) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
 
     Args:
         inputs: Left-padded prompts, see `dataset.prompts`; None values are left out.
-        compiles: Whether to compile the step of one token, which takes half a minute; by default on CUDA only.
+        compiles: Whether to compile the step of one token, which takes half a minute.
         settings: For transformers' `generate`.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
-    if model.device.type == "cuda" if compiles is None else compiles:
+    if compiles:
         settings |= compiled_step(model, inputs["input_ids"].shape[1] + max_new_tokens)
     with answering(model):
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)

@@ -42,7 +42,8 @@ class Assistant:
     def __init__(
         self, trained: Trained, device: torch.device | str, dtype: str = "float32", compiles: int | None = None
     ):
-        self.trained, self.tokenizer, self.compiles = trained, trained.tokenizer, compiles
+        self.trained, self.tokenizer = trained, trained.tokenizer
+        self.compiles = bool(compiles)
         self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
         self.picture_format = PictureFormat(**trained.tower.picture_settings)
         self.model = in_precision(trained.load_model().to(device), dtype)
