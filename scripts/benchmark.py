@@ -149,14 +149,15 @@ def parse_arguments(argv=None) -> Namespace:
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=int, help="samples a step (default: by stage, 16 and 4; on CUDA 128 and 32)")
     add("--max_seq_len", type=int, help="what the baseline pads to (default: the stage's)")
-    add("--steps", type=int, default=3, help="timed steps of each measurement")
+    add("--steps", type=int, help="timed steps of each measurement (default: 3; on CUDA 50)")
     add("--repeats", type=int, help="rounds through all lines; medians are shown (default: 3; on CUDA 1)")
     add("--num_workers", type=int, default=min(16, cores()), help="of the loader")
     add("--json", type=file_path, help="write the figures there")
     add("--one", help=argparse.SUPPRESS)  # a single measurement, printed as JSON: how this script runs itself
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
-    args.repeats = args.repeats or (1 if args.device.startswith("cuda") else 3)
+    is_cuda = args.device.startswith("cuda")
+    args.steps, args.repeats = args.steps or (50 if is_cuda else 3), args.repeats or (1 if is_cuda else 3)
     args.what = args.what or [what for what in MEASUREMENTS if what not in NAMED_ONLY]
     unknown = set(args.what) - MEASUREMENTS.keys()
     if unknown:

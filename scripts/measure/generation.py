@@ -40,7 +40,8 @@ def measure_generate(args, name: str) -> dict:
     prompt = torch.randint(300, config.vocab_size, (batch, PROMPT_TOKENS), device=device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    calls = [partial(generate, ours, inputs, compiles="compiled" in how, **fixed), partial(llama.generate, **inputs, **fixed)]
+    describe = partial(generate, ours, inputs, compiles="compiled" in how, **fixed)
+    calls = [describe, partial(llama.generate, **inputs, **fixed)]
     turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + TURNS)][1:]
     return {
         "tokens/s": median(NEW_TOKENS * batch / ours for ours, _ in turns),

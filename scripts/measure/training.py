@@ -36,7 +36,7 @@ from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes, pick_dtype
 
 BATCHES, LOADER_IMAGES, MOST_DOUBLINGS = 40, 4000, 13
-WARM_UP = {"cpu": 1, "mps": 1, "cuda": 5}  # steps
+WARM_UP = {"cpu": 1, "mps": 1, "cuda": 30}  # steps; on CUDA the loader fills its queues meanwhile
 PLAIN_LINES = (
     "plain",
     "+ padded to the batch's longest",
@@ -153,16 +153,24 @@ def measure_training(args, name: str) -> dict:
         steps = plain_steps(args, device, data, model, PLAIN_LINES.index(name))
     else:
         steps = our_steps(args, device, data, model, name)
-    product, total, seconds, waiting = matrix_product_flops(device), Counter(), 0.0, 0.0
+    product, total, seconds_besides = matrix_product_flops(device), Counter(), Counter()
     for _ in range(WARM_UP[device.type]):
         next(steps)
-    for _ in range(args.steps):
-        elapsed, (batch, waited, encoding) = timed(device, next, steps)
-        seconds += elapsed + encoding
-        waiting += waited
-        lengths = (batch["input_ids"] != 0).sum(dim=1)
-        total.update(samples=len(lengths), useful=int(lengths.sum()), computed=batch["input_ids"].numel())
-        total.update(learned=int((batch["labels"] != -100).sum()), squares=int((lengths**2).sum()))
+
+    def take() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Takes the steps without a sync between them; returns each one's (input_ids, labels)."""
+        taken = []
+        for batch, waited, encoding in itertools.islice(steps, args.steps):
+            seconds_besides.update(waited=waited, encoding=encoding)
+            taken.append((batch["input_ids"], batch["labels"]))
+        return taken
+
+    seconds, taken = timed(device, take)
+    seconds += seconds_besides["encoding"]
+    for input_ids, labels in taken:
+        lengths = (input_ids != 0).sum(dim=1)
+        total.update(samples=len(lengths), useful=int(lengths.sum()), computed=input_ids.numel())
+        total.update(learned=int((labels != -100).sum()), squares=int((lengths**2).sum()))
     product = max(product, matrix_product_flops(device))  # before and after: one may be disturbed on a shared machine
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -173,7 +181,7 @@ def measure_training(args, name: str) -> dict:
         "samples/s": total["samples"] / seconds,
         "useful": total["useful"] / total["computed"],
         "product": model_flops(args, total, name == KEPT_FEATURES) / seconds / product,
-        "waits": waiting / seconds,
+        "waits": seconds_besides["waited"] / seconds,
         "GB": peak / 1e9,
         "GFLOP/s": product / 1e9,
     }

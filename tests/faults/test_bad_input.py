@@ -13,7 +13,7 @@ from common.errors import UsageError
 from dataset.formats import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
-from trainer import assets
+from trainer import assets, flags
 from trainer.assets import choose_assets
 from trainer.flags import build_parser, fill_in, parse_arguments, recipe
 from trainer.setup import find_starting_weights
@@ -178,6 +178,16 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two machines
     assert pick_device("cuda", 1, 4) == torch.device("cuda", 1)
     assert pick_dtype(None, torch.device("cpu")) == torch.float32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it prepares itself for each of a run's many lengths
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN_STAGE, SFT_STAGE])
+def test_only_long_runs_compile(stage, monkeypatch):
+    """On a GPU, compiling takes as long as all of the built-in set."""
+    monkeypatch.setattr(flags, "pick_device", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr(flags, "choose_assets", lambda args, data: (assets, {}))
+    for assets, compiles in (("built-in", 0), ("published", 1)):
+        assert parse_arguments(stage, "", ["--dtype", "float32"]).compile == compiles
 
 
 class Place:

@@ -34,9 +34,7 @@ def compiled_step(model: MiniMindVLM, positions: int) -> dict:
     return {CACHE_NAME: StaticCache(config=model.config, max_cache_len=positions), "compile_config": config}
 
 
-def generate(
-    model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings
-) -> torch.Tensor:
+def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
 
     Args:

@@ -22,8 +22,8 @@ def add_speed_flags(group):
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "int8: the decoder's matrices in a quarter of the memory, for a CPU; bfloat16: for what multiplies it fast"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
-    what = "1: compile the step of one token, which takes half a minute (default: on CUDA only)"
-    group.add_argument("--compile", type=int, choices=(0, 1), help=what)
+    what = "1: compile the step of one token, which takes half a minute and pays in a long talk (default: 0)"
+    group.add_argument("--compile", type=int, choices=(0, 1), default=0, help=what)
 
 
 def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
@@ -39,11 +39,8 @@ def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
 class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts."""
 
-    def __init__(
-        self, trained: Trained, device: torch.device | str, dtype: str = "float32", compiles: int | None = None
-    ):
-        self.trained, self.tokenizer = trained, trained.tokenizer
-        self.compiles = bool(compiles)
+    def __init__(self, trained: Trained, device: torch.device | str, dtype: str = "float32", compiles: bool = False):
+        self.trained, self.tokenizer, self.compiles = trained, trained.tokenizer, compiles
         self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
         self.picture_format = PictureFormat(**trained.tower.picture_settings)
         self.model = in_precision(trained.load_model().to(device), dtype)
