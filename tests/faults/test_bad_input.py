@@ -13,7 +13,7 @@ from common.errors import UsageError
 from dataset.formats import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
-from trainer import assets, flags
+from trainer import assets
 from trainer.assets import choose_assets
 from trainer.flags import build_parser, fill_in, parse_arguments, recipe
 from trainer.setup import find_starting_weights
@@ -182,12 +182,12 @@ def test_devices_that_are_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [PRETRAIN_STAGE, SFT_STAGE])
-def test_only_long_runs_compile(stage, monkeypatch):
+@pytest.mark.parametrize(("kind", "compiles"), [("built-in", 0), ("published", 1)])
+def test_only_long_runs_compile(stage, kind, compiles, monkeypatch):
     """On a GPU, compiling takes as long as all of the built-in set."""
-    monkeypatch.setattr(flags, "pick_device", lambda *args: torch.device("cuda", 0))
-    monkeypatch.setattr(flags, "choose_assets", lambda args, data: (assets, {}))
-    for assets, compiles in (("built-in", 0), ("published", 1)):
-        assert parse_arguments(stage, "", ["--dtype", "float32"]).compile == compiles
+    monkeypatch.setattr("trainer.flags.pick_device", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr("trainer.flags.choose_assets", lambda args, data: (kind, {}))
+    assert parse_arguments(stage, "", ["--dtype", "float32"]).compile == compiles
 
 
 class Place:
