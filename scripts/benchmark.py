@@ -47,6 +47,7 @@ from scripts.measure.training import (  # noqa: E402
     measure_loader,
     measure_training,
 )
+from trainer.support.precision import has_bfloat16  # noqa: E402
 from trainer.support.processes import cores, pick_device  # noqa: E402
 
 MEASUREMENTS = {
@@ -77,7 +78,8 @@ def lines_of(what: str, args: Namespace) -> list[str]:
     is_cuda = args.device.startswith("cuda")
     if what == "batch" and not is_cuda:
         return []
-    return [name for name in MEASUREMENTS[what][1] if not ("int8" in name if is_cuda else name == NOT_COMPILED)]
+    elsewhere = ["int8"] if is_cuda else [NOT_COMPILED] if has_bfloat16() else [NOT_COMPILED, "bfloat16"]
+    return [name for name in MEASUREMENTS[what][1] if not any(part in name for part in elsewhere)]
 
 
 def settings_of(what: str, name: str, args: Namespace) -> Namespace:

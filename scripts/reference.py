@@ -3,6 +3,7 @@
     python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
     python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
     python scripts/reference.py --quick      both stages on their first rows only; with --record, records those figures
+    python scripts/reference.py --wide       a decoder of the published size on a few rows, from random weights
     python scripts/reference.py --quick --dtype bfloat16        does it learn as well in another precision?
 
 The held-out loss (on 200 scenes whose combinations of colour, shape and place are never trained on) must not exceed the
@@ -100,6 +101,13 @@ def run_quick(seed: int, folder: Path, *flags: str) -> dict:
     return curves
 
 
+def run_wide(seed: int, folder: Path, *flags: str) -> dict:
+    """Returns the curve of a decoder of the published size, from random weights, on stage 2's first rows."""
+    shape = {"from_weight": "none", "hidden_size": 512, "num_hidden_layers": 8}
+    chosen = quick_flags(SFT, first_rows(SFT), folder, **shape)
+    return {"stage 2, 512 wide": run_stage(SFT, seed, folder, *chosen, *flags)}
+
+
 def summary(curves: dict[str, list]) -> dict:
     """Returns mean and spread of the last held-out losses, and the mean grounding gap."""
     losses, gaps = ([curve[-1][column] for curve in curves.values()] for column in (1, 2))
@@ -137,20 +145,23 @@ def compare(curves: dict[str, list]) -> list[str]:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
-    parser.add_argument("--quick", action="store_true", help="both stages on their first rows only")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="both stages on their first rows only")
+    size.add_argument("--wide", action="store_true", help="stage 2's first rows, 512 wide and 8 layers deep")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
     what = "precision of the run that is compared (default: what training chooses); recorded are float32 runs"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
-    what = "where runs are kept (default: out/reference, or out/reference_quick)"
+    what = "where runs are kept (default: out/reference, out/reference_quick or out/reference_wide)"
     parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
-    args.folder = args.folder or SAVE_DIR / ("reference_quick" if args.quick else "reference")
+    size = "_quick" * args.quick + "_wide" * args.wide
+    args.folder = args.folder or SAVE_DIR / f"reference{size}"
     return args
 
 
 def main():
     args = parse_arguments()
-    run = run_quick if args.quick else run_both
+    run = run_quick if args.quick else run_wide if args.wide else run_both
     if args.record:
         record(run, args.folder)
         return

@@ -24,7 +24,11 @@ GENERATE_LINES = {  # samples at once, and how
     "batch 16": (16,),
     "batch 16, compiled": (16, "compiled"),
 }
-FOLDER_LINES = {f"64 pictures, answers of {tokens}": tokens for tokens in (64, 256)}
+FOLDER_LINES = {  # tokens of an answer, precision
+    f"64 pictures, {tokens} tokens, {dtype}": (tokens, dtype)
+    for dtype in ("float32", "bfloat16")
+    for tokens in (64, 256)
+}
 
 
 @torch.inference_mode()
@@ -51,9 +55,9 @@ def measure_generate(args, name: str) -> dict:
 
 def measure_folder(args, name: str) -> dict:
     """Returns pictures per second of describing FOLDER_PICTURES at once, and how many times that of one by one."""
-    device, model, answer = torch.device(args.device), load_model(args).eval(), FOLDER_LINES[name]
+    device, model, [answer, dtype] = torch.device(args.device), load_model(args).eval(), FOLDER_LINES[name]
     encoder = ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), model.config.image_tokens)
-    model.to(device)
+    in_precision(model.to(device), dtype)
     size = model.vision_encoder.config.image_size
     pictures = torch.randint(0, 256, (FOLDER_PICTURES, 3, size, size), dtype=torch.uint8)
     asked = [{"role": "user", "content": "<image>\n描述这张图片"}]

@@ -33,7 +33,9 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(training, name, value)
     for name, value in {"TURNS": 1, "PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "FOLDER_PICTURES": 3}.items():
         monkeypatch.setattr(generation, name, value)
-    monkeypatch.setattr(generation, "FOLDER_LINES", dict.fromkeys(generation.FOLDER_LINES, 4))
+    monkeypatch.setattr(
+        generation, "FOLDER_LINES", {name: (4, how) for name, (_, how) in generation.FOLDER_LINES.items()}
+    )
     monkeypatch.setattr(checks, "STEPS", 2)
     # Compiled code itself is tested elsewhere: here a backend that takes no time.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
