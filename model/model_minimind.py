@@ -190,6 +190,9 @@ class Attention(nn.Module):
             # Early releases of transformers 5 do not count what a static cache holds: they need the position.
             cache_kwargs = {"cache_position": cache_position}
             k_BKLE, v_BKLE = cache.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
+        if length == 1:
+            # A group's heads see the same keys: as several queries of one head they read them once.
+            q_BHLE = q_BHLE.view(batch, k_BKLE.shape[1], -1, self.head_dim)
         out_BHLE = F.scaled_dot_product_attention(
             q_BHLE,
             k_BKLE,
@@ -201,6 +204,7 @@ class Attention(nn.Module):
             is_causal=False if attention_mask is not None or length == 1 else True,
             enable_gqa=True,
         )
+        out_BHLE = out_BHLE.reshape(batch, -1, length, self.head_dim)
         return self.o_proj(pick(out_BHLE.transpose(1, 2).reshape(batch, length, -1)))
 
 

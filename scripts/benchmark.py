@@ -11,11 +11,13 @@
 
 The data are made up, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
 or dialogues of 200 to 1500 (sft). Tower and decoder have their full size and random weights, which do not affect speed.
-In training, each line of a table adds one technique to the line above it. Every measurement runs in a process of its
-own, so that its peak memory is its own; the lines take turns, and the whole round is repeated.
+In training, each line of a table adds one technique to the line above it. The lines take turns, and the whole round is
+repeated, on a CPU with every measurement in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import platform
 import subprocess
@@ -64,10 +66,12 @@ MEASUREMENTS = {
 }
 ONCE = ("batch", "checks", "cost", "growth")
 NAMED_ONLY = ("growth",)  # it takes half an hour
-BATCH_SIZES = {"cuda": {"pretrain": 128, "sft": 32}, "cpu": {"pretrain": 16, "sft": 4}}
+ALONE = ("checks", "ranks")  # in a process of their own on CUDA too, and on few samples
+BATCH_SIZES = {"cuda": {"pretrain": 256, "sft": 64}, "cpu": {"pretrain": 16, "sft": 4}}
 # The columns of the tables, those that a measurement has.
 FORMATS = {"samples": ",.0f", "samples/s": ",.2f", "images/s": ",.0f", "tokens/s": ",.0f", "pictures/s": ",.2f"}
-FORMATS |= {"x plain": ".2f", "x Llama": ".2f", "x one": ".2f", "useful": ".1%", "product": ".0%", "waits": ".0%"}
+FORMATS |= {"x plain": ".2f", "x Llama": ".2f", "one by one": ",.2f", "x one": ".2f"}
+FORMATS |= {"useful": ".1%", "product": ".0%", "waits": ".0%"}
 FORMATS |= {"s": ".2f", "MB": ",.0f", "link s": ".2f", "waited s": ".2f", "hidden": ".0%", "GB": ".2f"}
 FORMATS |= {"first s": ".0f", "start s": ".1f", "step s": ".2f", "peak GB": ".2f", "own GB": ".2f"}
 FORMATS |= {"GFLOP": ",.0f"} | {f"h, {gpu}": ",.2f" for gpu in GPUS} | {"cores": ".0f"}
@@ -86,7 +90,7 @@ def settings_of(what: str, name: str, args: Namespace) -> Namespace:
     """Returns the flags of one measurement, with the stage's batch size and length where none is given."""
     stage = next((stage for stage in (name, what) if stage in STAGES), None)
     stage = stage or ("sft" if what in ("ranks", "checks", "growth") else "pretrain")
-    sizes = BATCH_SIZES["cuda" if args.device.startswith("cuda") else "cpu"]
+    sizes = BATCH_SIZES["cuda" if args.device.startswith("cuda") and what not in ALONE else "cpu"]
     batch_size, longest = args.batch_size or sizes[stage], args.max_seq_len or STAGES[stage].defaults["max_seq_len"]
     return Namespace(**vars(args) | {"stage": stage, "batch_size": batch_size, "max_seq_len": longest})
 
@@ -97,8 +101,28 @@ def measure_one(args: Namespace) -> dict:
     return MEASUREMENTS[what][0](settings_of(what, name, args), name)
 
 
+def measure_alone(one: str, args: Namespace) -> dict:
+    """Takes a measurement in a fresh process; {"failed": why} if it fails."""
+    done = subprocess.run([sys.executable, *sys.argv, "--one", one], capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+
+
+def measure_here(one: str, args: Namespace) -> dict:
+    """Does the same in this process, whose memory on the device is counted anew: starting one takes 15 seconds."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return measure_one(Namespace(**vars(args) | {"one": one}))
+    except Exception as error:  # whatever it is, the other lines are measured
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
 def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
-    """Takes each measurement of a kind `repeats` times, in turn, each in a fresh process.
+    """Takes each measurement of a kind `repeats` times, in turn.
 
     Returns:
         The medians of every figure, by line; {"failed": why} for a line that failed.
@@ -107,9 +131,8 @@ def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
     rounds = {name: [] for name in names}
     for name in (bar := tqdm(names * (1 if what in ONCE else args.repeats), leave=False)):
         bar.set_description(f"{what}: {name}")
-        done = subprocess.run([sys.executable, *sys.argv, "--one", f"{what}/{name}"], capture_output=True, text=True)
-        failed = {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-        rounds[name].append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed)
+        is_alone = what in ALONE or not args.device.startswith("cuda")
+        rounds[name].append((measure_alone if is_alone else measure_here)(f"{what}/{name}", args))
     medians = {}
     for name, rows in rounds.items():
         whole = next((row for row in rows if "failed" in row or "passed" in row), None)
@@ -149,7 +172,7 @@ def parse_arguments(argv=None) -> Namespace:
     add("what", nargs="*", metavar="WHAT", help=f"{', '.join(MEASUREMENTS)} (default: all but growth)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
-    add("--batch_size", type=int, help="samples a step (default: by stage, 16 and 4; on CUDA 128 and 32)")
+    add("--batch_size", type=int, help="samples a step (default: by stage, 16 and 4; on CUDA 256 and 64)")
     add("--max_seq_len", type=int, help="what the baseline pads to (default: the stage's)")
     add("--steps", type=int, help="timed steps of each measurement (default: 3; on CUDA 50)")
     add("--repeats", type=int, help="rounds through all lines; medians are shown (default: 3; on CUDA 1)")
@@ -169,8 +192,8 @@ def parse_arguments(argv=None) -> Namespace:
 
 def main():
     args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()
     if args.one:
-        transformers.utils.logging.disable_progress_bar()
         print(json.dumps(measure_one(args)))
         return
     settings = {name: value for name, value in vars(args).items() if name not in ("what", "json", "one")}

@@ -15,7 +15,7 @@ from scripts.measure.made_up import load_model, model_config, timed
 from trainer.watch.answers import generate
 from trainer.watch.assistant import in_precision
 
-PROMPT_TOKENS, NEW_TOKENS, TURNS, FOLDER_PICTURES = 230, 64, 9, 64
+PROMPT_TOKENS, NEW_TOKENS, TURNS, FOLDER_PICTURES = 230, 64, 5, 64
 GENERATE_LINES = {  # samples at once, and how
     "batch 1": (1,),
     "batch 1, compiled": (1, "compiled"),
@@ -71,4 +71,4 @@ def measure_folder(args, name: str) -> dict:
 
     describe(1)
     one_by_one, together = rate(1, TURNS), rate(FOLDER_PICTURES)
-    return {"pictures/s": together, "x one": together / one_by_one}
+    return {"pictures/s": together, "one by one": one_by_one, "x one": together / one_by_one}

@@ -18,20 +18,20 @@ from trainer.support import gradients
 from trainer.support.gradients import BUCKET_BYTES
 from trainer.support.processes import Processes
 
-LINK = 50e6  # bytes a second: slow enough to stand out of the noise of a CPU's steps
+LINK = {"cpu": 50e6, "cuda": 1e9}  # bytes a second: slow enough to stand out of the noise of a step
 RANKS_LINES = {"one sum after the backward pass": 10**12, f"buckets of {BUCKET_BYTES // 10**6} MB": BUCKET_BYTES}
 
 
 class SlowLink:
     """`torch.distributed` whose sums take as long as a link would that carries one after the other."""
 
-    def __init__(self):
-        self.free, self.bytes, self.waited = 0.0, 0, 0.0
+    def __init__(self, speed: float):
+        self.speed, self.free, self.bytes, self.waited = speed, 0.0, 0, 0.0
 
     def all_reduce(self, flat: torch.Tensor, async_op: bool) -> Namespace:
         work = dist.all_reduce(flat, async_op=async_op)
         size = flat.numel() * flat.element_size()
-        self.free = max(self.free, time.perf_counter()) + size / LINK
+        self.free = max(self.free, time.perf_counter()) + size / self.speed
         self.bytes += size
         arrives = self.free
 
@@ -59,14 +59,15 @@ def run_rank(rank: int, args: Namespace, bucket_bytes: int, folder: Path):
     rows = next(iter(BatchSampler(data.lengths, args.batch_size)))
     batch = VLMCollator()([data[int(row)] for row in rows])
     batch = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
-    link, seconds = SlowLink(), []
+    link, seconds = SlowLink(LINK[device.type]), []
     gradients.dist = link
     for _ in range(1 + args.steps):
         link.bytes, link.waited = 0, 0.0
         elapsed, _ = timed(device, train_step, learner, [batch], count([batch], processes), 1e-5)
         seconds.append((elapsed, link.waited))
     if rank == 0:
-        torch.save({"bytes": link.bytes, "seconds": seconds[1:]}, folder / "figures.pth")
+        figures = {"bytes": link.bytes, "link": link.bytes / link.speed, "seconds": seconds[1:]}
+        torch.save(figures, folder / "figures.pth")
     dist.destroy_process_group()
 
 
@@ -75,7 +76,7 @@ def measure_ranks(args, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(run_rank, (args, RANKS_LINES[name], Path(folder)), nprocs=2, start_method="spawn")
         figures = torch.load(Path(folder) / "figures.pth", weights_only=True)
-    link, waited = figures["bytes"] / LINK, median(waited for _, waited in figures["seconds"])
+    link, waited = figures["link"], median(waited for _, waited in figures["seconds"])
     return {
         "s": median(elapsed for elapsed, _ in figures["seconds"]),
         "MB": figures["bytes"] / 1e6,

@@ -274,6 +274,8 @@ def test_one_token_after_a_cache_needs_no_mask_but_several_do(dense, attention_c
         assert [call["attn_mask"] is not None for call in attention_calls] == [needs_mask] * 2
         assert not any(call["is_causal"] for call in attention_calls)
         assert all(call["key"].shape[1] == 2 for call in attention_calls)
+        # The two heads of a group as two queries of one head, where there is a single token.
+        assert {call["query"].shape for call in attention_calls} == {(1, 2, 2, 8) if length == 1 else (1, 4, 3, 8)}
 
 
 # ---- experts

@@ -156,9 +156,8 @@ def test_a_slow_link_carries_one_sum_after_the_other(monkeypatch):
     clock = [10.0]
     sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)  # noqa: E731
     monkeypatch.setattr(ranks, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
-    monkeypatch.setattr(ranks, "LINK", 8.0)  # bytes a second
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
-    link = ranks.SlowLink()
+    link = ranks.SlowLink(8.0)  # bytes a second
     works = [link.all_reduce(torch.zeros(4), async_op=True) for _ in range(2)]
     sleep(1.0)
     for work in works:
@@ -171,6 +170,22 @@ def test_the_hours_on_a_gpu_follow_from_the_operations(run):
     row = figures["cost"]["pretrain, 1.27 M rows"]
     assert row["h, 8 x H100"] == pytest.approx(row["h, H100"] / 8)
     assert row["h, H100"] == pytest.approx(1.27e6 * row["GFLOP"] * 1e9 / (0.4 * 989e12) / 3600)
+
+
+def test_on_a_gpu_most_is_measured_in_one_process(monkeypatch):
+    """Each line has its own memory, and one that fails leaves the others alone."""
+    args = benchmark.parse_arguments(["generate", "--device", "cpu"])
+    resets = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, partial(resets.append, name))
+    measured = {"batch 1": lambda: {"tokens/s": 2.0}, "batch 16": lambda: [][0]}
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "generate", (lambda args, name: measured[name](), tuple(measured)))
+    args.device = "cuda:0"
+    assert benchmark.settings_of("pretrain", "plain", args).batch_size == 256
+    assert benchmark.settings_of("checks", "no sync in a step", args).batch_size == 4
+    found = benchmark.measure_rounds("generate", args)
+    assert found == {"batch 1": {"tokens/s": 2.0}, "batch 16": {"failed": "IndexError: list index out of range"}}
+    assert len(resets) == 2 * 2 * args.repeats
 
 
 def test_an_unknown_measurement_is_told(capsys):
