@@ -8,7 +8,7 @@ from model.model_minimind import MiniMindBlock, MiniMindConfig
 from trainer.support.processes import Processes
 
 SAMPLES, LENGTH, TURNS = 4, 256, 3  # a few tenths of a second
-FASTER = 1.1  # a smaller gain is noise
+FASTER = 1.2  # a smaller gain may be noise, and the same command should choose the same
 
 
 def has_bfloat16() -> bool:
