@@ -101,7 +101,7 @@ def measure_one(args: Namespace) -> dict:
     return MEASUREMENTS[what][0](settings_of(what, name, args), name)
 
 
-def measure_alone(one: str, args: Namespace) -> dict:
+def measure_alone(one: str) -> dict:
     """Takes a measurement in a fresh process; {"failed": why} if it fails."""
     done = subprocess.run([sys.executable, *sys.argv, "--one", one], capture_output=True, text=True)
     if done.returncode == 0:
@@ -131,8 +131,8 @@ def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
     rounds = {name: [] for name in names}
     for name in (bar := tqdm(names * (1 if what in ONCE else args.repeats), leave=False)):
         bar.set_description(f"{what}: {name}")
-        is_alone = what in ALONE or not args.device.startswith("cuda")
-        rounds[name].append((measure_alone if is_alone else measure_here)(f"{what}/{name}", args))
+        one, is_alone = f"{what}/{name}", what in ALONE or not args.device.startswith("cuda")
+        rounds[name].append(measure_alone(one) if is_alone else measure_here(one, args))
     medians = {}
     for name, rows in rounds.items():
         whole = next((row for row in rows if "failed" in row or "passed" in row), None)
@@ -163,7 +163,8 @@ def print_table(what: str, results: dict[str, dict]):
             )
     product = max((row.get("GFLOP/s", 0) for row in results.values()), default=0)
     if product:
-        print(f"  product: of the FLOP/s of a matrix product, here {product:,.0f} GFLOP/s; waits: for data")
+        print(f"  product: of a matrix product's FLOP/s, here {product:,.0f} GFLOP/s (float32 on a CPU, bfloat16 on CUDA)")
+        print("  waits: for data")
 
 
 def parse_arguments(argv=None) -> Namespace:

@@ -145,9 +145,9 @@ def compare(curves: dict[str, list]) -> list[str]:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="both stages on their first rows only")
-    size.add_argument("--wide", action="store_true", help="stage 2's first rows, 512 wide and 8 layers deep")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--quick", action="store_true", help="both stages on their first rows only")
+    runs.add_argument("--wide", action="store_true", help="stage 2's first rows, 512 wide and 8 layers deep")
     parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
     what = "precision of the run that is compared (default: what training chooses); recorded are float32 runs"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)

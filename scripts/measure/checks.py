@@ -62,10 +62,18 @@ def resumes_bit_by_bit(args) -> tuple[bool, str]:
     """Tells whether steps after saving and loading give the weights of steps without, with deterministic algorithms."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order
     torch.use_deterministic_algorithms(True)
+    try:
+        return compare_resumed(args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def compare_resumed(args) -> tuple[bool, str]:
+    """Compares the gradients of a step taken twice, then the weights of a resumed run and of one that went on."""
     straight, again, first, second = (Steps(args, args.device) for _ in range(4))
     for steps in (straight, again):
         steps.take([0])
-    # AdamW's mean of the gradients, after one step, is the gradient.
+    # After one step, AdamW's running mean is that step's gradient, scaled.
     ours, others = (steps.learner.optimizer.state for steps in (straight, again))
     pairs = zip(straight.model.named_parameters(), again.model.parameters(), strict=True)
     other = [name for (name, a), b in pairs if a in ours and not torch.equal(ours[a]["exp_avg"], others[b]["exp_avg"])]
@@ -77,7 +85,6 @@ def resumes_bit_by_bit(args) -> tuple[bool, str]:
     second.model.load_state_dict(state[0])
     second.learner.load_state_dict(state[1])
     second.take(range(STEPS // 2, STEPS))
-    torch.use_deterministic_algorithms(False)
     pairs = zip(straight.model.state_dict().items(), second.model.state_dict().values(), strict=True)
     other = [name for (name, weight), resumed in pairs if not torch.equal(weight, resumed)]
     return not other, "all weights are equal" if not other else f"{len(other)} tensors differ, {other[0]} first"

@@ -35,7 +35,7 @@ FOLDER_LINES = {  # tokens of an answer, precision
 def measure_generate(args, name: str) -> dict:
     """Returns new tokens per second, greedy, and how many times those of transformers' own Llama of the same shape.
 
-    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does.
+    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does, with or without --compile 1.
     """
     device, config, [batch, *how] = torch.device(args.device), model_config(args), GENERATE_LINES[name]
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def measure_generate(args, name: str) -> dict:
 
 
 def measure_folder(args, name: str) -> dict:
-    """Returns pictures per second of describing FOLDER_PICTURES at once, and how many times that of one by one."""
+    """Returns pictures per second of describing FOLDER_PICTURES at once and one by one, and their ratio."""
     device, model, [answer, dtype] = torch.device(args.device), load_model(args).eval(), FOLDER_LINES[name]
     encoder = ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), model.config.image_tokens)
     in_precision(model.to(device), dtype)
