@@ -163,8 +163,8 @@ def print_table(what: str, results: dict[str, dict]):
             )
     product = max((row.get("GFLOP/s", 0) for row in results.values()), default=0)
     if product:
-        print(f"  product: of a matrix product's FLOP/s, here {product:,.0f} GFLOP/s (float32 on a CPU, bfloat16 on CUDA)")
-        print("  waits: for data")
+        print(f"  product: of a matrix product's FLOP/s, here {product:,.0f} GFLOP/s; waits: for data")
+        print("  (the matrix product is in bfloat16 on CUDA, in float32 elsewhere)")
 
 
 def parse_arguments(argv=None) -> Namespace:

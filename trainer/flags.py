@@ -124,7 +124,7 @@ def add_device_flags(add):
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
-    add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set and elsewhere)")
+    add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
     add("--num_workers", type=int, help="processes that decode images (default: one per core, at most 16)")
 
 

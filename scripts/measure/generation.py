@@ -35,7 +35,7 @@ FOLDER_LINES = {  # tokens of an answer, precision
 def measure_generate(args, name: str) -> dict:
     """Returns new tokens per second, greedy, and how many times those of transformers' own Llama of the same shape.
 
-    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does, with or without --compile 1.
+    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does.
     """
     device, config, [batch, *how] = torch.device(args.device), model_config(args), GENERATE_LINES[name]
     torch.manual_seed(0)

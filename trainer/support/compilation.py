@@ -19,7 +19,7 @@ class CompiledVLM:
     """`MiniMindVLM.forward` and `encode_images` with compiled blocks, for full batches of any length.
 
     All blocks of the decoder but the last, which computes fewer positions, share one graph, and so do the tower's:
-    compiling the whole takes at least twice as long. Rare batches run uncompiled: an epoch's last, smaller one, and those
+    compiling the whole takes twice as long. Rare batches run uncompiled: an epoch's last, smaller one, and those
     with fewer than two images or learned tokens, for which torch.compile would make graphs of their own.
 
     Args:

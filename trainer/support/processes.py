@@ -164,7 +164,7 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
             raise UsageError(
                 f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}"
             )
-        # cuDNN's attention takes more than a tenth of a second to prepare for each new length, and sums in no fixed order.
+        # cuDNN's attention takes a tenth of a second or more for each new length, and sums in no fixed order.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
