@@ -22,7 +22,7 @@ from dataset.chat import has_image_pad
 from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
 from dataset.parquet import load_parquet
-from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture
+from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
 from dataset.rows import BLANK_LINE, ROWS_PER_PROCESS, tokenise_rows
 
 # Kinds of rows by the column that says which rows they are, and what is done with them.
@@ -97,6 +97,7 @@ class VLMDataset(Dataset):
         with formats.keeping_rows_of(self.data_path):
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, num_proc)
         self.features = None  # a dataset.features.FeatureFile, see use_features
+        self.leaves_small = False
         reasons = self.rows.data.column("reason")
         lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
         refused = [BadRow(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good)]
@@ -192,6 +193,15 @@ class VLMDataset(Dataset):
         """Lets samples come with the tower's features (a `dataset.features.FeatureFile`) in place of pixels."""
         self.features = features
 
+    def leaving_small_pictures(self) -> "VLMDataset":
+        """Returns the same rows; where all pictures of a batch are squares of one smaller size, they come as they are.
+
+        The model enlarges them to the same bytes, on its device.
+        """
+        data = copy.copy(self)
+        data.leaves_small = True
+        return data
+
     def with_pixels(self) -> "VLMDataset":
         """Returns the same rows, coming with pixels."""
         data = copy.copy(self)
@@ -246,7 +256,7 @@ class VLMDataset(Dataset):
                 samples.append(self._sample(position, row))
             except PictureError as error:
                 samples.append(error)
-        return samples
+        return stack_pictures(samples, self.picture_format)
 
     def read_rows(self, positions: list[int]) -> list[dict]:
         """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
@@ -261,10 +271,8 @@ class VLMDataset(Dataset):
         sample = {"input_ids": input_ids, "labels": labels, "image_starts": starts}
         sources = self.picture_sources(row)
         if self.features is None:
-            pixels = [load_picture(*source, self.picture_format) for source in sources]
-            size = self.picture_format.size
             return sample | {
-                "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+                "pixel_values": [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
             }
         first = self.first_slots[position]
         numbers = self.picture_numbers[first : first + len(sources)].tolist()
@@ -292,6 +300,19 @@ class VLMDataset(Dataset):
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
     """Returns how many bad rows are left out without refusing the file: as typed, else a hundredth of all rows."""
     return data.row_count // 100 if max_bad_rows is None else max_bad_rows
+
+
+def stack_pictures(samples: list, picture_format: PictureFormat) -> list:
+    """Stacks each sample's list of pictures, which are enlarged to the tower's size unless all samples' have one."""
+    with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+    shapes = {picture.shape for sample in with_pixels for picture in sample["pixel_values"]}
+    shape = shapes.pop() if len(shapes) == 1 else (3, picture_format.size, picture_format.size)
+    for sample in with_pixels:
+        pictures = sample["pixel_values"]
+        if shapes:
+            pictures = [resize_pixels(picture, picture_format) for picture in pictures]
+        sample["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(0, *shape, dtype=torch.uint8)
+    return samples
 
 
 class VLMCollator:

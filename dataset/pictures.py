@@ -150,8 +150,17 @@ def upright(image: Image.Image, size: int) -> Image.Image:
     return to_8_bits(ImageOps.exif_transpose(image), image.format)
 
 
+def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.Tensor:
+    """Resizes a decoded picture, uint8 (3, H, W), as `preprocess_image` does."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.ascontiguousarray(preprocess_image(image, picture_format)))
+
+
 def load_picture(
-    source: str | Path | bytes, name: str | None = None, picture_format: PictureFormat = CLIP_FORMAT
+    source: str | Path | bytes,
+    name: str | None = None,
+    picture_format: PictureFormat = CLIP_FORMAT,
+    leaves_small: bool = False,
 ) -> torch.Tensor:
     """Reads one picture, upright by its EXIF orientation.
 
@@ -159,14 +168,20 @@ def load_picture(
         source: A path, or the bytes of a picture's file.
         name: What errors call it; by default the path.
         picture_format: How it is resized.
+        leaves_small: Leave a square as it is if it is smaller and the filter is one that `encode_images` knows.
 
     Returns:
-        uint8 (3, size, size).
+        uint8 (3, size, size), or (3, n, n) of a small square.
 
     Raises:
         PictureError: If it is missing or cannot be decoded.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with decoding(str(name or source)), Image.open(file, formats=PICTURE_FORMATS) as image:
-        pixels = preprocess_image(upright(image, picture_format.size), picture_format)
+        image = to_rgb(upright(image, picture_format.size))
+        is_small = image.width == image.height < picture_format.size
+        if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
+            pixels = np.asarray(image).transpose(2, 0, 1)
+        else:
+            pixels = preprocess_image(image, picture_format)
     return torch.from_numpy(np.ascontiguousarray(pixels))

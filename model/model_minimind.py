@@ -411,6 +411,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         super().__init__(config or MiniMindConfig())
         self.model = MiniMindModel(self.config)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.compute_loss = causal_lm_loss
         self.post_init()
 
     def get_input_embeddings(self):
@@ -480,7 +481,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         loss, aux_loss = None, aux_losses.mean() if aux_losses is not None else None
         if targets is not None:
             predicted = logits if learned_positions is not None else logits[:, :-1].flatten(0, 1)
-            loss = causal_lm_loss(predicted, targets, num_items_in_batch)
+            loss = self.compute_loss(predicted, targets, num_items_in_batch)
             if aux_loss is not None and num_items_in_batch is None:
                 loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE_NAME: cache})

@@ -1,5 +1,6 @@
 """The frozen vision tower: any CLIP or SigLIP ViT of transformers, an image to one feature per patch."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -50,7 +51,8 @@ def encode_images(tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.T
     """Returns a tower's features: its last hidden state (CLIP's is before the final layer norm), without a class token.
 
     Args:
-        pixel_values: (images, 3, size, size), uint8 as decoded or float as already normalised.
+        pixel_values: (images, 3, size, size), uint8 as decoded or float as already normalised; uint8 of smaller squares
+            are enlarged here.
 
     Returns:
         (images, patches, hidden_size).
@@ -59,6 +61,58 @@ def encode_images(tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.T
         shape = 0, tower.settings.patches, tower.settings.hidden_size
         return torch.empty(shape, dtype=tower.dtype, device=pixel_values.device)
     if pixel_values.dtype == torch.uint8:
-        pixel_values = (pixel_values.float() / 255 - tower.pixel_mean.float()) / tower.pixel_std.float()
+        pixel_values = normalise(pixel_values, *pixel_constants(tower, pixel_values))
     features = tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state
     return features[:, features.shape[1] - tower.settings.patches :]
+
+
+def pixel_constants(tower: torch.nn.Module, pixels: torch.Tensor) -> tuple:
+    """Returns what `normalise` needs beside these pixels: weights that enlarge them (None for none), mean and std."""
+    source, size = pixels.shape[-1], tower.settings.config.image_size
+    weights = bicubic_weights(source, size, pixels.device) if source < size else None
+    return weights, tower.pixel_mean.float(), tower.pixel_std.float()
+
+
+def normalise(pixels: torch.Tensor, weights: torch.Tensor | None, mean: torch.Tensor, std: torch.Tensor):
+    """Enlarges uint8 images where they are small, and normalises them, to float32."""
+    pixels = pixels.float() if weights is None else enlarge(pixels, weights)
+    return (pixels / 255 - mean) / std
+
+
+def enlarge(pixels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Enlarges squares by bicubic interpolation as two matrix products, to what Pillow's `resize` gives.
+
+    Args:
+        pixels: uint8 (images, 3, n, n).
+        weights: (2 * size, n) `bicubic_weights`.
+
+    Returns:
+        float32 (images, 3, size, size), whole numbers of 0 to 255.
+    """
+    with torch.autocast(pixels.device.type, enabled=False):
+        rows = weighted(pixels.float() @ weights.T, dim=3)
+        return weighted(weights @ rows, dim=2)
+
+
+def weighted(high_and_low: torch.Tensor, dim: int) -> torch.Tensor:
+    """Returns floor(high * 2^-11 + low * 2^-22 + 1/2) within 0 to 255: whole numbers below 2^24, exact in float32."""
+    high, low = high_and_low.chunk(2, dim)
+    return low.add(2**21).mul_(2**-11).floor_().add_(high).mul_(2**-11).floor_().clamp_(0, 255)
+
+
+@functools.lru_cache(maxsize=8)
+def bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """Returns Pillow's 22-bit fixed-point weights of `source` pixels for `target` larger ones, as high and low 11 bits.
+
+    11 bits times a byte are exact in float32 and in TF32. (2 * target, source) float32.
+    """
+    scale = source / target
+    places = (torch.arange(target, dtype=torch.float64)[:, None] + 0.5) * scale
+    first, end = (places - 2 + 0.5).long().clamp(min=0), (places + 2 + 0.5).long().clamp(max=source)
+    columns = torch.arange(source)
+    x = (columns + 0.5 - places).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' kernel with a = -1/2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * ((columns >= first) & (columns < end))
+    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+    weights = (weights + torch.where(weights < 0, -0.5, 0.5)).long()  # rounded as Pillow does; long() cuts towards 0
+    return torch.cat((weights >> 11, weights & 2047)).float().to(device)

@@ -1,23 +1,22 @@
 """Measure training, the loader, answering and several processes, technique by technique, against plain baselines.
 
-    python scripts/benchmark.py                                  everything, on the best device there is
+    python scripts/benchmark.py                                  everything but growth and gpu
+    python scripts/benchmark.py gpu                              five minutes of a GPU: what its steps take, and why
+    python scripts/benchmark.py checks                           its steps: no syncs, same losses, same bits, ...
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate folder
     python scripts/benchmark.py ranks                            how much of the sums over ranks is hidden
     python scripts/benchmark.py growth                           start-up, memory, steps: 10,000 to 1,000,000 rows
     python scripts/benchmark.py cost                             hours on GPUs that were not at hand, on paper
-    python scripts/benchmark.py checks                           what only a device can show: no syncs, same losses, ...
 
 The data are made up, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
 or dialogues of 200 to 1500 (sft). Tower and decoder have their full size and random weights, which do not affect speed.
 In training, each line of a table adds one technique to the line above it. The lines take turns, and the whole round is
-repeated, on a CPU with every measurement in a process of its own, so that its peak memory is its own.
+repeated, every measurement in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import platform
 import subprocess
@@ -38,6 +37,7 @@ from common.errors import UsageError, run_script  # noqa: E402
 from scripts.measure.checks import CHECKS, check  # noqa: E402
 from scripts.measure.cost import COST_LINES, GPUS, estimate_cost  # noqa: E402
 from scripts.measure.generation import FOLDER_LINES, GENERATE_LINES, measure_folder, measure_generate  # noqa: E402
+from scripts.measure.gpu import Report, measure_gpu  # noqa: E402
 from scripts.measure.growth import GROWTH_LINES, measure_growth  # noqa: E402
 from scripts.measure.made_up import LAYERS, STAGES  # noqa: E402
 from scripts.measure.ranks import RANKS_LINES, measure_ranks  # noqa: E402
@@ -66,8 +66,7 @@ MEASUREMENTS = {
 }
 ONCE = ("batch", "checks", "cost", "growth")
 NAMED_ONLY = ("growth",)  # it takes half an hour
-ALONE = ("checks", "ranks")  # in a process of their own on CUDA too, and on few samples
-BATCH_SIZES = {"cuda": {"pretrain": 256, "sft": 64}, "cpu": {"pretrain": 16, "sft": 4}}
+BATCH_SIZES = {"pretrain": 16, "sft": 4}
 # The columns of the tables, those that a measurement has.
 FORMATS = {"samples": ",.0f", "samples/s": ",.2f", "images/s": ",.0f", "tokens/s": ",.0f", "pictures/s": ",.2f"}
 FORMATS |= {"x plain": ".2f", "x Llama": ".2f", "one by one": ",.2f", "x one": ".2f"}
@@ -90,8 +89,10 @@ def settings_of(what: str, name: str, args: Namespace) -> Namespace:
     """Returns the flags of one measurement, with the stage's batch size and length where none is given."""
     stage = next((stage for stage in (name, what) if stage in STAGES), None)
     stage = stage or ("sft" if what in ("ranks", "checks", "growth") else "pretrain")
-    sizes = BATCH_SIZES["cuda" if args.device.startswith("cuda") and what not in ALONE else "cpu"]
-    batch_size, longest = args.batch_size or sizes[stage], args.max_seq_len or STAGES[stage].defaults["max_seq_len"]
+    batch_size, longest = (
+        args.batch_size or BATCH_SIZES[stage],
+        args.max_seq_len or STAGES[stage].defaults["max_seq_len"],
+    )
     return Namespace(**vars(args) | {"stage": stage, "batch_size": batch_size, "max_seq_len": longest})
 
 
@@ -109,18 +110,6 @@ def measure_alone(one: str) -> dict:
     return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
 
 
-def measure_here(one: str, args: Namespace) -> dict:
-    """Does the same in this process, whose memory on the device is counted anew: starting one takes 15 seconds."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    torch.compiler.reset()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return measure_one(Namespace(**vars(args) | {"one": one}))
-    except Exception as error:  # whatever it is, the other lines are measured
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
 def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
     """Takes each measurement of a kind `repeats` times, in turn.
 
@@ -131,8 +120,7 @@ def measure_rounds(what: str, args: Namespace) -> dict[str, dict]:
     rounds = {name: [] for name in names}
     for name in (bar := tqdm(names * (1 if what in ONCE else args.repeats), leave=False)):
         bar.set_description(f"{what}: {name}")
-        one, is_alone = f"{what}/{name}", what in ALONE or not args.device.startswith("cuda")
-        rounds[name].append(measure_alone(one) if is_alone else measure_here(one, args))
+        rounds[name].append(measure_alone(f"{what}/{name}"))
     medians = {}
     for name, rows in rounds.items():
         whole = next((row for row in rows if "failed" in row or "passed" in row), None)
@@ -170,24 +158,24 @@ def print_table(what: str, results: dict[str, dict]):
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="WHAT", help=f"{', '.join(MEASUREMENTS)} (default: all but growth)")
+    add("what", nargs="*", metavar="WHAT", help=f"gpu, {', '.join(MEASUREMENTS)} (default: all but gpu, growth)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
-    add("--batch_size", type=int, help="samples a step (default: by stage, 16 and 4; on CUDA 256 and 64)")
+    add("--batch_size", type=int, help="samples a step (default: 16 in pretraining, 4 in SFT)")
     add("--max_seq_len", type=int, help="what the baseline pads to (default: the stage's)")
-    add("--steps", type=int, help="timed steps of each measurement (default: 3; on CUDA 50)")
-    add("--repeats", type=int, help="rounds through all lines; medians are shown (default: 3; on CUDA 1)")
-    add("--num_workers", type=int, default=min(16, cores()), help="of the loader")
+    add("--steps", type=int, default=3, help="timed steps of each measurement (default: 3)")
+    add("--repeats", type=int, default=3, help="rounds through all lines; medians are shown (default: 3)")
+    add("--num_workers", type=int, help="of the loader (default: one per core, two fewer on CUDA, at most 16)")
     add("--json", type=file_path, help="write the figures there")
     add("--one", help=argparse.SUPPRESS)  # a single measurement, printed as JSON: how this script runs itself
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
-    is_cuda = args.device.startswith("cuda")
-    args.steps, args.repeats = args.steps or (50 if is_cuda else 3), args.repeats or (1 if is_cuda else 3)
+    if args.num_workers is None:
+        args.num_workers = min(16, max(1, cores() - 2 * args.device.startswith("cuda")))
     args.what = args.what or [what for what in MEASUREMENTS if what not in NAMED_ONLY]
-    unknown = set(args.what) - MEASUREMENTS.keys()
+    unknown = set(args.what) - MEASUREMENTS.keys() - {"gpu"}
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(MEASUREMENTS)}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from gpu, {', '.join(MEASUREMENTS)}")
     return args
 
 
@@ -204,8 +192,10 @@ def main():
         f"transformers {transformers.__version__}\n" + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
     results, failed = {"settings": settings}, 0
+    if "gpu" in args.what:
+        measure_gpu(args, Report())
     for what in args.what:
-        if not lines_of(what, args):
+        if what == "gpu" or not lines_of(what, args):
             continue
         started = time.perf_counter()
         results[what] = measure_rounds(what, args)

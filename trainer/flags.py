@@ -125,7 +125,12 @@ def add_device_flags(add):
     add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
-    add("--num_workers", type=int, help="processes that decode images (default: one per core, at most 16)")
+    what = "1: take whole optimizer steps as CUDA graphs; with a single process"
+    add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
+    what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
+    add("--deterministic", type=int, choices=(0, 1), help=f"{what} (default: 1 on a CPU)")
+    what = "processes that decode images"
+    add("--num_workers", type=int, help=f"{what} (default: one per core, two fewer on CUDA, at most 16)")
 
 
 def add_saving_flags(add):
@@ -174,7 +179,13 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     # With the built-in models a CPU keeps to float32, so that their figures hold everywhere; else `Run` measures.
     if args.dtype or device.type != "cpu" or args.assets == "built-in":
         args.dtype = str(dtype).removeprefix("torch.")
-    fill_in(args, {"compile": device.type == "cuda", "num_workers": min(16, max(1, cores() // world_size))})
+    is_cuda = device.type == "cuda"
+    workers = min(16, max(1, cores() // world_size - 2 * is_cuda))  # two cores for the training loop and for pinning
+    fill_in(args, {"deterministic": device.type == "cpu", "capture": is_cuda, "num_workers": workers})
+    # Compiled kernels are chosen by timing them, so they may differ from run to run.
+    fill_in(args, {"compile": is_cuda and not args.deterministic})
+    if args.compile and args.deterministic and is_cuda:
+        raise UsageError("--compile 1 picks kernels by timing them: --deterministic 1 needs --compile 0")
     return args
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +17,7 @@ from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
 from trainer.resume import Checkpoints, TrainState, changed_settings, restore_random_state, save_if_due
 from trainer.setup import Run, open_features, round_frozen_weights
+from trainer.support.capture import IMAGE_INPUTS, MODEL_INPUTS, CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.gradients import GradientSums
 from trainer.support.prefetch import on_device
@@ -33,9 +35,6 @@ from trainer.watch.health import (
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
 from trainer.weights import learned_parameters
-
-MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
-IMAGE_INPUTS = ("pixel_values", "image_features")
 
 
 def answer_loss(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -71,10 +70,9 @@ class Learner:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict):
-        fused = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused  # the state may come from another kind of device
+        for group in self.optimizer.param_groups:  # the state may come from another kind of device
+            group.update({name: self.optimizer.defaults[name] for name in ("fused", "capturable")})
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -82,7 +80,7 @@ class Learner:
 class Counts:
     """What an optimizer step consists of, summed over its micro-batches and all ranks."""
 
-    learned: int
+    learned: int | torch.Tensor  # a tensor where the step is captured
     samples: int
     tokens: int
     skipped: int
@@ -94,7 +92,7 @@ def make_learner(
     """Returns AdamW over what learns, and a gradient scaler for float16; `forward` is the model, compiled or not."""
     device = processes.device.type
     learned = learned_parameters(model)
-    optimizer = torch.optim.AdamW(learned.values(), fused=device in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(learned.values(), fused=device in ("cpu", "cuda"), capturable=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     as_used = sorted(learned, key=lambda name: not name.startswith("vision_proj."))
     gradients = GradientSums([learned[name] for name in as_used], processes)
@@ -114,9 +112,9 @@ def train_step(
     """
     optimizer, scaler, device = learner.optimizer, learner.scaler, learner.processes.device
     loss_sum = torch.zeros(1, device=device)
-    if counts.learned == 0:  # no step: even a zero gradient would move AdamW's weights
-        return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
     micro_batches = [batch for batch in micro_batches if len(batch["learned_positions"])]
+    if not micro_batches and counts.learned == 0:  # no step: even a zero gradient would move AdamW's weights
+        return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
     for batch in micro_batches:
         inputs = {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(learner.model, batch)}
         with torch.autocast(device.type, learner.dtype, enabled=learner.dtype != torch.float32):
@@ -144,7 +142,7 @@ def train_step(
         is_bad = is_bad | ~norm.isfinite()
         step_unless(is_bad, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    losses = torch.cat((loss_sum, torch.full_like(loss_sum, counts.learned)))
+    losses = torch.cat((loss_sum, torch.ones_like(loss_sum) * counts.learned))
     return torch.where(is_bad, 0.0, losses), is_bad
 
 
@@ -206,6 +204,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
     if features is not None:
         encode_once(run, model, data, features)
+    take_step = CapturedStep(train_step, learner, args.batch_size) if run.captures else partial(train_step, learner)
     watch = Watch(run, model, data, heldout, eval_interval, state.step)
     seed_dropout(run)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
@@ -221,7 +220,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 data_seconds = time.perf_counter() - started
                 counts = count(micro_batches, processes)
                 learning_rate = cosine_learning_rate(args.learning_rate, sampler.done(epoch, first_sample))
-                losses, is_bad = train_step(learner, micro_batches, counts, learning_rate)
+                losses, is_bad = take_step(micro_batches, counts, learning_rate)
                 unreadable.note(micro_batches)
                 state.advance(counts.skipped, counts.learned, *sampler.after(epoch, first_sample))
                 if state.step == 1:
@@ -258,7 +257,7 @@ def load_batches(
 ) -> Iterator[dict]:
     """Yields this rank's micro-batches, on the device, their lengths rounded up to a multiple."""
     loader = DataLoader(
-        data,
+        data.leaving_small_pictures() if device.type == "cuda" else data,
         batch_sampler=sampler,
         collate_fn=VLMCollator(pad_token_id, length_multiple),
         num_workers=num_workers,

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -99,6 +100,12 @@ class Run:
         """Whether torch.compile is wanted. A model with experts is no single graph: tokens choose their expert."""
         return bool(self.args.compile) and not self.config.use_moe
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are CUDA graphs: one process, no experts, scaler or dropout, whose steps differ on the host."""
+        is_able = self.processes.world_size == 1 and not self.config.use_moe and self.config.dropout == 0
+        return bool(self.args.capture) and self.device.type == "cuda" and is_able and self.dtype != torch.float16
+
     def log(self, message: str = ""):
         """Prints a line, on the main process."""
         self.processes.log(message)
@@ -112,6 +119,8 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     """
     started = time.perf_counter()
     quiet_libraries(processes.is_main)
+    if args.deterministic:
+        be_deterministic()
     if processes.device.type == "cuda" and args.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.data_path.parent == BUILTIN_DATASET_DIR:
@@ -138,6 +147,14 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
         kept = state and state["arguments"].get("dtype")
         args.dtype = kept or str(faster_dtype(config, processes)).removeprefix("torch.")
     return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
+
+
+def be_deterministic():
+    """Makes torch use algorithms that give the same bits each time; it raises where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order
+    torch.use_deterministic_algorithms(True)  # not warn_only, with which flash attention's gradient stays as it is
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient has no such form
 
 
 def find_starting_weights(args, log) -> weight_io.Weights | None:

@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
-import os
+import gc
 from argparse import Namespace
+from functools import partial
 
 import torch
 
 from dataset.lm_dataset import VLMCollator
 from scripts.measure.made_up import load_data, load_model
 from trainer.loop import answer_loss, count, make_learner, train_step
-from trainer.setup import round_frozen_weights
+from trainer.setup import be_deterministic, round_frozen_weights
+from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.processes import Processes, pick_dtype
 
@@ -28,7 +30,7 @@ class Steps:
         forward = self.model.to(self.device)
         if compiles:
             forward = compile_or_not(self.model, self.data, args.batch_size, self.device, dtype, print)
-        self.compiles = forward is not self.model
+        self.compiles, self.step = forward is not self.model, None
         # Gradients are not clipped: the norm would carry one weight's difference into all others.
         self.learner = make_learner(self.model, answer_loss, self.processes, dtype, 0.0, forward)
         collate = VLMCollator(0, LENGTH_MULTIPLE if self.compiles else 1)
@@ -41,12 +43,16 @@ class Steps:
             for batch in self.batches
         ]
 
+    def capture(self):
+        """Makes the following steps CUDA graphs."""
+        self.step = CapturedStep(train_step, self.learner, len(self.batches[0]["input_ids"]))
+
     def take(self, numbers) -> list[float]:
         """Takes these steps; returns the mean loss of each."""
-        losses = []
+        step, losses = self.step or partial(train_step, self.learner), []
         for number in numbers:
             batch = [self.batches[number]]
-            loss, learned = train_step(self.learner, batch, count(batch, self.processes), RATE)[0].tolist()
+            loss, learned = step(batch, count(batch, self.processes), RATE)[0].tolist()
             losses.append(loss / learned)
         return losses
 
@@ -58,18 +64,27 @@ def same_losses_as_on_the_cpu(args) -> tuple[bool, str]:
     return difference < 0.01, f"they differ by {difference:.1e} at most (limit 1e-2)"
 
 
+def captures_the_step(args) -> tuple[bool, str]:
+    """Tells whether steps replayed as graphs give the weights of the same steps launched one by one."""
+    be_deterministic()
+    graphs, launched = (Steps(args, args.device) for _ in range(2))
+    for steps in (graphs, launched):
+        steps.capture()
+    launched.step.stream = None  # without a stream to capture on, nothing is captured
+    for steps in (graphs, launched):
+        steps.take([*range(STEPS)] * 3)
+    number = sum(shape.graph is not None for shape in graphs.step.shapes.values())
+    pairs = zip(graphs.model.state_dict().values(), launched.model.state_dict().values(), strict=True)
+    same = all(torch.equal(weight, other) for weight, other in pairs)
+    return same, f"{'all' if same else 'not all'} weights are equal after {3 * STEPS} steps, {number} graphs"
+
+
 def resumes_bit_by_bit(args) -> tuple[bool, str]:
-    """Tells whether steps after saving and loading give the weights of steps without, with deterministic algorithms."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order
-    torch.use_deterministic_algorithms(True)
-    try:
-        return compare_resumed(args)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    """Compares the gradients of a step taken twice, then the weights of a resumed run and of one that went on.
 
-
-def compare_resumed(args) -> tuple[bool, str]:
-    """Compares the gradients of a step taken twice, then the weights of a resumed run and of one that went on."""
+    With the algorithms of --deterministic 1.
+    """
+    be_deterministic()
     straight, again, first, second = (Steps(args, args.device) for _ in range(4))
     for steps in (straight, again):
         steps.take([0])
@@ -132,13 +147,16 @@ def sync_is_an_error(device: torch.device):
 
 CHECKS = {
     "losses equal the CPU's": same_losses_as_on_the_cpu,
-    "a resumed run is bit-identical": resumes_bit_by_bit,
     "no recompilation after the warm-up": compiles_once,
     "no sync in a step": does_not_sync,
+    # These two make torch deterministic, for all that follows in this process.
+    "a resumed run is bit-identical": resumes_bit_by_bit,
+    "a captured step is the step": captures_the_step,
 }
 
 
 def check(args, name: str) -> dict:
     """Returns whether a check passes, and what it found."""
     passed, found = CHECKS[name](args)
+    gc.collect()  # models refer to themselves
     return {"passed": passed, "found": found}

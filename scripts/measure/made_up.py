@@ -57,10 +57,10 @@ def made_up_row(stage: str, image: str, words: list[str], rng: np.random.Generat
 
 def load_model(args) -> MiniMindVLM:
     """Returns a model with random weights, on the CPU, frozen as the stage does."""
-    torch.manual_seed(0)
     tower = FOLDER / "tower"
     if not (tower / "model.safetensors").is_file():
         CLIPVisionModel(TOWER).save_pretrained(tower)
+    torch.manual_seed(0)  # after the tower's random numbers, so that every model has the same weights
     model = MiniMindVLM(model_config(args), tower)
     freeze(model, STAGES[args.stage].defaults["freeze_llm"])
     return model.train()

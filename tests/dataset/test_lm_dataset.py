@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_vlm
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -174,6 +175,21 @@ def test_a_parquet_column_of_another_type_is_refused(folder, tokenizer, image_by
     # Above all text, which would be read as a path.
     with pytest.raises(DataError, match="image_bytes must be a picture's bytes or a list of them, it is"):
         build_parquet(folder, [json.dumps(row("<image>")["conversations"])], image_bytes, tokenizer)
+
+
+def test_small_squares_of_one_size_in_a_batch_may_stay_as_they_are(tmp_path, tokenizer):
+    """The model enlarges them to the same bytes; in a batch with others they come at the tower's size."""
+    sizes, names = [(100, 100), (100, 100), (90, 90), (300, 200)], [f"{number}.png" for number in range(4)]
+    (tmp_path / "images").mkdir()
+    for number, (size, name) in enumerate(zip(sizes, names, strict=True)):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    rows = [row("<image>", "yes", name) for name in names] + [row("<image><image>", "two", "0.png,2.png"), row()]
+    data, model = build(tmp_path, rows, tokenizer), tiny_vlm()
+    for indices, size in (([0, 1, 5], 100), ([0, 2], 224), ([0, 1, 3], 224), ([1, 4], 224), ([5], 224)):
+        small, whole = (VLMCollator()(of.__getitems__(indices)) for of in (data.leaving_small_pictures(), data))
+        assert small["pixel_values"].shape[-1] == size and whole["pixel_values"].shape[-1] == 224
+        assert torch.equal(model.encode_images(small["pixel_values"]), model.encode_images(whole["pixel_values"]))
 
 
 def test_collate_takes_any_mix_of_pictures(folder, tokenizer):

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CompileConfig
 
 from common.errors import UsageError
 from scripts import benchmark
-from scripts.measure import checks, generation, growth, made_up, ranks, training
+from scripts.measure import checks, generation, gpu, growth, made_up, ranks, training
 from scripts.measure.training import FIRST_EPOCH, KEPT_FEATURES, PLAIN_LINES
 from trainer.loop import Counts
 from trainer.support import gradients
@@ -172,26 +172,23 @@ def test_the_hours_on_a_gpu_follow_from_the_operations(run):
     assert row["h, H100"] == pytest.approx(1.27e6 * row["GFLOP"] * 1e9 / (0.4 * 989e12) / 3600)
 
 
-def test_on_a_gpu_most_is_measured_in_one_process(monkeypatch):
-    """Each line has its own memory, and one that fails leaves the others alone."""
-    args = benchmark.parse_arguments(["generate", "--device", "cpu"])
-    resets = []
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, partial(resets.append, name))
-    measured = {"batch 1": lambda: {"tokens/s": 2.0}, "batch 16": lambda: [][0]}
-    monkeypatch.setitem(benchmark.MEASUREMENTS, "generate", (lambda args, name: measured[name](), tuple(measured)))
-    args.device = "cuda:0"
-    assert benchmark.settings_of("pretrain", "plain", args).batch_size == 256
-    assert benchmark.settings_of("checks", "no sync in a step", args).batch_size == 4
-    found = benchmark.measure_rounds("generate", args)
-    assert found == {"batch 1": {"tokens/s": 2.0}, "batch 16": {"failed": "IndexError: list index out of range"}}
-    assert len(resets) == 2 * 2 * args.repeats
+def test_a_gpu_is_measured_line_by_line(run, monkeypatch, capsys):
+    """Here on a CPU: every way a step is taken; a way that fails is told, and the others are measured."""
+    sizes = {"LARGE": {"sft": 2, "pretrain": 2}, "SMALL": {"pretrain": 2}}
+    for name, value in (sizes | {"ON_DEVICE": 2, "TIMED": 1, "FED": 3}).items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "compile_or_not", lambda *args: [][0])
+    run("gpu")
+    printed = capsys.readouterr().out
+    assert "sft of 2, captured" in printed and "pretrain of 2, ordinary" in printed
+    assert "compiled, captured: failed: IndexError" in printed
+    assert printed.count("samples/s") == 2 * 3 + 1 and "the loader alone, 0 workers" in printed
 
 
 def test_an_unknown_measurement_is_told(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_arguments(["training"])
-    assert "unknown: training; choose from pretrain, sft, data" in capsys.readouterr().err
+    assert "unknown: training; choose from gpu, pretrain, sft, data" in capsys.readouterr().err
 
 
 def test_the_operations_counted_are_those_of_the_shape():

@@ -1,15 +1,20 @@
 """torch.compile for a model's step: one graph for batches of every length, made before the first step."""
 
+import contextlib
 import copy
+import functools
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo import mark_dynamic
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UsageError
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
+from model.vision_tower import normalise, pixel_constants
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
@@ -33,15 +38,24 @@ class CompiledVLM:
         parts = (model, model.vision_encoder)
         tensors = [tensor for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())]
         self.compiled = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-        [tower_blocks] = [part for part in self.compiled.vision_encoder.modules() if isinstance(part, nn.ModuleList)]
-        for blocks, mark in ((self.compiled.model.layers, mark_length), (tower_blocks, mark_images)):
-            for block in blocks:
-                block.forward = torch.compile(block.forward, **options)
-                block.register_forward_pre_hook(mark)
+        decoder, tower = self.compiled.model.layers, self.compiled.vision_encoder
+        [tower_blocks] = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
+        [embeddings] = [part for part in tower.modules() if hasattr(part, "patch_embedding")]
+        embeddings.patch_embedding.forward = functools.partial(embed_patches, embeddings.patch_embedding)
+        for parts, mark in ((decoder, mark_length), ([*tower_blocks, embeddings], mark_images)):
+            for part in parts:
+                part.forward = torch.compile(part.forward, **options)
+                part.register_forward_pre_hook(mark)
+        self.normalise = torch.compile(normalise, **options)
+        self.compiled.compute_loss = compiled_loss(self.compiled.compute_loss, **options)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Does what `MiniMindVLM.encode_images` does."""
-        return (self.compiled if len(pixel_values) > 1 else self.model).encode_images(pixel_values)
+        if len(pixel_values) < 2:
+            return self.model.encode_images(pixel_values)
+        constants = pixel_constants(self.model.vision_encoder, pixel_values)
+        mark_dynamic(pixel_values, 0)
+        return self.compiled.encode_images(self.normalise(pixel_values, *constants))
 
     def __call__(self, **inputs):
         """Does what `MiniMindVLM.forward` does, given features."""
@@ -62,7 +76,7 @@ class CompiledVLM:
                 batch does not fit in the device's memory.
         """
         size = self.model.vision_encoder.config.image_size
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
             for length, images, learned in shapes:
                 pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
                 inputs = {
@@ -76,6 +90,39 @@ class CompiledVLM:
                     loss = self(**inputs, num_items_in_batch=1).loss
                 loss.backward()
         self.model.zero_grad(set_to_none=True)
+
+
+def fastest_attention():
+    """Prefers cuDNN's attention for what is compiled inside: faster than flash, but it plans anew for each length.
+
+    It sums in no fixed order.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return contextlib.nullcontext()
+    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(backends), set_priority=True)
+
+
+def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Does what a convolution does whose stride is its kernel size, as one matrix product."""
+    size = convolution.kernel_size[0]
+    patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (images, 3, rows, size, columns, size)
+    rows, columns = patches.shape[2], patches.shape[4]
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    embedded = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+    return embedded.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def compiled_loss(loss, **options):
+    """Returns the compiled loss of any number of learned tokens."""
+    compiled = torch.compile(loss, **options)
+
+    def call(logits, targets, num_items):
+        for part in (logits, targets):
+            mark_dynamic(part, 0)
+        return compiled(logits, targets, num_items)
+
+    return call
 
 
 def mark_length(block: nn.Module, inputs: tuple):

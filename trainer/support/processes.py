@@ -164,6 +164,8 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
             raise UsageError(
                 f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}"
             )
+        if sys.platform == "linux":  # memory in segments that grow: batches of every new length would add others
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # cuDNN's attention takes a tenth of a second or more for each new length, and sums in no fixed order.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", index)

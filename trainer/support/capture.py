@@ -1,0 +1,123 @@
+"""A whole optimizer step as one CUDA graph, which a GPU replays without waiting for the host to launch its kernels.
+
+A graph repeats the same kernels over the same memory (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs):
+batches are padded to a few shapes and copied into buffers, and learning rate and token count are tensors.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
+IMAGE_INPUTS = ("pixel_values", "image_features")
+
+
+@dataclass
+class Shape:
+    """The buffers of one padded shape, and its graph once there is one."""
+
+    inputs: dict[str, torch.Tensor]
+    graph: "torch.cuda.CUDAGraph | None" = None
+    warm: bool = False
+
+
+class CapturedStep:
+    """Takes a learner's optimizer steps: full batches of one image a row as a graph of their shape, others as ever.
+
+    The first batch of a shape runs over the buffers without a graph, which prepares what kernels need; the graph of the
+    second has the same kernels. So a step computes the same bits whether its shape has a graph yet or not.
+
+    Args:
+        plain: `train_step`.
+        learner: What it works on: one rank, without experts, gradient scaler or dropout.
+        batch_size: Samples of a full batch.
+    """
+
+    def __init__(self, plain: Callable, learner, batch_size: int):
+        self.plain, self.learner, self.batch_size = plain, learner, batch_size
+        device = self.device = learner.processes.device
+        self.learned, self.rate = torch.ones((), device=device), torch.zeros((), device=device)
+        self.losses, self.is_bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
+        self.shapes, self.images, self.pool = {}, {}, ()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, micro_batches: list[dict], counts, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what `train_step` does."""
+        batch = micro_batches[0]
+        is_full = len(batch["input_ids"]) == len(batch["image_starts"]) == self.batch_size
+        if len(micro_batches) > 1 or not is_full or counts.learned == 0:
+            return self.plain(self.learner, micro_batches, counts, learning_rate)
+        shape = self.fill(batch)
+        self.learned.fill_(counts.learned)
+        self.rate.fill_(learning_rate)
+        if shape.graph is None and shape.warm and self.stream is not None:
+            self.capture(shape, counts)
+        if shape.graph is not None:
+            shape.graph.replay()
+        else:
+            self.compute(shape, counts)
+            shape.warm = True
+        return self.losses.clone(), self.is_bad.clone()
+
+    def fill(self, batch: dict) -> Shape:
+        """Copies a batch into the buffers of its padded shape."""
+        length, learned = batch["input_ids"].shape[1], batch["learned_positions"]
+        padded, [name] = round_up(length, 32), [name for name in IMAGE_INPUTS if name in batch]
+        key = padded, round_up(len(learned), 8), name, batch[name].shape
+        if key[2:] not in self.images:
+            self.images[key[2:]] = torch.empty_like(batch[name])
+        image = self.images[key[2:]]
+        if key not in self.shapes:
+            ids = torch.empty(self.batch_size, padded, dtype=torch.int64, device=self.device)
+            inputs = {"input_ids": ids, "labels": ids.clone(), "image_starts": torch.empty_like(batch["image_starts"])}
+            inputs |= {"learned_positions": ids.new_empty(key[1]), name: image}
+            self.shapes[key] = Shape(inputs)
+        inputs = self.shapes[key].inputs
+        for field, pad in (("input_ids", 0), ("labels", -100)):
+            inputs[field][:, length:].fill_(pad)
+            inputs[field][:, :length].copy_(batch[field])
+        # Positions among all of the batch move with its length. Unused ones name the first, which is never learned.
+        inputs["learned_positions"][len(learned) :].zero_()
+        inputs["learned_positions"][: len(learned)].copy_(learned // length * padded + learned % length)
+        for field in ("image_starts", name):
+            inputs[field].copy_(batch[field])
+        return self.shapes[key]
+
+    def compute(self, shape: Shape, counts):
+        """Takes the step, as launches or, while capturing, as the graph's."""
+        counts = replace(counts, learned=self.learned)
+        losses, is_bad = self.plain(self.learner, [shape.inputs], counts, self.rate)
+        self.losses.copy_(losses)
+        self.is_bad.copy_(is_bad)
+
+    def capture(self, shape: Shape, counts):
+        """Records the step as the shape's graph, without taking it."""
+        graph = torch.cuda.CUDAGraph()
+        with self.aside():
+            # thread_local: the loader's pinning thread may allocate meanwhile. Not torch.cuda.graph(), which collects
+            # garbage and empties the allocator's cache for each graph.
+            graph.capture_begin(*self.pool, capture_error_mode="thread_local")
+            try:
+                self.compute(shape, counts)
+            finally:
+                graph.capture_end()
+        shape.graph, self.pool = graph, (graph.pool(),)
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Computes on a stream of its own, as capturing needs, in turn with the current one."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def round_up(number: int, parts: int) -> int:
+    """Rounds up to one of `parts` sizes between two powers of two, multiples of 8."""
+    multiple = max(8, 2 ** (number.bit_length() - 1) // parts)
+    return -(-number // multiple) * multiple
