@@ -29,6 +29,7 @@ from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, decoding, load_picture
 
+VERSION = 1  # part of the checksum: raise it when the same picture must give other features
 CHECKSUM_BYTES = 16
 ABANDONED_SECONDS = 3600  # writing a file takes milliseconds, so one that is older was left by a killed process
 
@@ -107,7 +108,7 @@ class FeatureFolder:
         return f"{self.path}/{digits[:2]}/{digits[2:]}.features"
 
     def _checksum(self, key: int, features: np.ndarray) -> bytes:
-        digest = xxh3_128(f"{self.made_by} {self.shape} {key}".encode())
+        digest = xxh3_128(f"{VERSION} {self.made_by} {self.shape} {key}".encode())
         digest.update(np.ascontiguousarray(features))
         return digest.digest()
 

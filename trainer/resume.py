@@ -52,6 +52,7 @@ class Checkpoints:
                 # The run was killed between the renames of state and weights.
                 files.write_together(self._weight_files(step))
         self.pictures = torch.from_numpy(data.picture_keys) if run.processes.is_main else None
+        run.processes.barrier(patient=True)  # reading all pictures may take long
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:

@@ -415,5 +415,6 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolde
             raise
         run.log(f"warning: {error}")
         is_kept = False
+    run.processes.barrier(patient=True)  # each has read all pictures
     # What is free may change while ranks look, but all of them must decide the same.
     return features if run.processes.sum(not is_kept) == [0] else None

@@ -1,6 +1,7 @@
 """The cache of vision features: never a stale or damaged one, computed once, shared by runs; training is the same."""
 
 import copy
+import errno
 import os
 import pickle
 import shutil
@@ -83,6 +84,16 @@ def test_too_little_disk_space_is_refused_in_advance(folder, tmp_path, monkeypat
     monkeypatch.undo()
     assert folder.make_room(np.array([0, 1, 2, 2, 3])) == 2 * folder.file_bytes
     assert folder.make_room(np.array([0, 1])) == 0
+
+
+def test_a_full_disk_while_writing_is_said_and_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features.os, "replace", full)
+    with pytest.raises(FeatureCacheError, match="cannot be kept in .*: No space left on device. Name another folder"):
+        folder.write(1, some_features(1))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(folder):
