@@ -27,7 +27,6 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path  # noqa: E402
 from dataset.chat import has_image_pad  # noqa: E402
-from dataset.features import image_slots  # noqa: E402
 from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
 from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
 from dataset.pictures import PictureError, load_picture  # noqa: E402
@@ -92,7 +91,7 @@ def good_rows(data: VLMDataset) -> Iterable[tuple[int, dict]]:
 
 
 def pictures(data: VLMDataset) -> str:
-    shown = data.picture_numbers[image_slots(data)]
+    shown = data.shown_pictures
     if len(shown) == 0:
         return "none"
     # A row may show a picture twice.

@@ -5,17 +5,19 @@ import errno
 import glob
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from xxhash import xxh3_128
 
 from common.errors import UsageError
 from common.paths import printable
 from dataset import foreign
 from dataset.conversation import RowError
 
-SAMPLED_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 20  # of a file that are hashed at once
 RIGHT_FORM = (
     '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
     '{"role": "assistant", "content": "A cat."}]}'
@@ -30,31 +32,42 @@ def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
     """Returns the lines of a jsonl, memory-mapped, as `text`.
 
     Raises:
-        DataError: If the file is missing, of another kind, unreadable or empty.
+        DataError: If the file is missing, of another kind, unreadable or empty, or changes meanwhile.
     """
     check_file(data_path)
     # utf-8-sig: some editors on Windows begin a file with a byte order mark.
     how = {"encoding": "utf-8-sig", "encoding_errors": "replace", "split": "train", "cache_dir": cache_dir}
     files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
     try:
+        key = content_key(data_path)
         with without_bars():  # "Generating train split" means nothing to the user
-            lines = datasets.load_dataset("text", data_files=files, name=content_key(data_path), **how)
+            lines = datasets.load_dataset("text", data_files=files, name=key, **how)
+        has_changed = content_key(data_path) != key
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
         raise data_error(data_path, error.__cause__ or error) from error
+    if has_changed:
+        shutil.rmtree(Path(lines.cache_files[0]["filename"]).parent, ignore_errors=True)
+        raise changed_error(data_path)
     if len(lines) == 0:
         raise DataError(f"{data_path} has no rows")
     return lines
 
 
 def content_key(path: Path) -> str:
-    """Hashes a file's size, head, middle and tail as its cache key: copies may share a modification time."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    """Hashes a whole file as its cache key, 3 to 10 GB/s where memory holds it, else as fast as the disk reads.
+
+    Sizes, time stamps and samples of a file stay the same when a few letters are corrected in place.
+    """
+    digest = xxh3_128()
     with open(path, "rb") as file:
-        for start in (0, size // 2, size - SAMPLED_BYTES):
-            file.seek(max(0, start))
-            digest.update(file.read(SAMPLED_BYTES))
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def changed_error(path: Path) -> DataError:
+    """Explains that a file is no longer the one whose hash names what was read from it."""
+    return DataError(f"{path} changed while it was read: start again when it is complete")
 
 
 def hash_63(content: bytes) -> int:

@@ -6,7 +6,10 @@ A row is tokenised once and kept memory-mapped, so a loader's worker only decode
 import copy
 import functools
 import hashlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +59,9 @@ class VLMDataset(Dataset):
 
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
     (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; after
-    `use_features`, "image_features": float16 (images, patches, width) in place of the pixels. It raises `PictureError`
-    where an image cannot be decoded. Rows that cannot be learned from are not counted; they are in `bad_rows`.
+    `use_features`, "image_features": float16 (images, patches, width) in place of the pixels, and "unencoded": bool
+    (images,), which of them are only zeros, and come with pixels too. It raises `PictureError` where an image cannot
+    be decoded. Rows that cannot be learned from are not counted; they are in `bad_rows`.
 
     Args:
         data_path: A jsonl file (one {"conversations": [...], "image": "a.jpg, b.jpg"} a line) or a parquet file
@@ -96,7 +100,7 @@ class VLMDataset(Dataset):
             raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
         with formats.keeping_rows_of(self.data_path):
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, num_proc)
-        self.features = None  # a dataset.features.FeatureFile, see use_features
+        self.features = None  # a dataset.features.FeatureFolder, see use_features
         self.leaves_small = False
         reasons = self.rows.data.column("reason")
         lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
@@ -178,7 +182,8 @@ class VLMDataset(Dataset):
     @functools.cached_property
     def content_sha256(self) -> str:
         """SHA-256 (hex) of the rows' tokens and images' names or bytes, wherever and whenever the file was written."""
-        digest = hashlib.sha256(self.pictures_sha256.encode() if self.is_parquet else b"")
+        hashes = self.image_files.data.column("hash").to_numpy() if self.is_parquet else None
+        digest = hashlib.sha256(hashlib.sha256(hashes).hexdigest().encode() if self.is_parquet else b"")
         for name in ("input_ids", "learned", "image_starts", "picture_numbers" if self.is_parquet else "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
@@ -190,7 +195,7 @@ class VLMDataset(Dataset):
         return digest.hexdigest()
 
     def use_features(self, features):
-        """Lets samples come with the tower's features (a `dataset.features.FeatureFile`) in place of pixels."""
+        """Lets samples come with the tower's features (a `dataset.features.FeatureFolder`) in place of pixels."""
         self.features = features
 
     def leaving_small_pictures(self) -> "VLMDataset":
@@ -219,22 +224,47 @@ class VLMDataset(Dataset):
         """(images of all rows,) which picture each is: equal for the same name, or in a parquet for the same bytes."""
         if self.is_parquet:
             return pc.list_flatten(self.rows.data.column("picture_numbers")).to_numpy()
-        return self._names().indices.to_numpy()
+        return self._names.indices.to_numpy()
 
     @property
-    def distinct_pictures(self) -> int:
-        """Pictures that `picture_numbers` counts."""
-        return len(self.image_files) if self.is_parquet else len(self._names().dictionary)
+    def shown_pictures(self) -> np.ndarray:
+        """(images of the samples,) which picture each is."""
+        first, counts = self.first_slots[self.positions], self.image_counts
+        return self.picture_numbers[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
 
-    @property
-    def pictures_sha256(self) -> str:
-        """SHA-256 (hex) of the pictures' names, or in a parquet of what they hold, in the order of their numbers."""
-        if self.is_parquet:
-            return hashlib.sha256(self.image_files.data.column("hash").to_numpy()).hexdigest()
-        return hashlib.sha256("\0".join(self._names().dictionary.to_pylist()).encode()).hexdigest()
+    @functools.cached_property
+    def picture_keys(self) -> np.ndarray:
+        """(pictures,) int64 a hash of what each of the samples' pictures holds; 0 for others and unreadable ones.
 
+        Files are read for it, once in a process: 100,000 of 20 kB take 5 to 10 seconds on two cores. Size and time
+        stamp would be faster, but tools that copy and edit may keep both.
+        """
+        shown = np.unique(self.shown_pictures)
+        keys = np.zeros(len(self.image_files if self.is_parquet else self._names.dictionary), dtype=np.int64)
+        keys[shown] = self.image_files.data.column("hash").to_numpy()[shown] if self.is_parquet else self._hash(shown)
+        return keys
+
+    def _hash(self, numbers: np.ndarray) -> list[int]:
+        def hash_of(number: int) -> int:
+            try:
+                return formats.hash_63(self.picture_source(number)[0].read_bytes())
+            except (OSError, MemoryError):
+                return 0
+
+        with ThreadPool() as pool:
+            hashes, is_quick = pool.imap(hash_of, numbers.tolist(), 64), len(numbers) < ROWS_PER_PROCESS
+            return list(tqdm(hashes, "reading pictures", len(numbers), unit=" pictures", disable=is_quick))
+
+    @functools.cached_property
     def _names(self) -> pa.DictionaryArray:
         return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
+
+    def picture_source(self, number: int) -> tuple[Path | bytes, str]:
+        """Returns a picture's path or bytes, and what errors call it."""
+        if self.is_parquet:
+            return self.image_files[number]["content"], f"picture {number + 1}"
+        name = self._names.dictionary[number].as_py()
+        return self.images_path / name, name
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -271,21 +301,20 @@ class VLMDataset(Dataset):
         sample = {"input_ids": input_ids, "labels": labels, "image_starts": starts}
         sources = self.picture_sources(row)
         if self.features is None:
-            return sample | {
-                "pixel_values": [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
-            }
+            return sample | {"pixel_values": self._pixels(sources)}
         first = self.first_slots[position]
-        numbers = self.picture_numbers[first : first + len(sources)].tolist()
-        features = [self._features(number, source) for number, source in zip(numbers, sources, strict=True)]
-        empty = torch.zeros(0, *self.features.shape[1:], dtype=torch.float16)
-        return sample | {"image_features": torch.stack(features) if features else empty}
+        keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
+        encoded = [self.features.get(key) for key in keys.tolist()]
+        unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)
+        zeros = np.zeros((1, *self.features.shape), np.float16)
+        features = np.concatenate([zeros[:0], *(zeros if of_image is None else of_image[None] for of_image in encoded)])
+        sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+        if unencoded.any():  # of a broken picture, or their file was damaged or deleted since the start
+            sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
+        return sample
 
-    def _features(self, number: int, source: tuple[Path | bytes, str]) -> torch.Tensor:
-        features = self.features.get(number)
-        if features is None:
-            load_picture(*source, self.picture_format)  # says what is wrong with it
-            raise PictureError(source[1], "it could not be read when its features were computed; start the run anew")
-        return torch.from_numpy(features)
+    def _pixels(self, sources: Iterable[tuple[Path | bytes, str]]) -> list[torch.Tensor]:
+        return [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
 
     def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
         """Returns each image's path or bytes, and what errors call it."""
@@ -330,9 +359,9 @@ class VLMCollator:
         """Returns the batch.
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
-        images, ...) in reading order; learned_positions (N,) where labels.flatten() is learned; tokens: how many there
-        are without padding; skipped: the PictureErrors of samples left out. Where nothing is left, the images are
-        missing too.
+        images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
+        learned; tokens: how many there are without padding; skipped: the PictureErrors of samples left out. Where
+        nothing is left, the images are missing too.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -347,8 +376,12 @@ class VLMCollator:
             labels[row, :length] = sample["labels"]
             columns = sample["image_starts"]
             starts.append(torch.stack((torch.full_like(columns, row), columns), dim=1))
-        images = {name for name in ("pixel_values", "image_features") if samples and name in samples[0]}
-        return {name: torch.cat([sample[name] for sample in samples]) for name in images} | {
+        images = {
+            name: torch.cat([sample[name] for sample in samples if name in sample])
+            for name in ("pixel_values", "image_features", "unencoded")
+            if any(name in sample for sample in samples)
+        }
+        return images | {
             "input_ids": input_ids,
             "labels": labels,
             "image_starts": torch.cat(starts),

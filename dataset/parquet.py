@@ -27,7 +27,7 @@ from common.files import TEMPORARY, flush_folder, lock, remove_temporaries
 from common.paths import display_path
 from dataset import foreign
 from dataset.conversation import RowError
-from dataset.formats import DataError, check_file, content_key, data_error, hash_63
+from dataset.formats import DataError, changed_error, check_file, content_key, data_error, hash_63
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be brought in differently
@@ -58,8 +58,8 @@ def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[dataset
         cache_dir: Where the cache lies; by default that of `datasets`.
 
     Raises:
-        DataError: If the file is missing, unreadable, empty or without these columns, or the disk or the memory is too
-            small.
+        DataError: If the file is missing, unreadable, empty or without these columns, if it changes meanwhile, or if
+            the disk or the memory is too small.
     """
     check_file(path)
     try:
@@ -103,6 +103,8 @@ def bring_in(path: Path, folder: Path, image_tokens: int):
         with whole_folder(folder) as part:
             (part / SOURCE).write_text(str(path.resolve()), encoding="utf-8", errors="surrogateescape")
             write_tables(file, name, part)
+            if not folder.name.startswith(content_key(path)):
+                raise changed_error(path)
     pa.default_memory_pool().release_unused()  # the row groups' dictionaries
 
 

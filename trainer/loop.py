@@ -11,11 +11,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.paths import display_path
-from dataset.features import FeatureFile, compute_features
+from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
-from trainer.resume import Checkpoints, TrainState, changed_settings, restore_random_state, save_if_due
+from trainer.resume import (
+    Checkpoints,
+    TrainState,
+    changed_pictures,
+    changed_settings,
+    restore_random_state,
+    save_if_due,
+)
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.support.capture import IMAGE_INPUTS, MODEL_INPUTS, CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
@@ -148,9 +155,13 @@ def train_step(
 
 def image_features(model, batch: dict) -> torch.Tensor:
     """Returns a batch's (images, patches, width): as they were kept, or encoded now."""
-    if "image_features" in batch:
-        return batch["image_features"]
-    return model.encode_images(batch["pixel_values"])
+    if "image_features" not in batch:
+        return model.encode_images(batch["pixel_values"])
+    features = batch["image_features"]
+    if "pixel_values" in batch:  # one by one, as compute_features does, for the same bits
+        encoded = [model.encode_images(pixels) for pixels in batch["pixel_values"].split(1)]
+        features[batch["unencoded"]] = torch.cat(encoded).to(features.dtype)
+    return features
 
 
 def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
@@ -202,6 +213,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         learner.load_state_dict(run.state)
         changed = changed_settings(run.state, args, processes.world_size)
         run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
+        if processes.is_main and (warning := changed_pictures(run.state, data)):
+            run.log(warning)
     if features is not None:
         encode_once(run, model, data, features)
     take_step = CapturedStep(train_step, learner, args.batch_size) if run.captures else partial(train_step, learner)
@@ -233,7 +246,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         finish(run, state, progress, watch)
 
 
-def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFile):
+def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder):
     """Computes what is missing of the tower's features, ranks sharing the work; `data` yields them from then on."""
     compute_features(data, features, model.encode_images, run.device, run.args.num_workers, *run.processes.local_share)
     run.processes.barrier(patient=True)

@@ -5,6 +5,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from common import files
@@ -50,6 +51,8 @@ class Checkpoints:
             if run.processes.is_main and (written != step or not run.files.weights.is_file()):
                 # The run was killed between the renames of state and weights.
                 files.write_together(self._weight_files(step))
+        self.pictures = torch.from_numpy(data.picture_keys) if run.processes.is_main else None
+        run.processes.barrier(patient=True)  # reading all pictures may take long
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
@@ -104,6 +107,7 @@ class Checkpoints:
                 "arguments": {key: str(value) for key, value in self.settings.items()},
                 "processes": run.processes.world_size,
                 "fingerprint": self.fingerprint,
+                "pictures": self.pictures,
             }
             try:
                 # The state first: if the process dies between the renames, the weights can be made from it.
@@ -134,6 +138,22 @@ def changed_settings(state: dict, args, world_size: int) -> str:
     now = {name: str(getattr(args, name)) for name in MAY_CHANGE} | {"processes": str(world_size)}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     return f"; changed: {', '.join(changed)}" if changed else ""
+
+
+def changed_pictures(state: dict, data: VLMDataset) -> str:
+    """Says how many pictures hold something else than when a run was saved; empty for none.
+
+    A parquet's would make it other data; in a jsonl the rows are the same, which only name them.
+    """
+    before = state.get("pictures", torch.empty(0))  # old checkpoints lack it
+    changed = [] if before.shape != data.picture_keys.shape else np.flatnonzero(before.numpy() != data.picture_keys)
+    if len(changed) == 0:
+        return ""
+    return (
+        f"warning: {len(changed):,} of the {len(before):,} pictures changed since this run was saved, the first is "
+        f"{data.picture_source(changed[0])[1]}: it continues with what they show now. To continue with what it learned "
+        "before, put the old ones back; --from_resume 0 starts over with the new ones"
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from common.errors import RankError, UsageError
 from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.chat import image_token_id
-from dataset.features import FeatureCacheError, FeatureFile, file_bytes
+from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.formats import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
@@ -411,8 +411,8 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFile | None:
-    """Opens the file that keeps the tower's features, where --cache_vision or its default says so.
+def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
+    """Opens the folder that keeps the tower's features, where --cache_vision or its default says so, for all ranks.
 
     Raises:
         FeatureCacheError: If a folder was named, and has no room for it.
@@ -421,16 +421,17 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFile 
     folder = save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
     if wish == "off" or data.picture_count == 0 or (wish is None and run.device.type == "cuda"):
         return None
-    shape = data.distinct_pictures, run.tower.patches, run.tower.hidden_size
-    if wish is None and file_bytes(shape) > shutil.disk_usage(save_dir).free / 10:
-        return None
     # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
+    features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))
     try:
-        with run.processes.main_first(per_machine=True):
-            return FeatureFile(folder, data.pictures_sha256, made_by, shape)
+        needed = features.make_room(data.picture_keys)
+        is_kept = wish is not None or needed <= shutil.disk_usage(folder).free / 10
     except FeatureCacheError as error:
         if wish is not None:
             raise
-        run.log(f"the tower's features are not kept: {error}")
-        return None
+        run.log(f"warning: {error}")
+        is_kept = False
+    run.processes.barrier(patient=True)  # each has read all pictures
+    # What is free may change while ranks look, but all of them must decide the same.
+    return features if run.processes.sum(not is_kept) == [0] else None

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.chat import ChatEncoder
 from dataset.conversation import parse_conversation
-from dataset.features import FeatureFile, compute_features, image_slots
+from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer
@@ -133,13 +133,13 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
             sampler = list(itertools.islice(sampler, WARM_UP[device.type] + args.steps)) * 100
             few = data.with_pixels()
             few.positions = np.unique(data.positions[np.concatenate(sampler)])
-            shape = data.distinct_pictures, model.config.vision_patches, model.config.vision_hidden_size
-            file = FeatureFile(Path(folder), "data", "tower", shape)
-            seconds, _ = timed(device, compute_features, few, file, model.encode_images, device, args.num_workers)
+            shape = model.config.vision_patches, model.config.vision_hidden_size
+            features = FeatureFolder(Path(folder), "tower", shape)
+            seconds, _ = timed(device, compute_features, few, features, model.encode_images, device, args.num_workers)
             # The made-up rows share few pictures: count as if each row had its own.
-            encoded = len(np.unique(data.picture_numbers[image_slots(few)]))
+            encoded = len(np.unique(few.shown_pictures))
             encoding = seconds / encoded * args.batch_size if name == FIRST_EPOCH else 0.0
-            data.use_features(file)
+            data.use_features(features)
         multiple = LENGTH_MULTIPLE if forward is not model else 1
         for batch, waited in with_waits(load_batches(data, sampler, device, args.num_workers, 0, multiple)):
             train_step(learner, [batch], count([batch], processes), 1e-4)

@@ -1,8 +1,12 @@
-"""The cache of vision features: never a stale one, computed once, shared by ranks; training is the same."""
+"""The cache of vision features: never a stale or damaged one, computed once, shared by runs; training is the same."""
 
-import json
+import copy
+import errno
+import os
 import pickle
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,16 +15,16 @@ from PIL import Image
 from tiny import SFT, read_jsonl, sft_row, write_jsonl
 
 from dataset import features
-from dataset.features import FeatureCacheError, FeatureFile, compute_features, file_bytes, image_slots, tower_sha256
+from dataset.features import FeatureCacheError, FeatureFolder, compute_features, tower_sha256
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import PictureError
 from dataset.tokenizer import load_tokenizer
 from model.vision_tower import load_vision_tower
+from trainer.loop import image_features
 
 pytest_plugins = ["tiny"]
 
 CPU = torch.device("cpu")
-SHAPE = (17, 196, 8)
 FLAGS = ["--from_weight", "llm", "--epochs", 2, "--learning_rate", 1e-3, "--log_interval", 1, "--num_workers", 1]
 
 
@@ -29,46 +33,76 @@ def some_features(seed: int) -> np.ndarray:
 
 
 @pytest.fixture
-def file(tmp_path) -> FeatureFile:
-    return FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
+def folder(tmp_path) -> FeatureFolder:
+    kept = FeatureFolder(tmp_path, "tower" * 8, (196, 8))
+    kept.make_room(np.array([1]))
+    return kept
 
 
-def test_a_slot_is_valid_for_its_image_only(file):
-    stamps = np.array([[5, 6]])
-    assert not file.is_current(np.array([1]), stamps).any()
-    file.write([(1, (5, 6), 11, some_features(1)), (2, (7, 8), 12, None)])
-    assert file.is_current(np.array([1]), stamps).all()
-    assert not file.is_current(np.array([1]), stamps + [[0, 1]]).any()  # changed since
-    assert not file.is_current(np.array([0]), stamps).any()
-    assert np.array_equal(file.get(1), some_features(1))
-    assert file.is_current(np.array([2]), np.array([[7, 8]])).all()
-    assert file.get(2) is None  # known to be unreadable
+def files_of(folder) -> list:
+    return sorted(folder.rglob("*.features"))
 
 
-def test_it_persists_and_a_worker_maps_it_itself(file, tmp_path):
-    file.write([(3, (1, 1), 13, some_features(3))])
-    assert file.path.stat().st_size == file.size == file_bytes(SHAPE)
-    assert file_bytes((1, 196, 768)) - file_bytes((0, 196, 768)) == pytest.approx(301_000, rel=1e-3)
-    again = FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
-    assert np.array_equal(again.get(3), some_features(3))
-    assert len(pickle.dumps(file)) < 1000
-    assert np.array_equal(pickle.loads(pickle.dumps(file)).get(3), some_features(3))
+def test_features_are_those_of_their_key_and_tower_and_shape(folder, tmp_path):
+    assert folder.get(1) is None
+    folder.write(1, some_features(1))
+    [file] = files_of(tmp_path)
+    assert file.stat().st_size == folder.file_bytes
+    assert FeatureFolder(tmp_path, "t", (196, 768)).file_bytes == pytest.approx(301_000, rel=1e-3)
+    for again in (folder, pickle.loads(pickle.dumps(folder)), FeatureFolder(tmp_path, "tower" * 8, (196, 8))):
+        assert np.array_equal(again.get(1), some_features(1)) and again.get(2) is None
+    for other in (
+        FeatureFolder(tmp_path, "tower" * 8, (8, 196)),
+        FeatureFolder(tmp_path, "tower" * 2 + "to", (196, 8)),
+    ):
+        assert other.path == folder.path and other.get(1) is None
+    shutil.copy(file, file.with_name(f"{2:014x}.features"))
+    assert folder.get(2) is None
 
 
-def test_too_little_disk_space_is_refused_in_advance(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
-    with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB, and .* free: .*--cache_vision"):
-        FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
-    assert list(tmp_path.iterdir()) == []
+def test_a_file_that_is_cut_off_or_has_a_bit_flipped_counts_as_missing(folder, tmp_path):
+    folder.write(1, some_features(1))
+    [file] = files_of(tmp_path)
+    whole = file.read_bytes()
+    damaged = [whole[:length] for length in (0, 9, 15, 16, 17, 1000, len(whole) - 1)]
+    for bit in [0, 100, 127, 128, *range(1000, 8 * len(whole), 999)]:
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(content))
+    for content in damaged:
+        file.write_bytes(content)
+        assert folder.get(1) is None
+    folder.write(1, some_features(1))
+    assert np.array_equal(folder.get(1), some_features(1)) and file.read_bytes() == whole
 
 
-def test_a_file_of_another_tower_is_refused(file, tmp_path):
-    with open(file.path, "r+b") as opened:
-        header = json.loads(opened.read(features.HEADER_BYTES).rstrip(b"\0"))
-        opened.seek(0)
-        opened.write(json.dumps(header | {"tower": "another"}).encode())
-    with pytest.raises(FeatureCacheError, match="made from something else; delete it"):
-        FeatureFile(tmp_path, "data" * 8, "tower" * 8, SHAPE)
+def test_too_little_disk_space_is_refused_in_advance(folder, tmp_path, monkeypatch):
+    folder.write(1, some_features(1))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB more, and .* free: .*--cache_vision"):
+        folder.make_room(np.array([0, 1, 2, 2, 3]))
+    monkeypatch.undo()
+    assert folder.make_room(np.array([0, 1, 2, 2, 3])) == 2 * folder.file_bytes
+    assert folder.make_room(np.array([0, 1])) == 0
+
+
+def test_a_full_disk_while_writing_is_said_and_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features.os, "replace", full)
+    with pytest.raises(FeatureCacheError, match="cannot be kept in .*: No space left on device. Name another folder"):
+        folder.write(1, some_features(1))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(folder):
+    old, new = (folder.path / f"{name}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 10_000,) * 2)
+    folder.make_room(np.array([1]))
+    assert not old.exists() and new.exists()
 
 
 def test_towers_are_told_apart(world):
@@ -98,10 +132,12 @@ def data(world, tmp_path) -> VLMDataset:
     return VLMDataset(rows, images, load_tokenizer(world.tokenizer), 1536, 196, cache_dir=tmp_path / "tokens")
 
 
-def computed(data, folder, encoder, **share) -> FeatureFile:
-    file = FeatureFile(folder, "d" * 16, "t" * 16, (data.distinct_pictures, 196, 8))
-    compute_features(data, file, encoder, CPU, 0, **share)
-    return file
+def computed(data, folder, encoder, **share) -> FeatureFolder:
+    data.__dict__.pop("picture_keys", None)  # as a new process, which reads the pictures again
+    kept = FeatureFolder(folder, "t" * 16, (196, 8))
+    kept.make_room(data.picture_keys)
+    compute_features(data, kept, encoder, CPU, 0, **share)
+    return kept
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -109,9 +145,9 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
     expected = [data[index]["pixel_values"].float().mean(dim=(1, 2, 3)).half() for index in range(15)]
     encoder = Encoder()
     for rank in range(ranks):
-        file = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
-    assert encoder.images == data.distinct_pictures == 10 < len(image_slots(data)) == data.picture_count
-    data.use_features(file)
+        kept = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
+    assert encoder.images == len(np.unique(data.shown_pictures)) == 10 < len(data.shown_pictures) == data.picture_count
+    data.use_features(kept)
     for index, means in enumerate(expected):
         sample = data[index]
         assert "pixel_values" not in sample
@@ -123,10 +159,33 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
 def test_only_what_is_missing_or_changed_is_computed(data, tmp_path):
     computed(data, tmp_path, first := Encoder())
     computed(data, tmp_path, again := Encoder())
-    assert (first.images, again.images) == (data.distinct_pictures, 0)
+    assert (first.images, again.images) == (10, 0)
     Image.new("RGB", (9, 9), "red").save(data.images_path / "1.jpg")
     computed(data, tmp_path, changed := Encoder())
+    shutil.copytree(data.images_path, tmp_path / "copied")
+    data.images_path = tmp_path / "copied"
+    computed(data, tmp_path, elsewhere := Encoder())
+    assert (changed.images, elsewhere.images) == (1, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_picture_edited_in_place_is_encoded_again_though_size_and_time_are_the_same(data, tmp_path, seed):
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    path = data.images_path / "1.jpg"
+    Image.fromarray(pixels).save(path, "BMP")
+    computed(data, tmp_path, Encoder())
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(int(random.integers(54, before.st_size)))
+        value = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([value ^ 255]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    data.use_features(computed(data, tmp_path, changed := Encoder()))
     assert changed.images == 1
+    assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
 def means_of(data: VLMDataset, index: int) -> torch.Tensor:
@@ -137,9 +196,9 @@ def test_a_picture_that_several_files_hold_is_encoded_once(data, tmp_path):
     first, *others = sorted({name for row in data.read_rows(range(15)) for name in row["pictures"]})[:4]
     for name in others:
         shutil.copy(data.images_path / first, data.images_path / name)
-    file = computed(data, tmp_path, encoder := Encoder())
-    assert encoder.images == data.distinct_pictures - 3
-    data.use_features(file)
+    kept = computed(data, tmp_path, encoder := Encoder())
+    assert encoder.images == 10 - 3
+    data.use_features(kept)
     assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
@@ -153,9 +212,21 @@ def test_files_that_swap_their_pictures_swap_their_features(data, tmp_path):
     assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
-def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "IMAGES_PER_FLUSH", 4)
+def test_another_run_with_other_pictures_of_the_same_names_changes_nothing(data, tmp_path):
+    other = copy.copy(data)
+    other.images_path = shutil.copytree(data.images_path, tmp_path / "other")
+    data.use_features(computed(data, tmp_path, Encoder()))
+    before = {path: path.read_bytes() for path in files_of(tmp_path)}
+    for number, path in enumerate(sorted(other.images_path.iterdir())):
+        Image.new("RGB", (9, 9), (number * 20, 0, 0)).save(path, "PNG")
+    other.use_features(computed(other, tmp_path, encoder := Encoder()))
+    assert encoder.images == 10 and len(files_of(tmp_path)) == 20
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for rows in (data, other):
+        assert all(torch.equal(rows[i]["image_features"][:, 0, 0], means_of(rows, i)) for i in range(15))
 
+
+def test_an_interrupted_computation_continues(data, tmp_path):
     class Interrupted(Encoder):
         def __call__(self, pixels):
             if self.images == 6:
@@ -165,7 +236,35 @@ def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         computed(data, tmp_path, Interrupted())
     computed(data, tmp_path, rest := Encoder())
-    assert rest.images == data.distinct_pictures - 4  # what was written before the interruption
+    assert rest.images < 10
+    assert len(files_of(tmp_path)) == 10
+
+
+DAMAGES = {
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"),
+    "cut off": lambda path: os.truncate(path, 100),
+    "empty": lambda path: os.truncate(path, 0),
+    "deleted": lambda path: path.unlink(),
+    "another's": lambda path: shutil.copy(files_of(path.parents[1])[-1], path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_computed_again_also_while_training(data, tmp_path, damage):
+    data.use_features(computed(data, tmp_path, encoder := Encoder()))
+    samples = data.__getitems__(range(15))
+    for path in files_of(tmp_path)[:3]:
+        DAMAGES[damage](path)
+    batch, now = (VLMCollator()(rows) for rows in (samples, data.__getitems__(range(15))))
+    shown = batch["unencoded"].sum(), now["unencoded"].sum()
+    assert shown[0] == 0 < shown[1] == len(now["pixel_values"]) and "pixel_values" not in batch
+    model = SimpleNamespace(encode_images=encoder)
+    assert torch.equal(image_features(model, now), batch["image_features"])
+    if damage != "a folder":
+        computed(data, tmp_path, again := Encoder())
+        assert again.images == 3
+        assert not VLMCollator()(data.__getitems__(range(15)))["unencoded"].any()
 
 
 def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
@@ -213,8 +312,33 @@ def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
     assert "features     computed anew every epoch" in runs["off"][1].out
     assert not (runs["off"][2] / "vision_features").exists()
     assert "features     kept in" in runs["default"][1].out
-    [kept] = (runs["default"][2] / "vision_features").iterdir()
-    assert kept.suffix == ".features"
+    assert len(files_of(runs["default"][2] / "vision_features")) == 12
+
+
+@pytest.mark.parametrize("flags", [[], ["--cache_vision", "off"]])
+def test_a_resumed_run_says_which_pictures_changed(world, tmp_path, flags):
+    images = shutil.copytree(world.images, tmp_path / "images")
+    out = world.copy_of_out(tmp_path / "out")
+    command = [
+        SFT,
+        *world.files("sft", out),
+        "--images_path",
+        images,
+        "--from_weight",
+        "llm",
+        "--num_workers",
+        0,
+        *flags,
+    ]
+    world.run(*command, "--epochs", 1).passed()
+    resumed = world.run(*command, "--epochs", 2, "--from_resume", 1).passed()
+    assert "changed since" not in resumed.out
+    for name in ("1.jpg", "2.jpg"):
+        times = (images / name).stat()
+        shutil.copy(images / "3.jpg", images / name)
+        os.utime(images / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    resumed = world.run(*command, "--epochs", 3, "--from_resume", 1).passed()
+    assert "warning: 2 of the 12 pictures changed since this run was saved, the first is 1.jpg: it" in resumed.out
 
 
 def test_a_named_folder_that_cannot_be_made_is_an_error(world, tmp_path):

@@ -2,19 +2,23 @@
 
 import io
 import json
+import os
 import shlex
 import shutil
 import tarfile
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.formats import RIGHT_FORM, DataError
+from dataset import formats, parquet
+from dataset.formats import RIGHT_FORM, DataError, load_lines
 from dataset.lm_dataset import VLMDataset
+from dataset.parquet import load_parquet
 from dataset.tokenizer import load_tokenizer
 
 TURNS = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
@@ -155,3 +159,47 @@ def test_a_parquet_of_plain_structs_is_read_and_a_missing_picture_told(folder, t
 def test_the_library_s_own_bars_stay_off_the_screen(folder, tokenizer, capfd):
     of_rows(folder, tokenizer, {"image": "a.png", "conversations": TURNS})
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "none.parquet", "snappy.parquet", "zstd.parquet"])
+def test_a_correction_in_place_is_seen_wherever_it_is_though_size_and_time_stay(folder, form):
+    random, path, cache = np.random.default_rng(0), folder / f"rows.{form}", folder / "cache"
+    answers = ["".join(map(chr, random.integers(ord("一"), ord("龥"), 100))) for _ in range(2000)]
+    time = None
+
+    def written_and_read() -> datasets.Dataset:
+        if form == "jsonl":
+            path.write_text("\n".join(answers), encoding="utf-8")
+        else:
+            table = pa.table({"conversations": answers, "image_bytes": pa.array([None] * 2000, pa.binary())})
+            pq.write_table(table, path, compression=form.split(".")[0], use_dictionary=False)
+        if time is not None:
+            os.utime(path, ns=(time, time))
+        return load_lines(path, cache) if form == "jsonl" else load_parquet(path, 4, cache)[0]
+
+    fingerprints = [written_and_read()._fingerprint]
+    size, time = path.stat().st_size, path.stat().st_mtime_ns
+    for row in random.integers(0, 2000, 10).tolist():
+        answers[row] = f"{answers[row][:50]}{chr(ord(answers[row][50]) ^ 1)}{answers[row][51:]}"
+        read = written_and_read()
+        assert read.data.column(0).to_pylist() == answers
+        assert path.stat().st_size == size or form in ("snappy.parquet", "zstd.parquet")
+        fingerprints.append(read._fingerprint)  # the tokens' cache is keyed by it
+    assert len(set(fingerprints)) == 11
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_what_is_read_of_a_file_that_changes_meanwhile_is_not_kept(folder, tokenizer, monkeypatch, form):
+    rows = pa.table({"conversations": [json.dumps(TURNS)], "image_bytes": [(folder / "photos/a.png").read_bytes()]})
+    path, key = folder / f"rows.{form}", formats.content_key
+    path.write_text(json.dumps({"image": "a.png", "conversations": TURNS}), encoding="utf-8")
+    if form == "parquet":
+        pq.write_table(rows, path)
+    times = iter(["before", "after"])
+    for module in (formats, parquet):
+        monkeypatch.setattr(module, "content_key", lambda path: f"{next(times)}{key(path)}")
+    with pytest.raises(DataError, match="changed while it was read: start again when it is complete"):
+        opened(folder, tokenizer, path.name)
+    monkeypatch.undo()
+    assert not list(folder.glob("cache/**/*.arrow"))
+    assert len(opened(folder, tokenizer, path.name)) == 1

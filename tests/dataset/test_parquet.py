@@ -23,7 +23,7 @@ from tiny import PRETRAIN, ROOT, SFT, as_file, turn
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
 from dataset.chat import ChatEncoder
-from dataset.features import FeatureFile, compute_features
+from dataset.features import FeatureFolder, compute_features
 from dataset.formats import DataError
 from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import VLMDataset
@@ -163,7 +163,7 @@ def test_each_picture_is_kept_once_and_read_from_every_row(written, tmp_path):
     shown = [0, 1, 2, 0, 1, 0, 0]
     data = written([(said(ASKED, f"第{row}张。"), picture(number)) for row, number in enumerate(shown)])
     assert data.picture_numbers.tolist() == shown
-    assert (data.picture_count, data.distinct_pictures) == (7, 3)
+    assert (data.picture_count, len(set(data.picture_keys.tolist()))) == (7, 3)
     assert data.image_files["content"] == [picture(number) for number in range(3)]
     expected = means(data)
     assert all(expected[row] == expected[shown.index(number)] for row, number in enumerate(shown))
@@ -209,19 +209,14 @@ def test_a_picture_in_several_rows_is_encoded_once(tmp_path, tokenizer):
         return pixels.float().mean(dim=(1, 2, 3))[:, None, None].expand(-1, 4, 2)
 
     for _ in range(2):
-        file = FeatureFile(tmp_path, data.pictures_sha256, "tower", (data.distinct_pictures, 4, 2))
-        compute_features(data, file, encode, torch.device("cpu"), 0)
+        features = FeatureFolder(tmp_path, "tower", (4, 2))
+        features.make_room(data.picture_keys)
+        compute_features(data, features, encode, torch.device("cpu"), 0)
     assert sum(encoded) == counts["pictures"] - 1 < data.picture_count / 3  # not the black one
     expected = means(data)
-    data.use_features(file)
+    data.use_features(features)
     for sample, of_pixels in zip(data, expected, strict=True):
         assert sample["image_features"][:, 0, 0].tolist() == pytest.approx(of_pixels, rel=1e-3)
-    assert data.pictures_sha256 != opened_other(data, tmp_path, tokenizer).pictures_sha256
-
-
-def opened_other(data: VLMDataset, tmp_path, tokenizer) -> VLMDataset:
-    write_published_form(tmp_path / "other.parquet", 200, seed=1)
-    return opened(tmp_path / "other.parquet", tokenizer)
 
 
 def test_rows_that_share_a_picture_are_held_out_together(tmp_path, tokenizer):

@@ -47,9 +47,10 @@ class CapturedStep:
         """Does what `train_step` does."""
         batch = micro_batches[0]
         is_full = len(batch["input_ids"]) == len(batch["image_starts"]) == self.batch_size
-        if len(micro_batches) > 1 or not is_full or counts.learned == 0:
+        images = [name for name in IMAGE_INPUTS if name in batch]
+        if len(micro_batches) > 1 or not is_full or len(images) > 1 or counts.learned == 0:
             return self.plain(self.learner, micro_batches, counts, learning_rate)
-        shape = self.fill(batch)
+        shape = self.fill(batch, images[0])
         self.learned.fill_(counts.learned)
         self.rate.fill_(learning_rate)
         if shape.graph is None and shape.warm and self.stream is not None:
@@ -61,10 +62,10 @@ class CapturedStep:
             shape.warm = True
         return self.losses.clone(), self.is_bad.clone()
 
-    def fill(self, batch: dict) -> Shape:
-        """Copies a batch into the buffers of its padded shape."""
+    def fill(self, batch: dict, name: str) -> Shape:
+        """Copies a batch, and what it has of its images, into the buffers of its padded shape."""
         length, learned = batch["input_ids"].shape[1], batch["learned_positions"]
-        padded, [name] = round_up(length, 32), [name for name in IMAGE_INPUTS if name in batch]
+        padded = round_up(length, 32)
         key = padded, round_up(len(learned), 8), name, batch[name].shape
         if key[2:] not in self.images:
             self.images[key[2:]] = torch.empty_like(batch[name])

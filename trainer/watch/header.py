@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.paths import display_path
-from dataset.features import FeatureFile
+from dataset.features import FeatureFolder
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from trainer.setup import Run
@@ -22,7 +22,7 @@ def print_header(
     model: MiniMindVLM,
     data: VLMDataset,
     heldout: VLMDataset | None,
-    features: FeatureFile | None,
+    features: FeatureFolder | None,
     steps: int,
     eval_interval: int,
     is_compiled: bool,
@@ -47,7 +47,8 @@ def print_header(
         start += " (a language model: the projection starts untrained)"
     kept = "computed anew every epoch"
     if features is not None:
-        kept = f"kept in {display_path(features.path)} ({features.size / 1e9:.2f} GB; --cache_vision off does without)"
+        gigabytes = (data.picture_keys != 0).sum() * features.file_bytes / 1e9
+        kept = f"kept in {display_path(features.path)} ({gigabytes:.2f} GB; --cache_vision off does without)"
     shape = f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
     shape += ", experts" if config.use_moe else ""
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
