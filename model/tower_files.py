@@ -1,6 +1,5 @@
 """Reading a vision tower's folder: what its files say, and errors that say what to do."""
 
-import json
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -11,13 +10,33 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common.errors import UsageError
 from common.paths import TOWER_3V_DIR
+from common.schema import Range, SchemaError, check, read_json
 
 CLASSES = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
 STATISTICS = {"clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
+SIZE, HEADS, RATE = Range(int, 1, 1 << 16), Range(int, 1, 1 << 10), Range(float, 0, 1)
+TOWER = {  # only these keys of a config.json are used
+    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size", "projection_dim")},
+    **{f"{name}?": HEADS for name in ("num_hidden_layers", "num_attention_heads")},
+    **{f"{name}?": Range(int, 1, 1 << 12) for name in ("image_size", "patch_size")},
+    **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps", "initializer_range")},
+    "initializer_factor?": Range(float, 0, 100),
+    "num_channels?": frozenset({3}),
+    "hidden_act?": frozenset(ACT2FN),
+    "architectures?": [str],
+    "dtype?": frozenset({"float32", "float16", "bfloat16"}),
+}
+PREPROCESSOR = {
+    "image_mean?": [Range(float, -100, 100)] * 3,
+    "image_std?": [Range(float, 1e-3, 1e3)] * 3,
+    "resample?": frozenset(map(int, Image.Resampling)),
+    "do_center_crop?": bool,
+}
 # What reading a damaged file of weights was seen to raise.
 READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
 
@@ -74,17 +93,6 @@ def unreadable(path: Path, reason: str) -> TowerError:
     return unusable(path, f"the vision tower in {path} cannot be read ({reason})")
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object; raises TowerError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable(path.parent, f"{path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise unreadable(path.parent, f"{path.name} is no JSON object")
-    return content
-
-
 def read_tower_settings(path: str | Path) -> TowerSettings:
     """Reads config.json and preprocessor_config.json of a tower, or of a whole CLIP or SigLIP model, not its weights.
 
@@ -94,22 +102,24 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise unusable(path, f"no vision tower in {path}: {path / 'config.json'} is missing")
-    content = read_json(path / "config.json")
-    content = content.get("vision_config") or content
-    kind = str(content.get("model_type", "clip")).split("_")[0]
-    if kind not in CLASSES or not isinstance(content, dict):
-        raise unusable(path, f"the vision tower in {path} is a {kind}, neither CLIP nor SigLIP")
     try:
-        config = CLASSES[kind][0].from_pretrained(path, local_files_only=True)
-        patches = config.image_size // config.patch_size
+        whole = read_json(path / "config.json", {"vision_config?": dict})
+        content = whole.get("vision_config") or whole
+        check(content, {"model_type?": str})
+        kind = content.get("model_type", "clip").split("_")[0]
+        if kind not in CLASSES:
+            raise unusable(path, f"the vision tower in {path} is a {kind:.40}, neither CLIP nor SigLIP")
+        check(content, TOWER)
+        known = {name.removesuffix("?") for name in TOWER} & content.keys()
+        config = CLASSES[kind][0](**{name: content[name] for name in known})
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
-    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(": .")
         raise unreadable(path, f"config.json: {reason}") from error
     if kind == "siglip":
         config.vision_use_head = False  # its pooled output is not used
-    if patches < 1:
+    if config.image_size < config.patch_size:
         raise unusable(path, f"the vision tower in {path} has patches larger than its images")
     return TowerSettings(kind, config, **read_preprocessing(path, kind))
 
@@ -117,17 +127,13 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
 def read_preprocessing(path: Path, kind: str) -> dict:
     """Reads mean, std, resample and crop from preprocessor_config.json; the kind's own where there is no such file."""
     processor = path / "preprocessor_config.json"
-    found = read_json(processor) if processor.is_file() else {}
+    try:
+        found = read_json(processor, PREPROCESSOR) if processor.is_file() else {}
+    except SchemaError as error:
+        raise unreadable(path, f"{processor.name}: {error}") from error
     mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
     resample = found.get("resample", Image.Resampling.BICUBIC)
-    if not all(
-        isinstance(values, list | tuple)
-        and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
-        for values in (mean, std)
-    ) or resample not in set(Image.Resampling):
-        raise unreadable(path, f"{processor.name}: image_mean, image_std or resample")
-    crop = bool(found.get("do_center_crop", kind == "clip"))
+    crop = found.get("do_center_crop", kind == "clip")
     return {"mean": tuple(mean), "std": tuple(std), "resample": int(resample), "crop": crop}
 
 
@@ -146,7 +152,12 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
                 tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys())}
         else:
             checkpoint = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
+            if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
+                raise ValueError("it is no dict of tensors")
             tensors = {name: checkpoint[name] for name in vision_names(checkpoint.keys())}
+        for name, tensor in tensors.items():
+            if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.isfinite().all()):
+                raise ValueError(f"{name} is no tensor of finite numbers")
     except READING_ERRORS as error:
         # The first sentence: what follows is advice to programmers, some of it unsafe (to load any pickle).
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
