@@ -101,6 +101,7 @@ def read_table(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         lines = utf8_lines(file, path)
         delimiter, names = foreign.table_header(next(lines))
+        foreign.check_names(path, names)
         reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         while True:
             line = reader.line_num + 2  # the header was line 1
@@ -210,6 +211,7 @@ def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     with pq.ParquetFile(path, memory_map=True) as file:
+        foreign.check_names(path, file.schema_arrow.names)
         rows, batches = file.metadata.num_rows, file.iter_batches(batch_size=BATCH)
         yield from numbered(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), rows)
 
