@@ -106,6 +106,7 @@ def read_json(path: Path, schema):
     """Returns what a JSON file holds.
 
     Raises:
+        FileNotFoundError: If it is missing.
         SchemaError: If it cannot be read, is no regular file or a very long one, or does not fit the schema.
     """
     try:
@@ -113,6 +114,8 @@ def read_json(path: Path, schema):
             raise SchemaError("no regular file")
         with open(path, "rb") as file:
             content = file.read(LONGEST + 1)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise SchemaError(error.strerror or str(error)) from error
     if len(content) > LONGEST:

@@ -139,7 +139,7 @@ def read_sidecar_or_empty(path: Path) -> dict:
     """Reads the JSON beside a weight file; {} where it is missing or unreadable (`read_weights` says why)."""
     try:
         return read_json(path.with_suffix(".json"), SIDECAR)
-    except SchemaError:
+    except (OSError, SchemaError):
         return {}
 
 
