@@ -165,6 +165,16 @@ def load_file(path: Path) -> dict:
         ) from error
 
 
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Loads a state dict; raises UsageError if the file is unreadable or holds something else."""
+    tensors = load_file(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
+        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
+    return tensors
+
+
 def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
     """Returns the SHA-256 (hex) of named tensors on the CPU."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ WORDS = {
 
 
 class SchemaError(ValueError):
-    """Something in a file is not what it must be; the message says what, where, and what it must be."""
+    """Something in a file is not what it must be; the message says where, and what it must be."""
 
 
 @dataclass(frozen=True)
@@ -33,53 +33,40 @@ class Range:
     high: float
 
 
-def expected(schema) -> str:
-    """Returns a schema in words."""
-    if isinstance(schema, tuple):
-        return " or ".join(map(expected, schema))
+def matches(value, schema) -> tuple[bool, str]:
+    """Tells whether a value is of a schema's kind, without what is in a list or dict, and names that kind."""
     if isinstance(schema, Range):
-        return f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
+        is_number = type(value) is int or (type(value) is schema.kind is float)
+        words = f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
+        return is_number and schema.low <= value <= schema.high, words
     if isinstance(schema, frozenset):
-        return (
-            "nothing of this name"
-            if not schema
-            else "one of " + ", ".join(map(json.dumps, sorted(schema, key=str)[:12]))
-        )
+        words = "one of " + ", ".join(sorted(map(str, schema))[:12]) if schema else "nothing of this name"
+        return any(type(value) is type(choice) and value == choice for choice in schema), words
     if isinstance(schema, list):
-        return f"a list of {len(schema) if len(schema) > 1 else expected(schema[0])}"
-    return "null" if schema is None else WORDS.get(dict if isinstance(schema, dict) else schema, str(schema))
-
-
-def fits(value, schema) -> bool:
-    """Tells whether a value is of a schema's kind; what is in a list or dict is not looked at."""
-    if isinstance(schema, Range):
-        is_number = isinstance(value, int | (float if schema.kind is float else int)) and not isinstance(value, bool)
-        return is_number and schema.low <= value <= schema.high
-    if isinstance(schema, frozenset):
-        return any(type(value) is type(choice) and value == choice for choice in schema)
-    if isinstance(schema, list):
-        return isinstance(value, list | tuple) and len(schema) in (1, len(value))
+        words = "a list" if len(schema) == 1 else f"a list of {len(schema)}"
+        return isinstance(value, list | tuple) and len(schema) in (1, len(value)), words
     kind = dict if isinstance(schema, dict) else type(None) if schema is None else schema
-    return type(value) is kind or (kind not in (int, float, bool) and isinstance(value, kind))
+    is_kind = type(value) is kind if kind in (int, float, bool) else isinstance(value, kind)  # True is an int
+    return is_kind, WORDS.get(kind, "null" if schema is None else kind.__name__)
 
 
 def check(value, schema, where: str = ""):
-    """Raises SchemaError unless a value fits a schema, which must not be nested deeply."""
+    """Raises SchemaError unless a value fits a schema."""
     options = schema if isinstance(schema, tuple) else (schema,)
-    schema = next((option for option in options if fits(value, option)), options)
+    schema = next((option for option in options if matches(value, option)[0]), options)
     if schema is options:
-        raise SchemaError(f"{where or 'it'} is {repr(value)[:60]}, {expected(options)} is needed")
+        words = " or ".join(matches(value, option)[1] for option in options)
+        raise SchemaError(f"{where or 'it'} is {repr(value)[:60]}, {words} is needed")
     if isinstance(schema, list):
         for index, item in enumerate(value):
             check(item, schema[index % len(schema)], f"{where}[{index}]")
     if isinstance(schema, dict):
-        required = {name.removesuffix("?"): not name.endswith("?") for name in schema if name != "*"}
-        missing = [name for name, must in required.items() if must and name not in value]
+        inside = f"{where}." if where else ""
+        missing = [name for name in schema if name != "*" and not name.endswith("?") and name not in value]
         if missing:
-            raise SchemaError(f"{where + '.' if where else ''}{missing[0]} is missing")
+            raise SchemaError(f"{inside}{missing[0]} is missing")
         for name, item in value.items():
-            of_name = schema.get(name, schema.get(f"{name}?", schema.get("*", object)))
-            check(item, of_name, f"{where}.{name}" if where else str(name))
+            check(item, schema.get(name, schema.get(f"{name}?", schema.get("*", object))), f"{inside}{name}")
 
 
 def parse_json(text: str | bytes, schema):

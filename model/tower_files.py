@@ -1,7 +1,5 @@
 """Reading a vision tower's folder: what its files say, and errors that say what to do."""
 
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common.errors import UsageError
+from common.files import load_tensors
 from common.paths import TOWER_3V_DIR
 from common.schema import Range, SchemaError, check, read_json
 
@@ -37,8 +36,6 @@ PREPROCESSOR = {
     "resample?": frozenset(map(int, Image.Resampling)),
     "do_center_crop?": bool,
 }
-# What reading a damaged file of weights was seen to raise.
-READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class TowerError(UsageError):
@@ -151,19 +148,15 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(safetensors, framework="pt") as checkpoint:
                 tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys())}
         else:
-            checkpoint = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
-            if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
-                raise ValueError("it is no dict of tensors")
-            tensors = {name: checkpoint[name] for name in vision_names(checkpoint.keys())}
-        for name, tensor in tensors.items():
-            if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.isfinite().all()):
-                raise ValueError(f"{name} is no tensor of finite numbers")
-    except READING_ERRORS as error:
-        # The first sentence: what follows is advice to programmers, some of it unsafe (to load any pickle).
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-            reason = "it holds something else than tensors, which could run code when loaded"
-        raise unreadable(path, reason) from error
+            checkpoint = load_tensors(pickled)
+            tensors = {name: checkpoint[name] for name in vision_names(checkpoint)}
+    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    except UsageError as error:
+        raise unusable(path, str(error).partition(". Delete")[0]) from error
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise unreadable(path, f"{name} holds something else than finite numbers")
     return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
 
 

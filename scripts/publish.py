@@ -17,14 +17,12 @@ import argparse
 import json
 import re
 import shutil
-import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import jinja2
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -56,51 +54,26 @@ from trainer.weights import (  # noqa: E402
 )
 
 CARD = "README.md"
-
-
-def check_template(content: bytes):
-    """Raises ValueError unless it is a chat template."""
-    text = content.decode("utf-8")
-    jinja2.Environment().parse(text)
-    if "messages" not in text or "<|im_start|>" not in text:
-        raise ValueError("no chat template")
-
-
-def check_gguf(content: bytes):
-    """Raises ValueError unless it begins as a GGUF: version, number of tensors, number of settings."""
-    magic, version, tensors, settings = struct.unpack("<4sIQQ", content[:24].ljust(24, b"\0"))
-    if magic != b"GGUF" or version not in (2, 3) or not (0 < tensors < 1 << 20 and 0 < settings < 1 << 20):
-        raise ValueError("no GGUF file")
-
-
-def check_modelfile(content: bytes):
-    """Raises ValueError unless it is Ollama's Modelfile of files beside it."""
-    lines = [line.split() for line in content.decode("utf-8").splitlines()]
-    named = [line[1] for line in lines if line[:1] == ["FROM"] and len(line) == 2]
-    if not named or not all(re.fullmatch(r"\./[^/\\]+\.gguf", name) for name in named):
-        raise ValueError("no Modelfile of GGUF files beside it")
-
-
-def json_of(schema) -> Callable[[bytes], None]:
-    return lambda content: parse_json(content, schema)
-
-
-# What scripts/export.py writes, and what raises ValueError where a file is something else (None: it is read whole).
-# Nothing else of a folder is published.
-NUMBERS, NAMES = (int, [int], None), {f"{name}_token?": (str, dict, None) for name in ("bos", "eos", "pad", "unk")}
+# What scripts/export.py writes; nothing else of a folder is published. A file begins as the pattern says, or is JSON
+# that fits the schema; None: it is read whole.
+NUMBERS = (int, [int], None)
 EXPORTED = {
     "transformers": {
         "config.json": None,
         "model.safetensors": None,
         TRAINING: None,
-        "generation_config.json": json_of({f"{name}_token_id?": NUMBERS for name in ("bos", "eos", "pad")}),
-        "chat_template.jinja": check_template,
-        "tokenizer.json": json_of({"model": {"vocab": dict}, "added_tokens": list}),
-        "tokenizer_config.json": json_of({"tokenizer_class": str} | NAMES),
-        "preprocessor_config.json": json_of(PREPROCESSOR | {"image_processor_type": str}),
-        "processor_config.json": json_of({"processor_class": str}),
+        "generation_config.json": {f"{name}_token_id?": NUMBERS for name in ("bos", "eos", "pad")},
+        "chat_template.jinja": rb"\{%.*messages.*<\|im_start\|>",
+        "tokenizer.json": {"model": {"vocab": dict}, "added_tokens": list},
+        "tokenizer_config.json": {"tokenizer_class": str},
+        "preprocessor_config.json": PREPROCESSOR | {"image_processor_type": str},
+        "processor_config.json": {"processor_class": str},
     },
-    "gguf": {"*.gguf": check_gguf, "Modelfile": check_modelfile, TRAINING: None},
+    "gguf": {
+        "*.gguf": rb"GGUF[\2\3]\0\0\0.{3}\0{5}.{3}\0{5}",  # version, and the numbers of tensors and of settings
+        "Modelfile": rb"(FROM \./[^/\n]+\.gguf\n)+[A-Z]+ ",
+        TRAINING: None,
+    },
 }
 # Why another file is left out: the first pattern that its name matches says it.
 LEFT_OUT = {
@@ -200,18 +173,21 @@ def read_model(source: Path) -> tuple[Model, dict[str, str]]:
     )
 
 
-def exported_files(folder: Path, kinds: dict[str, Callable | None]) -> dict[str, Path]:
+def exported_files(folder: Path, kinds: dict) -> dict[str, Path]:
     """Returns a folder's files of these kinds by name; raises UsageError where one is not what its name says."""
     files = {}
-    for name, check in kinds.items():
+    for name, rule in kinds.items():
         for file in sorted(folder.glob(name)):
             if file.is_symlink() or not file.is_file():
                 raise UsageError(f"{display_path(file)} {NO_LINK}")
             try:
-                if check is not None:
-                    with open(file, "rb") as opened:
-                        check(opened.read(MOST_CHECKED))
-            except (OSError, ValueError, jinja2.TemplateError) as error:
+                with open(file, "rb") as opened:
+                    content = opened.read(MOST_CHECKED)
+                if isinstance(rule, dict):
+                    parse_json(content, rule)
+                elif rule and not re.match(rule, content, re.DOTALL):
+                    raise ValueError("it begins otherwise")
+            except (OSError, ValueError) as error:
                 raise UsageError(
                     f"{display_path(file)} is not what scripts/export.py writes ({error}): export it again"
                 ) from error
@@ -247,16 +223,12 @@ def with_all_parts(sidecar: dict) -> dict:
 
 def public(sidecar: dict) -> dict:
     """Returns the fields of a sidecar that this project writes, without folders of this machine."""
-    parser = build_parser(STAGE, "")
-    known = {
-        "arguments": {action.dest for action in parser._actions} | {"command", "assets", "compile", "eval_interval"},
-        "versions": {"python", *PACKAGES},
-    }
-    fields = {name: sidecar[name] for name in (name.removesuffix("?") for name in SIDECAR) if name in sidecar}
-    parts = {
-        part: {key: fields[part][key] for key in fields[part] if key in known[part]} for part in known if part in fields
-    }
-    return without_folders(fields | parts)
+    flags = {action.dest for action in build_parser(STAGE, "")._actions}
+    known = {"arguments": flags | {"command", "assets", "eval_interval"}, "versions": {"python", *PACKAGES}}
+    fields = {name: value for name, value in sidecar.items() if name in SIDECAR or f"{name}?" in SIDECAR}
+    for part in known.keys() & fields.keys():
+        fields[part] = {name: value for name, value in fields[part].items() if name in known[part]}
+    return without_folders(fields)
 
 
 def left_out(files, taken: Iterable[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
-from common.files import load_file
+from common.files import load_tensors
 from common.paths import ROOT, SAVE_3V_DIR, display_path
 from common.schema import Range, SchemaError, check, read_json
 from dataset.chat import image_token_id
@@ -49,6 +49,10 @@ SIDECAR = {  # what `describe` writes, and checkpoints add
     "prompt_form?": frozenset(FORMS),
 }
 EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}
+EXPORTED_CONFIG |= {
+    "projector_hidden_act?": frozenset({"linear", "gelu", None}),
+    "hidden_act?": frozenset({"silu", None}),
+}
 COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
 STATE = {
     **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
@@ -154,16 +158,6 @@ def read_training(folder: Path) -> dict:
         raise UsageError(f"{display_path(path)} cannot be read: {error}. Export the weights again") from error
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Loads a state dict; raises UsageError if the file is unreadable or holds something else."""
-    tensors = load_file(path)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
-    ):
-        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
-    return tensors
-
-
 def read_weights(path: Path) -> Weights:
     """Reads a weight file and its sidecar; raises UsageError if one is unreadable or they contradict each other."""
     tensors = load_tensors(path)
@@ -203,6 +197,7 @@ def read_folder(folder: Path) -> Weights:
         if config.get("model_type") in EXPORTED:  # by scripts/export.py
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
         config |= config.get("text_config") or {}
+        check(config, EXPORTED_CONFIG)
         names = [name for name in config_fields(VLMConfig()) if not name.endswith("token_id")]
         known = {name: config[name] for name in names if config.get(name) is not None}
         check(known, CONFIG)

@@ -248,8 +248,8 @@ DAMAGES = {
         }.items()
         for value in values
     },
-    "a list for tensors": (as_bin(saved([torch.ones(2)])), "no dict of tensors"),
-    "words for tensors": (as_bin(saved({"vision_model.x": "y"})), "vision_model.x is no tensor"),
+    "a list for tensors": (as_bin(saved([torch.ones(2)])), "a plain dict of tensors is expected"),
+    "words for tensors": (as_bin(saved({"vision_model.x": "y"})), "a plain dict of tensors is expected"),
     "NaN": (lambda folder: with_tensor(folder, LAST_WEIGHT, torch.nan), LAST_WEIGHT, "finite"),
     "patch 32": (lambda folder: edit_config(folder, patch_size=32), "does not fit its config.json"),
     "patch 0": (lambda folder: edit_config(folder, patch_size=0), "cannot be read"),
