@@ -6,6 +6,7 @@ for all others; or a tuple of alternatives. Keys that a dict does not name may h
 """
 
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def check(value, schema, where: str = ""):
     schema = next((option for option in options if matches(value, option)[0]), options)
     if schema is options:
         words = " or ".join(matches(value, option)[1] for option in options)
-        raise SchemaError(f"{where or 'it'} is {repr(value)[:60]}, {words} is needed")
+        raise SchemaError(f"{where or 'it'} is {reprlib.repr(value)[:60]}, {words} is needed")
     if isinstance(schema, list):
         for index, item in enumerate(value):
             check(item, schema[index % len(schema)], f"{where}[{index}]")

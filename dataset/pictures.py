@@ -2,40 +2,27 @@
 
 import contextlib
 import io
-import struct
 import warnings
-import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from common.paths import printable
+from dataset.metadata import turn_of, without_metadata
 
 # A picture so long and thin that resizing its short edge makes it larger than this is refused.
 MAX_RESIZED_PIXELS = 50_000_000
 # Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
 Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
-# What a file with damaged metadata is cut down to: a PNG's chunks, and a TIFF's tags.
-PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
-PIXEL_TAGS = {*range(254, 533)} - {*range(269, 273), 274, 282, 283, *range(285, 288), 290, 291, 296, 305, 306, 315, 316}
 BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
 Value = TypeVar("Value")
-TURNS = {  # by EXIF orientation: what makes a picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -152,22 +139,6 @@ def decoding(name: str):
         raise PictureError(name, reason) from error
 
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """Returns what makes a decoded image upright by its EXIF orientation; None where nothing does, or EXIF is damaged.
-
-    No other field is read: cameras and editors write many that break the EXIF specification.
-    """
-    try:
-        exif = Image.Exif()
-        exif.load(bare_tiff(image.info.get("exif", b"").removeprefix(b"Exif\0\0"), ()))
-        orientation = exif.get(ExifTags.Base.Orientation)
-        if orientation is None:  # of a TIFF, or in XMP
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        return TURNS.get(orientation)
-    except Exception:  # metadata never decides whether a picture can be read
-        return None
-
-
 def upright(image: Image.Image, size: int) -> Image.Image:
     """Decodes an opened image, turned by its EXIF orientation and in 8 bits; a large JPEG only to twice `size`."""
     if min(image.size) >= 4 * size:
@@ -178,59 +149,6 @@ def upright(image: Image.Image, size: int) -> Image.Image:
     image.load()
     turn = turn_of(image)
     return to_8_bits(image if turn is None else image.transpose(turn), image.format)
-
-
-def without_metadata(content: bytes) -> bytes | None:
-    """Returns a JPEG, PNG or TIFF with only its pixels and its EXIF orientation; None for a file of another format."""
-    if content.startswith(b"\xff\xd8"):
-        return b"".join(jpeg_parts(content))
-    if content.startswith(b"\x89PNG"):
-        return b"".join(png_parts(content))
-    return bare_tiff(content, PIXEL_TAGS) if content[:4] in (b"II*\0", b"MM\0*") else None
-
-
-def jpeg_parts(content: bytes) -> Iterator[bytes]:
-    """Yields a JPEG without comments and the segments of applications, but for JFIF's, Adobe's and EXIF's, cut down."""
-    at = 2
-    yield content[:at]
-    while content[at + 1] != 0xDA:  # the scans
-        marker, size = struct.unpack_from(">HH", content, at)
-        segment = content[at + 4 : at + 2 + size]
-        if segment.startswith(b"Exif\0\0"):
-            segment = segment[:6] + bare_tiff(segment[6:], ())
-        elif 0xFFE1 <= marker <= 0xFFED or marker in (0xFFEF, 0xFFFE):
-            segment = b""
-        yield struct.pack(">HH", marker, 2 + len(segment)) + segment
-        at += 2 + size
-    yield content[at:]
-
-
-def png_parts(content: bytes) -> Iterator[bytes]:
-    """Yields a PNG's chunks that matter; EXIF's with a checksum that fits, for Pillow would refuse the whole file."""
-    at = 8
-    yield content[:at]
-    while at < len(content):
-        size, name = struct.unpack_from(">I4s", content, at)
-        chunk, checksum = content[at : at + 8 + size], content[at + 8 + size : at + 12 + size]
-        if name in PIXEL_CHUNKS:
-            yield chunk + (struct.pack(">I", zlib.crc32(chunk[4:])) if name == b"eXIf" else checksum)
-        at += 12 + size
-
-
-def bare_tiff(content: bytes, tags: Collection[int]) -> bytes:
-    """Returns a TIFF, or an EXIF block, with no entries in its first directory but these tags and the orientation."""
-    order, kept = "<" if content.startswith(b"I") else ">", []
-    try:
-        start = struct.unpack_from(f"{order}I", content, 4)[0]
-        count = struct.unpack_from(f"{order}H", content, start)[0]
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, values = struct.unpack_from(f"{order}HHI", content, at)
-            if tag in tags or (tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1):  # one integer
-                kept.append(content[at : at + 12])
-    except struct.error:
-        return content
-    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
-    return content[:start] + directory + content[start + len(directory) :]
 
 
 def read_picture(source: str | Path | bytes, name: str, read: Callable[[Image.Image], Value]) -> Value:

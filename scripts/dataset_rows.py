@@ -16,7 +16,8 @@ from PIL import Image
 from dataset import foreign
 from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.formats import why_missing
-from dataset.pictures import PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, turn_of, upright
+from dataset.metadata import turn_of
+from dataset.pictures import PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ROLES = {"human": "user", "gpt": "assistant"}
