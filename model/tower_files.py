@@ -20,21 +20,22 @@ CLASSES = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionC
 STATISTICS = {"clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
 SIZE, HEADS, RATE = Range(int, 1, 1 << 16), Range(int, 1, 1 << 10), Range(float, 0, 1)
 TOWER = {  # only these keys of a config.json are used
-    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size", "projection_dim")},
+    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size")},
     **{f"{name}?": HEADS for name in ("num_hidden_layers", "num_attention_heads")},
     **{f"{name}?": Range(int, 1, 1 << 12) for name in ("image_size", "patch_size")},
-    **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps", "initializer_range")},
-    "initializer_factor?": Range(float, 0, 100),
+    **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps")},
     "num_channels?": frozenset({3}),
     "hidden_act?": frozenset(ACT2FN),
-    "architectures?": [str],
-    "dtype?": frozenset({"float32", "float16", "bfloat16"}),
+    # Not used, but part of what features are kept under. The published CLIP has null for some.
+    **{f"{name}?": (Range(float, 0, 1 << 16), None) for name in ("initializer_range", "initializer_factor")},
+    **{"projection_dim?": (SIZE, None), "architectures?": ([str], None)},
+    "dtype?": frozenset({"float32", "float16", "bfloat16", None}),
 }
 PREPROCESSOR = {
     "image_mean?": [Range(float, -100, 100)] * 3,
     "image_std?": [Range(float, 1e-3, 1e3)] * 3,
     "resample?": frozenset(map(int, Image.Resampling)),
-    "do_center_crop?": bool,
+    "do_center_crop?": (bool, None),
 }
 
 
@@ -100,15 +101,15 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     if not (path / "config.json").is_file():
         raise unusable(path, f"no vision tower in {path}: {path / 'config.json'} is missing")
     try:
-        whole = read_json(path / "config.json", {"vision_config?": dict})
+        whole = read_json(path / "config.json", {"vision_config?": (dict, None)})
         content = whole.get("vision_config") or whole
         check(content, {"model_type?": str})
         kind = content.get("model_type", "clip").split("_")[0]
         if kind not in CLASSES:
             raise unusable(path, f"the vision tower in {path} is a {kind:.40}, neither CLIP nor SigLIP")
         check(content, TOWER)
-        known = {name.removesuffix("?") for name in TOWER} & content.keys()
-        config = CLASSES[kind][0](**{name: content[name] for name in known})
+        known = {name: content.get(name) for name in (name.removesuffix("?") for name in TOWER)}
+        config = CLASSES[kind][0](**{name: value for name, value in known.items() if value is not None})
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
     except (ValueError, StrictDataclassError) as error:
@@ -130,7 +131,7 @@ def read_preprocessing(path: Path, kind: str) -> dict:
         raise unreadable(path, f"{processor.name}: {error}") from error
     mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
     resample = found.get("resample", Image.Resampling.BICUBIC)
-    crop = found.get("do_center_crop", kind == "clip")
+    crop = bool(found.get("do_center_crop", kind == "clip"))
     return {"mean": tuple(mean), "std": tuple(std), "resample": int(resample), "crop": crop}
 
 

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import shutil
 
 import pytest
 import tiny_models
@@ -204,6 +205,21 @@ def test_what_a_tower_has_no_use_for_may_be_anything(tmp_path):
     whole = load_vision_tower(tiny_models.save_tower(tmp_path))
     edit_config(tmp_path, **others, output_hidden_states="x", experts_implementation=3, text_config=None)
     assert load_vision_tower(tmp_path).config.to_dict() == whole.config.to_dict()
+
+
+def test_a_whole_models_config_as_the_published_one_is_read(whole_clip, tmp_path):
+    """It is of an old transformers, which wrote every setting that it knew, null where there was none."""
+    shutil.copytree(whole_clip["safetensors"], tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    old = {"architectures": None, "torch_dtype": None, "dtype": None, "_name_or_path": "", "top_k": 50, "id2label": {}}
+    old |= {"problem_type": None, "decoder_start_token_id": None, "dropout": 0.0, "chunk_size_feed_forward": 0}
+    content["vision_config"] |= old
+    (tmp_path / "config.json").write_text(json.dumps(content | {"vision_config_dict": content["vision_config"]}))
+    (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": null, "crop_size": null, "size": 224}')
+    tower = load_vision_tower(tmp_path)
+    assert tower.settings.crop is False
+    features = tower(pixel_values=whole_clip["picture"]).last_hidden_state
+    torch.testing.assert_close(features, whole_clip["features"])
 
 
 LAST_WEIGHT = "vision_model.encoder.layers.1.mlp.fc2.weight"
