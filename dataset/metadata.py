@@ -37,11 +37,14 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """Returns a JPEG, PNG or TIFF with only its pixels and its EXIF orientation; None for a file of another format."""
-    if content.startswith(b"\xff\xd8"):
-        return b"".join(jpeg_parts(content))
-    if content.startswith(b"\x89PNG"):
-        return b"".join(png_parts(content))
+    """Returns a JPEG, PNG or TIFF with only its pixels and its EXIF orientation; None for any other file."""
+    try:
+        if content.startswith(b"\xff\xd8"):
+            return b"".join(jpeg_parts(content))
+        if content.startswith(b"\x89PNG"):
+            return b"".join(png_parts(content))
+    except (IndexError, struct.error):  # it is cut off
+        return None
     return bare_tiff(content, PIXEL_TAGS) if content[:4] in (b"II*\0", b"MM\0*") else None
 
 

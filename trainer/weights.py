@@ -49,10 +49,7 @@ SIDECAR = {  # what `describe` writes, and checkpoints add
     "prompt_form?": frozenset(FORMS),
 }
 EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}
-EXPORTED_CONFIG |= {
-    "projector_hidden_act?": frozenset({"linear", "gelu", None}),
-    "hidden_act?": frozenset({"silu", None}),
-}
+EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
 COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
 STATE = {
     **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
@@ -197,7 +194,7 @@ def read_folder(folder: Path) -> Weights:
         if config.get("model_type") in EXPORTED:  # by scripts/export.py
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
         config |= config.get("text_config") or {}
-        check(config, EXPORTED_CONFIG)
+        check(config, {"hidden_act?": frozenset({"silu", None})})
         names = [name for name in config_fields(VLMConfig()) if not name.endswith("token_id")]
         known = {name: config[name] for name in names if config.get(name) is not None}
         check(known, CONFIG)
