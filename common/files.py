@@ -25,6 +25,7 @@ from common.errors import UsageError
 from common.paths import display_path
 
 TEMPORARY = ".tmp"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may be
 # What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
 LOADING_ERRORS = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),

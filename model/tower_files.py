@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common.errors import UsageError
-from common.files import load_tensors
+from common.files import FLOATS, load_tensors
 from common.paths import TOWER_3V_DIR
 from common.schema import Range, SchemaError, check, read_json
 
@@ -31,6 +31,11 @@ TOWER = {  # only these keys of a config.json are used
     **{"projection_dim?": (SIZE, None), "architectures?": ([str], None)},
     "dtype?": frozenset({"float32", "float16", "bfloat16", None}),
 }
+# What old versions of transformers wrote of no use to a tower, as the published CLIP has it: the hash that features and
+# checkpoints are kept under takes it in.
+UNUSED = dict.fromkeys(("add_cross_attention", "is_decoder", "torchscript", "use_bfloat16"), False) | {"dropout": 0.0}
+UNUSED |= dict.fromkeys(("cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task"))
+UNUSED |= dict.fromkeys(("bos_token_id", "eos_token_id"))
 PREPROCESSOR = {
     "image_mean?": [Range(float, -100, 100)] * 3,
     "image_std?": [Range(float, 1e-3, 1e3)] * 3,
@@ -109,7 +114,9 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
             raise unusable(path, f"the vision tower in {path} is a {kind:.40}, neither CLIP nor SigLIP")
         check(content, TOWER)
         known = {name: content.get(name) for name in (name.removesuffix("?") for name in TOWER)}
-        config = CLASSES[kind][0](**{name: value for name, value in known.items() if value is not None})
+        known = {name: value for name, value in known.items() if value is not None}
+        unused = {name: value for name, value in UNUSED.items() if repr(content.get(name, "")) == repr(value)}
+        config = CLASSES[kind][0](**known, **unused)
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
     except (ValueError, StrictDataclassError) as error:
@@ -156,7 +163,7 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
     except UsageError as error:
         raise unusable(path, str(error).partition(". Delete")[0]) from error
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise unreadable(path, f"{name} holds something else than finite numbers")
     return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
 

@@ -228,7 +228,7 @@ def is_unfinished(path: Path) -> bool:
     try:
         state = load_file(path)
         return state["epoch"] < int(state["arguments"]["epochs"])
-    except (UsageError, KeyError, TypeError, ValueError):
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
         return False
 
 

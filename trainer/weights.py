@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
-from common.files import load_tensors
+from common.files import FLOATS, load_tensors
 from common.paths import ROOT, SAVE_3V_DIR, display_path
 from common.schema import Range, SchemaError, check, read_json
 from dataset.chat import image_token_id
@@ -37,7 +37,6 @@ EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four o
 EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
 EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
     "config": CONFIG,

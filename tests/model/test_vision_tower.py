@@ -194,9 +194,9 @@ def saved(content) -> bytes:
     return file.getvalue()
 
 
-def with_tensor(folder, name, value):
+def with_tensor(folder, name, value, dtype=torch.float32):
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {name: torch.full_like(tensors[name], value)}, folder / "model.safetensors")
+    save_file(tensors | {name: torch.full_like(tensors[name], value).to(dtype)}, folder / "model.safetensors")
 
 
 def test_what_a_tower_has_no_use_for_may_be_anything(tmp_path):
@@ -267,6 +267,7 @@ DAMAGES = {
     "a list for tensors": (as_bin(saved([torch.ones(2)])), "a plain dict of tensors is expected"),
     "words for tensors": (as_bin(saved({"vision_model.x": "y"})), "a plain dict of tensors is expected"),
     "NaN": (lambda folder: with_tensor(folder, LAST_WEIGHT, torch.nan), LAST_WEIGHT, "finite"),
+    "float8": (lambda folder: with_tensor(folder, LAST_WEIGHT, 1, torch.float8_e4m3fn), LAST_WEIGHT, "finite"),
     "patch 32": (lambda folder: edit_config(folder, patch_size=32), "does not fit its config.json"),
     "patch 0": (lambda folder: edit_config(folder, patch_size=0), "cannot be read"),
     "patch a word": (lambda folder: edit_config(folder, patch_size="sixteen"), "cannot be read"),
