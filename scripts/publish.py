@@ -173,6 +173,16 @@ def read_model(source: Path) -> tuple[Model, dict[str, str]]:
     )
 
 
+def check_content(file: Path, rule: bytes | dict):
+    """Raises ValueError unless a file begins as a pattern says, or is JSON that fits a schema."""
+    with open(file, "rb") as opened:
+        content = opened.read(MOST_CHECKED)
+    if isinstance(rule, dict):
+        parse_json(content, rule)
+    elif not re.match(rule, content, re.DOTALL):
+        raise ValueError("it begins otherwise")
+
+
 def exported_files(folder: Path, kinds: dict) -> dict[str, Path]:
     """Returns a folder's files of these kinds by name; raises UsageError where one is not what its name says."""
     files = {}
@@ -181,12 +191,8 @@ def exported_files(folder: Path, kinds: dict) -> dict[str, Path]:
             if file.is_symlink() or not file.is_file():
                 raise UsageError(f"{display_path(file)} {NO_LINK}")
             try:
-                with open(file, "rb") as opened:
-                    content = opened.read(MOST_CHECKED)
-                if isinstance(rule, dict):
-                    parse_json(content, rule)
-                elif rule and not re.match(rule, content, re.DOTALL):
-                    raise ValueError("it begins otherwise")
+                if rule is not None:
+                    check_content(file, rule)
             except (OSError, ValueError) as error:
                 raise UsageError(
                     f"{display_path(file)} is not what scripts/export.py writes ({error}): export it again"
