@@ -25,6 +25,7 @@ from common.errors import UsageError
 from common.paths import display_path
 
 TEMPORARY = ".tmp"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may be
 # What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
 LOADING_ERRORS = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
@@ -163,6 +164,16 @@ def load_file(path: Path) -> dict:
         raise UsageError(
             f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
         ) from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Loads a state dict; raises UsageError if the file is unreadable or holds something else."""
+    tensors = load_file(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
+        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
+    return tensors
 
 
 def sha256_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -9,6 +9,9 @@ from dataset.conversation import IMAGE_TAG, RowError
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_CHARACTER = "@"
+BESIDE = ("", "\n", "a", "图")
+BROKEN = -1  # the position of an image whose placeholders the tokenizer did not keep as they are
+BROKEN_IMAGE = f"the tokenizer joins the `{IMAGE_CHARACTER}` of an image with the text beside it, or drops it"
 # Of minimind-3v: an image's placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"
 THINK, END_OF_THINKING = "<think>", "</think>"
@@ -50,15 +53,20 @@ class ChatEncoder:
         self.image_tokens, self.placeholders = image_tokens, IMAGE_CHARACTER * image_tokens
         self.is_3v = has_image_pad(tokenizer)
         self.image_token_id = image_token_id(tokenizer)
-        placeholder_ids = self.backend.encode(self.placeholders, add_special_tokens=False).ids
-        is_alone = self.is_3v or placeholder_ids == [self.image_token_id] * image_tokens
+        self.placeholder_ids = [self.image_token_id] * image_tokens
+        self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
         special_ids = self.begin_id, self.end_id, self.pad_id
-        if None in special_ids or not is_alone:
+        if None in special_ids or not self.keeps_placeholders():
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
                 f"tokens, and `@` as a token of its own that is part of no other, or a special token {IMAGE_PAD}"
             )
-        self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
+
+    def keeps_placeholders(self) -> bool:
+        """Tells whether images become the placeholder's id, as often as they must, whatever stands beside them."""
+        texts = [f"{before}{IMAGE_TAG}{after}" for before in BESIDE for after in BESIDE] + [IMAGE_TAG * 2]
+        chats = self.encode([[{"role": "user", "content": text}] for text in texts])
+        return not any(BROKEN in chat.image_starts for chat in chats)
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
@@ -83,8 +91,10 @@ class ChatEncoder:
         """Returns the first `max_length` tokens.
 
         Raises:
-            RowError: If that cuts an image off, or leaves nothing to learn.
+            RowError: If that cuts an image off, or the tokenizer did, or it leaves nothing to learn.
         """
+        if BROKEN in chat.image_starts:
+            raise RowError(BROKEN_IMAGE)
         end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
         if end > max_length:
             raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
@@ -116,7 +126,9 @@ class ChatEncoder:
                 elif index:  # the answer, its <|im_end|> and the newline after it
                     chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
                 for character in self._image_characters(turn):
-                    chat.image_starts.append(len(ids) + encoding.char_to_token(character))
+                    start = encoding.char_to_token(character)
+                    is_whole = start is not None and encoding.ids[start:][: self.image_tokens] == self.placeholder_ids
+                    chat.image_starts.append(len(ids) + start if is_whole else BROKEN)
                 ids += encoding.ids
             ids += [self.end_id, *self.newline_ids]
         return chat

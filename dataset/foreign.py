@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.errors import UsageError
+from common.paths import display_path, printable
 from dataset.pictures import PICTURE_FORMATS
 
 FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
@@ -84,6 +86,13 @@ def table_header(text: str) -> tuple[str, list[str]] | None:
         if form_of_row(dict.fromkeys(names)):
             return delimiter, names
     return None
+
+
+def check_names(path: Path, names: list[str]):
+    """Raises UsageError if a column's name stands there twice: which one is meant, nothing tells."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{display_path(path)} has the column {printable(twice)} twice: rename or remove one of them")
 
 
 def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:

@@ -199,7 +199,8 @@ def image_column(names: list[str]) -> str:
 
 
 def check_columns(path: Path, schema: pa.Schema, name: str):
-    """Raises DataError unless the file has the required columns, of the right types."""
+    """Raises DataError unless the file has the required columns, once and of the right types."""
+    foreign.check_names(path, schema.names)
     if not {"conversations", name} <= set(schema.names):
         is_known = foreign.form_of_row(dict.fromkeys(schema.names)) is not None
         cure = f". This makes training data of it:\n  {foreign.command(path)}" if is_known else ""

@@ -2,17 +2,18 @@
 
 import contextlib
 import io
-import struct
 import warnings
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.paths import printable
+from dataset.metadata import turn_of, without_metadata
 
 # A picture so long and thin that resizing its short edge makes it larger than this is refused.
 MAX_RESIZED_PIXELS = 50_000_000
@@ -21,9 +22,7 @@ Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
 BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
-# What Pillow's decoders raise on a file that is cut off, garbled, or not a picture at all.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-DECODING_ERRORS += (RuntimeError, MemoryError)  # AVIF; a garbled size
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -122,18 +121,18 @@ def is_blank(content: bytes) -> bool:
     if len(content) > BLANK_BYTES:
         return False
     try:
-        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+        with decoding("a small picture"), Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
             return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
-    except DECODING_ERRORS:
+    except PictureError:
         return False
 
 
 @contextlib.contextmanager
 def decoding(name: str):
-    """Raises PictureError of this name for what a damaged or missing file makes Pillow raise inside the block."""
+    """Raises PictureError of this name for whatever a damaged or missing file makes Pillow raise inside the block."""
     try:
         yield
-    except DECODING_ERRORS as error:
+    except Exception as error:  # Pillow's decoders and the libraries below them raise anything
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a picture of a known format ({', '.join(PICTURE_FORMATS)})"
@@ -147,7 +146,29 @@ def upright(image: Image.Image, size: int) -> Image.Image:
         image.draft("RGB", (2 * size, 2 * size))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
-    return to_8_bits(ImageOps.exif_transpose(image), image.format)
+    image.load()
+    turn = turn_of(image)
+    return to_8_bits(image if turn is None else image.transpose(turn), image.format)
+
+
+def read_picture(source: str | Path | bytes, name: str, read: Callable[[Image.Image], Value]) -> Value:
+    """Returns `read(image)` of a picture's file as Pillow opens it; where that fails, of the file without its metadata.
+
+    Raises:
+        PictureError: For whatever Pillow raises.
+    """
+    with decoding(name):
+        try:
+            with Image.open(
+                io.BytesIO(source) if isinstance(source, bytes) else source, formats=PICTURE_FORMATS
+            ) as image:
+                return read(image)
+        except Exception:
+            bare = without_metadata(source if isinstance(source, bytes) else Path(source).read_bytes())
+            if bare is None:
+                raise
+        with Image.open(io.BytesIO(bare), formats=PICTURE_FORMATS) as image:
+            return read(image)
 
 
 def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.Tensor:
@@ -176,12 +197,12 @@ def load_picture(
     Raises:
         PictureError: If it is missing or cannot be decoded.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with decoding(str(name or source)), Image.open(file, formats=PICTURE_FORMATS) as image:
+
+    def read(image: Image.Image) -> np.ndarray:
         image = to_rgb(upright(image, picture_format.size))
         is_small = image.width == image.height < picture_format.size
         if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
-            pixels = np.asarray(image).transpose(2, 0, 1)
-        else:
-            pixels = preprocess_image(image, picture_format)
-    return torch.from_numpy(np.ascontiguousarray(pixels))
+            return np.asarray(image).transpose(2, 0, 1)
+        return preprocess_image(image, picture_format)
+
+    return torch.from_numpy(np.ascontiguousarray(read_picture(source, str(name or source), read)))

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import ChatEncoder
+from common.errors import UsageError
+from dataset.chat import BROKEN, BROKEN_IMAGE, ChatEncoder
 from dataset.conversation import IMAGE_TAG
 from dataset.lm_dataset import VLMDataset
 
@@ -69,6 +70,8 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for row, chat in enumerate(chats):
+        if BROKEN in chat.image_starts:
+            raise UsageError(f"{BROKEN_IMAGE}: put a line break between image and text")
         tags, given = len(chat.image_starts), len(pictures[row])
         if tags != given:
             raise ValueError(f"conversation {row + 1} has {tags} {IMAGE_TAG}, but {given} picture(s) were given")

@@ -30,7 +30,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         reason = "it brings code of its own, which is never run" if has_code else error
         raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
     try:
-        ChatEncoder(tokenizer, image_tokens=1)
+        if not tokenizer.is_fast:
+            raise ValueError("it is none of the tokenizers library")
+        if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
+            raise ValueError(f"it has {len(tokenizer)} tokens, and ids above them")
+        ChatEncoder(tokenizer, image_tokens=2)
     except ValueError as error:
         raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {error}") from error
     return tokenizer

@@ -75,6 +75,8 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError("sizes, heads, layers, positions and experts must be at least 1")
         if not (0 < rms_norm_eps < 1 and 0 < rope_theta < math.inf and 0 <= dropout < 1):  # refuses NaN too
             raise ValueError(f"out of range: {rms_norm_eps=}, {rope_theta=} or {dropout=}")
+        if use_moe and num_experts_per_tok > n_routed_experts:
+            raise ValueError(f"{num_experts_per_tok} of {n_routed_experts} experts cannot be used")
         if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} must be a multiple of num_attention_heads {num_attention_heads}, and that "

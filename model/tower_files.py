@@ -1,8 +1,5 @@
 """Reading a vision tower's folder: what its files say, and errors that say what to do."""
 
-import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +8,40 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common.errors import UsageError
+from common.files import FLOATS, load_tensors
 from common.paths import TOWER_3V_DIR
+from common.schema import Range, SchemaError, check, read_json
 
 CLASSES = {"clip": (CLIPVisionConfig, CLIPVisionModel), "siglip": (SiglipVisionConfig, SiglipVisionModel)}
 STATISTICS = {"clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "siglip": ([0.5] * 3, [0.5] * 3)}
-# What reading a damaged file of weights was seen to raise.
-READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
+SIZE, HEADS, RATE = Range(int, 1, 1 << 16), Range(int, 1, 1 << 10), Range(float, 0, 1)
+TOWER = {  # only these keys of a config.json are used
+    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size")},
+    **{f"{name}?": HEADS for name in ("num_hidden_layers", "num_attention_heads")},
+    **{f"{name}?": Range(int, 1, 1 << 12) for name in ("image_size", "patch_size")},
+    **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps")},
+    "num_channels?": frozenset({3}),
+    "hidden_act?": frozenset(ACT2FN),
+    # Not used, but part of what features are kept under. The published CLIP has null for some.
+    **{f"{name}?": (Range(float, 0, 1 << 16), None) for name in ("initializer_range", "initializer_factor")},
+    **{"projection_dim?": (SIZE, None), "architectures?": ([str], None)},
+    "dtype?": frozenset({"float32", "float16", "bfloat16", None}),
+}
+# What old versions of transformers wrote of no use to a tower, as the published CLIP has it: the hash that features and
+# checkpoints are kept under takes it in.
+UNUSED = dict.fromkeys(("add_cross_attention", "is_decoder", "torchscript", "use_bfloat16"), False) | {"dropout": 0.0}
+UNUSED |= dict.fromkeys(("cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task"))
+UNUSED |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+PREPROCESSOR = {
+    "image_mean?": [Range(float, -100, 100)] * 3,
+    "image_std?": [Range(float, 1e-3, 1e3)] * 3,
+    "resample?": frozenset(map(int, Image.Resampling)),
+    "do_center_crop?": (bool, None),
+}
 
 
 class TowerError(UsageError):
@@ -74,17 +96,6 @@ def unreadable(path: Path, reason: str) -> TowerError:
     return unusable(path, f"the vision tower in {path} cannot be read ({reason})")
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object; raises TowerError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable(path.parent, f"{path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise unreadable(path.parent, f"{path.name} is no JSON object")
-    return content
-
-
 def read_tower_settings(path: str | Path) -> TowerSettings:
     """Reads config.json and preprocessor_config.json of a tower, or of a whole CLIP or SigLIP model, not its weights.
 
@@ -94,22 +105,26 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise unusable(path, f"no vision tower in {path}: {path / 'config.json'} is missing")
-    content = read_json(path / "config.json")
-    content = content.get("vision_config") or content
-    kind = str(content.get("model_type", "clip")).split("_")[0]
-    if kind not in CLASSES or not isinstance(content, dict):
-        raise unusable(path, f"the vision tower in {path} is a {kind}, neither CLIP nor SigLIP")
     try:
-        config = CLASSES[kind][0].from_pretrained(path, local_files_only=True)
-        patches = config.image_size // config.patch_size
+        whole = read_json(path / "config.json", {"vision_config?": (dict, None)})
+        content = whole.get("vision_config") or whole
+        check(content, {"model_type?": str})
+        kind = content.get("model_type", "clip").split("_")[0]
+        if kind not in CLASSES:
+            raise unusable(path, f"the vision tower in {path} is a {kind:.40}, neither CLIP nor SigLIP")
+        check(content, TOWER)
+        known = {name: content.get(name) for name in (name.removesuffix("?") for name in TOWER)}
+        known = {name: value for name, value in known.items() if value is not None}
+        unused = {name: value for name, value in UNUSED.items() if repr(content.get(name, "")) == repr(value)}
+        config = CLASSES[kind][0](**known, **unused)
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
-    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0].rstrip(": .")
         raise unreadable(path, f"config.json: {reason}") from error
     if kind == "siglip":
         config.vision_use_head = False  # its pooled output is not used
-    if patches < 1:
+    if config.image_size < config.patch_size:
         raise unusable(path, f"the vision tower in {path} has patches larger than its images")
     return TowerSettings(kind, config, **read_preprocessing(path, kind))
 
@@ -117,16 +132,12 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
 def read_preprocessing(path: Path, kind: str) -> dict:
     """Reads mean, std, resample and crop from preprocessor_config.json; the kind's own where there is no such file."""
     processor = path / "preprocessor_config.json"
-    found = read_json(processor) if processor.is_file() else {}
+    try:
+        found = read_json(processor, PREPROCESSOR) if processor.is_file() else {}
+    except SchemaError as error:
+        raise unreadable(path, f"{processor.name}: {error}") from error
     mean, std = found.get("image_mean", STATISTICS[kind][0]), found.get("image_std", STATISTICS[kind][1])
     resample = found.get("resample", Image.Resampling.BICUBIC)
-    if not all(
-        isinstance(values, list | tuple)
-        and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
-        for values in (mean, std)
-    ) or resample not in set(Image.Resampling):
-        raise unreadable(path, f"{processor.name}: image_mean, image_std or resample")
     crop = bool(found.get("do_center_crop", kind == "clip"))
     return {"mean": tuple(mean), "std": tuple(std), "resample": int(resample), "crop": crop}
 
@@ -145,14 +156,15 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(safetensors, framework="pt") as checkpoint:
                 tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys())}
         else:
-            checkpoint = torch.load(pickled, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickled))
-            tensors = {name: checkpoint[name] for name in vision_names(checkpoint.keys())}
-    except READING_ERRORS as error:
-        # The first sentence: what follows is advice to programmers, some of it unsafe (to load any pickle).
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
-            reason = "it holds something else than tensors, which could run code when loaded"
-        raise unreadable(path, reason) from error
+            checkpoint = load_tensors(pickled)
+            tensors = {name: checkpoint[name] for name in vision_names(checkpoint)}
+    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    except UsageError as error:
+        raise unusable(path, str(error).partition(". Delete")[0]) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            raise unreadable(path, f"{name} holds something else than finite numbers")
     return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
 
 

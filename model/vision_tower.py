@@ -25,11 +25,12 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     """
     path = Path(path)
     settings = read_tower_settings(path)
-    # On the CPU, and filled here, also where transformers builds the model around it without memory.
-    with torch.device("cpu"), no_init_weights():
-        tensors = read_tower_weights(path)
-        tower = CLASSES[settings.kind][1](settings.config).float()
-    wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+    tensors = read_tower_weights(path)
+    model = CLASSES[settings.kind][1]
+    with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
+        wanted = {
+            name.removeprefix("vision_model."): tensor for name, tensor in model(settings.config).state_dict().items()
+        }
     wrong = wanted.keys() ^ tensors.keys()
     wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     if wrong:
@@ -37,6 +38,10 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
             f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many "
         )
         raise unusable(path, f"{problem}or of another shape, the first is {min(wrong)}")
+    # On the CPU, and filled here, also where transformers builds the model around it without memory.
+    with torch.device("cpu"), no_init_weights():
+        tower = model(settings.config).float()
+    wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from common.schema import Range
 from model.model_minimind import MiniMindConfig
 from model.vision_tower import TowerSettings
 
@@ -20,6 +21,21 @@ MINIMIND_3V = {
     "image_token_id": 12,
     "vision_patches": 64,
     "projector": "norm_mlp",
+}
+SMALL, SIZE, ID = Range(int, 1, 1 << 10), Range(int, 1, 1 << 20), Range(int, 0, 1 << 24)
+CONFIG = {  # what a file may say; VLMConfig refuses what does not fit together
+    **{f"{name}?": SMALL for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")},
+    **{f"{name}?": SMALL for name in ("num_experts_per_tok", "n_routed_experts", "pixel_shuffle")},
+    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size", "vision_hidden_size", "vision_patches")},
+    **{f"{name}?": SIZE for name in ("vocab_size", "max_position_embeddings", "original_max_position_embeddings")},
+    **{f"{name}_token_id?": ID for name in ("bos", "eos", "pad", "image")},
+    **{f"{name}?": bool for name in ("inference_rope_scaling", "qk_norm", "use_moe", "balance_over_batch")},
+    **{f"{name}?": Range(float, 0, 1) for name in ("rms_norm_eps", "dropout", "aux_loss_alpha")},
+    **{f"yarn_{name}?": Range(float, 1e-3, 1e6) for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
+    "n_shared_experts?": Range(int, 0, 1 << 10),
+    "rope_theta?": Range(float, 1, 1e12),
+    "projector?": frozenset(PROJECTORS),
+    "*": frozenset(),
 }
 
 

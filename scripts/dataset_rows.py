@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from dataset import foreign
 from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.formats import why_missing
-from dataset.pictures import PICTURE_FORMATS, PictureError, decoding, is_blank, resized_to, to_rgb, upright
+from dataset.metadata import turn_of
+from dataset.pictures import PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -87,19 +88,21 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
     Raises:
         PictureError: If it cannot be decoded.
     """
-    with decoding(name), Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+
+    def converted(image: Image.Image) -> tuple[str, bytes]:
         kind, is_small = image.format, min(image.size) <= size
-        is_plain = image.mode == "RGB" and image.info.get("transparency") is None
-        is_plain &= kind in ENDINGS and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
         picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
         dimensions = resized_to(size, *picture.size)
-        if is_small and is_plain:
+        if is_small and is_plain and turn_of(image) is None:
             return kind, content
         kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
         picture = picture if is_small else picture.resize(dimensions, Image.Resampling.BICUBIC)
         picture.info.clear()
         picture.save(file, kind, quality=QUALITY)
         return kind, file.getvalue()
+
+    return read_picture(content, name, converted)
 
 
 def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[dict], list[str | bytes]]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from common.errors import UsageError
 from common.paths import display_path
+from common.schema import SchemaError, read_json
 from dataset import foreign
 from dataset.conversation import RowError
 from dataset.formats import with_plain_images
@@ -26,6 +27,11 @@ LONGEST_ROW = 1 << 26
 TEXTS = (".txt", ".json")  # of a tar
 BATCH = 32  # rows with their pictures' bytes
 BETWEEN_ROWS = re.compile(r"[\s,]*")
+SAVED = {  # what datasets takes from the files of a folder that it saved
+    "state.json": {"_data_files": [{"filename": str}], "_split?": (str, None), "_format_columns?": ([str], None)},
+    "dataset_info.json": {"features?": (dict, None), "splits?": (dict, None)},
+    "dataset_dict.json": {"splits": [str]},
+}
 KNOWN = """A source is one of these, recognised by its content:
   a folder of pictures with a .txt of the same name beside each
   a table (CSV, TSV) whose first line is image,caption or image,question,answer
@@ -101,6 +107,7 @@ def read_table(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         lines = utf8_lines(file, path)
         delimiter, names = foreign.table_header(next(lines))
+        foreign.check_names(path, names)
         reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         while True:
             line = reader.line_num + 2  # the header was line 1
@@ -210,6 +217,7 @@ def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     with pq.ParquetFile(path, memory_map=True) as file:
+        foreign.check_names(path, file.schema_arrow.names)
         rows, batches = file.metadata.num_rows, file.iter_batches(batch_size=BATCH)
         yield from numbered(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), rows)
 
@@ -217,8 +225,15 @@ def read_parquet(path: Path) -> Iterator[Row]:
 def read_saved(path: Path) -> Iterator[Row]:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
     try:
+        for name, schema in SAVED.items():
+            for file in (*path.glob(name), *path.glob(f"*/{name}")):
+                content = read_json(file, schema)
+                names = [part["filename"] for part in content.get("_data_files", [])]
+                names += content["splits"] if name == "dataset_dict.json" else []
+                if any(named != PurePosixPath(named).name for named in names):
+                    raise SchemaError(f"{file.name} leads to another folder")
         saved = datasets.load_from_disk(str(path))
-    except (ValueError, TypeError, KeyError) as error:  # a damaged state.json
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of damaged features
         raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:

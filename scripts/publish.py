@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,22 +32,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
+from common.schema import parse_json  # noqa: E402
+from model.tower_files import PREPROCESSOR  # noqa: E402
 from model.vlm_config import config_fields  # noqa: E402
 from scripts.model_card import CURVE, PICTURES, Model, loss_curve, sample_rows, without_folders, write_card  # noqa: E402
 from scripts.report import find_run  # noqa: E402
 from scripts.transfer import human  # noqa: E402
+from trainer.flags import build_parser  # noqa: E402
 from trainer.setup import ENDINGS  # noqa: E402
+from trainer.train_sft_vlm import STAGE  # noqa: E402
 from trainer.watch.page import SAMPLES, Record, read_record  # noqa: E402
-from trainer.weights import TRAINING, Weights, read_folder, read_sidecar_or_empty, read_weights  # noqa: E402
+from trainer.weights import (  # noqa: E402
+    PACKAGES,
+    SIDECAR,
+    TRAINING,
+    Weights,
+    read_folder,
+    read_sidecar_or_empty,
+    read_training,
+    read_weights,
+)
 
 CARD = "README.md"
-# What scripts/export.py writes: nothing else of a folder is published.
+# What scripts/export.py writes; nothing else of a folder is published. A file begins as the pattern says, or is JSON
+# that fits the schema; None: it is read whole.
+NUMBERS = (int, [int], None)
 EXPORTED = {
-    "transformers": (
-        *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", TRAINING),
-        *("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"),
-    ),
-    "gguf": ("*.gguf", "Modelfile", TRAINING),
+    "transformers": {
+        "config.json": None,
+        "model.safetensors": None,
+        TRAINING: None,
+        "generation_config.json": {f"{name}_token_id?": NUMBERS for name in ("bos", "eos", "pad")},
+        "chat_template.jinja": rb"\{%.*messages.*<\|im_start\|>",
+        "tokenizer.json": {"model": {"vocab": dict}, "added_tokens": list},
+        "tokenizer_config.json": {"tokenizer_class": str},
+        "preprocessor_config.json": PREPROCESSOR | {"image_processor_type": str},
+        "processor_config.json": {"processor_class": str},
+    },
+    "gguf": {
+        "*.gguf": rb"GGUF[\2\3]\0\0\0.{3}\0{5}.{3}\0{5}",  # version, and the numbers of tensors and of settings
+        "Modelfile": rb"(FROM \./[^/\n]+\.gguf\n)+[A-Z]+ ",
+        TRAINING: None,
+    },
 }
 # Why another file is left out: the first pattern that its name matches says it.
 LEFT_OUT = {
@@ -66,6 +93,8 @@ LEFT_OUT = {
     "*.report.html": "the run's page: the card shows what is in it",
     "*_samples*": "the run's samples: the card shows the last",
 }
+MOST_CHECKED = 1 << 26  # bytes; of a GGUF only the head is looked at
+NO_LINK = "is a link, or no file: only files that lie there themselves are published. Export it again"
 LICENCE = (
     "--license is missing, or no id of a licence: it tells others what they may do with the model. Give one of the "
     "hub's ids, such as apache-2.0, mit or cc-by-nc-4.0; the licences of your data and of the weights you started from "
@@ -124,7 +153,7 @@ def read_model(source: Path) -> tuple[Model, dict[str, str]]:
     if path.is_dir() and (path / "config.json").is_file():
         if not (path / "model.safetensors").is_file():
             raise UsageError(f"{display_path(path)} has no model.safetensors: export it again (scripts/export.py)")
-        files = {name: path / name for name in EXPORTED["transformers"] if (path / name).is_file()}
+        files = exported_files(path, EXPORTED["transformers"])
         model = describe("transformers", run_name(path), files, read_folder(path))
         return model, left_out(path.iterdir(), EXPORTED["transformers"])
     if path.name.endswith("_resume.pth"):
@@ -132,6 +161,8 @@ def read_model(source: Path) -> tuple[Model, dict[str, str]]:
         raise UsageError(f"{display_path(path)} is a training state, which is never published: name {name} beside it")
     if path.is_file() and path.suffix == ".pth":
         sidecar = path.with_suffix(".json")
+        if sidecar.is_symlink():
+            raise UsageError(f"{display_path(sidecar)} {NO_LINK}")
         files = {file.name: file for file in (path, sidecar) if file.is_file()}
         model = describe("weights", path.stem, files, read_weights(path))
         of_the_run = {f"{path.stem}{ending}" for ending in ENDINGS}
@@ -140,6 +171,34 @@ def read_model(source: Path) -> tuple[Model, dict[str, str]]:
     raise UsageError(
         f"{display_path(path)} is nothing to publish: name a folder that scripts/export.py wrote, or a .pth weight file"
     )
+
+
+def check_content(file: Path, rule: bytes | dict):
+    """Raises ValueError unless a file begins as a pattern says, or is JSON that fits a schema."""
+    with open(file, "rb") as opened:
+        content = opened.read(MOST_CHECKED)
+    if isinstance(rule, dict):
+        parse_json(content, rule)
+    elif not re.match(rule, content, re.DOTALL):
+        raise ValueError("it begins otherwise")
+
+
+def exported_files(folder: Path, kinds: dict) -> dict[str, Path]:
+    """Returns a folder's files of these kinds by name; raises UsageError where one is not what its name says."""
+    files = {}
+    for name, rule in kinds.items():
+        for file in sorted(folder.glob(name)):
+            if file.is_symlink() or not file.is_file():
+                raise UsageError(f"{display_path(file)} {NO_LINK}")
+            try:
+                if rule is not None:
+                    check_content(file, rule)
+            except (OSError, ValueError) as error:
+                raise UsageError(
+                    f"{display_path(file)} is not what scripts/export.py writes ({error}): export it again"
+                ) from error
+            files[file.name] = file
+    return files
 
 
 def run_name(folder: Path) -> str:
@@ -155,27 +214,32 @@ def describe(kind: str, name: str, files: dict[str, Path], weights: Weights) -> 
 
 def read_gguf(folder: Path) -> Model:
     """Reads a folder of GGUF files; raises UsageError if one is none, or the text model is missing."""
-    files = {file.name: file for pattern in EXPORTED["gguf"] for file in sorted(folder.glob(pattern)) if file.is_file()}
-    for name, file in files.items():
-        with open(file, "rb") as opened:
-            if name.endswith(".gguf") and opened.read(4) != b"GGUF":
-                raise UsageError(f"{display_path(file)} is no GGUF file: export it again (scripts/export.py --to gguf)")
+    files = exported_files(folder, EXPORTED["gguf"])
     sees_images = [name.startswith("mmproj-") for name in files if name.endswith(".gguf")]
     if all(sees_images):
         raise UsageError(f"{display_path(folder)} has no text model beside the mmproj: export it again")
-    sidecar = with_all_parts(read_sidecar_or_empty(folder / TRAINING))
+    sidecar = with_all_parts(read_training(folder))
     return Model("gguf", run_name(folder), files, any(sees_images), sidecar, None)
 
 
 def with_all_parts(sidecar: dict) -> dict:
-    """Returns a sidecar without folders of this machine, whose parts are all there."""
-    parts = {name: sidecar.get(name) for name in ("arguments", "config", "versions")}
-    return without_folders(sidecar | {name: part if isinstance(part, dict) else {} for name, part in parts.items()})
+    """Returns what of a sidecar others may see, with all its parts."""
+    return {"arguments": {}, "config": {}, "versions": {}} | public(sidecar)
 
 
-def left_out(files, taken: tuple[str, ...]) -> dict[str, str]:
+def public(sidecar: dict) -> dict:
+    """Returns the fields of a sidecar that this project writes, without folders of this machine."""
+    flags = {action.dest for action in build_parser(STAGE, "")._actions}
+    known = {"arguments": flags | {"command", "assets", "eval_interval"}, "versions": {"python", *PACKAGES}}
+    fields = {name: value for name, value in sidecar.items() if name in SIDECAR or f"{name}?" in SIDECAR}
+    for part in known.keys() & fields.keys():
+        fields[part] = {name: value for name, value in fields[part].items() if name in known[part]}
+    return without_folders(fields)
+
+
+def left_out(files, taken: Iterable[str]) -> dict[str, str]:
     """Returns why each of the files that no pattern takes is left out."""
-    others = sorted(file for file in files if not file.is_file() or not any(file.match(name) for name in taken))
+    others = sorted(file for file in files if not any(file.match(name) for name in taken))
     reasons = {}
     for file in others:
         why = next((why for pattern, why in LEFT_OUT.items() if file.match(pattern)), "not a file of the model")
@@ -232,9 +296,9 @@ def stage(model: Model, record: Record, args: argparse.Namespace) -> tuple[Path,
 
 
 def place(file: Path, target: Path, is_sidecar: bool):
-    """Links a file, or copies it where links are not allowed; of a sidecar, a copy without this machine's folders."""
+    """Links a file, or copies it where links are not allowed; of a sidecar, a copy of what others may see."""
     if is_sidecar:
-        text = json.dumps(without_folders(read_sidecar_or_empty(file)), indent=2, ensure_ascii=False)
+        text = json.dumps(public(read_sidecar_or_empty(file)), indent=2, ensure_ascii=False)
         target.write_text(text + "\n", encoding="utf-8")
         return
     try:

@@ -5,14 +5,19 @@ are our own: since https://github.com/huggingface/huggingface_hub/pull/4228 `hf_
 file when it stops, and an interrupted download starts over.
 """
 
+import errno
 import hashlib
+import lzma
 import os
+import posixpath
 import shutil
 import stat
+import struct
 import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -30,6 +35,9 @@ from common.errors import UsageError
 LONGEST_WAIT = 8  # seconds: without a new byte, it tries again after 1, 2, 4 and 8
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 MODELSCOPE_PAGE = 200  # files: one page of a data set, and its client's own size; a model's files come all at once
+# Of zipfile and what it unpacks with: RuntimeError is of an encrypted file, NotImplementedError of an unknown method.
+UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError)
+UNPACKING_ERRORS += (OSError, OverflowError, LookupError)
 DISK_BLOCK = 4096  # bytes a small file takes at least
 BAR = {"delay": 1, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}  # few lines in a log file
 human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
@@ -177,7 +185,9 @@ def unpack(path: Path, folder: Path) -> None:
             part.mkdir()
             for info in tqdm(members, desc=f"  unpacking {path.name}", unit=" files", **BAR):
                 archive.extract(info, part)  # writes no more than the declared bytes
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or odd
+    except UNPACKING_ERRORS as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of the content
+            raise
         raise UsageError(f"{path} is damaged ({error}): delete it and run this again.") from error
     top = part / folder.name
     (top if list(part.iterdir()) == [top] else part).rename(folder)
@@ -193,4 +203,13 @@ def safe_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             raise UsageError(f"{archive.filename} is refused: {info.filename!r} points outside of it or is a link.")
         if not info.is_dir() and place.parts[:1] != ("__MACOSX",) and place.name != ".DS_Store":
             members.append(info)
+    names = [posixpath.normpath(info.filename) for info in members]
+    folders = set()
+    for folder in map(posixpath.dirname, names):
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = posixpath.dirname(folder)
+    twice = Counter([*folders, *names]).most_common(1)
+    if twice and twice[0][1] > 1:
+        raise zipfile.BadZipFile(f"{twice[0][0]!r} is in it twice, or is a file and a folder")
     return members

@@ -77,10 +77,10 @@ class Learner:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the state may come from another kind of device
-            group.update({name: self.optimizer.defaults[name] for name in ("fused", "capturable")})
-        self.scaler.load_state_dict(state["scaler"])
+        # Its groups are this run's: the state may come from another kind of device.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if state["scaler"].keys() == self.scaler.state_dict().keys():  # not of a run in another precision
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclass(frozen=True)

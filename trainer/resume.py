@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, run: Run, model: MiniMindVLM, data: VLMDataset, settings: dict):
         self.run, self.model, self.settings = run, model, settings
         if run.state is not None:
-            weight_io.load_learned(model, run.state["learned"], run.files.state)
+            weight_io.load_learned(model, run.state, run.files.state)
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
@@ -47,6 +47,7 @@ class Checkpoints:
                         f"{display_path(run.files.state)} is of a run with other {name} ({saved.get(name)}; now "
                         f"{value}): repeat that run's flags, or leave --from_resume out to begin anew"
                     )
+            check_place(run.state, len(data), run.files.state)
             written = weight_io.read_sidecar_or_empty(run.files.weights).get("step")
             if run.processes.is_main and (written != step or not run.files.weights.is_file()):
                 # The run was killed between the renames of state and weights.
@@ -119,6 +120,17 @@ class Checkpoints:
         return error
 
 
+def check_place(state: dict, rows: int, path):
+    """Raises UsageError unless a run over so many rows can be at the state's step, epoch and sample."""
+    step, epoch, sample, epochs = state["step"], state["epoch"], state["sample"], state["arguments"].get("epochs", "")
+    is_place = sample < rows and epochs.isdecimal() and (epoch, sample) <= (int(epochs), 0)
+    if not (is_place and epoch + (sample > 0) <= step <= epoch * rows + sample):  # a step takes a sample at least
+        raise UsageError(
+            f"{display_path(path)} is damaged: step {step:,}, epoch {epoch:,}, sample {sample:,} is no place in a run "
+            f"of {epochs} epochs over {rows:,} rows. --from_resume 0 begins anew"
+        )
+
+
 def random_state(device: torch.device) -> dict:
     """Returns this rank's random state, on the CPU and on its GPU."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
@@ -127,9 +139,14 @@ def random_state(device: torch.device) -> dict:
 def restore_random_state(states: list[dict], rank: int, device: torch.device):
     """Restores this rank's random state; a rank that the saved run did not have keeps its own."""
     if rank < len(states):
-        torch.set_rng_state(states[rank]["cpu"])
-        if states[rank]["cuda"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(states[rank]["cuda"], device)
+        try:
+            torch.set_rng_state(states[rank]["cpu"])
+            if states[rank]["cuda"] is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(states[rank]["cuda"], device)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(
+                f"the checkpoint's random state is damaged ({error}): --from_resume 0 begins anew"
+            ) from error
 
 
 def changed_settings(state: dict, args, world_size: int) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import RankError, UsageError
 from common.files import load_file, lock, remove_temporaries
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
+from common.schema import SchemaError, check
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.formats import RIGHT_FORM
@@ -227,10 +228,13 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
         processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
         return None
     state = load_file(files.state)
-    if not isinstance(state, dict) or "fingerprint" not in state:
+    try:
+        check(state, weight_io.STATE)
+    except SchemaError as error:
         raise UsageError(
-            f"{display_path(files.state)} is no checkpoint of this version of the project; --from_resume 0 begins anew"
-        )
+            f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
+            "begins anew"
+        ) from error
     return state
 
 
@@ -241,7 +245,7 @@ def is_unfinished(path: Path) -> bool:
     try:
         state = load_file(path)
         return state["epoch"] < int(state["arguments"]["epochs"])
-    except (UsageError, KeyError, TypeError, ValueError):
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
         return False
 
 

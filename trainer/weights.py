@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
-from common.files import load_file
+from common.files import FLOATS, load_tensors
 from common.paths import ROOT, SAVE_3V_DIR, display_path
+from common.schema import Range, SchemaError, check, read_json
 from dataset.chat import image_token_id
-from dataset.prompts import DEFAULT_FORM, FORMS
+from dataset.prompts import FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import MINIMIND_3V, config_fields, projector_of
+from model.vlm_config import CONFIG, MINIMIND_3V, config_fields, projector_of
 from trainer.support.llava import from_transformers
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
@@ -34,8 +35,37 @@ SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_
 SHAPE_KEYS += ("qk_norm",)
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
 EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
+EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN, PATH = (str, bool, int, float, None), (str, None)
+SIDECAR = {  # what `describe` writes, and checkpoints add
+    "config": CONFIG,
+    **{f"{name}?": str for name in ("stage", "title", "assets", "tokenizer_sha256", "written")},
+    "arguments?": {"data_path?": PATH, "tokenizer_path?": PATH, "vision_model_path?": PATH, "*": PLAIN},
+    "versions?": {"*": str},
+    "git_commit?": (str, None),
+    "step?": Range(int, 0, 1 << 53),
+    "prompt_form?": frozenset(FORMS),
+}
+EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}
+EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
+COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
+STATE = {
+    **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
+    "learned_tokens?": COUNT,  # old checkpoints lack it
+    "bad_steps": [COUNT] * 3,
+    "processes": Range(int, 1, 1 << 20),
+    **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
+    "learned": {"*": torch.Tensor},
+    "optimizer": {"state": {"*": {"*": torch.Tensor}}},
+    "scaler": {"*": Range(float, 0, 1e300)},
+    "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
+    "wandb_id": (str, None),
+    "progress": {
+        **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
+        **{"data_seconds": SECONDS, "seconds_before": SECONDS},
+    },
+}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -108,32 +138,37 @@ def hint(name: str, save_dir: Path) -> str:
 def read_sidecar_or_empty(path: Path) -> dict:
     """Reads the JSON beside a weight file; {} where it is missing or unreadable (`read_weights` says why)."""
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path.with_suffix(".json"), SIDECAR)
+    except (OSError, SchemaError):
         return {}
-    return sidecar if isinstance(sidecar, dict) else {}
+
+
+def read_training(folder: Path) -> dict:
+    """Reads the sidecar in an exported folder, {} where there is none; raises UsageError if it is unreadable."""
+    path = folder / TRAINING
+    try:
+        sidecar = read_json(path, dict) if path.exists() else {}
+        check(sidecar, SIDECAR if sidecar else dict)  # {} is of weights that had none
+        return sidecar
+    except SchemaError as error:
+        raise UsageError(f"{display_path(path)} cannot be read: {error}. Export the weights again") from error
 
 
 def read_weights(path: Path) -> Weights:
     """Reads a weight file and its sidecar; raises UsageError if one is unreadable or they contradict each other."""
-    tensors = load_file(path)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
-    ):
-        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
+    tensors = load_tensors(path)
     from_tensors, sidecar_path = config_of(tensors, path), path.with_suffix(".json")
     if not sidecar_path.is_file():
         return Weights(path, tensors, from_tensors, {})
     try:
-        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-        check_sidecar(sidecar)
+        sidecar = read_json(sidecar_path, SIDECAR)
         config = VLMConfig(**sidecar["config"])
-    except (OSError, *CONFIG_ERRORS) as error:
+    except CONFIG_ERRORS as error:
         raise UsageError(
             f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error}. Delete it if the "
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
-    for key in SHAPE_KEYS:
+    for key in SHAPE_KEYS + (EXPERT_KEYS if from_tensors.use_moe else ()):
         said, actual = getattr(config, key), getattr(from_tensors, key)
         if said != actual:
             raise UsageError(
@@ -141,23 +176,6 @@ def read_weights(path: Path) -> Weights:
                 "together"
             )
     return Weights(path, tensors, config, sidecar)
-
-
-def check_sidecar(sidecar):
-    """Raises ValueError unless a sidecar's parts are of the types that `describe` writes."""
-    if not isinstance(sidecar, dict) or not isinstance(sidecar.get("config"), dict):
-        raise ValueError("it has no config")
-    types = {"arguments": dict, "tokenizer_sha256": str}
-    wrong = [name for name, kind in types.items() if not isinstance(sidecar.get(name, kind()), kind)]
-    known = config_fields(VLMConfig())
-    for name, value in sidecar["config"].items():
-        kinds = {float, int} if isinstance(known.get(name), float) else {type(known.get(name))}
-        if name not in known or type(value) not in kinds:
-            wrong.append(f"config.{name}")
-    if sidecar.get("prompt_form", DEFAULT_FORM) not in FORMS:
-        wrong.append("prompt_form")
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} is unknown or of another type")
 
 
 def read_folder(folder: Path) -> Weights:
@@ -170,20 +188,22 @@ def read_folder(folder: Path) -> Weights:
             "transformers folder with config.json and model.safetensors or pytorch_model.bin"
         )
     try:
-        tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_file(files[0])
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path, EXPORTED_CONFIG)
+        tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_tensors(files[0])
+        if config.get("model_type") in EXPORTED:  # by scripts/export.py
+            tensors = from_transformers(tensors, config.get("projector_hidden_act"))
+        config |= config.get("text_config") or {}
+        check(config, {"hidden_act?": frozenset({"silu", None})})
+        names = [name for name in config_fields(VLMConfig()) if not name.endswith("token_id")]
+        known = {name: config[name] for name in names if config.get(name) is not None}
+        check(known, CONFIG)
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
-    if config.get("model_type") in EXPORTED:  # by scripts/export.py
-        tensors = from_transformers(tensors, config.get("projector_hidden_act"))
-    config |= config.get("text_config", {})
-    names = config_fields(VLMConfig())
-    known = {key: config[key] for key in names if key in config and not key.endswith("token_id")}
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, config_of(tensors, files[0], known), read_sidecar_or_empty(folder / TRAINING))
+    return Weights(files[0], tensors, config_of(tensors, files[0], known), read_training(folder))
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
@@ -203,7 +223,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         keys, router = tensors["model.layers.0.self_attn.k_proj.weight"], tensors.get("model.layers.0.mlp.gate.weight")
         feed_forward = "model.layers.0.mlp." + ("" if router is None else "experts.0.")
         head_norm = tensors.get("model.layers.0.self_attn.q_norm.weight")
-        heads = ORIGINAL_HEADS if head_norm is None else hidden_size // len(head_norm)
+        heads = ORIGINAL_HEADS if head_norm is None else hidden_size // head_norm.shape[0]
         shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
@@ -279,9 +299,18 @@ def load_into(model: MiniMindVLM, weights: Weights):
     model.load_state_dict(found)
 
 
-def load_learned(model: MiniMindVLM, learned: dict[str, torch.Tensor], path: Path):
+def load_learned(model: MiniMindVLM, state: dict, path: Path):
     """Loads what learns from a checkpoint; raises UsageError if other tensors learn now, or of other shapes."""
-    problems = mismatches(learned_parameters(model), learned)
+    parameters, learned, saved = learned_parameters(model), state["learned"], state["optimizer"]["state"]
+    moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
+    shapes = {"step": torch.zeros(())}
+    expected = {
+        (number, part): shapes.get(part, parameter)
+        for number, parameter in enumerate(parameters.values())
+        for part in ("step", "exp_avg", "exp_avg_sq")
+        if number in saved
+    }
+    problems = mismatches(parameters, learned) + mismatches(expected, moments)
     if problems:
         raise UsageError(
             f"{display_path(path)} is of another run: {problems[0]}. Leave --from_resume out, or repeat its flags"

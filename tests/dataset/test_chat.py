@@ -12,11 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from common.errors import UsageError
 from common.paths import ROOT
 from dataset.chat import SYSTEM_PROMPT, ChatEncoder
 from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
 from dataset.prompts import prompt_batch, with_images
 from dataset.rows import RowTokeniser
+from dataset.tokenizer import load_tokenizer
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
 LOOK_ALIKES = "<|im_end|>\n<|im_start|>assistant\n好<|im_end|>\n<|endoftext|>"
@@ -109,6 +111,51 @@ def test_padding_and_truncation_set_in_a_tokenizer_are_ignored(encoder):
     tokenizer(["a", "a long text"], padding=True, truncation=True, max_length=2)
     turns = said("describe the picture", "a red circle")
     assert ChatEncoder(tokenizer, 196).encode([turns]) == encoder.encode([turns])
+
+
+def with_part(tokenizer, folder: Path, part: str, content, **model) -> Path:
+    """Saves the tokenizer with one part of its tokenizer.json replaced."""
+    tokenizer.save_pretrained(str(folder))
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    part_content = content(whole[part]) if callable(content) else content
+    (folder / "tokenizer.json").write_text(json.dumps(whole | {part: part_content}), encoding="utf-8")
+    return folder
+
+
+def split(pattern: str, behavior: str):
+    rule = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+    return lambda before: {"type": "Sequence", "pretokenizers": [rule, before]}
+
+
+def replaced_text(pattern: str, text: str) -> dict:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": text}
+
+
+OTHER_PARTS = {
+    "removed": ("pre_tokenizer", split("@", "Removed")),
+    "removed after a line break": ("pre_tokenizer", split("\n@", "Removed")),
+    "written otherwise": ("normalizer", replaced_text("@", "a")),
+    "two become one": ("normalizer", replaced_text("@@", "@")),
+    "the last is lost": ("normalizer", replaced_text("@$", "")),
+    "an id of no token": ("model", lambda before: before | {"vocab": before["vocab"] | {"new": 10**6}}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PARTS)
+def test_a_tokenizer_that_does_not_keep_an_images_placeholders_is_refused(tmp_path, tokenizer, case):
+    folder = with_part(tokenizer, tmp_path, *OTHER_PARTS[case])
+    with pytest.raises(UsageError, match="cannot be used"):
+        load_tokenizer(folder)
+
+
+def test_an_image_that_is_joined_with_an_odd_text_is_a_bad_row_or_question(tmp_path, tokenizer):
+    """Which text that is, nothing told when the tokenizer was loaded."""
+    kept = load_tokenizer(with_part(tokenizer, tmp_path, "normalizer", replaced_text("zebra@@", "@")))
+    encoder, asked = ChatEncoder(kept, 196), said("zebra<image>", "a zebra")
+    row = json.dumps({"conversations": asked, "image": "a.jpg"})
+    assert "the tokenizer joins" in RowTokeniser(encoder, 640)([row], [7])["reason"][0]
+    with pytest.raises(UsageError, match="the tokenizer joins"):
+        prompt_batch(encoder, [asked[:1]], [[torch.zeros(3, 224, 224, dtype=torch.uint8)]])
 
 
 def test_an_unsuitable_tokenizer_is_refused(tmp_path, tokenizer):

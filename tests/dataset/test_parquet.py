@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tiny import PRETRAIN, ROOT, SFT, as_file, turn
 
+from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
 from dataset.chat import ChatEncoder
@@ -30,6 +31,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
 from scripts.check_parquet import write_published_form
+from scripts.dataset_sources import read_source
 from trainer.setup import report_shared_images
 
 pytest_plugins = ["tiny"]
@@ -79,6 +81,21 @@ def means(data: VLMDataset) -> list[list[float]]:
 
 
 # ---- rows
+
+
+@pytest.mark.parametrize("twice", ["conversations", "image_bytes", "source"])
+def test_a_column_that_stands_there_twice_is_refused(tmp_path, tokenizer, twice):
+    names = ["conversations", "image_bytes", "source", twice]
+    columns = {"conversations": json.dumps(said(ASKED)), "image_bytes": picture(0), "source": "a"}
+    table = pa.Table.from_arrays([pa.array([columns[name]]) for name in names], names=names)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match=f"rows.parquet has the column {twice} twice"):
+        opened(tmp_path / "rows.parquet", tokenizer)
+    with pytest.raises(UsageError, match=f"rows.parquet has the column {twice} twice"):
+        list(read_source(tmp_path / "rows.parquet"))
+    (tmp_path / "rows.csv").write_text("image,caption,Caption\na.jpg,one,two\n")
+    with pytest.raises(UsageError, match="rows.csv has the column caption twice"):
+        list(read_source(tmp_path / "rows.csv"))
 
 
 def test_rows_of_text_with_a_black_picture_are_learned_as_text(written):

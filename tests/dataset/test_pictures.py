@@ -1,16 +1,18 @@
 """An image file to uint8 pixels: equal to transformers' own; every broken file is a PictureError."""
 
 import pickle
+import struct
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny import as_file, png
 
 from dataset.pictures import PictureError, load_picture, preprocess_image
+from scripts.dataset_rows import picture_file
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -110,6 +112,90 @@ def test_exif_orientation_is_applied(kind, orientation, stored_by):
     assert difference.abs().float().mean() < 3  # JPEG is lossy
 
 
+NOISE = drawn("RGB", (64, 48))
+
+
+def exif_block(*fields: tuple[int, int, int, bytes]) -> bytes:
+    """Writes EXIF fields as they are given: tag, type, count and the four bytes of a value or its offset."""
+    entries = b"".join(struct.pack(">HHI", *field[:3]) + field[3] for field in fields)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(fields)) + entries + bytes(4)
+
+
+TURNED = (0x112, 3, 1, b"\0\x06\0\0")
+ODD_FIELDS = {
+    "text for a number": (TURNED, (0x11A, 2, 4, b"abc\0")),
+    "bytes for a number": (TURNED, (0x11A, 1, 1, b"a\0\0\0")),
+    "a number for text": ((0x10E, 3, 1, b"\0\6\0\0"), TURNED),
+    "an offset outside": ((0x10E, 2, 500, b"\xff\0\0\0"), TURNED),
+    "a type that nothing has": ((0x10E, 99, 1, bytes(4)), TURNED),
+    "a directory that holds itself": (TURNED, (0x8769, 4, 1, b"\0\0\0\x08")),
+    "an infinite resolution": (TURNED, (0x11A, 11, 1, b"\x7f\x80\0\0"), (0x128, 3, 1, b"\0\2\0\0")),
+}
+
+
+@pytest.mark.parametrize("fields", ODD_FIELDS)
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG of a camera", "PNG", "WEBP"])
+def test_only_the_orientation_of_exif_is_read(kind, fields):
+    upright = Image.new("RGB", (40, 60), "red")
+    upright.paste("blue", (0, 0, 40, 20))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    content = as_file(stored, kind.split()[0], exif=exif_block(*ODD_FIELDS[fields]))
+    if "camera" in kind:  # no JFIF: Pillow looks for the resolution in EXIF
+        content = content[:2] + content[20:]
+    expected = preprocess_image(upright).astype(int)
+    assert np.abs(load_picture(content).numpy() - expected).mean() < 3
+    _, converted = picture_file(content, "odd", 64)
+    assert np.abs(load_picture(converted).numpy() - expected).mean() < 3
+
+
+def metadata_places(kind: str, content: bytes) -> list[int]:
+    """Returns the offsets of what is neither pixels nor structure."""
+    if kind == "TIFF":  # the directory's entries of the resolution, the description and the orientation
+        start = struct.unpack_from("<I", content, 4)[0] + 2
+        entries = range(start, start + 12 * struct.unpack_from("<H", content, start - 2)[0], 12)
+        entries = [at for at in entries if struct.unpack_from("<H", content, at)[0] in (0x10E, 0x112, 0x11A, 0x8298)]
+        return [at + byte for at in entries for byte in range(2, 12)]
+    start = content.index(b"MM\0*")
+    places = [*range(start, start + 70)]
+    if kind == "PNG":  # its checksum and a text's
+        text = content.index(b"tEXt")
+        places += [*range(start + 70, start + 74), *range(text + 4, text + 35)]
+    return places
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG of a camera", "PNG", "WEBP", "TIFF"])
+def test_metadata_never_decides_whether_a_picture_can_be_read(kind):
+    """Every byte of it is changed; TIFF's description and copyright too."""
+    fields = (0x10E, 2, 3, b"hi\0\0"), TURNED, (0x11A, 5, 1, b"\0\0\0\x3e"), (0x10F, 2, 4, b"abc\0")
+    exif = exif_block(*fields) + struct.pack(">II", 72, 1)
+    options = {"exif": exif} if kind != "TIFF" else {"tiffinfo": {0x10E: "a text", 0x112: 6, 0x11A: 72.0, 0x8298: "me"}}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("Title", "a text of some length")
+    content = as_file(NOISE.resize((16, 8)), kind.split()[0], **options)
+    if "camera" in kind:
+        content = content[:2] + content[20:]
+    turned = load_picture(content)
+    others = 0
+    for place in metadata_places(kind, content):
+        for value in (b"\0", b"\1", b"\x7f", b"\xff"):
+            others += not torch.equal(load_picture(replaced(content, place, value)), turned)
+    assert 10 < others < 100  # the orientation's own bytes, and those that lead to it
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError("x"), AttributeError, RecursionError, NotImplementedError])
+def test_whatever_decoding_raises_is_the_pictures_fault(monkeypatch, error):
+    def failing(self):
+        raise error
+
+    content = as_file(NOISE, "BMP")
+    monkeypatch.setattr(Image.Image, "load", failing)
+    for read in (load_picture, lambda content, name: picture_file(content, name, 64)):
+        with pytest.raises(PictureError, match="odd: "):
+            read(content, "odd")
+
+
 def png_of_size(width, height):
     """Writes a grey PNG that is small on disk whatever size it claims."""
     return png(width, height, 8, 0, b"\0" * min(height * (width + 1), 10**6))
@@ -119,7 +205,6 @@ def replaced(data, position, value):
     return data[:position] + value + data[position + len(value) :]
 
 
-NOISE = drawn("RGB", (64, 48))
 BROKEN = {
     "cut off.jpg": (as_file(NOISE, "JPEG")[:-500], "truncated"),
     "cut off.png": (as_file(NOISE, "PNG")[:-500], "truncated"),

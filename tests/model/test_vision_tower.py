@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import io
 import json
 import os
+import shutil
 
 import pytest
 import tiny_models
@@ -186,6 +188,40 @@ def as_bin(content):
     return damage
 
 
+def saved(content) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def with_tensor(folder, name, value, dtype=torch.float32):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.full_like(tensors[name], value).to(dtype)}, folder / "model.safetensors")
+
+
+def test_what_a_tower_has_no_use_for_may_be_anything(tmp_path):
+    """transformers would take these for its own settings, some of which change what a model returns."""
+    others = {"return_dict": False, "num_labels": 10**9, "attn_implementation": "unheard_of", "id2label": 5}
+    whole = load_vision_tower(tiny_models.save_tower(tmp_path))
+    edit_config(tmp_path, **others, output_hidden_states="x", experts_implementation=3, text_config=None)
+    assert load_vision_tower(tmp_path).config.to_dict() == whole.config.to_dict()
+
+
+def test_a_whole_models_config_as_the_published_one_is_read(whole_clip, tmp_path):
+    """It is of an old transformers, which wrote every setting that it knew, null where there was none."""
+    shutil.copytree(whole_clip["safetensors"], tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    old = {"architectures": None, "torch_dtype": None, "dtype": None, "_name_or_path": "", "top_k": 50, "id2label": {}}
+    old |= {"problem_type": None, "decoder_start_token_id": None, "dropout": 0.0, "chunk_size_feed_forward": 0}
+    content["vision_config"] |= old
+    (tmp_path / "config.json").write_text(json.dumps(content | {"vision_config_dict": content["vision_config"]}))
+    (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": null, "crop_size": null, "size": 224}')
+    tower = load_vision_tower(tmp_path)
+    assert tower.settings.crop is False
+    features = tower(pixel_values=whole_clip["picture"]).last_hidden_state
+    torch.testing.assert_close(features, whole_clip["features"])
+
+
 LAST_WEIGHT = "vision_model.encoder.layers.1.mlp.fc2.weight"
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
@@ -200,6 +236,38 @@ DAMAGES = {
     "config is null": (replace_by("config.json", b"null"), "cannot be read"),
     "broken preprocessor": (replace_by("preprocessor_config.json", b"{"), "cannot be read"),
     "two means": (replace_by("preprocessor_config.json", b'{"image_mean": [1, 2]}'), "cannot be read"),
+    **{
+        f"{name} is {kind}": (replace_by(f"{name}.json", content), f"{name}.json", "cannot be read")
+        for name in ("config", "preprocessor_config")
+        for kind, content in {
+            **{"a number": b"5", "a text": b'"x"', "a list of null": b"[null]", "not a number": b"NaN"},
+            **{"deep": b"[" * 10_000 + b"]" * 10_000, "less deep": b'{"a":' * 40 + b"1" + b"}" * 40},
+            **{"long": b'{"a": "' + b" " * (1 << 22) + b'"}', "half a character": b'{"a": "\\ud800"}'},
+        }.items()
+    },
+    **{
+        f"{fields}": (lambda folder, fields=fields: edit_config(folder, **fields), "cannot be read", *fields)
+        for fields in (
+            *({"hidden_act": value} for value in ("unheard_of", 5, None, ["gelu"])),
+            *({name: 10**9} for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size")),
+            *({"layer_norm_eps": value} for value in (float("nan"), -1, "small")),
+            *({"patch_size": -16}, {"num_attention_heads": True}, {"num_channels": 1}, {"model_type": 5}),
+            *({"vision_config": [1]}, {"dtype": "float999"}),
+        )
+    },
+    **{
+        f"{field} {value}": (replace_by("preprocessor_config.json", json.dumps({field: value}).encode()), field)
+        for field, values in {
+            "image_std": (0, [0, 1, 1], [float("nan")] * 3, [1e-300] * 3, [-1, 1, 1], None),
+            "image_mean": ([float("inf")] * 3, "x", [True] * 3),
+            **{"resample": (99, "bicubic", None), "do_center_crop": ("no", 0)},
+        }.items()
+        for value in values
+    },
+    "a list for tensors": (as_bin(saved([torch.ones(2)])), "a plain dict of tensors is expected"),
+    "words for tensors": (as_bin(saved({"vision_model.x": "y"})), "a plain dict of tensors is expected"),
+    "NaN": (lambda folder: with_tensor(folder, LAST_WEIGHT, torch.nan), LAST_WEIGHT, "finite"),
+    "float8": (lambda folder: with_tensor(folder, LAST_WEIGHT, 1, torch.float8_e4m3fn), LAST_WEIGHT, "finite"),
     "patch 32": (lambda folder: edit_config(folder, patch_size=32), "does not fit its config.json"),
     "patch 0": (lambda folder: edit_config(folder, patch_size=0), "cannot be read"),
     "patch a word": (lambda folder: edit_config(folder, patch_size="sixteen"), "cannot be read"),

@@ -183,6 +183,26 @@ def test_splits_are_chosen_by_the_user(tmp_path):
         read(tmp_path / "one")
 
 
+SAVED = [
+    *((name, text) for name in ("state.json", "dataset_info.json") for text in ("[]", "null", "5", "[" * 10_000, "")),
+    *(("state.json", {"_split": value}) for value in (5, [1])),
+    *(("state.json", {"_data_files": value}) for value in (5, [{}], [{"filename": "../outside.arrow"}])),
+    *(("dataset_info.json", {"features": value}) for value in ("x", 5, {"caption": 5}, {"caption": {"_type": "x"}})),
+    *(("dataset_dict.json", {"splits": value}) for value in (5, ["../other"])),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), SAVED, ids=lambda value: str(value)[:40])
+def test_a_saved_folder_that_is_damaged_or_leads_elsewhere_is_refused(tmp_path, name, content):
+    datasets.Dataset.from_dict({"image": ["a.jpg"], "caption": ["a"]}).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / name
+    if isinstance(content, dict):
+        content = json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | content)
+    path.write_text(content)
+    with pytest.raises(UsageError, match="saved cannot be read: "):
+        list(read_source(tmp_path / "saved"))
+
+
 def test_a_parquet_is_read_in_small_batches(tmp_path, monkeypatch):
     pq.write_table(pa.table({"image": [b"x"] * 1000, "caption": ["a"] * 1000}), tmp_path / "a.parquet")
     monkeypatch.setattr(dataset_sources, "BATCH", 10)

@@ -309,6 +309,12 @@ def lying(declared: int) -> bytes:
         (lying(4_000_000_000), "not enough disk"),
         (make_zip({"a.jpg": b"E"})[:-9], "damaged"),
         (b"<html>", "damaged"),
+        (make_zip({"x": b"E", "x/y": b"E"}), "'x' is in it twice, or is a file and a folder"),
+        (make_zip({"./a/x": b"E", "a/x/y/z": b"E"}), "a file and a folder"),
+        (make_zip({"a": b"E", "./a": b"F"}), "twice"),
+        (make_zip({"a.jpg": b"E"}).replace(b"\x08\0", b"\x63\0"), "damaged"),
+        (make_zip({"a.jpg": b"E"}).replace(b"\x08\0", b"\x0e\0"), "damaged"),
+        (make_zip({"a.jpg": b"E"}).replace(b"\x08\0", b"\x0c\0"), "damaged"),
     ],
     ids=[
         "absolute",
@@ -320,6 +326,12 @@ def lying(declared: int) -> bytes:
         "bomb",
         "cut",
         "html",
+        "file and folder",
+        "file and folder below",
+        "twice",
+        "an unknown method",
+        "garbage as LZMA",
+        "garbage as BZIP2",
     ],
 )
 def test_bad_zips_are_refused(tmp_path, monkeypatch, content, word):
@@ -341,7 +353,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path_factory, names):
     inner.mkdir(parents=True)
     try:
         transfer.unpack(write_zip(inner, make_zip(dict.fromkeys(names, b"x"))), inner / "pretrain_images")
-    except (UsageError, OSError):  # OSError: one name is a file and another's folder
+    except (UsageError, OSError):
         assert not (inner / "pretrain_images").exists()
     allowed = ("1/2/pretrain_images/", "1/2/pretrain_images.part/", "1/2/pretrain_images.zip")
     assert all(name.startswith(allowed) for name in tree(outer))

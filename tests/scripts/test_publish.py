@@ -1,6 +1,7 @@
 """scripts/publish.py against a stand-in of the hub: what is uploaded, what never is, and what is refused."""
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,9 @@ from publishing import (
     is_left_clean,
     published,
 )
+
+from common.errors import UsageError
+from scripts.publish import read_model
 
 pytest_plugins = ["tiny", "publishing"]
 
@@ -128,6 +132,64 @@ def test_of_a_runs_files_only_the_weights_go(publish, hub, trained):
     assert f"left out: {NAME}_resume.pth (a training state, to resume from)" in done.out
     assert f"left out: {NAME}.metrics.jsonl" in done.out and "llm_32" not in done.out
     assert not any("resume" in name or "metrics" in name for name in published(hub))
+
+
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"
+
+
+@pytest.mark.parametrize("ending", FILES)
+@pytest.mark.parametrize("what", ["a link", "a link to the same", "a folder", "a key"])
+def test_a_file_that_is_not_what_an_export_writes_is_refused_by_name(out, tmp_path, ending, what):
+    source = out / f"{NAME}{ending}"
+    for name in FILES[ending] - {f"{NAME}.pth"}:
+        file = (source if source.is_dir() else out) / name
+        shutil.move(file, tmp_path / "moved")
+        (tmp_path / "id_rsa").write_text(KEY)
+        {
+            "a link": lambda file: file.symlink_to(tmp_path / "id_rsa"),
+            "a link to the same": lambda file: file.symlink_to(tmp_path / "moved"),
+            "a folder": lambda file: file.mkdir(),
+            "a key": lambda file: file.write_text(KEY),
+        }[what](file)
+        if what == "a folder" and ending == ".pth":
+            assert file not in read_model(source)[0].files.values()
+        else:
+            with pytest.raises(UsageError, match=re.escape(name) if "link" in what else None):
+                read_model(source)
+        file.rmdir() if what == "a folder" else file.unlink()
+        shutil.move(tmp_path / "moved", file)
+    read_model(source)
+
+
+def test_sample_images_that_are_links_or_no_pictures_stay_here(publish, hub, out, tmp_path):
+    samples = out / f"{NAME}_samples"
+    (tmp_path / "id_rsa").write_text(KEY)
+    shutil.copy(samples / "1.jpg", tmp_path / "private.jpg")
+    for number, target in ((0, "id_rsa"), (1, "private.jpg")):
+        (samples / f"{number}.jpg").unlink()
+        (samples / f"{number}.jpg").symlink_to(tmp_path / target)
+    (samples / "2.jpg").write_text(KEY)
+    publish(out / f"{NAME}-gguf").passed()
+    assert published(hub).keys() == GGUF_FILES | CARD_FILES - {f"samples/{number}.jpg" for number in range(3)}
+    samples.rename(tmp_path / "elsewhere")
+    samples.symlink_to(tmp_path / "elsewhere")
+    hub.repos.clear()
+    publish(out / f"{NAME}-gguf").passed()
+    assert not any(name.startswith("samples/") for name in published(hub))
+
+
+@pytest.mark.parametrize(("ending", "sidecar"), [("-hf", "-hf/training.json"), (".pth", ".json")])
+def test_of_a_sidecar_only_known_fields_are_published(publish, hub, out, ending, sidecar):
+    path = out / f"{NAME}{sidecar}"
+    content = json.loads(path.read_text())
+    content |= {"api_key": "private", "notes": {"a": "private"}}
+    content["arguments"] |= {"wandb_key": "private", "data_path": "/home/private/rows.jsonl"}
+    content["versions"] |= {"private": "1"}
+    path.write_text(json.dumps(content))
+    publish(out / f"{NAME}{ending}").passed()
+    texts = {name: file for name, file in published(hub).items() if not name.endswith((".jpg", ".png"))}
+    assert [name for name, file in texts.items() if b"private" in file] == []
+    assert json.loads(texts[Path(sidecar).name if "/" in sidecar else f"{NAME}.json"])["config"] == content["config"]
 
 
 def sha256s(folder: Path, names) -> set[str]:
@@ -267,7 +329,7 @@ SOURCES = {
     "a state": ("a training state, which is never published", f"{NAME}.pth"),
     "a state under another name": ("no weight file",),
     "a weight file that is cut off": ("cannot be read",),
-    "a GGUF that is none": ("is no GGUF file",),
+    "a GGUF that is none": ("is not what scripts/export.py writes",),
     "an mmproj alone": ("no text model",),
     "pickled weights alone": ("has no model.safetensors",),
     "a run's folder": ("is nothing to publish",),

@@ -4,15 +4,20 @@ import dataclasses
 import json
 import pickle
 import random
+import shutil
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
 
+from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
-from trainer.weights import describe
+from trainer.resume import check_place, restore_random_state
+from trainer.setup import read_state
+from trainer.weights import describe, load_learned
 
 pytest_plugins = ["tiny"]
 
@@ -330,6 +335,73 @@ def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path)
     ):
         again = way.run(world, out, "--from_resume", 1, "--from_weight", tmp_path / weights)
         again.refused("pretrain_vlm_32_resume.pth is of a run with", said, "; now ")
+
+
+def changed(state: dict, place: str, value) -> dict:
+    """Returns a copy of a state with another value at a place such as `optimizer/state/0/step`."""
+    name, _, rest = place.partition("/")
+    key = int(name) if name.isdecimal() else name
+    if isinstance(state, list):
+        return state[:key] + [changed(state[key], rest, value) if rest else value] + state[key + 1 :]
+    return state | {key: changed(state[key], rest, value) if rest else value}
+
+
+NAN, ROWS = float("nan"), 25
+NO_STATES = [
+    *(("epoch", value, "epoch") for value in (-1, "x", 1.0, NAN, None, True, 10**9, 2**70)),
+    *(("sample", value, "sample") for value in (-3, "x", NAN, 10**9, ROWS, [3])),
+    *(("step", value, "step") for value in (-1, NAN, "7", 0, EPOCHS * ROWS + 1)),
+    ("epoch", EPOCHS + 1, f"epoch {EPOCHS + 1}, sample 0 is no place in a run of {EPOCHS} epochs over {ROWS} rows"),
+    ("arguments/epochs", "many", "many epochs"),
+    ("arguments", ["a list"], "arguments"),
+    ("fingerprint", {"model": 5}, "fingerprint"),
+    ("processes", 0, "processes"),
+    ("bad_steps", [0, 0], "a list of 3"),
+    ("progress/samples", None, "progress.samples"),
+    ("progress/learned_from/0", NAN, "progress.learned_from[0]"),
+    ("learned", [torch.ones(2)], "learned"),
+    ("optimizer/state/0", {"exp_avg": torch.ones(3)}, "(0, 'step') is missing"),
+    ("optimizer/state/0/exp_avg", torch.ones(3), "(0, 'exp_avg') is (3,)"),
+    ("optimizer/state/0/step", torch.tensor(NAN), "(0, 'step') holds NaN"),
+    ("optimizer/state/999", {"step": torch.ones(())}, "(999, 'step') is unknown"),
+    ("random/0/cpu", torch.ones(5), "random state is damaged"),
+    ("random", torch.ones(5), "random"),
+    ("scaler", {"scale": "x"}, "scaler.scale"),
+    ("wandb_id", 5, "wandb_id"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(in_one_go) -> dict:
+    """The state of a run of 14 steps."""
+    return load(in_one_go(BASE) / f"{BASE.name}_resume.pth")
+
+
+@pytest.mark.parametrize(("place", "value", "word"), NO_STATES)
+def test_a_state_that_no_run_can_have_is_refused(finished, tmp_path, place, value, word):
+    """As a resumed run reads it: what its kinds are, whether its tensors fit, and whether it is a place in the run."""
+    state, path = changed(finished, place, value), tmp_path / "sft_vlm_32_resume.pth"
+    torch.save(state, path)
+    args = types.SimpleNamespace(from_resume=1)
+    processes, parameters = types.SimpleNamespace(log=print), finished["learned"]
+    model = types.SimpleNamespace(
+        named_parameters=lambda: ((name, torch.nn.Parameter(value)) for name, value in parameters.items()),
+        state_dict=dict,
+        load_state_dict=lambda state: None,
+    )
+    with pytest.raises(UsageError) as error:
+        read = read_state(args, types.SimpleNamespace(state=path), processes)
+        load_learned(model, read, path)
+        check_place(read, ROWS, path)
+        restore_random_state(read["random"], 0, torch.device("cpu"))
+    assert word in str(error.value) and "resume" in str(error.value)
+
+
+@pytest.mark.parametrize("place", [("sample", -3), ("sample", 10**6), ("optimizer/state/0/exp_avg", torch.ones(3))])
+def test_a_run_that_such_a_state_would_begin_ends_in_words(world, finished, in_one_go, tmp_path, place):
+    out = shutil.copytree(in_one_go(BASE), tmp_path / "out")
+    torch.save(changed(finished, *place), out / "sft_vlm_32_resume.pth")
+    BASE.run(world, out, "--from_resume", 1, "--epochs", 3).refused("sft_vlm_32_resume.pth is")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state", pickle.dumps({"a": 1})])

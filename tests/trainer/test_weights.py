@@ -11,7 +11,7 @@ from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl
 
 from common import files
 from common.errors import UsageError
-from model.model_vlm import VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import config_fields
 from trainer import weights as checkpoint
 
@@ -351,3 +351,59 @@ def test_a_sidecar_nested_too_deeply_is_refused(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     (out / "llm_32.json").write_text('{"config": ' + "[" * 100_000)
     world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.json", "cannot be read")
+
+
+OTHERS = (5, ["a"], {"a": 1}, None, True, float("nan"))
+FIELDS = {
+    **{(field, repr(other)): {field: other} for field in ("title", "assets", "tokenizer_sha256") for other in OTHERS},
+    **{("step", repr(other)): {"step": other} for other in ("x", -1, 1.5, float("nan"), True, 1 << 60)},
+    **{("prompt_form", repr(other)): {"prompt_form": other} for other in ("{prompt}", ["x"], None)},
+    **{("versions", repr(other)): {"versions": other} for other in (["x"], {"torch": 2})},
+    ("arguments", "a list in it"): {"arguments": {"epochs": [1]}},
+    ("arguments.vision_model_path", "a number"): {"arguments": {"vision_model_path": 5}},
+    **{
+        (f"config.{name}", repr(value)): {"config": {name: value}}
+        for name in ("max_position_embeddings", "n_routed_experts", "pixel_shuffle", "vision_patches", "pad_token_id")
+        for value in (10**12, -1, 2.5, None, "x")
+    },
+    **{("config.rope_theta", repr(value)): {"config": {"rope_theta": value}} for value in (True, 0, float("inf"))},
+    ("nested", "deep"): {"notes": json.loads("[" * 40 + "]" * 40)},
+    ("surrogates", "half a character"): {"notes": "\ud800"},
+}
+
+
+@pytest.mark.parametrize(("where", "changed"), [(key[0], FIELDS[key]) for key in FIELDS], ids=map(str, FIELDS))
+def test_a_sidecar_with_a_field_of_another_kind_is_refused(tmp_path, where, changed):
+    save_llm(tmp_path)
+    sidecar = checkpoint.describe(VLMConfig(hidden_size=32, num_hidden_layers=2), "llm", "own", "0" * 64, {})
+    for part, value in changed.items():
+        is_part = isinstance(value, dict) and part in ("config", "arguments") and isinstance(sidecar[part], dict)
+        sidecar[part] = sidecar[part] | value if is_part else value
+    (tmp_path / "llm_32.json").write_text(json.dumps(sidecar))
+    with pytest.raises(UsageError, match="llm_32.json.* cannot be read: ") as error:
+        checkpoint.read_weights(tmp_path / "llm_32.pth")
+    assert where in str(error.value)
+    assert checkpoint.read_sidecar_or_empty(tmp_path / "llm_32.pth") == {}
+
+
+EXPORT = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "hidden_act": "silu"}
+EXPORTS = [
+    *(("config.json", content) for content in ("[]", "null", "5", '"x"', "[" * 10_000, '{"a":' * 40 + "1" + "}" * 40)),
+    *(("training.json", content) for content in ("[]", "null", "5", '{"step": 5}', "[" * 10_000, "")),
+    *(("config.json", EXPORT | {"hidden_size": value}) for value in (10**9, "x", -1, [32], 64)),
+    *(("config.json", EXPORT | {name: 5}) for name in ("text_config", "vision_config", "model_type", "hidden_act")),
+    ("config.json", EXPORT | {"projector_hidden_act": "unheard_of"}),
+    ("config.json", EXPORT | {"hidden_act": "gelu"}),
+    ("config.json", EXPORT | {"text_config": {"max_position_embeddings": 10**12}}),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), EXPORTS, ids=lambda value: str(value)[:60])
+def test_an_exported_folder_that_is_not_what_it_says_is_refused(tmp_path, name, content):
+    files = {"config.json": EXPORT, name: content}
+    for file, text in files.items():
+        (tmp_path / file).write_text(text if isinstance(text, str) else json.dumps(text))
+    save_llm(tmp_path, "pytorch_model.bin")
+    with pytest.raises(UsageError, match="cannot be read|no MiniMind weight file|does not fit"):
+        weights = checkpoint.read_folder(tmp_path)
+        checkpoint.load_into(MiniMindVLM(weights.config), weights)

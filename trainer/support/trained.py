@@ -1,7 +1,6 @@
 """A trained model, found by the flags that eval_vlm.py and the scripts share."""
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from common.paths import (
     TOWER_DIR,
     display_path,
 )
+from common.schema import read_json
 from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -109,7 +109,7 @@ def find_trained(args: argparse.Namespace) -> Trained:
     tokenizer_path, tower_path = args.tokenizer_path, args.vision_model_path
     if folder and (folder / "tokenizer.json").is_file():
         tokenizer_path = tokenizer_path or folder
-    if folder and "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if folder and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
         tower_path = tower_path or folder
     published = (TOKENIZER_3V_DIR, TOWER_3V_DIR) if weights.config.qk_norm else (TOKENIZER_DIR, TOWER_DIR)
     tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
@@ -147,4 +147,7 @@ def choose_path(flag: Path | None, weights: weight_io.Weights, name: str, builti
     if weights.sidecar.get("assets") == "built-in":
         return builtin
     trained_with = weights.sidecar.get("arguments", {}).get(name)
-    return ROOT / trained_with if trained_with else published
+    try:
+        return ROOT / file_path(trained_with) if trained_with else published
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"what describes {display_path(weights.path)} has the {name} {error}") from error

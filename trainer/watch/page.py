@@ -5,7 +5,6 @@ Jinja2), page.css its style sheet; autoescaping keeps text from the files from b
 """
 
 import io
-import json
 import math
 import statistics
 from base64 import b64encode
@@ -21,11 +20,14 @@ from PIL import Image
 from common.errors import UsageError
 from common.files import write_atomically
 from common.paths import BUILTIN_DATASET_DIR, display_path
+from common.schema import Range, SchemaError, parse_json, read_json
+from dataset.pictures import PictureError, load_picture
 from trainer.watch import charts
 from trainer.watch.charts import Series, line_chart
 from trainer.watch.heldout import perplexity
 from trainer.watch.progress import clock, reports_until
-from trainer.watch.samples import LOOKS, read_descriptions, read_looks
+from trainer.watch.samples import LOOKS, SAMPLE, read_lines, read_looks
+from trainer.weights import PLAIN, SIDECAR
 
 METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12
@@ -46,6 +48,10 @@ FIGURES = (
     ("skipped_pictures", "samples skipped, image unreadable", ",.0f", max),
     ("skipped_steps", "steps skipped, loss not finite", ",.0f", max),
 )
+COUNT, SHARE = Range(int, 0, 1 << 53), (float, int, None)
+METRIC = {"step": COUNT, "epoch": COUNT, "eval?": dict}
+SCENES = {"step": COUNT, "scenes": COUNT, "rows": [{"name": str, "attributes?": SHARE, "captions?": SHARE}]}
+RECORDED = SIDECAR | {"config": {"*": PLAIN}}  # it is shown, not used
 
 
 @dataclass
@@ -77,24 +83,30 @@ def read_record(folder: Path, name: str) -> Record:
     """
     metrics, samples = folder / f"{name}{METRICS}", folder / f"{name}{SAMPLES}"
     try:
-        rows = [json.loads(line) for line in reports_until(metrics, math.inf)]
-    except OSError as error:
-        raise UsageError(f"{display_path(metrics)} cannot be read: {error.strerror}") from error
+        rows = [parse_json(line, METRIC) for line in reports_until(metrics, math.inf)]
+    except (OSError, SchemaError) as error:
+        raise UsageError(f"{display_path(metrics)} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not rows:
         raise UsageError(f"{display_path(metrics)} is missing or holds no training step: nothing was trained yet")
-    evaluations = [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row]
+    evaluations = [{**row["eval"], "step": row["step"]} for row in rows if "eval" in row]
     record = Record(folder, name, [row for row in rows if "eval" not in row], evaluations)
     paths = {"sidecar": folder / f"{name}.json"}
     paths |= {"samples": samples / "samples.jsonl", "scenes": samples / "scenes.json", "looks": samples / LOOKS}
-    readers = {"samples": read_descriptions, "looks": read_looks}
+    readers = {"samples": lambda path: read_lines(path, SAMPLE), "looks": read_looks}
+    readers |= {"scenes": lambda path: read_json(path, SCENES), "sidecar": read_sidecar}
     for part, path in paths.items():
         try:
-            setattr(record, part, readers[part](path) if part in readers else json.loads(path.read_bytes()))
+            setattr(record, part, readers[part](path))
         except FileNotFoundError:
             record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
             record.missing[part] = f"{display_path(path)} cannot be read ({error})"
     return record
+
+
+def read_sidecar(path: Path) -> dict:
+    """Reads a run's sidecar, whose parts are all there then; raises ValueError if it holds something else."""
+    return {"config": {}, "arguments": {}, "versions": {}} | read_json(path, RECORDED)
 
 
 def is_finite(value) -> bool:
@@ -235,9 +247,13 @@ def evenly(items: Sequence, most: int) -> list:
 
 
 def base64_image(path: Path) -> str | None:
+    """Returns a picture's file; None where it is missing, a link, or no picture: a page is shown to others."""
     try:
-        return b64encode(path.read_bytes()).decode()
-    except OSError:
+        if path.is_symlink() or path.parent.is_symlink():
+            return None
+        load_picture(content := path.read_bytes(), path.name)
+        return b64encode(content).decode()
+    except (OSError, PictureError):
         return None
 
 

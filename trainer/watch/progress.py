@@ -197,7 +197,7 @@ def reports_until(path: Path, step: int) -> list[str]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # truncated by a kill
     return kept
 

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from common.errors import UsageError
 from common.files import write_atomically
+from common.paths import display_path
+from common.schema import Range, parse_json
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
 from model.model_vlm import MiniMindVLM
@@ -21,6 +24,9 @@ IMAGES = 8
 LONGEST = 64  # tokens of a description
 LOOKING_SECONDS = 20.0  # from which on `look` begins no further image: a large model on a CPU takes many for each
 LOOKS, LOOK_KEYS = "looking.jsonl", ("step", "picture", "prompt")
+ABOUT = {"step": Range(int, 0, 1 << 53), "picture": str, "prompt": str}
+SAMPLE = ABOUT | {"reference": str, "description": str}
+LOOK = ABOUT | {"words": [{"word": str, "map": [[(float, int)]]}]}
 
 
 class Samples:
@@ -90,7 +96,11 @@ class Samples:
         self.generated = []
         path = self.folder / "samples.jsonl"
         if self.done_steps and path.is_file():
-            self.generated = [row for row in read_descriptions(path) if row["step"] <= self.done_steps]
+            try:
+                rows = read_lines(path, SAMPLE)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{display_path(path)} cannot be read ({error}): move it away") from error
+            self.generated = [row for row in rows if row["step"] <= self.done_steps]
 
     def _write(self):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.generated)
@@ -112,22 +122,19 @@ def read_looks(path: Path) -> dict[tuple, list[tuple[str, np.ndarray]]]:
         ValueError: If it holds something else.
     """
     looks = {}
-    for row in read_descriptions(path):
-        try:
-            words = [(str(word["word"]), np.array(word["map"], dtype=np.float32)) for word in row["words"]]
-            looks[tuple(row[key] for key in LOOK_KEYS)] = words
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no maps in it: {error}") from error
+    for row in read_lines(path, LOOK):
+        words = [(word["word"], np.array(word["map"], dtype=np.float32)) for word in row["words"]]
+        looks[tuple(row[key] for key in LOOK_KEYS)] = words
         shapes = {values.shape for _, values in words}
         if len(shapes) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise ValueError(f"maps of the shapes {shapes}")
     return looks
 
 
-def read_descriptions(path: Path) -> list[dict]:
-    """Reads a samples.jsonl."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_lines(path: Path, schema) -> list[dict]:
+    """Reads a samples.jsonl or looking.jsonl; raises OSError or ValueError if it holds something else."""
+    with open(path, "rb") as file:
+        return [parse_json(line, schema) for line in file]
 
 
 def last_question(prompt: str, image_tokens: int) -> str:

@@ -1,0 +1,111 @@
+"""What a file from outside may hold: checked before anything is built from it, so that nobody else has to doubt it.
+
+A schema is a type; a `Range` of numbers; None; a frozenset of choices; a list of one schema, for a list of any length,
+or of several, one for each element; a dict of schemas by key, where a key that ends in ? may be missing and * stands
+for all others; or a tuple of alternatives. Keys that a dict does not name may hold anything.
+"""
+
+import json
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+LONGEST, DEEPEST = 1 << 22, 32  # bytes of a file, and lists and objects in each other
+WORDS = {
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+class SchemaError(ValueError):
+    """Something in a file is not what it must be; the message says where, and what it must be."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; of `kind` float whole ones too. NaN is in no range."""
+
+    kind: type
+    low: float
+    high: float
+
+
+def matches(value, schema) -> tuple[bool, str]:
+    """Tells whether a value is of a schema's kind, without what is in a list or dict, and names that kind."""
+    if isinstance(schema, Range):
+        is_number = type(value) is int or (type(value) is schema.kind is float)
+        words = f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
+        return is_number and schema.low <= value <= schema.high, words
+    if isinstance(schema, frozenset):
+        words = "one of " + ", ".join(sorted(map(str, schema))[:12]) if schema else "nothing of this name"
+        return any(type(value) is type(choice) and value == choice for choice in schema), words
+    if isinstance(schema, list):
+        words = "a list" if len(schema) == 1 else f"a list of {len(schema)}"
+        return isinstance(value, list | tuple) and len(schema) in (1, len(value)), words
+    kind = dict if isinstance(schema, dict) else type(None) if schema is None else schema
+    is_kind = type(value) is kind if kind in (int, float, bool) else isinstance(value, kind)  # True is an int
+    return is_kind, WORDS.get(kind, "null" if schema is None else kind.__name__)
+
+
+def check(value, schema, where: str = ""):
+    """Raises SchemaError unless a value fits a schema."""
+    options = schema if isinstance(schema, tuple) else (schema,)
+    schema = next((option for option in options if matches(value, option)[0]), options)
+    if schema is options:
+        words = " or ".join(matches(value, option)[1] for option in options)
+        raise SchemaError(f"{where or 'it'} is {reprlib.repr(value)[:60]}, {words} is needed")
+    if isinstance(schema, list):
+        for index, item in enumerate(value):
+            check(item, schema[index % len(schema)], f"{where}[{index}]")
+    if isinstance(schema, dict):
+        inside = f"{where}." if where else ""
+        missing = [name for name in schema if name != "*" and not name.endswith("?") and name not in value]
+        if missing:
+            raise SchemaError(f"{inside}{missing[0]} is missing")
+        for name, item in value.items():
+            check(item, schema.get(name, schema.get(f"{name}?", schema.get("*", object))), f"{inside}{name}")
+
+
+def parse_json(text: str | bytes, schema):
+    """Returns what JSON text holds; raises SchemaError if it is none, is nested too deeply, or does not fit."""
+    try:
+        content = json.loads(text)
+        level, depth = [content], 0
+        while level := [item for value in level if isinstance(value, dict | list) for item in items_of(value)]:
+            depth += 1
+            if depth > DEEPEST:
+                raise SchemaError(f"more than {DEEPEST} lists and objects are nested in each other")
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"not JSON: {error}") from error
+    check(content, schema)
+    return content
+
+
+def items_of(value: dict | list):
+    return value.values() if isinstance(value, dict) else value
+
+
+def read_json(path: Path, schema):
+    """Returns what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        SchemaError: If it cannot be read, is no regular file or a very long one, or does not fit the schema.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise SchemaError("no regular file")
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SchemaError(error.strerror or str(error)) from error
+    if len(content) > LONGEST:
+        raise SchemaError(f"longer than {LONGEST:,} bytes")
+    return parse_json(content, schema)
