@@ -4,8 +4,8 @@
     python scripts/web_demo_vlm.py --weight pretrain_vlm --port 8000
 
 It needs one more package: pip install -r scripts/requirements-demo.txt. Only this machine can open the page unless
---host or --share say otherwise. An upload lies in a temporary folder until it has been asked about, at most an hour
-and within bounds (scripts/web_guard.py); then it stays in memory, and is forgotten with the page.
+--host or --share say otherwise. An upload lies in a temporary folder until it has been asked about, an hour or so at
+most and within bounds (scripts/web_guard.py); then it stays in memory, and is forgotten with the page.
 """
 
 import os

@@ -40,8 +40,10 @@ class Uploads:
     def keep_bounds(self):
         """Deletes the oldest files beyond the bounds, those of broken-off uploads among them."""
         with self.lock:
-            files = [(path.stat(), path) for path in self.folder.rglob("*") if path.is_file()]
-            size = 0
+            files, size = [], 0
+            for path in self.folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # gradio deletes those of an hour ago
+                    files += [(path.stat(), path)] * path.is_file()
             for number, (stat, path) in enumerate(sorted(files, key=lambda file: -file[0].st_mtime_ns), start=1):
                 size += stat.st_size
                 if number > MOST_FILES or size > MOST_BYTES:

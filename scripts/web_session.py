@@ -155,14 +155,12 @@ def seen_by(trained: Trained, name: str, texts: dict) -> str:
     """Says which model it is, and from what it learned, as far as its sidecar tells."""
     sidecar = trained.weights.sidecar
     rows, pictures = sidecar.get("rows"), sidecar.get("pictures")
-    data = sidecar.get("arguments", {}).get("data_path")
+    path = sidecar.get("arguments", {}).get("data_path")
+    data = Path(path).name if isinstance(path, str) else texts["builtin"]
     counts = {"rows": rows, "pictures": pictures} if type(rows) is type(pictures) is int else {}
     text = "learned_counts" if counts else "learned" if sidecar else "learned_unknown"
-    values = {
-        "stage": sidecar.get("stage"),
-        "data": Path(data).name if isinstance(data, str) else texts["builtin"],
-    } | counts
-    parts = [texts["model"].format(name=name), texts[text].format(**values)]
+    values = {"stage": sidecar.get("stage"), "data": data} | counts
+    parts = [texts["model"].format(name=Path(name).name), texts[text].format(**values)]
     parts += [texts["only_scenes"]] * trained.knows_only_scenes
     parts += [texts["blind"]] * (not trained.weights.has_projection)
     return " ".join(parts)
