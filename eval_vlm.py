@@ -14,7 +14,6 @@ were never trained on, it describes correctly.
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
-from transformers import TextStreamer, set_seed  # noqa: E402
+from transformers import TextStreamer  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
@@ -38,6 +37,7 @@ from trainer.support.trained import SAMPLING, SAMPLING_3V, add_model_flags, find
 from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
 from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
+from trainer.watch.typed_paths import file_of, find_pictures  # noqa: E402
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DRAWN_EVAL_IMAGES = 8
@@ -49,7 +49,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_speed_flags(add_model_flags(parser))
     add = parser.add_argument_group("chat or measure").add_argument
-    add("--chat", action="store_true", help="chat; a line that is a picture's path adds it to the next question")
+    add("--chat", action="store_true", help="chat; pictures are named by their paths")
     add("--eval_data", type=file_path, help="rows to measure on, jsonl or parquet as for training")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
     add("--batch_size", type=int, default=16, help="rows, or pictures of a folder, at once")
@@ -124,7 +124,7 @@ class Talker:
         trained = find_trained(args)
         given = {name: getattr(args, name) for name in trained.sampling if getattr(args, name) is not None}
         self.sampling = trained.sampling | given
-        torch.manual_seed(args.seed)  # of a projection that the weights lack
+        torch.manual_seed(args.seed)  # of the drawing, and of a projection that the weights lack
         self.assistant = Assistant(trained, processes.device, args.dtype, args.compile)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
         paths = trained.weights.path, trained.tower_path, trained.tokenizer_path
@@ -142,9 +142,14 @@ class Talker:
 
     def ask(self, prompt: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
-        turn = self.assistant.turn(prompt, len(paths))
-        self.assistant.check_length([turn], self.args.max_new_tokens)
+        turn = self.check_question(prompt, len(paths))
         self.answer([turn], [self.assistant.load_picture(path) for path in paths])
+
+    def check_question(self, question: str, images: int) -> dict:
+        """Returns a question's turn; raises ValueError if the model has no room for it."""
+        turn = self.assistant.turn(question, images)
+        self.assistant.check_length([turn], self.args.max_new_tokens)
+        return turn
 
     def describe(self, prompts: list[str], paths: list[Path]) -> int:
         """Prints the answers to questions about each of some pictures, all asked at once, then the speed.
@@ -154,9 +159,7 @@ class Talker:
         """
         args, assistant, pictures = self.args, self.assistant, {}
         try:
-            turns = [assistant.turn(prompt, 1) for prompt in prompts]
-            for turn in turns:
-                assistant.check_length([turn], args.max_new_tokens)
+            turns = [self.check_question(prompt, 1) for prompt in prompts]
         except ValueError as error:
             raise UsageError(str(error)) from error
         for path in paths:
@@ -183,7 +186,6 @@ class Talker:
 
     def let_go_of_oldest(self, turns: list[dict], pictures: list) -> tuple[list[dict], list]:
         """Drops the oldest question and answer, with their pictures, as long as all is too long; says so."""
-        self.assistant.check_length(turns[-1:], self.args.max_new_tokens)
         dropped = 0
         while len(turns) > 1:
             try:
@@ -208,7 +210,7 @@ class Talker:
 
 
 CHAT_HELP = """Type a question; name a picture in it by its path, or add one before:
-  /image PATH   adds a picture to the next question (a line that is only a path does so too)
+  /image PATH   adds a picture to the next question (a line of paths only does so too)
   /new          forgets the conversation
   /help         shows this
   /quit         ends, as an empty line does
@@ -227,35 +229,37 @@ def chat(talker: Talker):
             turns, pictures, added = [], [], []
             print("    a new conversation")
             continue
-        if command.startswith("/") and command != "/image" and not picture_paths(line):
+        question, paths, missing = find_in_line(rest.strip() if command == "/image" else line, command)
+        if command.startswith("/") and command != "/image" and not paths and not missing:
             print(CHAT_HELP if line == "/help" else f"    no command {command}; /help names them all")
             continue
-        paths = [rest] if command == "/image" else picture_paths(line)
-        question = "" if command == "/image" else without_paths(line, paths)
-        loaded = load_pictures(talker.assistant, paths)
-        if loaded is None:
+        try:  # a line that is refused changes nothing
+            if missing:
+                raise ValueError("; ".join(map(printable, missing)))
+            talker.check_question(question or "?", len(added) + len(paths))
+            asked = [*added, *map(talker.assistant.load_picture, paths)]
+        except ValueError as error:
+            print(f"    not added, and nothing asked: {error}")
             continue
-        added += loaded
+        if paths:
+            print(f"    with {', '.join(map(printable, paths))}")
         if not question:
+            added = asked
             print(f"    {len(added)} picture(s) added: ask about them")
             continue
-        try:
-            turn = talker.assistant.turn(question, len(added))
-            turns, pictures = talker.let_go_of_oldest([*turns, turn], [*pictures, *added])
-            reply = talker.answer(turns, pictures)
-        except ValueError as error:
-            print(f"    {error}")
-            turns = turns[:-1] if turns and turns[-1]["role"] == "user" else turns
-            continue
+        turn = talker.assistant.turn(question, len(asked))
+        turns, pictures = talker.let_go_of_oldest([*turns, turn], [*pictures, *asked])
+        reply = talker.answer(turns, pictures)
         turns, added = [*turns, {"role": "assistant", "content": reply}], []
 
 
-def picture_paths(line: str) -> list[str]:
-    """Returns the words of a line, quoted or not, that look like a picture's path; the whole line where it is one."""
-    if Path(line.strip("'\"")).suffix.lower() in PICTURE_ENDINGS and Path(line.strip("'\"")).expanduser().is_file():
-        return [line]
-    words = re.findall(r"""'[^']*'|"[^"]*"|\S+""", line)
-    return [word for word in words if Path(word.strip("'\"")).suffix.lower() in PICTURE_ENDINGS]
+def find_in_line(line: str, command: str) -> tuple[str, list[Path], list[str]]:
+    """Returns the question, the pictures and what is missing in a line, or in what stands after /image."""
+    path = file_of(line) if command == "/image" else None
+    found = find_pictures(line) if path is None else ("", [path], [])
+    if command == "/image" and not found[1] and not found[2]:
+        return "", [], [f"{line}: no such file" if line else "/image PATH: name a picture"]
+    return found
 
 
 def read_line(prompt: str) -> str:
@@ -263,24 +267,6 @@ def read_line(prompt: str) -> str:
         return input(prompt).strip()
     except EOFError:
         return ""
-
-
-def without_paths(line: str, paths: list[str]) -> str:
-    for path in paths:
-        line = line.replace(path, "", 1)
-    return " ".join(line.split())
-
-
-def load_pictures(assistant: Assistant, paths: list[str]) -> list[torch.Tensor] | None:
-    """Returns the pictures; says which cannot be read, and then returns None: the question is not asked without it."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(assistant.load_picture(Path(path.strip("'\" ")).expanduser()))
-        except PictureError as error:
-            print(f"    not added, and nothing asked: {error}")
-            return None
-    return pictures
 
 
 def measure(assistant: Assistant, args, processes: Processes):
@@ -367,7 +353,6 @@ def main():
         quiet_libraries(processes.is_main)
         if processes.world_size > 1 and not args.eval_data:
             raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
-        set_seed(args.seed)
         talker = Talker(args, processes)
         if args.eval_data:
             measure(talker.assistant, args, processes)

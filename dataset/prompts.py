@@ -65,8 +65,8 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         pictures: Each conversation's images in order, uint8 (3, size, size).
 
     Returns:
-        input_ids and attention_mask (B, L), left-padded; pixel_values (all images, 3, size, size) and image_starts
-        (all images, 2), or None if there is no image.
+        input_ids and attention_mask (B, L), left-padded; image_starts (all images, 2), and pixel_values (all images,
+        3, size, size) or None if there is no image.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for row, chat in enumerate(chats):
@@ -101,7 +101,7 @@ def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int)
     """Left-pads prompts (token ids) into a batch, with the first position of each of their images.
 
     Returns:
-        input_ids and attention_mask (B, L), and image_starts (all images, 2) or None if there is no image.
+        input_ids and attention_mask (B, L), and image_starts (all images, 2).
     """
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad_token_id)
@@ -113,5 +113,6 @@ def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "image_starts": torch.tensor(starts) if starts else None,
+        # Never None, which would have the model search: a user's own `@` are text, however many there are.
+        "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
     }

@@ -214,8 +214,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if kwargs.get("use_cache", True) and not is_first_iteration:
-            # The images are in the key/value cache.
-            inputs["pixel_values"] = inputs["image_starts"] = None
+            # The images are in the key/value cache; a generated placeholder is text.
+            inputs |= {"pixel_values": None, "image_starts": input_ids.new_zeros(0, 2)}
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT
+from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT, write_jsonl
 
 from common.errors import UsageError
 from common.paths import BUILTIN_MODEL_DIR
@@ -17,6 +17,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import weights as checkpoint
 from trainer.support import trained
 from trainer.watch.assistant import in_precision
+from trainer.watch.typed_paths import find_pictures
 
 pytest_plugins = ["tiny"]
 
@@ -262,3 +263,141 @@ def test_weights_and_tokenizer_must_belong_together(world, out, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
     flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--tokenizer_path", folder]
     world.run(EVAL, *flags).refused("was trained with another tokenizer", "--tokenizer_path")
+
+
+TYPED = {
+    "Please describe s0.jpg.": ("Please describe.", "s0.jpg"),
+    "s0.jpg描述这张图片": ("描述这张图片", "s0.jpg"),
+    "描述猫.jpg。": ("描述。", "猫.jpg"),
+    "比较s0.jpg和s1.jpg": ("比较和", "s0.jpg", "s1.jpg"),
+    "s0.jpg, s1.jpg": ("", "s0.jpg", "s1.jpg"),
+    "s0.jpg,s1.jpg：有什么不同？": ("有什么不同？", "s0.jpg", "s1.jpg"),
+    "(“s0.jpg”) what?": ("what?", "s0.jpg"),
+    r"my\ photo.jpg what?": ("what?", "my photo.jpg"),
+    "describe my photo.jpg, please": ("describe, please", "my photo.jpg"),
+    "'my photo.jpg' what?": ("what?", "my photo.jpg"),
+    "“my photo.jpg”是什么": ("是什么", "my photo.jpg"),
+    r"it\'s.jpg": ("", "it's.jpg"),
+    r"'it'\''s.jpg' what?": ("what?", "it's.jpg"),
+    "a, b.jpg what?": ("what?", "a, b.jpg"),
+    "file://{here}/my%20photo.jpg what?": ("what?", "{here}/my photo.jpg"),
+    "~/s0.jpg!": ("", "{here}/s0.jpg"),
+    "see {here}/my dir/noending?": ("see?", "{here}/my dir/noending"),
+    r"my\ dir/noending?": ("", "my dir/noending"),
+    "cafe\u0301.jpg": ("", "caf\u00e9.jpg"),
+    "what is in noending": ("what is in noending",),
+    "is 1/2 and/or 5 km/h a .jpg?": ("is 1/2 and/or 5 km/h a .jpg?",),
+    "?!": ("?!",),
+}
+MISSING = {
+    "none.jpg": "no such file",
+    "描述没有.PNG！": "no such file",
+    "s0.jpg.bak": "no such file",
+    "my-s0.jpg": "no such file",
+    "'no photo.jpg' what?": "no photo.jpg: no such file",
+    r"no\ photo.jpg what?": "no such file",
+    "~/none what?": "no such file",
+    "{here}/my dir": "no such file",
+    "./my\\ dir/": "a folder",
+    "pipe.jpg": "no regular file",
+    "https://a.com/b.jpg": "an address: download",
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    for name in (
+        "s0.jpg",
+        "s1.jpg",
+        "photo.jpg",
+        "my photo.jpg",
+        "猫.jpg",
+        "it's.jpg",
+        "a, b.jpg",
+        "b.jpg",
+        "noending",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "caf\u00e9.jpg").touch()
+    (tmp_path / "my dir").mkdir()
+    (tmp_path / "my dir" / "noending").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_a_picture_is_found_however_its_path_is_typed(files, line):
+    question, *paths = [text.format(here=files) for text in TYPED[line]]
+    found = find_pictures(line.format(here=files))
+    assert (found[0], list(map(str, found[1])), found[2]) == (question, paths, [])
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_what_looks_like_a_picture_and_is_none_is_named(files, line):
+    _, paths, missing = find_pictures(line.format(here=files))
+    assert not paths
+    assert len(missing) == 1 and MISSING[line] in missing[0]
+
+
+def test_a_chat_line_that_is_refused_changes_nothing(world, out):
+    """170 pictures, in a line of their own or with a question, are refused; the pictures before them stay."""
+    many = ", ".join(["0.jpg"] * 170)
+    lines = [
+        "1.jpg",
+        many,
+        f"{many} 有什么？",
+        "none.jpg 这是什么？",
+        "/image",
+        "/image 2.jpg",
+        "<image>",
+        "有什么？",
+        "好",
+    ]
+    typed = "\n".join(lines).encode()
+    said = world.run(EVAL, *world.eval_files(out), "--chat", typed=typed, cwd=world.images).passed().out
+    refused = re.findall("not added, and nothing asked: (.*)", said)
+    words = [*["are more than the model's 32,768 positions"] * 2, "none.jpg: no such", "/image PATH", "1 <image> for 2"]
+    assert [word in text for word, text in zip(words, refused, strict=True)] == [True] * 5
+    assert re.findall("with .*jpg", said) == ["with 1.jpg", "with 2.jpg"]
+    assert "2 picture(s) added: ask about them" in said
+    assert said.count("tokens/s") == 2
+
+
+def test_the_question_is_the_same_however_it_is_typed(world, out):
+    """And a full stop, Chinese beside it, or quotes do not lose the picture."""
+    picture = world.images / "0.jpg"
+    files = [*world.eval_files(loud(world, out)), "--temperature", 0, "--max_new_tokens", 8, "--chat"]
+
+    def said(line: str) -> str:
+        result = world.run(EVAL, *files, typed=line.encode(), cwd=world.images).passed()
+        return SPEED.split(result.out.split("jpg\n", 1)[1])[0]
+
+    assert (
+        said(f"{picture} 描述这张图片")
+        == said("0.jpg描述这张图片")
+        == said("描述这张图片'0.jpg'")
+        != said("1.jpg描述这张图片")
+    )
+
+
+def test_any_seed_that_torch_takes(world, out):
+    flags = [*world.eval_files(out), "--image", world.images / "0.jpg"]
+    world.run(EVAL, *flags, "--seed", 1099511627776).passed()
+
+
+@pytest.mark.parametrize("count", [196, 200, 392])
+def test_a_users_own_placeholders_are_text(world, out, tmp_path, count):
+    """Alone or beside a picture, in a chat and in rows to measure on."""
+    own = "@" * count
+    typed = f"{own}\n好\n0.jpg {own}\n好".encode()
+    files = world.eval_files(out)
+    assert world.run(EVAL, *files, "--chat", typed=typed, cwd=world.images).passed().out.count("tokens/s") == 4
+    turns = [{"role": "user", "content": f"{own}?"}, {"role": "assistant", "content": f"好{own}"}]
+    rows = [{"conversations": turns}, {"conversations": turns, "image": "0.jpg"}, {"conversations": turns}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for some in (rows, rows[:1]):
+        write_jsonl(data, some)
+        flags = ["--eval_data", data, "--images_path", world.images, "--short_answer", 500]
+        assert f"{len(some)} with " in world.run(EVAL, *files, *flags).passed().out

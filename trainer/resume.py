@@ -37,7 +37,8 @@ class Checkpoints:
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
-        self.prompt_form = usual_form(data, run.tokenizer)
+        self.learned_from = {"rows": len(data), "pictures": data.distinct_pictures}
+        self.learned_from["prompt_form"] = usual_form(data, run.tokenizer)
         self.fingerprint = self._fingerprint(data)
         if run.state is not None:
             saved, step = run.state["fingerprint"], run.state["step"]
@@ -75,7 +76,7 @@ class Checkpoints:
     def _weight_files(self, step: int) -> dict:
         run, config = self.run, self.model.config
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
-        sidecar = weight_io.describe(config, *made_by) | {"step": step, "prompt_form": self.prompt_form}
+        sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.learned_from
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
 
     def minutes_are_up(self) -> bool:

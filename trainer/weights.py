@@ -44,7 +44,7 @@ SIDECAR = {  # what `describe` writes, and checkpoints add
     "arguments?": {"data_path?": PATH, "tokenizer_path?": PATH, "vision_model_path?": PATH, "*": PLAIN},
     "versions?": {"*": str},
     "git_commit?": (str, None),
-    "step?": Range(int, 0, 1 << 53),
+    **dict.fromkeys(("step?", "rows?", "pictures?"), Range(int, 0, 1 << 53)),
     "prompt_form?": frozenset(FORMS),
 }
 EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}

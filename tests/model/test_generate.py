@@ -68,6 +68,19 @@ def test_several_samples_drawn_from_one_prompt(any_vlm, one_by_one):
     assert drawn[:, inputs["input_ids"].shape[1] :].tolist() == [row for row in one_by_one[2:4] for _ in range(3)]
 
 
+@pytest.mark.parametrize("how", [*WAYS, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("own", [196, 200, 392])
+def test_where_starts_are_given_a_run_of_placeholders_is_text(any_vlm, how, own):
+    text = prompt([1], [AT] * own, [5])
+    for prompts in ([text], [text, prompt([1, *[AT] * own, 7], IMAGE)]):
+        inputs = batch(prompts, pad="left") | {"image_starts": torch.zeros(0, 2, dtype=torch.int64)}
+        if len(prompts) > 1:
+            inputs["image_starts"] = torch.tensor([[1, 2 + own]])
+        pixel_values = pictures(1) if len(prompts) > 1 else None
+        given = any_vlm.generate(**inputs, pixel_values=pixel_values, **GREEDY | how)
+        assert given.shape == (len(prompts), inputs["input_ids"].shape[1] + 8)
+
+
 def test_a_users_own_placeholder_beside_an_image_in_generate(any_vlm):
     """image_starts place images exactly at every step, with the cache and without."""
     inputs = batch([prompt([1, AT], IMAGE, [5]), prompt([1, 7, 8, 9, 10], IMAGE)], pad="left")

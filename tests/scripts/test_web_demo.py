@@ -1,14 +1,18 @@
 """The web page in a real browser: Chromium from the system, driven by playwright."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,6 +20,9 @@ from test_export import random_weights
 from tiny_models import save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
+from scripts import web_guard
+from scripts.web_demo_vlm import TEXTS
+from scripts.web_session import seen_by
 
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install -r scripts/requirements-demo.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
@@ -58,9 +65,25 @@ def site(tmp_path_factory):
                 time.sleep(0.5)
         yield address, folder, flags
         assert "Traceback" not in (folder / "log").read_text()
-    finally:
+        upload(address, folder / "red.png")
         server.terminate()
+        assert server.wait(30) == 128 + signal.SIGTERM
+        assert not [path for path in (folder / "tmp").rglob("*") if path.is_file()], "an upload is still on disk"
+    finally:
+        server.kill()
         server.wait(30)
+
+
+def upload(address: str, file: Path, **headers) -> tuple[int, str]:
+    """Sends a file as a form does; returns the status, and where it lies."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="' + file.name.encode() + b'"\r\n\r\n'
+    headers |= {"Content-Type": "multipart/form-data; boundary=x"}
+    body += file.read_bytes() + b"\r\n--x--\r\n"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/upload", body, headers)) as answer:
+            return answer.status, json.load(answer)[0]
+    except urllib.error.HTTPError as error:
+        return error.code, ""
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +222,102 @@ def test_a_request_that_is_too_large_is_refused(site):
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as connection:
         connection.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_two_hundred_placeholders_break_no_conversation(site, page):
+    ask(page, "@" * 200, site[1] / "red.png")
+    ask(page, "@" * 392 + "?")
+    assert len(answers(page)) == 2 and not page.locator(".error").count()
+
+
+def test_a_second_request_waits_for_the_first(site, page):
+    """A click on an example while an answer streams: the two do not mix."""
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_label("Longest answer, tokens").first.fill("1000")
+    page.fill(QUESTION, "Go on and on")
+    page.press(QUESTION, "Enter")
+    page.wait_for_selector(".words")
+    page.get_by_label("Longest answer, tokens").first.fill("8")
+    page.locator("#examples img").first.click()
+    page.wait_for_function("document.querySelectorAll('.question').length == 2")
+    assert re.match(r"\d+ tokens", page.locator(".answer .note").first.inner_text())  # the first has ended
+    page.wait_for_selector(".answer:last-child .mask", state="attached")
+    assert [int(note.split()[0]) for note in page.locator(".answer .note").all_inner_texts()] == [1000, 8]
+    questions = [text.strip() for text in page.locator(".question").all_inner_texts()]
+    assert questions == ["Go on and on", "Describe this image."]
+
+
+def test_two_visitors_may_send_the_same_picture(site, page):
+    """Its upload lies on the disk until both have asked; one that is gone is said to be."""
+    address, folder, _ = site
+    status, path = upload(address, folder / "blue.png")
+    assert status == 200
+    ask(page, "What is it?", folder / "blue.png")
+    assert Path(path).is_file()
+    assert len(answers(page)) == 1
+    page.locator("#question input[type=file]").set_input_files(str(folder / "red.png"))
+    page.wait_for_selector("#question .thumbnail-item")
+    for upload_of_red in (folder / "tmp").rglob("red.png"):
+        upload_of_red.unlink()  # as one that is too old
+    ask(page, "What is it?")
+    assert "red.png is no longer here" in page.locator(".error").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost", None, 200),
+        ("LOCALHOST", "http://LOCALHOST", 200),
+        ("127.0.0.1", "http://127.0.0.1", 200),
+        ("evil.com", None, 403),
+        ("evil.com", "http://evil.com", 403),
+        ("localhost.evil.com", None, 403),
+        ("127.0.0.1", "http://evil.com", 403),
+        ("127.0.0.1", "http://localhost", 403),
+        ("127.0.0.1", "null", 403),
+        ("[", None, 403),
+    ],
+)
+def test_other_sites_and_names_are_refused(site, host, origin, status):
+    address, folder, _ = site
+    port = address.rsplit(":", 1)[1]
+    headers = {"Host": f"{host}:{port}"} | ({"Origin": f"{origin}:{port}"} if origin else {})
+    got, path = upload(address, folder / "red.png", **headers)
+    assert got == status and bool(path) == (status == 200)
+
+
+def test_a_page_for_the_network_takes_any_name():
+    assert web_guard.own_names("0.0.0.0") is web_guard.own_names("192.168.0.7") is web_guard.own_names("here") is None
+    assert "::1" in web_guard.own_names("::1") & web_guard.own_names("127.0.0.2") & web_guard.own_names("localhost")
+
+
+def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
+    uploads, other = web_guard.Uploads(tmp_path / "uploads"), tmp_path / "example.jpg"
+    other.touch()
+    files = [uploads.folder / str(number) / "a.jpg" for number in range(6)]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(10))
+        os.utime(file, (number, number))
+    uploads.came(json.dumps([*map(str, files), str(files[5]), str(other), 7]).encode())
+    uploads.came(b"too large")
+    for path in (other, uploads.folder / ".." / "example.jpg", tmp_path, uploads.folder, Path("a"), files[5]):
+        uploads.asked(path)
+    assert other.exists() and files[5].exists()
+    uploads.asked(files[5])
+    assert not files[5].parent.exists()
+    monkeypatch.setattr(web_guard, "MOST_FILES", 4)
+    uploads.keep_bounds()
+    assert [file.exists() for file in files] == [False, True, True, True, True, False]
+    monkeypatch.setattr(web_guard, "MOST_BYTES", 25)
+    uploads.keep_bounds()
+    assert [file.exists() for file in files] == [False, False, False, True, True, False]
+
+
+def test_the_page_says_which_model_it_is_and_what_it_has_seen(site, page):
+    assert page.locator("#about .note").inner_text().startswith("You talk to sft_vlm_64. No file beside")
+    sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
+    trained = {"knows_only_scenes": False, "weights": SimpleNamespace(sidecar=sidecar, has_projection=True)}
+    said = seen_by(SimpleNamespace(**trained), "mine", TEXTS["en"])
+    assert said == "You talk to mine. Stage sft showed it 12,345 rows and 678 pictures of photos.jsonl."
+    assert TEXTS["en"].keys() == TEXTS["zh"].keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl
+from tiny import PICTURES, PRETRAIN, PRETRAIN_ROWS, SFT, TOKENIZER, language_model, read_jsonl
 
 from common import files
 from common.errors import UsageError
@@ -285,6 +285,7 @@ def test_what_is_written_is_what_was_in_memory(world, with_sidecar):
     assert weights.sidecar["config"]["vision_hidden_size"] == 32
     assert weights.has_projection
     assert weights.config.image_token_id == 34
+    assert (weights.sidecar["rows"], weights.sidecar["pictures"]) == (PRETRAIN_ROWS, PICTURES)
     assert weights.sidecar["arguments"]["tokenizer_path"] == str(TOKENIZER.relative_to(TOKENIZER.parents[1]))
 
 

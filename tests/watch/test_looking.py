@@ -63,6 +63,8 @@ def test_the_maps_equal_those_of_a_plain_loop(model, form, images, monkeypatch):
     assert maps.abs().amax(dim=(2, 3)).min() > 1e-3  # far above that tolerance
     monkeypatch.setattr(looking, "MOST_LOGITS", 5 * 4 * 128)  # 5 patches at a time: some of one image, some of the next
     torch.testing.assert_close(patch_maps(model, inputs, ANSWER), maps, atol=1e-4, rtol=0)
+    asked = iter([False, False, True])
+    assert patch_maps(model, inputs, ANSWER, lambda: next(asked)) is None
 
 
 def test_a_shuffled_image_has_a_smaller_map():

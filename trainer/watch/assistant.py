@@ -102,6 +102,7 @@ class Assistant:
         """Returns the token ids of one conversation's next turn; arguments as in `answers`."""
         return self.answers([conversation], [pictures], *args, **settings)[0]
 
-    def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor) -> list[tuple]:
-        """Returns the words of an answer, each with its map over the pictures; see `trainer.watch.looking`."""
-        return word_maps(self.model, self.tokenizer, prompt_batch(self.encoder, [conversation], [pictures]), ids)
+    def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor, *stops):
+        """Returns the words of an answer, each with its map over the pictures; see `word_maps`."""
+        inputs = prompt_batch(self.encoder, [conversation], [pictures])
+        return word_maps(self.model, self.tokenizer, inputs, ids, *stops)

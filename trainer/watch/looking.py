@@ -32,7 +32,7 @@ PATCHES_AT_A_TIME = 28
 MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32
 
 
-def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor) -> torch.Tensor:
+def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor, stops=lambda: False) -> torch.Tensor | None:
     """Returns how much more probable each token of an answer becomes when one patch of a blank image is shown.
 
     Blank is an image whose projected features are all their mean. The answer stays as it was generated, so that one
@@ -42,6 +42,7 @@ def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor) -> torch.Ten
         model: With its tower.
         inputs: One prompt with images and text before them, see `dataset.prompts`; not padded.
         ids: (T,) the answer's token ids, see `answer_ids`.
+        stops: Asked every few patches; where it is true there is no result.
 
     Returns:
         (T, images, side, side), float32 on the CPU: the rise of the token's log-probability in nats, negative where
@@ -58,6 +59,8 @@ def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor) -> torch.Ten
         embeds[0, places] = shown_ND.view(len(starts), patches, -1).mean(dim=1).repeat_interleave(patches, dim=0)
         rises, blank, cache, done = [], log_probabilities(model, embeds, ids), DynamicCache(), 0
         for some, shown in zip(places.split(size), shown_ND.split(size), strict=True):
+            if stops():
+                return None
             first = int(some[0])
             # Attention is causal: what is before these patches is computed once, for all rows.
             model(inputs_embeds=embeds[:, done:first], cache=cache, logits_to_keep=1)
@@ -103,12 +106,12 @@ def is_latin(character: str) -> bool:
 
 
 def word_maps(
-    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor
-) -> list[tuple[str, torch.Tensor]]:
+    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor, stops=lambda: False
+) -> list[tuple[str, torch.Tensor]] | None:
     """Returns the words of an answer, each with its map.
 
     Args:
-        model, inputs: As in `patch_maps`.
+        model, inputs, stops: As in `patch_maps`.
         ids: (at least T,) what `generate` returned for the prompt.
 
     Returns:
@@ -117,5 +120,9 @@ def word_maps(
     ids = answer_ids(ids, tokenizer.eos_token_id)
     if not len(ids):
         return []
-    maps = patch_maps(model, inputs, ids)
-    return [(text, maps[start:end].sum(dim=0)) for text, start, end in split_words(tokenizer, ids.tolist())]
+    maps = patch_maps(model, inputs, ids, stops)
+    return (
+        maps
+        if maps is None
+        else [(text, maps[start:end].sum(dim=0)) for text, start, end in split_words(tokenizer, ids.tolist())]
+    )
