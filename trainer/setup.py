@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import RankError, UsageError
-from common.files import load_file, lock, remove_temporaries
+from common.files import load_file, lock, scratch_folder
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFile, file_bytes
@@ -248,16 +248,8 @@ def prepare_save_dir(files: RunFiles, processes: Processes):
         UsageError: If it cannot be written to, or another process writes the same files now.
     """
     try:
-        files.save_dir.mkdir(parents=True, exist_ok=True)
-        probe = files.save_dir / f".writable.{processes.rank}"
-        probe.touch()
-        probe.unlink()
-        if not processes.is_main:
-            return None
-        held = lock(files.save_dir / files.name)
-        for ending in ENDINGS:
-            remove_temporaries(files.save_dir / f"{files.name}{ending}")
-        return held
+        with scratch_folder(files.save_dir):  # it can be written to
+            return lock(files.save_dir / files.name) if processes.is_main else None
     except BlockingIOError as error:
         raise RankError(
             f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
