@@ -15,7 +15,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model.model_vlm import MiniMindVLM
 from trainer import weights as weight_io
-from trainer.setup import Run
+from trainer.setup import BAD_ROWS, ENDINGS, Run, is_unfinished
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
@@ -158,6 +158,20 @@ class TrainState:
     def load_state_dict(self, state: dict):
         for name in asdict(self):
             setattr(self, name, state.get(name, 1))  # old checkpoints lack `learned_tokens`
+
+
+def keep_earlier_run(run: Run):
+    """Renames the files of an earlier run of this name, unless this one resumes it; the main rank does it.
+
+    Call it before this run's first file is written, not sooner: a run that fails before leaves the old weights alone.
+
+    Raises:
+        UsageError: If one cannot be renamed.
+    """
+    if run.state is None and run.processes.is_main:
+        kind = "unfinished" if run.args.from_resume == 0 and is_unfinished(run.files.state) else "earlier"
+        if run.files.keep_aside(*(ending for ending in ENDINGS if ending != BAD_ROWS)):  # that one is this run's
+            run.log(f"kept the {kind} run as {display_path(run.files.aside)}")
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):
