@@ -45,8 +45,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
     write_together({path: write})
 
 
-def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
+def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
     """Does what `write_atomically` does for several files: all are on disk before the first is renamed, in order.
+
+    Args:
+        files: What writes each.
+        then: Called once all are on disk, before they are renamed.
 
     Raises:
         UsageError: If that fails; all files are then as they were before.
@@ -60,6 +64,7 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
+            then()
             for path in files:
                 os.replace(scratch[path.parent] / path.name, path)
                 flush_folder(path.parent)
@@ -129,38 +134,38 @@ def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, 
     """
     folder = folder.resolve()
     try:
-        if os.path.lexists(folder) and not overwrite:
-            raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
-        refuse_to_lose(folder, folder, made_by, None, flag)
+        refuse_to_lose(folder, made_by, None, overwrite, flag)
         with scratch_folder(folder.parent) as scratch:
             new, former = scratch / "new", scratch / REPLACED / folder.name
             new.mkdir()
             yield new
             hashes = {name: hash_of(path) for name, path in entries(new)}
             (new / RECORD).write_text(json.dumps(made_by | {"files": hashes}, indent=0) + "\n", encoding="utf-8")
+            refuse_to_lose(folder, made_by, hashes, overwrite, flag)
+            if hash_of(folder / RECORD) == hash_of(new / RECORD) and all((folder / name).exists() for name in hashes):
+                return  # it is the same: another process was faster
             if os.path.lexists(folder):
-                there = {name: hash_of(path) for name, path in entries(folder)}
-                if there == hashes and hash_of(folder / RECORD) == hash_of(new / RECORD):
-                    return  # another process was faster
                 former.parent.mkdir()
-                folder.rename(former)  # first, so that nobody adds to it after the last look
-                refuse_to_lose(former, folder, made_by, hashes, flag)
+                folder.rename(former)
             new.rename(folder)
     except OSError as error:
         raise UsageError(f"{display_path(folder)} cannot be written: {error.strerror or error}") from error
 
 
-def refuse_to_lose(old: Path, folder: Path, made_by: dict, new: dict | None, flag: str):
-    """Raises UsageError if `old`, which is `folder` or was, holds what the program did not write."""
+def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: bool, flag: str):
+    """Raises UsageError if a folder is there and may not be replaced (by `new`, where that is known)."""
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
     try:
-        record = json.loads((old / RECORD).read_text(encoding="utf-8") if (old / RECORD).is_file() else "{}")
-        own = {} if not made_by.keys() <= record.keys() else dict(record["files"]) if "files" in record else None
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8") if (folder / RECORD).is_file() else "{}")
+        own = dict(record.get("files", ())) if made_by.keys() <= record.keys() else {}
+        is_old = made_by.keys() <= record.keys() and "files" not in record  # then those of the new one's names are its
     except (OSError, ValueError, RecursionError, AttributeError, TypeError):
-        own = {}
-    if own is None:  # the record of an earlier version, which names no files: those of the same names are its own
-        own = {name: hash_of(path) for name, path in entries(old) if new is None or name in new}
-    for name, path in entries(old) if os.path.lexists(old) else ():
-        if name not in own or own[name] != hash_of(path):
+        own, is_old = {}, False
+    for name, path in entries(folder):
+        if not (new is None or name in new) if is_old else name not in own or own[name] != hash_of(path):
             raise UsageError(
                 f"{display_path(folder)} is not replaced: this program did not write the {printable(name)} that is in "
                 f"it. Move that away{f', or name another folder with {flag}' if flag else ''}"

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
+from common.files import RECORD  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
 from model.vlm_config import config_fields  # noqa: E402
 from scripts.model_card import CURVE, PICTURES, Model, loss_curve, sample_rows, without_folders, write_card  # noqa: E402
@@ -175,7 +176,7 @@ def with_all_parts(sidecar: dict) -> dict:
 
 def left_out(files, taken: tuple[str, ...]) -> dict[str, str]:
     """Returns why each of the files that no pattern takes is left out."""
-    others = sorted(file for file in files if not file.is_file() or not any(file.match(name) for name in taken))
+    others = sorted(file for file in files if not file.is_file() or not any(map(file.match, (*taken, RECORD))))
     reasons = {}
     for file in others:
         why = next((why for pattern, why in LEFT_OUT.items() if file.match(pattern)), "not a file of the model")

@@ -4,6 +4,7 @@ import hashlib
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model.model_vlm import MiniMindVLM
 from trainer import weights as weight_io
-from trainer.setup import BAD_ROWS, ENDINGS, Run, is_unfinished
+from trainer.setup import REPORTED, SAVED, Run, is_unfinished
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
@@ -50,6 +51,7 @@ class Checkpoints:
             if run.processes.is_main and (written != step or not run.files.weights.is_file()):
                 # The run was killed between the renames of state and weights.
                 files.write_together(self._weight_files(step))
+        self.keep_earlier_weights = partial(run.files.keep_aside, *(SAVED if run.state is None else ()))
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
@@ -108,7 +110,8 @@ class Checkpoints:
             try:
                 # The state first: if the process dies between the renames, the weights can be made from it.
                 state_file = {run.files.state: lambda file: torch.save(state, file)}
-                files.write_together(state_file | self._weight_files(state["step"]))
+                files.write_together(state_file | self._weight_files(state["step"]), self.keep_earlier_weights)
+                self.keep_earlier_weights = lambda: None  # they are this run's now
             except UsageError as failure:
                 error = failure
         run.processes.barrier()
@@ -161,17 +164,21 @@ class TrainState:
 
 
 def keep_earlier_run(run: Run):
-    """Renames the files of an earlier run of this name, unless this one resumes it; the main rank does it.
+    """Renames what an earlier run of this name reported, before this one reports; unless this one resumes it.
 
-    Call it before this run's first file is written, not sooner: a run that fails before leaves the old weights alone.
+    Weights and state follow when this run's own are written, so that a run that fails before leaves them; those of an
+    unfinished run at once, so that nobody resumes it with another's reports. The main rank does it.
 
     Raises:
-        UsageError: If one cannot be renamed.
+        UsageError: If a file cannot be renamed.
     """
-    if run.state is None and run.processes.is_main:
-        kind = "unfinished" if run.args.from_resume == 0 and is_unfinished(run.files.state) else "earlier"
-        if run.files.keep_aside(*(ending for ending in ENDINGS if ending != BAD_ROWS)):  # that one is this run's
-            run.log(f"kept the {kind} run as {display_path(run.files.aside)}")
+    files = run.files
+    if run.state is not None or not run.processes.is_main:
+        return
+    is_unfinished_run = run.args.from_resume == 0 and is_unfinished(files.state)
+    has_weights = files.weights.exists() or files.state.exists()
+    if files.keep_aside(*REPORTED, *(SAVED if is_unfinished_run else ())) or has_weights:
+        run.log(f"kept the {'unfinished' if is_unfinished_run else 'earlier'} run as {display_path(files.aside)}")
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):

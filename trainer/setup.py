@@ -34,8 +34,9 @@ from trainer.support.processes import Processes
 
 SHOWN_BAD_ROWS = 20
 # Of the files a run writes, after its name.
-BAD_ROWS = ".bad_rows.txt"
-ENDINGS = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples", "_samples.md", BAD_ROWS)
+SAVED, BAD_ROWS = (".pth", ".json", "_resume.pth"), ".bad_rows.txt"
+REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
+ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
 
 
 @dataclass(frozen=True)

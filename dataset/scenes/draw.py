@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import UsageError
-from common.files import RECORD, whole_folder
+from common.files import RECORD, remove_leftovers, whole_folder
 from common.paths import BUILTIN_DATASET_DIR
 from dataset.scenes import language as scene_language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -191,6 +191,7 @@ def draw_builtin_dataset(root: Path = BUILTIN_DATASET_DIR, training: int = TRAIN
     Raises:
         UsageError: If the folder cannot be written, or holds what was not drawn.
     """
+    remove_leftovers(root.parent)
     if is_drawn(root):
         return root
     try:

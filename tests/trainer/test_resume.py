@@ -424,11 +424,12 @@ def contents(out: Path, name: str) -> dict[str, bytes]:
     return {str(path.relative_to(out)).removeprefix(name): path.read_bytes() for path in paths if path.is_file()}
 
 
-def test_a_run_that_fails_before_its_first_file_leaves_the_weights_where_they_are(world, tmp_path):
+def test_a_run_that_fails_before_its_first_save_leaves_the_weights_where_they_are(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     (out / "sft_vlm_32.pth").write_bytes(b"somebody's")
-    BASE.run(world, out, "--epochs", 1, hook=KILLED_AT_FORWARD.format(call=1))
-    assert (out / "sft_vlm_32.pth").read_bytes() == b"somebody's"
+    for call in (1, 3):
+        BASE.run(world, out, "--epochs", 1, hook=KILLED_AT_FORWARD.format(call=call))
+        assert (out / "sft_vlm_32.pth").read_bytes() == b"somebody's"
     result = BASE.run(world, out, "--epochs", 1).passed()
     [kept] = out.glob("sft_vlm_32.*.pth")
     assert kept.read_bytes() == b"somebody's" and f"kept the earlier run as {kept.with_suffix('')}\n" in result.out
