@@ -132,7 +132,7 @@ def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, 
     Raises:
         UsageError: If something cannot be written, or the old one has to stay.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     try:
         refuse_to_lose(folder, made_by, None, overwrite, flag)
         with scratch_folder(folder.parent) as scratch:
@@ -158,18 +158,27 @@ def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: boo
         return
     if not overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8") if (folder / RECORD).is_file() else "{}")
-        own = dict(record.get("files", ())) if made_by.keys() <= record.keys() else {}
-        is_old = made_by.keys() <= record.keys() and "files" not in record  # then those of the new one's names are its
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
-        own, is_old = {}, False
+    record = read_record(folder)
+    own = record.get("files") if made_by.keys() <= record.keys() else {}
     for name, path in entries(folder):
-        if not (new is None or name in new) if is_old else name not in own or own[name] != hash_of(path):
+        if made_by.keys() <= record.keys() and "files" not in record:  # an earlier version's, which named no files
+            is_own = new is None or name in new
+        else:
+            is_own = isinstance(own, dict) and name in own and own[name] == hash_of(path)
+        if not is_own:
             raise UsageError(
-                f"{display_path(folder)} is not replaced: this program did not write the {printable(name)} that is in "
-                f"it. Move that away{f', or name another folder with {flag}' if flag else ''}"
+                f"{display_path(folder)} is not replaced: it holds {printable(name)}, which this program did not write, "
+                f"or not so. Move that away{f', or name another folder with {flag}' if flag else ''}"
             )
+
+
+def read_record(folder: Path) -> dict:
+    """Returns what says how a folder was written, {} where nothing does."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def entries(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -175,10 +175,10 @@ def keep_earlier_run(run: Run):
     files = run.files
     if run.state is not None or not run.processes.is_main:
         return
-    is_unfinished_run = run.args.from_resume == 0 and is_unfinished(files.state)
+    was_stopped = run.args.from_resume == 0 and is_unfinished(files.state)
     has_weights = files.weights.exists() or files.state.exists()
-    if files.keep_aside(*REPORTED, *(SAVED if is_unfinished_run else ())) or has_weights:
-        run.log(f"kept the {'unfinished' if is_unfinished_run else 'earlier'} run as {display_path(files.aside)}")
+    if files.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
+        run.log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(files.aside)}")
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):

@@ -34,7 +34,7 @@ from trainer.support.processes import Processes
 
 SHOWN_BAD_ROWS = 20
 # Of the files a run writes, after its name.
-SAVED, BAD_ROWS = (".pth", ".json", "_resume.pth"), ".bad_rows.txt"
+SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
 REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
 ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
 

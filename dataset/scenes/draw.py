@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import UsageError
-from common.files import RECORD, remove_leftovers, whole_folder
+from common.files import read_record, remove_leftovers, whole_folder
 from common.paths import BUILTIN_DATASET_DIR
 from dataset.scenes import language as scene_language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -170,10 +170,7 @@ def patch_coverage(scene: Scene) -> np.ndarray:
 
 def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
     """Tells whether `root` holds the complete set, drawn by this very code."""
-    try:
-        return _stamp().items() <= json.loads((root / RECORD).read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError):
-        return False
+    return _stamp().items() <= read_record(root).items()
 
 
 def _stamp() -> dict[str, str]:

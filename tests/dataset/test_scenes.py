@@ -222,7 +222,7 @@ def test_a_complete_set_is_kept_and_that_of_other_code_redrawn(tmp_path, version
     stamp.write_text(json.dumps(recorded | {"drawn_by": "other code"}), encoding="utf-8")
     for name in ("images/mine.jpg", "mine.txt"):  # what is the user's stays
         (root / name).write_text("mine", encoding="utf-8")
-        with pytest.raises(UsageError, match=f"builtin is not replaced: this program did not write the {name}"):
+        with pytest.raises(UsageError, match=f"builtin is not replaced: it holds {name}, which"):
             scenes.draw_builtin_dataset(root, training=5)
         assert (root / name).read_text(encoding="utf-8") == "mine" and row.is_file()
         (root / name).unlink()

@@ -326,7 +326,7 @@ def test_what_is_there_is_not_overwritten(pictures):
         before = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine", encoding="utf-8")
-        with pytest.raises(UsageError, match=f"not replaced: this program did not write the {name} that is in it"):
+        with pytest.raises(UsageError, match=f"not replaced: it holds {name}, which this program did not write"):
             make(source, "--images_path", pictures, "--overwrite")
         assert (folder / name).read_text(encoding="utf-8") == "mine"
         (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
