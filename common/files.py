@@ -167,8 +167,8 @@ def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: boo
             is_own = isinstance(own, dict) and name in own and own[name] == hash_of(path)
         if not is_own:
             raise UsageError(
-                f"{display_path(folder)} is not replaced: it holds {printable(name)}, which this program did not write, "
-                f"or not so. Move that away{f', or name another folder with {flag}' if flag else ''}"
+                f"{display_path(folder)} is not replaced: it holds {printable(name)}, which this program did not write "
+                f"(or it was changed). Move that away{f', or name another folder with {flag}' if flag else ''}"
             )
 
 
