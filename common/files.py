@@ -1,8 +1,10 @@
 """Files written whole or not at all, and read without running code from them."""
 
+import contextlib
 import errno
 import glob
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -10,7 +12,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +24,12 @@ except ImportError:  # Windows
     fcntl = None
 
 from common.errors import UsageError
-from common.paths import display_path
+from common.paths import display_path, printable
 
 TEMPORARY = ".tmp"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may be
+SCRATCH, MARK, MARKED, REPLACED = ".minimind-v-", "mark", b"a temporary folder of MiniMind-V\n", "replaced"
+RECORD = "complete.json"  # in a folder that was written as a whole: by what, and every file with its hash
 # What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
 LOADING_ERRORS = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
@@ -42,31 +46,164 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
     write_together({path: write})
 
 
-def write_together(files: dict[Path, Callable[[BinaryIO], None]]):
+def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
     """Does what `write_atomically` does for several files: all are on disk before the first is renamed, in order.
+
+    Args:
+        files: What writes each.
+        then: Called once all are on disk, before they are renamed.
 
     Raises:
         UsageError: If that fails; all files are then as they were before.
     """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}") for path in files}
+    path = next(iter(files))
     try:
-        for path, write in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporaries[path], "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+        with contextlib.ExitStack() as stack:
+            scratch = {parent: stack.enter_context(scratch_folder(parent)) for parent in {p.parent for p in files}}
+            for path, write in files.items():
+                with open(scratch[path.parent] / path.name, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            then()
+            for path in files:
+                os.replace(scratch[path.parent] / path.name, path)
+                flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error names no cause
         if not isinstance(reason, OSError):
             raise
         raise UsageError(f"{display_path(path)} cannot be written: {reason.strerror or reason}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yields an empty folder on `parent`'s disk under a name nobody has; at the end it goes, with what is left in it.
+
+    Those of killed processes go first. The mark in each says that this program made it, and is locked while its process
+    lives.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    own = Path(tempfile.mkdtemp(TEMPORARY, SCRATCH, parent))
+    try:
+        with open(own / MARK, "wb") as mark:
+            with contextlib.suppress(OSError):  # not every folder knows locks
+                if fcntl is not None:
+                    fcntl.flock(mark, fcntl.LOCK_EX)
+            mark.write(MARKED)
+            mark.flush()
+            work = own / "work"
+            work.mkdir()
+            yield work
     finally:
-        for temporary in filter(Path.exists, temporaries.values()):
-            temporary.unlink()
+        discard(own)
+
+
+def remove_leftovers(parent: Path):
+    """Removes the scratch folders that killed processes left in `parent`."""
+    for mark in parent.glob(f"{SCRATCH}*{TEMPORARY}/{MARK}") if fcntl is not None else ():
+        if mark.is_file() and not mark.parent.is_symlink():
+            with contextlib.suppress(OSError), open(mark, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if file.read() == MARKED:
+                    discard(mark.parent)
+
+
+def discard(scratch: Path):
+    """Removes a scratch folder; a folder that was to be replaced gets its place back where nothing has taken it."""
+    for former in (scratch / "work" / REPLACED).glob("*"):
+        if not os.path.lexists(scratch.parent / former.name):
+            former.rename(scratch.parent / former.name)
+    shutil.rmtree(scratch / "work", ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # the mark last
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, flag: str = "") -> Iterator[Path]:
+    """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
+
+    An old one is replaced only if everything in it is as the same program wrote it, which its record tells.
+
+    Args:
+        made_by: What writes it, by a key that no other program has.
+        overwrite: Whether an old one may be replaced.
+        flag: The flag that names the folder.
+
+    Raises:
+        UsageError: If something cannot be written, or the old one has to stay.
+    """
+    folder = Path(os.path.realpath(folder))
+    try:
+        refuse_to_lose(folder, made_by, None, overwrite, flag)
+        with scratch_folder(folder.parent) as scratch:
+            new, former = scratch / "new", scratch / REPLACED / folder.name
+            new.mkdir()
+            yield new
+            hashes = {name: hash_of(path) for name, path in entries(new)}
+            (new / RECORD).write_text(json.dumps(made_by | {"files": hashes}, indent=0) + "\n", encoding="utf-8")
+            refuse_to_lose(folder, made_by, hashes, overwrite, flag)
+            if hash_of(folder / RECORD) == hash_of(new / RECORD) and all((folder / name).exists() for name in hashes):
+                return  # it is the same: another process was faster
+            if os.path.lexists(folder):
+                former.parent.mkdir()
+                folder.rename(former)
+            new.rename(folder)
+    except OSError as error:
+        raise UsageError(f"{display_path(folder)} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: bool, flag: str):
+    """Raises UsageError if a folder is there and may not be replaced (by `new`, where that is known)."""
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
+    record = read_record(folder)
+    own = record.get("files") if made_by.keys() <= record.keys() else {}
+    for name, path in entries(folder):
+        if made_by.keys() <= record.keys() and "files" not in record:  # an earlier version's, which named no files
+            is_own = new is None or name in new
+        else:
+            is_own = isinstance(own, dict) and name in own and own[name] == hash_of(path)
+        if not is_own:
+            raise UsageError(
+                f"{display_path(folder)} is not replaced: it holds {printable(name)}, which this program did not write "
+                f"(or it was changed). Move that away{f', or name another folder with {flag}' if flag else ''}"
+            )
+
+
+def read_record(folder: Path) -> dict:
+    """Returns what says how a folder was written, {} where nothing does."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields relative name and path of each file and link in a folder, but of its record; raises OSError."""
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        for path in (Path(parent, name) for name in sorted(folders + files)):
+            name = path.relative_to(folder).as_posix()
+            if name != RECORD and (path.is_symlink() or not path.is_dir()):
+                yield name, path
+
+
+def fail(error: OSError):
+    raise error
+
+
+def hash_of(path: Path) -> str:
+    """Returns a file's SHA-256 (hex); "" for what is no file."""
+    digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def flush_folder(folder: Path):
@@ -77,29 +214,6 @@ def flush_folder(folder: Path):
             os.fsync(number)
         finally:
             os.close(number)
-
-
-def remove_temporaries(path: Path):
-    """Removes what killed processes left of a file or folder half written: its temporaries whose process is gone."""
-    for hidden in (f".{path.name}", path.name):
-        for temporary in path.parent.glob(f"{glob.escape(hidden)}.*{TEMPORARY}"):
-            number = temporary.name.removeprefix(f"{hidden}.").removesuffix(TEMPORARY)
-            if number.isdecimal() and not is_alive(int(number)):
-                if temporary.is_dir():
-                    shutil.rmtree(temporary, ignore_errors=True)
-                else:
-                    temporary.unlink(missing_ok=True)
-
-
-def is_alive(process: int) -> bool:
-    """Tells whether there is a process of that number on this machine."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return process != os.getpid()
 
 
 def lock(name: Path):

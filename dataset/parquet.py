@@ -6,7 +6,6 @@ it in each of them, several times the file's size. Here the rows name their pict
 memory-mapped, so training holds neither.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import shutil
 import sys
 import time
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -23,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from common.files import TEMPORARY, flush_folder, lock, remove_temporaries
+from common.files import flush_folder, lock, scratch_folder
 from common.paths import display_path
 from dataset import foreign
 from dataset.conversation import RowError
@@ -100,11 +98,16 @@ def bring_in(path: Path, folder: Path, image_tokens: int):
         if file.metadata.num_rows == 0:
             raise DataError(f"{path} has no rows")
         announce(path, file.metadata, name, image_tokens, folder.parent)
-        with whole_folder(folder) as part:
+        with scratch_folder(folder.parent) as part:
             (part / SOURCE).write_text(str(path.resolve()), encoding="utf-8", errors="surrogateescape")
             write_tables(file, name, part)
             if not folder.name.startswith(content_key(path)):
                 raise changed_error(path)
+            for written in part.iterdir():
+                with open(written, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            part.rename(folder)
+            flush_folder(folder.parent)
     pa.default_memory_pool().release_unused()  # the row groups' dictionaries
 
 
@@ -286,20 +289,3 @@ def remove_former(path: Path, folder: Path):
     for source in folder.parent.glob(f"*/{SOURCE}"):
         if source.parent != folder and source.read_text("utf-8", "surrogateescape") == str(path.resolve()):
             shutil.rmtree(source.parent, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write to, which gets its name when all is written."""
-    remove_temporaries(folder)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in part.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        part.rename(folder)
-        flush_folder(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

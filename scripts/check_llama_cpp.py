@@ -42,7 +42,7 @@ from dataset.prompts import prompt_batch  # noqa: E402
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes  # noqa: E402
 from dataset.scenes.grading import score  # noqa: E402
 from dataset.scenes.language import DESCRIBE, caption, questions  # noqa: E402
-from scripts.export import write_gguf, write_picture, write_transformers  # noqa: E402
+from scripts.export import write_gguf, write_pictures, write_transformers  # noqa: E402
 from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
 from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
@@ -196,7 +196,7 @@ def tokens_per_second(answers: list) -> list[float]:
 def feature_difference(server: Server, trained: Trained, model, folder: Path, class_token: str) -> float:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
     [source, *_] = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
-    picture = write_picture(trained, source, folder)
+    [picture] = write_pictures(trained, [source], folder)
     server.describe(picture, DESCRIBE)
     theirs = np.fromfile(server.features, dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
@@ -215,6 +215,8 @@ def compare(program: Path, trained: Trained, class_token: str, temporary: Path) 
     """Returns, for each column of the table, its cells by the name of their row."""
     sees_images, model = trained.weights.has_projection, trained.load_model()
     grades = trained.knows_only_scenes and sees_images
+    for name in ("hf", "f16", "q8_0"):
+        (temporary / name).mkdir()
     write_transformers(trained, temporary / "hf")
     kind = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     theirs = kind.from_pretrained(temporary / "hf")

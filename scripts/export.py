@@ -18,10 +18,9 @@ Neither needs code of this repository.
 """
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +31,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.files import write_atomically  # noqa: E402
+from common.files import whole_folder, write_together  # noqa: E402
 from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path  # noqa: E402
 from dataset.chat import END_OF_THINKING, SYSTEM_PROMPT, THINK, has_image_pad, thinking  # noqa: E402
 from dataset.conversation import IMAGE_TAG  # noqa: E402
@@ -184,7 +183,7 @@ def write_transformers(trained: Trained, folder: Path):
     """Writes a LlavaForConditionalGeneration, or the decoder alone where the weights have no projection.
 
     Raises:
-        UsageError: If transformers has no such model, or the folder cannot be written; nothing is left then.
+        UsageError: If transformers has no such model.
     """
     sees_images = trained.weights.has_projection
     files, image_token_id = tokenizer_files(trained, sees_images)
@@ -201,19 +200,18 @@ def write_transformers(trained: Trained, folder: Path):
     ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sidecar = {name: value for name, value in trained.weights.sidecar.items() if name != "tokenizer_sha256"}
     files |= {"config.json": config, "generation_config.json": ids, TRAINING: sidecar}
-    with whole_folder(folder) as part:
-        for name, content in files.items():
-            (part / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        (part / "chat_template.jinja").write_text(chat_template(trained), encoding="utf-8")
-        tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(trained), encoding="utf-8")
+    tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_token: str):
     """Writes the text model, the mmproj where the weights have a projection, Ollama's Modelfile, and the sidecar.
 
     Raises:
-        UsageError: If llama.cpp has no such model, or the folder cannot be written; nothing is left then.
+        UsageError: If llama.cpp has no such model.
     """
     try:
         from scripts import gguf_files
@@ -229,43 +227,35 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
     if trained.config.qk_norm:
         raise UsageError("norms per head (minimind-3v) are not exported to GGUF: use --to transformers")
     text_config(trained.config)  # refuses what a Llama cannot express
-    with whole_folder(folder) as part:
-        text = f"{name}-{quant}.gguf"
-        gguf_files.write_text(trained, part / text, name, quant, chat_template(trained))
-        if sees_images:
-            gguf_files.write_mmproj(trained, part / mmproj, name, class_token)
-        (part / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")
-        sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
-        (part / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
+    text = f"{name}-{quant}.gguf"
+    gguf_files.write_text(trained, folder / text, name, quant, chat_template(trained))
+    if sees_images:
+        gguf_files.write_mmproj(trained, folder / mmproj, name, class_token)
+    (folder / "Modelfile").write_text(gguf_files.modelfile(text, mmproj if sees_images else None), encoding="utf-8")
+    sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
+    (folder / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
 
 
-def write_picture(trained: Trained, picture: Path, folder: Path) -> Path:
-    """Writes a picture as the tower takes it, a PNG that llama.cpp neither resizes nor pads; returns its path."""
-    pixels = load_picture(picture, picture_format=PictureFormat(**trained.tower.picture_settings))
-    path = folder / f"{picture.stem}_{pixels.shape[-1]}.png"
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    write_atomically(path, lambda file: image.save(file, format="png"))
-    return path
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path):
-    """Yields a folder to write to, which gets its name at the end; whatever fails, none or the old one is there.
+def write_pictures(trained: Trained, pictures: list[Path], folder: Path) -> list[Path]:
+    """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths.
 
     Raises:
-        UsageError: If something cannot be written.
+        UsageError: If another picture, or any other file, has the name of one; nothing is written then.
     """
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except OSError as error:
-        raise UsageError(f"{display_path(folder)} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    files = {}
+    for picture in pictures:
+        pixels, file = load_picture(picture, picture_format=PictureFormat(**trained.tower.picture_settings)), BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="png")
+        path, content = folder / f"{picture.stem}_{pixels.shape[-1]}.png", file.getvalue()
+        if path.exists() or path in files:
+            if content != (files[path] if path in files else path.is_file() and path.read_bytes()):
+                raise UsageError(
+                    f"--picture {display_path(picture)} would overwrite {display_path(path)}, which holds something "
+                    "else: name another --folder for it"
+                )
+        files[path] = content
+    write_together({path: lambda file, content=content: file.write(content) for path, content in files.items()})
+    return list(files)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -277,7 +267,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = "order of the tower's positions in a GGUF; first: for a llama.cpp that puts the class token first"
     add("--class_token", choices=("last", "first"), default="last", help=what)
     add("--folder", type=file_path, help="where to (default: NAME-hf or NAME-gguf in --save_dir)")
-    add("--overwrite", action="store_true", help="replace the folder if it is there")
+    add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     what = "only crop these pictures to PNGs of the tower's size, which llama.cpp takes untouched"
     add("--picture", type=file_path, nargs="+", help=what)
     return parser.parse_args(argv)
@@ -289,8 +279,8 @@ def main():
     if args.picture:
         folder = (args.folder or args.save_dir or SAVE_DIR).absolute()
         try:
-            for picture in args.picture:
-                print(display_path(write_picture(trained, picture, folder)))
+            for path in write_pictures(trained, args.picture, folder):
+                print(display_path(path))
         except PictureError as error:
             raise UsageError(f"--picture {error}") from error
         return
@@ -298,12 +288,11 @@ def main():
     name = path.parent.name if args.load_from != "model" else path.stem
     kind = {"transformers": "hf", "gguf": "gguf"}[args.to]
     folder = (args.folder or (args.save_dir or SAVE_DIR) / f"{name}-{kind}").absolute()
-    if folder.exists() and not args.overwrite:
-        raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, --folder names another")
-    if args.to == "gguf":
-        write_gguf(trained, folder, name, args.quant, args.class_token)
-    else:
-        write_transformers(trained, folder)
+    with whole_folder(folder, {"exported_by": "scripts/export.py"}, args.overwrite, "--folder") as part:
+        if args.to == "gguf":
+            write_gguf(trained, part, name, args.quant, args.class_token)
+        else:
+            write_transformers(trained, part)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{display_path(folder)}: {size / 1e6:.1f} MB")
     if args.to == "gguf":

@@ -20,6 +20,8 @@ would refuse such a file (--max_bad_rows); the data are written all the same.
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from array import array
@@ -38,19 +40,18 @@ from tqdm import tqdm  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
+from common.files import whole_folder  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
 from dataset import check  # noqa: E402
 from dataset.conversation import RowError  # noqa: E402
 from dataset.scenes.language import DESCRIBE  # noqa: E402
 from scripts.dataset_rows import RowMaker  # noqa: E402
 from scripts.dataset_sources import Row, read_source  # noqa: E402
-from scripts.export import whole_folder  # noqa: E402
 from trainer.support.processes import cores  # noqa: E402
 from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 SPLITS = ("train", "heldout")
-WRITTEN = {LEFT_OUT, IMAGES, *(f"{split}.{kind}" for split in SPLITS for kind in ("jsonl", "parquet"))}
 AHEAD, MOST_THREADS = 4, 8  # rows per thread that are read before the first of them is written
 PARQUET_ROWS = 100  # with their pictures in memory
 LEAST_ROWS = 20  # from here on at least one is held out
@@ -247,7 +248,7 @@ def write_dataset(args: argparse.Namespace) -> Made:
         UsageError: If a flag or a source forbids it.
     """
     check_folders(args)
-    with whole_folder(args.to) as part:
+    with whole_folder(args.to, {"dataset_by": "scripts/make_dataset.py"}, args.overwrite, "--to") as part:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
         split_rows(part, is_held_out)
@@ -295,7 +296,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--parquet", action="store_true", help="write parquet files with the pictures inside")
     what = "rows that may be left out without exit status 1"
     add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
-    add("--overwrite", action="store_true", help="replace the folder, if this script wrote it")
+    add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
     if not args.sources or args.to is None:
         raise UsageError("name what you have, and the folder to write: make_dataset.py SOURCE --to FOLDER")
@@ -311,7 +312,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def check_folders(args: argparse.Namespace):
-    """Raises UsageError if a source is missing, or the folder to write would replace something else."""
+    """Raises UsageError if a source is missing, or would be replaced."""
     for source in args.sources:
         if not (source.is_file() or source.is_dir()):
             raise UsageError(f"no such file or folder: {display_path(source)}")
@@ -321,11 +322,6 @@ def check_folders(args: argparse.Namespace):
         raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
     if args.images_path is not None and args.images_path.is_relative_to(args.to):
         raise UsageError(f"--to {display_path(args.to)} would replace the pictures in {display_path(args.images_path)}")
-    if args.to.exists():
-        if not args.overwrite:
-            raise UsageError(f"{display_path(args.to)} is there already: --overwrite replaces it, --to names another")
-        if not args.to.is_dir() or not {path.name for path in args.to.iterdir()} <= WRITTEN:
-            raise UsageError(f"--overwrite: {display_path(args.to)} holds other things than this script writes")
 
 
 def main():
@@ -333,8 +329,10 @@ def main():
     made = write_dataset(args)
     train, heldout = (args.to / f"{split}.{'parquet' if args.parquet else 'jsonl'}" for split in SPLITS)
     print("\n".join(report(made, args.to)))
-    eval_data = f" \\\n    --eval_data {display_path(heldout)}" if made.held_out else ""
-    print(f"\n  python trainer/train_sft_vlm.py --data_path {display_path(train)}{eval_data}\n", flush=True)
+    name = re.sub(r"\W+", "_", args.to.name)[:40] + "_sft"  # not the quick start's
+    flags = {"data_path": train, "eval_data": heldout if made.held_out else None, "save_weight": name}
+    given = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items() if value]
+    print("\n  python trainer/train_sft_vlm.py", " \\\n    ".join(given), end="\n\n", flush=True)
     check.main([str(train), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
     if made.bad_rows > limit:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
+from common.files import RECORD  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
 from common.schema import parse_json  # noqa: E402
 from model.tower_files import PREPROCESSOR  # noqa: E402
@@ -239,7 +240,7 @@ def public(sidecar: dict) -> dict:
 
 def left_out(files, taken: Iterable[str]) -> dict[str, str]:
     """Returns why each of the files that no pattern takes is left out."""
-    others = sorted(file for file in files if not any(file.match(name) for name in taken))
+    others = sorted(file for file in files if not any(map(file.match, (*taken, RECORD))))
     reasons = {}
     for file in others:
         why = next((why for pattern, why in LEFT_OUT.items() if file.match(pattern)), "not a file of the model")

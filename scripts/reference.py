@@ -55,7 +55,7 @@ def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[f
     command += [str(ROOT / "trainer" / f"train_{name}.py"), "--seed", str(seed), "--save_dir", str(folder), *flags]
     if subprocess.run(command).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
-    [metrics] = folder.glob(f"{name}_*.metrics.jsonl")
+    [metrics] = folder.glob(f"{name}_???.metrics.jsonl")  # not those of earlier runs
     rows = read_jsonl(metrics)
     return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows if "eval" in row]
 

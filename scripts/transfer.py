@@ -31,6 +31,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from tqdm import tqdm
 
 from common.errors import UsageError
+from common.files import scratch_folder
 
 LONGEST_WAIT = 8  # seconds: without a new byte, it tries again after 1, 2, 4 and 8
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
@@ -121,7 +122,7 @@ def fetch(file: RemoteFile, path: Path) -> None:
     """Downloads a file and verifies its checksum; resumes where an earlier run stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part, wait = file.part(path), 0.5
-    for old_version in set(path.parent.glob(f"{path.name}.*.part")) - {part}:
+    for old_version in set(path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")) - {part}:
         old_version.unlink()
     bar = tqdm(desc=f"  {path.name}", total=file.size, unit="B", unit_scale=True, **BAR)
     with bar, open(part, "ab") as out:
@@ -173,25 +174,24 @@ def has_checksum(path: Path, checksum: str) -> bool:
 
 def unpack(path: Path, folder: Path) -> None:
     """Unpacks a zip into `folder`, without a top folder of the same name; starts over if it was interrupted."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = safe_members(archive)
-            needed = sum((info.file_size // DISK_BLOCK + 1) * DISK_BLOCK for info in members)
-            free = shutil.disk_usage(folder.parent).free
-            if needed > free:
-                raise UsageError(f"not enough disk to unpack {path}: {human(needed)} needed, {human(free)} free.")
-            part.mkdir()
-            for info in tqdm(members, desc=f"  unpacking {path.name}", unit=" files", **BAR):
-                archive.extract(info, part)  # writes no more than the declared bytes
-    except UNPACKING_ERRORS as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of the content
-            raise
-        raise UsageError(f"{path} is damaged ({error}): delete it and run this again.") from error
-    top = part / folder.name
-    (top if list(part.iterdir()) == [top] else part).rename(folder)
-    shutil.rmtree(part, ignore_errors=True)
+    with scratch_folder(folder.parent) as scratch:
+        part = scratch / "part"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = safe_members(archive)
+                needed = sum((info.file_size // DISK_BLOCK + 1) * DISK_BLOCK for info in members)
+                free = shutil.disk_usage(folder.parent).free
+                if needed > free:
+                    raise UsageError(f"not enough disk to unpack {path}: {human(needed)} needed, {human(free)} free.")
+                part.mkdir()
+                for info in tqdm(members, desc=f"  unpacking {path.name}", unit=" files", **BAR):
+                    archive.extract(info, part)  # writes no more than the declared bytes
+        except UNPACKING_ERRORS as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's
+                raise
+            raise UsageError(f"{path} is damaged ({error}): delete it and run this again.") from error
+        top = part / folder.name
+        (top if list(part.iterdir()) == [top] else part).rename(folder)
 
 
 def safe_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

@@ -49,8 +49,8 @@ def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
 
 def outcome(folder: Path) -> dict:
     """Returns the last losses of the run in this folder, its grounding gap, and its first two descriptions."""
-    [metrics] = folder.glob("*.metrics.jsonl")
-    [samples] = folder.glob("*_samples/samples.jsonl")
+    [metrics] = folder.glob("*_???.metrics.jsonl")  # not those of earlier runs
+    [samples] = folder.glob("*_???_samples/samples.jsonl")
     rows = read_jsonl(metrics)
     held_out = [row["eval"] for row in rows if "eval" in row][-1]
     described = [row for row in read_jsonl(samples) if row["picture"] in ("0.jpg", "1.jpg")]

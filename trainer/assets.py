@@ -18,7 +18,7 @@ from common.paths import (
     TOWER_DIR,
     display_path,
 )
-from trainer.weights import find_weights, read_sidecar_or_empty, read_weights
+from trainer.weights import find_weights, read_sidecar_or_empty, read_weights, weight_paths
 
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
@@ -183,4 +183,4 @@ def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
 
 
 def has_any_weight(save_dir: Path, name: str) -> bool:
-    return any(path.name.startswith(f"{name}_") for path in save_dir.glob("*.pth"))
+    return bool(weight_paths(save_dir, name))

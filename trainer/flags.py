@@ -27,7 +27,7 @@ class Stage:
         defaults: The published settings, by flag.
         builtin: The settings that teach the small built-in model.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
-        following: The command that comes next; {save_weight} is filled in.
+        following: The command that comes next; {save_weight} is filled in, and {sft_weight}, a name made of it.
         loss: (model, inputs) -> (loss summed over the learned tokens, balancing loss of experts or None).
         minimind_3v: Where the defaults of minimind-3v differ, for runs that start from its weights.
     """

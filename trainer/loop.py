@@ -20,6 +20,7 @@ from trainer.resume import (
     TrainState,
     changed_pictures,
     changed_settings,
+    keep_earlier_run,
     restore_random_state,
     save_if_due,
 )
@@ -238,6 +239,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 state.advance(counts.skipped, counts.learned, *sampler.after(epoch, first_sample))
                 if state.step == 1:
                     check_first_loss(run, model, losses)
+                    keep_earlier_run(run)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
@@ -288,4 +290,6 @@ def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):
         progress.log(f"{state.skipped_pictures} sample(s) were skipped, see {display_path(run.files.bad_rows)}")
     watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
-    progress.log(f"next: {run.stage.following.format(save_weight=run.args.save_weight)}")
+    name = run.args.save_weight
+    sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
+    progress.log(f"next: {run.stage.following.format(save_weight=name, sft_weight=sft)}")

@@ -4,6 +4,7 @@ import hashlib
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model.model_vlm import MiniMindVLM
 from trainer import weights as weight_io
-from trainer.setup import Run
+from trainer.setup import REPORTED, SAVED, Run, is_unfinished
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
@@ -55,6 +56,7 @@ class Checkpoints:
                 files.write_together(self._weight_files(step))
         self.pictures = torch.from_numpy(data.picture_keys) if run.processes.is_main else None
         run.processes.barrier(patient=True)  # reading all pictures may take long
+        self.keep_earlier_weights = partial(run.files.keep_aside, *(SAVED if run.state is None else ()))
         self.saved_at = time.monotonic()
 
     def _fingerprint(self, data: VLMDataset) -> dict[str, str]:
@@ -114,7 +116,8 @@ class Checkpoints:
             try:
                 # The state first: if the process dies between the renames, the weights can be made from it.
                 state_file = {run.files.state: lambda file: torch.save(state, file)}
-                files.write_together(state_file | self._weight_files(state["step"]))
+                files.write_together(state_file | self._weight_files(state["step"]), self.keep_earlier_weights)
+                self.keep_earlier_weights = lambda: None  # they are this run's now
             except UsageError as failure:
                 error = failure
         run.processes.barrier()
@@ -196,6 +199,24 @@ class TrainState:
     def load_state_dict(self, state: dict):
         for name in asdict(self):
             setattr(self, name, state.get(name, 1))  # old checkpoints lack `learned_tokens`
+
+
+def keep_earlier_run(run: Run):
+    """Renames what an earlier run of this name reported, before this one reports; unless this one resumes it.
+
+    Weights and state follow when this run's own are written, so that a run that fails before leaves them; those of an
+    unfinished run at once, so that nobody resumes it with another's reports. The main rank does it.
+
+    Raises:
+        UsageError: If a file cannot be renamed.
+    """
+    files = run.files
+    if run.state is not None or not run.processes.is_main:
+        return
+    was_stopped = run.args.from_resume == 0 and is_unfinished(files.state)
+    has_weights = files.weights.exists() or files.state.exists()
+    if files.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
+        run.log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(files.aside)}")
 
 
 def save_if_due(checkpoints: Checkpoints, state: TrainState, parts: tuple, asked: int | None, total_steps: int):

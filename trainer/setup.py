@@ -6,13 +6,15 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import RankError, UsageError
-from common.files import load_file, lock, remove_temporaries
+from common.files import load_file, lock, scratch_folder
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
 from common.schema import SchemaError, check
 from dataset.chat import image_token_id
@@ -33,7 +35,9 @@ from trainer.support.processes import Processes
 
 SHOWN_BAD_ROWS = 20
 # Of the files a run writes, after its name.
-ENDINGS = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples", "_samples.md", ".bad_rows.txt")
+SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
+REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
+ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,26 @@ class RunFiles:
 
     def __post_init__(self):
         endings = {"weights": ".pth", "state": "_resume.pth", "metrics": ".metrics.jsonl", "samples": "_samples"}
-        for field, ending in (endings | {"bad_rows": ".bad_rows.txt"}).items():
+        for field, ending in (endings | {"bad_rows": BAD_ROWS}).items():
             object.__setattr__(self, field, self.save_dir / f"{self.name}{ending}")
+
+    @cached_property
+    def aside(self) -> Path:
+        """What an earlier run of this name is kept as: no file begins with it, and no weights are looked for there."""
+        now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+        names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
+        return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
+
+    def keep_aside(self, *endings: str) -> bool:
+        """Renames what an earlier run wrote; tells whether there was anything. UsageError where that fails."""
+        paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
+        there = [path for path in paths if os.path.lexists(path)]
+        for path in there:
+            try:
+                path.rename(paths[path])
+            except OSError as error:
+                raise UsageError(f"{display_path(path)} cannot get another name: {error.strerror}") from error
+        return bool(there)
 
 
 @dataclass(frozen=True)
@@ -212,7 +234,7 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
     """Reads the checkpoint to resume from; None to start anew.
 
     Raises:
-        UsageError: If it cannot be read, or an unfinished run would be overwritten without a word.
+        UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
     """
     if not args.from_resume:
         if args.from_resume is None and is_unfinished(files.state):
@@ -220,9 +242,6 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
                 f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
                 "--from_resume 0 begins anew and keeps its files beside, under a name with the date"
             )
-        processes.barrier()  # no rank looks while the main one moves the files
-        if processes.is_main and args.from_resume == 0 and is_unfinished(files.state):
-            processes.log(f"kept the unfinished run as {display_path(keep_aside(files))}")
         return None
     if not files.state.is_file():
         processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
@@ -249,16 +268,6 @@ def is_unfinished(path: Path) -> bool:
         return False
 
 
-def keep_aside(files: RunFiles) -> Path:
-    """Renames a run's files to {name}.{date}; returns the path they share."""
-    kept = files.save_dir / f"{files.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
-    for path in sorted(files.save_dir.glob(f"{glob.escape(files.name)}[._]*")):
-        ending = path.name.removeprefix(files.name)
-        if ending in ENDINGS:
-            path.rename(f"{kept}{ending}")
-    return kept
-
-
 def prepare_save_dir(files: RunFiles, processes: Processes):
     """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
 
@@ -269,16 +278,8 @@ def prepare_save_dir(files: RunFiles, processes: Processes):
         UsageError: If it cannot be written to, or another process writes the same files now.
     """
     try:
-        files.save_dir.mkdir(parents=True, exist_ok=True)
-        probe = files.save_dir / f".writable.{processes.rank}"
-        probe.touch()
-        probe.unlink()
-        if not processes.is_main:
-            return None
-        held = lock(files.save_dir / files.name)
-        for ending in ENDINGS:
-            remove_temporaries(files.save_dir / f"{files.name}{ending}")
-        return held
+        with scratch_folder(files.save_dir):  # it can be written to
+            return lock(files.save_dir / files.name) if processes.is_main else None
     except BlockingIOError as error:
         raise RankError(
             f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
@@ -352,6 +353,8 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 def report_bad_rows(run: Run, data: VLMDataset):
     """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; UsageError if they are too many."""
     args, path = run.args, run.files.bad_rows
+    if run.processes.is_main and run.state is None and run.files.weights.is_file():
+        run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
     if not data.bad_rows:
         if run.processes.is_main:
             path.unlink(missing_ok=True)

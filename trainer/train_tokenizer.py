@@ -201,6 +201,8 @@ def main() -> None:
         parser.error(f"--vocab_size must be at least {MIN_VOCAB_SIZE} (special tokens and bytes)")
     if args.save_dir.exists() and not args.save_dir.is_dir():
         parser.error(f"--save_dir {args.save_dir} is a file, not a folder")
+    if (args.save_dir / "tokenizer.json").exists():
+        parser.error(f"--save_dir {args.save_dir} holds a tokenizer already: name another folder")
     for path in args.data_path or []:
         if path.suffix not in (".txt", ".jsonl"):
             parser.error(f"--data_path takes .txt and .jsonl files, not {path}")

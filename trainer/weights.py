@@ -104,9 +104,7 @@ def find_weights(
         if not Path(name).is_file():
             raise UsageError(f"no weight file {name}")
         return Path(name)
-    files = [path for path in sorted(save_dir.glob("*.pth")) if re.fullmatch(r".+_\d+(_moe)?", path.stem)]
-    files = [path for path in files if path.is_file()]  # no folder, no dangling link
-    found = [path for path in files if re.fullmatch(rf"{re.escape(name)}_\d+(_moe)?", path.stem)]
+    files, found = (list(filter(Path.is_file, weight_paths(save_dir, *of))) for of in ((), (name,)))  # no dangling link
     size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
     of_size = [path for path in found if re.fullmatch(rf"{re.escape(name)}_{size}{moe}", path.stem)]
     fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
@@ -123,6 +121,12 @@ def find_weights(
         others = ", ".join(path.name for path in fitting if path != newest)
         log(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
     return newest
+
+
+def weight_paths(save_dir: Path, name: str | None = None) -> list[Path]:
+    """Returns the weight files in a folder, of that name or all; not states, nor what was kept of earlier runs."""
+    stem = re.compile(rf"{'.+' if name is None else re.escape(name)}_\d+(_moe)?")
+    return [path for path in sorted(save_dir.glob("*.pth")) if stem.fullmatch(path.stem)]
 
 
 def hint(name: str, save_dir: Path) -> str:

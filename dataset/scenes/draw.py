@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common.errors import UsageError
+from common.files import read_record, remove_leftovers, whole_folder
 from common.paths import BUILTIN_DATASET_DIR
 from dataset.scenes import language as scene_language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -41,7 +42,6 @@ RADII = {"大": (15.0, 17.5), "小": (8.0, 10.0)}  # of the circle, in pixels; t
 CELL = PICTURE_SIZE / 3
 SUPERSAMPLING = 4
 JPEG_QUALITY = 92
-STAMP = "complete.json"
 
 
 def _corners(radii: list[float]) -> list[tuple[float, float]]:
@@ -170,46 +170,42 @@ def patch_coverage(scene: Scene) -> np.ndarray:
 
 def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
     """Tells whether `root` holds the complete set, drawn by this very code."""
-    stamp = root / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp()
+    return _stamp().items() <= read_record(root).items()
 
 
-def _stamp() -> str:
+def _stamp() -> dict[str, str]:
     # The code is the version: any change to it may change the set.
     code = b"".join(Path(path).read_bytes() for path in (__file__, scene_language.__file__))
-    return json.dumps({"drawn_by": hashlib.sha256(code).hexdigest()})
+    return {"drawn_by": hashlib.sha256(code).hexdigest()}
 
 
 def draw_builtin_dataset(root: Path = BUILTIN_DATASET_DIR, training: int = TRAINING_SCENES) -> Path:
     """Draws pretrain.jsonl, sft.jsonl, images/, heldout.jsonl and heldout_images/ into `root`, if not there.
 
-    They are drawn in a temporary folder that is then renamed, so an interrupted drawing never counts as complete; a set
-    drawn by other code is replaced. Several processes may call this at the same time. Only tests pass `training`.
+    An interrupted drawing never counts as complete; a set drawn by other code is replaced. Several processes may call
+    this at the same time. Only tests pass `training`.
+
+    Raises:
+        UsageError: If the folder cannot be written, or holds what was not drawn.
     """
+    remove_leftovers(root.parent)
     if is_drawn(root):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.drawing-") as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
-        _draw_into(new, training)
-        try:
-            if root.exists() and not is_drawn(root):
-                root.rename(old)
-            new.rename(root)
-        except OSError:
-            if not is_drawn(root):  # otherwise another process was faster and drew the same
-                raise
+    try:
+        with whole_folder(root, _stamp()) as new:
+            _draw_into(new, training)
+    except UsageError:
+        if not is_drawn(root):  # otherwise another process was faster and drew the same
+            raise
     return root
 
 
 def _draw_into(folder: Path, training: int) -> None:
-    folder.mkdir()
     facts, names = _save_images([training_scene(index) for index in range(training)], folder / "images", "scene")
     _write_rows(folder / "pretrain.jsonl", scene_language.pretrain_rows(facts, names))
     _write_rows(folder / "sft.jsonl", scene_language.sft_rows(facts, names))
     facts, names = _save_images(heldout_scenes(), folder / "heldout_images", "heldout")
     _write_rows(folder / "heldout.jsonl", scene_language.heldout_rows(facts, names))
-    (folder / STAMP).write_text(_stamp(), encoding="utf-8")
 
 
 def _save_images(scenes: list[Scene], folder: Path, prefix: str) -> tuple[list[tuple[Facts, ...]], list[str]]:

@@ -1,6 +1,8 @@
 """The built-in scenes: the same on every run, nothing held out in training, graded rightly, drawn whole or not."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations as pairs_of
 from random import Random
@@ -11,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.errors import UsageError
+from common.files import RECORD, SCRATCH, TEMPORARY, remove_leftovers
+from common.paths import ROOT
 from dataset.scenes import draw as scenes
 from dataset.scenes.grading import chance, grade, parse_caption, score
 from dataset.scenes.language import COLOURS, LANGUAGES, PLACES, SHAPES, SIZES, Facts, caption, questions
@@ -203,12 +208,53 @@ def test_an_interrupted_drawing_is_redone(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["builtin"]
 
 
-def test_a_complete_set_is_kept_and_that_of_other_code_redrawn(tmp_path):
+@pytest.mark.parametrize("version", ["earlier, which recorded no files", "other code"])
+def test_a_complete_set_is_kept_and_that_of_other_code_redrawn(tmp_path, version):
     root = scenes.draw_builtin_dataset(tmp_path / "builtin", training=5)
-    mark = root / "images" / "mark"
-    mark.touch()
+    stamp, row = root / RECORD, root / "sft.jsonl"
+    recorded = json.loads(stamp.read_text(encoding="utf-8")) if version == "other code" else {}
+    stamp.write_text(json.dumps(recorded | {"drawn_by": "other code"}), encoding="utf-8")
     scenes.draw_builtin_dataset(root, training=5)
-    assert mark.exists()
-    (root / scenes.STAMP).write_text('{"drawn_by": "other code"}', encoding="utf-8")
-    scenes.draw_builtin_dataset(root, training=5)
-    assert scenes.is_drawn(root) and not mark.exists()
+    assert scenes.is_drawn(root) and "sft.jsonl" in json.loads(stamp.read_text(encoding="utf-8"))["files"]
+    (root / "mine.txt").touch()
+    scenes.draw_builtin_dataset(root, training=5)  # the set is complete
+    (root / "mine.txt").unlink()
+    stamp.write_text(json.dumps(recorded | {"drawn_by": "other code"}), encoding="utf-8")
+    for name in ("images/mine.jpg", "mine.txt"):  # what is the user's stays
+        (root / name).write_text("mine", encoding="utf-8")
+        with pytest.raises(UsageError, match=f"builtin is not replaced: it holds {name}, which"):
+            scenes.draw_builtin_dataset(root, training=5)
+        assert (root / name).read_text(encoding="utf-8") == "mine" and row.is_file()
+        (root / name).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["builtin"]
+
+
+# Drawing pauses once its temporary folder is there.
+DRAWS = """
+import sys, time
+from pathlib import Path
+from dataset.scenes import draw as scenes
+scenes._draw_into = lambda *_: (print("begun", flush=True), time.sleep(60))
+scenes.draw_builtin_dataset(Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_drawing_left_goes_with_the_next_but_not_a_living_ones_nor_the_users(tmp_path):
+    root = tmp_path / "builtin"
+    mine = tmp_path / f"{SCRATCH}mine{TEMPORARY}" / "photo.jpg"
+    mine.parent.mkdir()
+    mine.touch()
+    start = [sys.executable, "-c", DRAWS, root]
+    killed, living = (subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2))
+    try:
+        assert killed.stdout.readline() == living.stdout.readline() == b"begun\n"
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        scenes.draw_builtin_dataset(root, training=5)
+        assert len(list(tmp_path.iterdir())) == 3 and mine.exists() and scenes.is_drawn(root)
+    finally:
+        living.kill()
+        living.wait()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"builtin", mine.parent.name}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl, write_jsonl
 
-from common.files import lock
+from common.files import MARK, SCRATCH, TEMPORARY, lock, scratch_folder
 
 pytest_plugins = ["tiny"]
 
@@ -319,13 +319,19 @@ def test_a_second_run_of_the_same_name_is_refused(world, tmp_path):
 
 def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    dead, alive = 2**22 + 1, os.getpid()  # process ids end at 2**22
-    leftovers = [f".sft_vlm_32.pth.{dead}.tmp", f".sft_vlm_32.json.{dead}.tmp", f".sft_vlm_32_moe.pth.{dead}.tmp"]
-    leftovers += [f".sft_vlm_32.pth.{alive}.tmp", ".sft_vlm_32.pth.my.tmp"]
-    for name in leftovers:
+    dies = "import common.files, os\ncommon.files.flush_folder = lambda _: os.kill(os.getpid(), 9)"
+    assert run(world, out, hook=dies).code == -9
+    [left] = out.glob(".*")
+    mine = [".sft_vlm_32.pth.1.tmp", ".writable.0", f"{SCRATCH}mine{TEMPORARY}", f"{SCRATCH}link{TEMPORARY}"]
+    for name in mine[:2]:
         (out / name).touch()
-    run(world, out, "--epochs", 1).passed()
-    assert sorted(path.name for path in out.glob(".*")) == sorted(leftovers[2:])
+    shutil.copytree(left, out / mine[2])
+    (out / mine[2] / MARK).write_text("not the mark", encoding="utf-8")
+    (out / mine[3]).symlink_to(shutil.copytree(left, tmp_path / "linked"))
+    with scratch_folder(out) as alive:
+        run(world, out, "--epochs", 1).passed()
+        assert {path.name for path in out.glob(".*")} == {*mine, alive.parent.name}
+    assert (tmp_path / "linked" / MARK).is_file()
 
 
 @pytest.mark.parametrize("where", ["full disk", "lost reader"])

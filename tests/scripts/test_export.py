@@ -1,6 +1,7 @@
 """transformers alone reads an exported folder, and gets the tokens and logits of the weights that it came from."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ import torch
 from tiny import EVAL, turn
 from tiny_models import save_tower
 
+from common.errors import UsageError
+from common.files import RECORD, remove_leftovers
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 from dataset.chat import ChatEncoder
 from dataset.pictures import load_picture
 from dataset.prompts import prompt_batch
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
+from scripts import export
 from trainer.watch.answers import generate
 
 pytest_plugins = ["tiny"]
@@ -107,7 +111,13 @@ def test_a_folder_gives_the_answers_of_its_weights_and_is_not_overwritten_unaske
     from_folder = world.run(EVAL, "--load_from", tmp_path / "out" / "sft_vlm_64-hf", *ask).passed().out.splitlines()
     assert from_folder[1:-2] == from_file[1:-2] and len(from_file) > 3
     world.run(EXPORT, *files).refused("is there already", "--overwrite")
+    (tmp_path / "out" / "sft_vlm_64-hf.part").mkdir()  # no temporary folder of ours
+    (tmp_path / "out" / "sft_vlm_64-hf" / "model.safetensors").unlink()
     world.run(EXPORT, *files, "--overwrite").passed()
+    assert (tmp_path / "out" / "sft_vlm_64-hf" / "model.safetensors").is_file()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("sft_vlm_64.pth", "sft_vlm_64-hf", "sft_vlm_64-hf.part")
+    }
     # Exporting an export changes nothing but its name.
     world.run(EXPORT, "--load_from", tmp_path / "out" / "sft_vlm_64-hf", "--folder", tmp_path / "again").passed()
     first, again = tmp_path / "out" / "sft_vlm_64-hf", tmp_path / "again"
@@ -133,3 +143,78 @@ def test_what_transformers_cannot_express_is_refused_and_leaves_nothing(world, t
     random_weights(out, tower, use_moe=True, n_shared_experts=2)
     world.run(EXPORT, *files, "--use_moe", 1, "--vision_model_path", tower).refused("2 shared experts")
     assert not list(out.glob("*-hf*"))
+
+
+def thesis(folder: Path):
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine", encoding="utf-8")
+
+
+def linked(folder: Path):
+    folder.mkdir()
+    (folder / "pictures").symlink_to(folder.parent)
+
+
+OTHERS = {
+    "weights": (lambda folder: folder.with_name("out"), "sft_vlm_64.pth"),
+    "a user's": (lambda folder: thesis(folder), "thesis.txt"),
+    "a link": (lambda folder: linked(folder), "pictures"),
+    "a file": (lambda folder: folder.write_text("mine", encoding="utf-8"), "Not a directory"),
+    "the root": (lambda folder: Path("/"), "/ is not replaced"),
+    "a record": (lambda folder: (thesis(folder), (folder / RECORD).write_text("[]")), "thesis.txt"),
+    "another's": (lambda folder: (thesis(folder), (folder / RECORD).write_text('{"dataset_by": ""}')), "thesis.txt"),
+    "files no dict": (lambda folder: (thesis(folder), (folder / RECORD).write_text(FORGED)), "thesis.txt"),
+}
+FORGED = '{"exported_by": "", "files": ["thesis.txt"]}'
+
+
+def listed(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_only_an_export_is_replaced(world, tmp_path, monkeypatch):
+    random_weights(tmp_path / "out", None)
+    flags = ["--save_dir", str(tmp_path / "out"), "--tokenizer_path", str(BUILTIN_TOKENIZER_DIR)]
+    flags += ["--vision_model_path", str(save_tower(tmp_path / "tower"))]
+    for number, (make, named) in enumerate(OTHERS.values()):
+        made = make(tmp_path / f"folder{number}")
+        folder = made if isinstance(made, Path) else tmp_path / f"folder{number}"
+        before = listed(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["export.py", *flags, "--folder", str(folder), "--overwrite"])
+        with pytest.raises(UsageError, match=re.escape(named)):
+            export.main()
+        assert listed(tmp_path) == before
+    empty, exported = tmp_path / "empty", tmp_path / "exported"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(exported)
+    for folder in (empty, tmp_path / "link", tmp_path / "link"):
+        monkeypatch.setattr(sys, "argv", ["export.py", *flags, "--folder", str(folder), "--overwrite"])
+        export.main()
+    assert (exported / "model.safetensors").is_file() and (empty / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+# The process ends between the two renames that replace a folder.
+KILLED = """
+import os, pathlib
+rename = pathlib.Path.rename
+def killed(self, target):
+    if self.name == "new":
+        os.kill(os.getpid(), 9)
+    return rename(self, target)
+pathlib.Path.rename = killed
+"""
+
+
+def test_a_killed_replacement_loses_nothing(world, tmp_path):
+    random_weights(tmp_path / "out", None)
+    flags = ["--save_dir", tmp_path / "out", "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
+    flags += ["--vision_model_path", save_tower(tmp_path / "tower")]
+    folder = tmp_path / "out" / "sft_vlm_64-hf"
+    world.run(EXPORT, *flags).passed()
+    (folder / "config.json").unlink()  # so that the two differ
+    before = listed(folder)
+    assert world.run(EXPORT, *flags, "--overwrite", hook=KILLED).code == -9
+    assert not folder.exists() and len(list((tmp_path / "out").glob(".*"))) == 1
+    remove_leftovers(tmp_path / "out")
+    assert listed(folder) == before and not list((tmp_path / "out").glob(".*"))

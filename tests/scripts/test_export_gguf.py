@@ -149,6 +149,17 @@ def test_a_picture_is_cropped_to_what_the_tower_takes(world, tmp_path):
     assert "wide_224.png" in world.run(EXPORT, *files).passed().out
     with Image.open(tmp_path / "cropped" / "wide_224.png") as image:
         assert np.array_equal(np.asarray(image).transpose(2, 0, 1), load_picture(source).numpy())
+    world.run(EXPORT, *files).passed()  # the same once more
+    [cropped] = (tmp_path / "cropped").iterdir()
+    before = cropped.read_bytes()
+    other = source.with_name("other") / source.name
+    other.parent.mkdir()
+    Image.new("RGB", (300, 200)).save(other)
+    two = [*files[:3], source, other, "--folder"]
+    for folder in (tmp_path / "both", tmp_path / "cropped"):  # two of one name; a file of another picture
+        world.run(EXPORT, *two, folder).refused(f"--picture {other} would overwrite {folder}/wide_224.png")
+    world.run(EXPORT, *files[:3], other, "--folder", tmp_path / "cropped").refused("would overwrite")
+    assert cropped.read_bytes() == before and not (tmp_path / "both").exists()
     source.write_bytes(b"no picture")
     world.run(EXPORT, *files).refused("--picture", "wide.jpg", "not a picture")
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import ROOT, read_jsonl, turn, write_jsonl
 
 from common.errors import UsageError
+from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes.language import DESCRIBE
@@ -184,7 +185,7 @@ def test_every_form_reads_as_this_projects_own(pictures, tokenizer, form):
     source = build(pictures)
     for kind, flag in (("jsonl", []), ("parquet", ["--parquet"])):
         made, folder = make(source, "--images_path", pictures, "--question", ASKED, "--overwrite", *flag)
-        assert {path.name for path in folder.iterdir()} == {f"train.{kind}", *["images"] * (not flag)}
+        assert {path.name for path in folder.iterdir()} == {RECORD, f"train.{kind}", *["images"] * (not flag)}
         assert (made.rows, made.bad_rows, made.pictures) == (3, 0, 3)
         data = read(folder / f"train.{kind}", tokenizer)
         assert not data.bad_rows
@@ -321,10 +322,15 @@ def test_what_is_there_is_not_overwritten(pictures):
     _, folder = make(source, "--images_path", pictures)
     with pytest.raises(UsageError, match="is there already: --overwrite replaces it"):
         make(source, "--images_path", pictures)
-    (folder / "mine.txt").touch()
-    with pytest.raises(UsageError, match="holds other things than this script writes"):
-        make(source, "--images_path", pictures, "--overwrite")
-    (folder / "mine.txt").unlink()
+    for name in ("mine.txt", "images/mine.jpg", "images/sub/mine.jpg", "train.jsonl"):  # the last as the user edited it
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine", encoding="utf-8")
+        with pytest.raises(UsageError, match=f"not replaced: it holds {name}, which this program did not write"):
+            make(source, "--images_path", pictures, "--overwrite")
+        assert (folder / name).read_text(encoding="utf-8") == "mine"
+        (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
+    make(source, "--images_path", pictures, "--overwrite")
     before = (folder / "train.jsonl").read_bytes()
     for images_path in (pictures / "sub", folder / "images"):  # nothing is found there, or it would be deleted
         with pytest.raises(UsageError, match="none of 3 rows can be used|would replace the pictures"):
@@ -356,3 +362,12 @@ def test_flags_that_make_no_sense(world, pictures):
         world.run(MAKE, source, "--to", pictures.parent / "new", *flags).refused(words)
     world.run(MAKE, source).refused("SOURCE --to FOLDER")
     world.run(MAKE, pictures / "none.csv", "--to", pictures.parent / "new").refused("no such file or folder")
+
+
+def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(world, pictures):
+    source = as_folder(pictures).rename(pictures.with_name("photos.part"))
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    made = world.run(MAKE, source, "--to", source.with_name("photos"), "--heldout", 0).passed()
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    assert {path.name for path in source.parent.iterdir()} == {"photos", "photos.part"}
+    assert "photos/train.jsonl \\\n    --save_weight photos_sft\n" in made.out  # not the quick start's sft_vlm

@@ -16,8 +16,8 @@ from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from trainer.resume import check_place, restore_random_state
-from trainer.setup import read_state
-from trainer.weights import describe, load_learned
+from trainer.setup import ENDINGS, read_state
+from trainer.weights import describe, load_learned, weight_paths
 
 pytest_plugins = ["tiny"]
 
@@ -458,3 +458,49 @@ def test_the_weights_it_starts_from_are_not_overwritten(world, tmp_path):
     flags = ["--from_weight", "llm", "--save_weight", "llm"]
     BASE.run(world, out, *flags).refused("--save_weight llm would overwrite", "llm_32.pth", "another name")
     assert (out / "llm_32.pth").read_bytes() == before
+
+
+# All runs begin within one second.
+ONE_SECOND = "import time; time.strftime = lambda *_: '2026-01-31-120000'"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_finished_run_is_kept_under_another_name_and_no_weights_are_taken_there(world, tmp_path, ranks):
+    out = world.copy_of_out(tmp_path / "out")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*read_jsonl(world.root / "sft.jsonl"), {"conversations": []}])
+    flags = ["--epochs", 1, "--data_path", rows, "--images_path", world.images, "--max_bad_rows", 1]
+    runs, names = [], ["sft_vlm_32", "sft_vlm_32.2026-01-31-120000", "sft_vlm_32.2026-01-31-120000-2"]
+    for number, name in enumerate(names):
+        again = ["--from_resume", number % 2, "--seed", number]  # with --from_resume 1, which finds no checkpoint
+        if number % 2:
+            (out / "sft_vlm_32_resume.pth").unlink()
+        before = contents(out, "sft_vlm_32")
+        result = BASE.run(world, out, *flags, *again, hook=ONE_SECOND, ranks=ranks).passed()
+        assert result.out.count("kept the ") == (number > 0)
+        if number:
+            assert f"kept the earlier run as {out / name}\n" in result.out
+            runs.append((name, before))
+    assert {".pth", ".json", ".bad_rows.txt", "_samples.md", "_samples/0.jpg"} <= runs[0][1].keys()
+    for name, before in runs:
+        assert contents(out, name) == before
+    assert weight_paths(out, "sft_vlm") == [out / "sft_vlm_32.pth"]
+    assert weight_paths(out) == [out / "llm_32.pth", out / "sft_vlm_32.pth"]
+    kept = ["--from_weight", out / f"{names[1]}.pth"]
+    BASE.run(world, out, *flags, *kept, "--save_weight", "more").passed()  # a name like any other
+
+
+def contents(out: Path, name: str) -> dict[str, bytes]:
+    """The files of a run, by what follows its name."""
+    paths = [path for ending in ENDINGS for path in (out / f"{name}{ending}", *(out / f"{name}{ending}").glob("*"))]
+    return {str(path.relative_to(out)).removeprefix(name): path.read_bytes() for path in paths if path.is_file()}
+
+
+def test_a_run_that_fails_before_its_first_save_leaves_the_weights_where_they_are(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    (out / "sft_vlm_32.pth").write_bytes(b"somebody's")
+    for call in (1, 3):
+        BASE.run(world, out, "--epochs", 1, hook=KILLED_AT_FORWARD.format(call=call))
+        assert (out / "sft_vlm_32.pth").read_bytes() == b"somebody's"
+    result = BASE.run(world, out, "--epochs", 1).passed()
+    [kept] = out.glob("sft_vlm_32.*.pth")
+    assert kept.read_bytes() == b"somebody's" and f"kept the earlier run as {kept.with_suffix('')}\n" in result.out

@@ -107,6 +107,13 @@ def test_script_twice_gives_identical_files(trained, tmp_path):
     assert (tmp_path / "tokenizer_config.json").read_bytes() == (SHIPPED / "tokenizer_config.json").read_bytes()
 
 
+def test_a_tokenizer_is_not_written_over_another(trained):
+    folder, saved, _ = trained
+    before = (saved / "tokenizer.json").read_bytes()
+    assert_one_line_error(run_script("--save_dir", saved), f"--save_dir {saved} holds a tokenizer already")
+    assert (saved / "tokenizer.json").read_bytes() == before
+
+
 def test_script_says_that_the_corpus_is_too_small(trained, tmp_path):
     result = run_script("--data_path", trained[0] / "corpus.txt", "--save_dir", tmp_path / "none")
     assert_one_line_error(result, "too small", "6400", "--vocab_size")

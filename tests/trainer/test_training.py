@@ -165,11 +165,13 @@ def test_the_last_step_is_saved(pretrained):
 
 
 def test_what_comes_next_starts_from_these_weights(world, pretrained, tmp_path):
-    assert pretrained.lines[-1] == "next: python trainer/train_sft_vlm.py --from_weight pretrain_vlm"
+    assert (
+        pretrained.lines[-1] == "next: python trainer/train_sft_vlm.py --from_weight pretrain_vlm --save_weight sft_vlm"
+    )
     out = world.copy_of_out(tmp_path / "out")
     flags = ["--save_weight", "mine", "--epochs", 1, "--batch_size", PRETRAIN_ROWS]
     said = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed().out.splitlines()[-1]
-    assert said == "next: python trainer/train_sft_vlm.py --from_weight mine"
+    assert said == "next: python trainer/train_sft_vlm.py --from_weight mine --save_weight mine_sft"
 
 
 def test_the_learning_rate_falls_to_a_tenth(pretrained, fine_tuned):

@@ -132,7 +132,7 @@ def find_weights(args: argparse.Namespace) -> weight_io.Weights:
     else:
         save_dir = args.save_dir or SAVE_DIR
         is_downloaded = TOWER_DIR.exists() or TOWER_3V_DIR.exists()
-        if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not is_downloaded:
+        if args.weight == "llm" and not weight_io.weight_paths(save_dir, "llm") and not is_downloaded:
             save_dir = BUILTIN_MODEL_DIR
         name = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
         weights = weight_io.read_weights(weight_io.find_weights(save_dir, name, args.hidden_size, use_moe))
