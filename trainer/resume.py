@@ -38,7 +38,7 @@ class Checkpoints:
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
-        self.learned_from = {"rows": len(data), "pictures": data.distinct_pictures}
+        self.learned_from = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
         self.learned_from["prompt_form"] = usual_form(data, run.tokenizer)
         self.fingerprint = self._fingerprint(data)
         if run.state is not None:
