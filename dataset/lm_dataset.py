@@ -381,11 +381,13 @@ class VLMCollator:
             for name in ("pixel_values", "image_features", "unencoded")
             if any(name in sample for sample in samples)
         }
+        learned_positions = (labels.flatten() != -100).nonzero()[:, 0]
         return images | {
             "input_ids": input_ids,
             "labels": labels,
             "image_starts": torch.cat(starts),
-            "learned_positions": (labels.flatten() != -100).nonzero()[:, 0],
+            "learned_positions": learned_positions,
+            "units": len(learned_positions),
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }

@@ -162,7 +162,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             if image_features is None:
                 image_features, image_starts = self.encode_batch_images(input_ids, pixel_values, image_starts)
             inputs_embeds = self.embed(input_ids)
-            if image_features is not None and len(image_features):
+            if image_features is not None:  # of no image too: every batch then reaches the projection
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
         text = input_ids, attention_mask, position_ids, past_key_values if cache is None else cache
         return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)

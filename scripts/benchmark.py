@@ -6,7 +6,6 @@
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate folder
-    python scripts/benchmark.py ranks                            how much of the sums over ranks is hidden
     python scripts/benchmark.py growth                           start-up, memory, steps: 10,000 to 1,000,000 rows
     python scripts/benchmark.py cost                             hours on GPUs that were not at hand, on paper
 
@@ -40,7 +39,6 @@ from scripts.measure.generation import FOLDER_LINES, GENERATE_LINES, measure_fol
 from scripts.measure.gpu import Report, measure_gpu  # noqa: E402
 from scripts.measure.growth import GROWTH_LINES, measure_growth  # noqa: E402
 from scripts.measure.made_up import LAYERS, STAGES  # noqa: E402
-from scripts.measure.ranks import RANKS_LINES, measure_ranks  # noqa: E402
 from scripts.measure.training import (  # noqa: E402
     LOADER_LINES,
     NOT_COMPILED,
@@ -59,7 +57,6 @@ MEASUREMENTS = {
     "generate": (measure_generate, tuple(GENERATE_LINES)),
     "folder": (measure_folder, tuple(FOLDER_LINES)),
     "batch": (measure_largest_batch, tuple(STAGES)),
-    "ranks": (measure_ranks, tuple(RANKS_LINES)),
     "checks": (check, tuple(CHECKS)),
     "cost": (estimate_cost, tuple(COST_LINES)),
     "growth": (measure_growth, tuple(GROWTH_LINES)),
@@ -88,7 +85,7 @@ def lines_of(what: str, args: Namespace) -> list[str]:
 def settings_of(what: str, name: str, args: Namespace) -> Namespace:
     """Returns the flags of one measurement, with the stage's batch size and length where none is given."""
     stage = next((stage for stage in (name, what) if stage in STAGES), None)
-    stage = stage or ("sft" if what in ("ranks", "checks", "growth") else "pretrain")
+    stage = stage or ("sft" if what in ("checks", "growth") else "pretrain")
     batch_size, longest = (
         args.batch_size or BATCH_SIZES[stage],
         args.max_seq_len or STAGES[stage].defaults["max_seq_len"],

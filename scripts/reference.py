@@ -23,7 +23,7 @@ from common.errors import UsageError, run_script  # noqa: E402
 from common.files import write_atomically  # noqa: E402
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR  # noqa: E402
 from dataset.scenes.draw import draw_builtin_dataset  # noqa: E402
-from trainer.flags import Stage  # noqa: E402
+from trainer.stage import Stage  # noqa: E402
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
 from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
 

@@ -15,7 +15,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import run_script  # noqa: E402
 from common.paths import SAVE_DIR  # noqa: E402
 from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage  # noqa: E402
-from trainer.flags import Stage  # noqa: E402
+from trainer.stage import Stage  # noqa: E402
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
 RATE = SFT.builtin["learning_rate"]

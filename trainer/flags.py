@@ -1,46 +1,19 @@
-"""A stage's record, and the flags of the training scripts: read, checked all at once, and filled in."""
+"""The flags of the training scripts: read, checked all at once, and filled in."""
 
 import argparse
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.vlm_config import PROJECTORS
 from trainer.assets import choose_assets, starts_from_3v
+from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype
 
 LOG_INTERVAL = 100
 FREEZE = ("none", "ends", "all")
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """Everything that makes a stage; nothing about a stage is written anywhere else.
-
-    Attributes:
-        name: In the sidecar of its weights.
-        title, story: What it is called, and what it does, in a line.
-        defaults: The published settings, by flag.
-        builtin: The settings that teach the small built-in model.
-        data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
-        following: The command that comes next; {save_weight} is filled in, and {sft_weight}, a name made of it.
-        loss: (model, inputs) -> (loss summed over the learned tokens, balancing loss of experts or None).
-        minimind_3v: Where the defaults of minimind-3v differ, for runs that start from its weights.
-    """
-
-    name: str
-    title: str
-    story: str
-    defaults: dict
-    builtin: dict
-    data: str
-    following: str
-    loss: Callable
-    minimind_3v: dict = field(default_factory=dict)
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
@@ -55,6 +28,7 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
     add_device_flags(parser.add_argument_group("device").add_argument)
     add_saving_flags(parser.add_argument_group("saving, resuming, logging").add_argument)
+    stage.add_flags(parser.add_argument)
     return parser
 
 

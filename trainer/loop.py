@@ -1,10 +1,9 @@
-"""The training loop, the same for every stage: `train_step` is one optimizer step, `train` the run around it."""
+"""The training loop, the same for every stage: `train` is the run around the optimizer steps of trainer/step.py."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from common.paths import display_path
 from dataset.features import FeatureFolder, compute_features
-from dataset.lm_dataset import VLMCollator, VLMDataset
+from dataset.lm_dataset import VLMDataset
 from dataset.sampler import BatchSampler
 from model.model_vlm import MiniMindVLM
 from trainer.resume import (
@@ -25,11 +24,10 @@ from trainer.resume import (
     save_if_due,
 )
 from trainer.setup import Run, open_features, round_frozen_weights
-from trainer.support.capture import IMAGE_INPUTS, MODEL_INPUTS, CapturedStep
+from trainer.step import count, make_context, train_step
+from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
-from trainer.support.gradients import GradientSums
 from trainer.support.prefetch import on_device
-from trainer.support.processes import Processes
 from trainer.support.signals import StopSignals, ignore_in_worker
 from trainer.watch.header import print_header
 from trainer.watch.health import (
@@ -42,147 +40,6 @@ from trainer.watch.health import (
 )
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
-from trainer.weights import learned_parameters
-
-
-def answer_loss(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the cross-entropy summed over the learned tokens, and the experts' balancing loss (None without)."""
-    output = model(**inputs, num_items_in_batch=1)
-    return output.loss, output.aux_loss
-
-
-def cosine_learning_rate(peak: float, done: float) -> float:
-    """Falls from `peak` at 0 of the run done to a tenth of it at 1, along half a cosine."""
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What a step works on: the model as it is called (compiled or not), its loss, and what moves its weights."""
-
-    model: Callable
-    loss: Callable
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    gradients: GradientSums
-    processes: Processes
-    dtype: torch.dtype
-    grad_clip: float
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What learns."""
-        return self.optimizer.param_groups[0]["params"]
-
-    def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        # Its groups are this run's: the state may come from another kind of device.
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        if state["scaler"].keys() == self.scaler.state_dict().keys():  # not of a run in another precision
-            self.scaler.load_state_dict(state["scaler"])
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What an optimizer step consists of, summed over its micro-batches and all ranks."""
-
-    learned: int | torch.Tensor  # a tensor where the step is captured
-    samples: int
-    tokens: int
-    skipped: int
-
-
-def make_learner(
-    model: MiniMindVLM, loss: Callable, processes: Processes, dtype: torch.dtype, grad_clip: float, forward=None
-) -> Learner:
-    """Returns AdamW over what learns, and a gradient scaler for float16; `forward` is the model, compiled or not."""
-    device = processes.device.type
-    learned = learned_parameters(model)
-    optimizer = torch.optim.AdamW(learned.values(), fused=device in ("cpu", "cuda"), capturable=device == "cuda")
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    as_used = sorted(learned, key=lambda name: not name.startswith("vision_proj."))
-    gradients = GradientSums([learned[name] for name in as_used], processes)
-    return Learner(forward or model, loss, optimizer, scaler, gradients, processes, dtype, grad_clip)
-
-
-def train_step(
-    learner: Learner, micro_batches: list[dict], counts: Counts, learning_rate: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes one optimizer step over all ranks.
-
-    Its gradient is that of the mean loss over all learned tokens of the step, however they are divided into
-    micro-batches and ranks. A step whose loss or gradient is not finite leaves the weights as they are.
-
-    Returns:
-        (2,) summed loss and learned tokens, zeros for a skipped step; and whether it was skipped. Neither is synced.
-    """
-    optimizer, scaler, device = learner.optimizer, learner.scaler, learner.processes.device
-    loss_sum = torch.zeros(1, device=device)
-    micro_batches = [batch for batch in micro_batches if len(batch["learned_positions"])]
-    if not micro_batches and counts.learned == 0:  # no step: even a zero gradient would move AdamW's weights
-        return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
-    for batch in micro_batches:
-        inputs = {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(learner.model, batch)}
-        with torch.autocast(device.type, learner.dtype, enabled=learner.dtype != torch.float32):
-            loss, aux_loss = learner.loss(learner.model, inputs)
-        loss_sum += loss.detach()
-        # Each backward() adds to the gradient, so divide by the learned tokens of the whole step, of all ranks.
-        loss = loss / counts.learned
-        if aux_loss is not None:
-            loss = loss + aux_loss * (len(batch["input_ids"]) / counts.samples)
-        learner.gradients.is_last_backward = batch is micro_batches[-1]
-        if loss.requires_grad:  # not where only the projection learns and the micro-batch has no image
-            scaler.scale(loss).backward()
-    learner.gradients.finish(loss_sum)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([weight.grad for weight in learner.parameters])
-    if learner.grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(learner.parameters, learner.grad_clip, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    is_bad = ~loss_sum.isfinite().all()
-    if scaler.is_enabled():
-        scaler.step(optimizer)  # skips steps by itself: overflowing gradients are how it finds its scale
-        scaler.update()
-    else:
-        is_bad = is_bad | ~norm.isfinite()
-        step_unless(is_bad, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    losses = torch.cat((loss_sum, torch.ones_like(loss_sum) * counts.learned))
-    return torch.where(is_bad, 0.0, losses), is_bad
-
-
-def image_features(model, batch: dict) -> torch.Tensor:
-    """Returns a batch's (images, patches, width): as they were kept, or encoded now."""
-    if "image_features" not in batch:
-        return model.encode_images(batch["pixel_values"])
-    features = batch["image_features"]
-    if "pixel_values" in batch:  # one by one, as compute_features does, for the same bits
-        encoded = [model.encode_images(pixels) for pixels in batch["pixel_values"].split(1)]
-        features[batch["unencoded"]] = torch.cat(encoded).to(features.dtype)
-    return features
-
-
-def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
-    """Steps unless `is_bad`. The fused kernel reads it on the device, so no sync is needed."""
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = is_bad.float()
-        optimizer.step()
-    elif not is_bad:
-        optimizer.step()
-
-
-def count(micro_batches: list[dict], processes: Processes) -> Counts:
-    """Sums what a step consists of over all ranks."""
-    counts = processes.sum(
-        sum(len(batch["learned_positions"]) for batch in micro_batches),
-        sum(len(batch["input_ids"]) for batch in micro_batches),
-        sum(batch["tokens"] for batch in micro_batches),
-        sum(len(batch["skipped"]) for batch in micro_batches),
-    )
-    return Counts(*map(int, counts))
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
@@ -208,21 +65,22 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     model.to(device).train()
     features = open_features(run, data, checkpoints.tower_sha256)
     forward = compile_or_not(model, data, args.batch_size, device, run.dtype, run.log) if run.compiles else model
-    learner = make_learner(model, run.stage.loss, processes, run.dtype, args.grad_clip, forward)
+    context = make_context(model, run.stage.loss, processes, run.dtype, args.grad_clip, forward)
     print_header(run, model, data, heldout, features, total_steps, eval_interval, forward is not model)
     if run.state is not None:
-        learner.load_state_dict(run.state)
+        context.load_state_dict(run.state)
         changed = changed_settings(run.state, args, processes.world_size)
         run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
         if processes.is_main and (warning := changed_pictures(run.state, data)):
             run.log(warning)
     if features is not None:
         encode_once(run, model, data, features)
-    take_step = CapturedStep(train_step, learner, args.batch_size) if run.captures else partial(train_step, learner)
+    take_step = CapturedStep(train_step, context, args.batch_size) if run.captures else partial(train_step, context)
     watch = Watch(run, model, data, heldout, eval_interval, state.step)
     seed_dropout(run)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
-    batches = load_batches(data, sampler, device, args.num_workers, run.config.pad_token_id, multiple)
+    collate = run.stage.collator(run.config.pad_token_id, multiple)
+    batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
         contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress,
         contextlib.closing(batches),
@@ -233,10 +91,10 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
                 data_seconds = time.perf_counter() - started
                 counts = count(micro_batches, processes)
-                learning_rate = cosine_learning_rate(args.learning_rate, sampler.done(epoch, first_sample))
+                learning_rate = run.stage.schedule(args, sampler.done(epoch, first_sample))
                 losses, is_bad = take_step(micro_batches, counts, learning_rate)
                 unreadable.note(micro_batches)
-                state.advance(counts.skipped, counts.learned, *sampler.after(epoch, first_sample))
+                state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
                     check_first_loss(run, model, losses)
                     keep_earlier_run(run)
@@ -244,7 +102,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
-                save_if_due(checkpoints, state, (learner, bad_steps, progress), signals.asked, total_steps)
+                save_if_due(checkpoints, state, (context, bad_steps, progress), signals.asked, total_steps)
         finish(run, state, progress, watch)
 
 
@@ -263,25 +121,20 @@ def seed_dropout(run: Run):
 
 
 def load_batches(
-    data: VLMDataset,
-    sampler: BatchSampler,
-    device: torch.device,
-    num_workers: int,
-    pad_token_id: int,
-    length_multiple: int,
+    data: VLMDataset, sampler: BatchSampler, collate: Callable, device: torch.device, num_workers: int
 ) -> Iterator[dict]:
-    """Yields this rank's micro-batches, on the device, their lengths rounded up to a multiple."""
+    """Yields this rank's micro-batches, on the device."""
     loader = DataLoader(
         data.leaving_small_pictures() if device.type == "cuda" else data,
         batch_sampler=sampler,
-        collate_fn=VLMCollator(pad_token_id, length_multiple),
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),  # its own: a resumed run would lack the loader's draws from the global one
     )
-    return on_device(from_workers(loader), device, MODEL_INPUTS + IMAGE_INPUTS)
+    return on_device(from_workers(loader), device)
 
 
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):

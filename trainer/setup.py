@@ -29,7 +29,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
 from trainer import weights as weight_io
-from trainer.flags import Stage
+from trainer.stage import Stage
 from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes
 
@@ -347,7 +347,7 @@ def report_shared_images(run: Run, data: VLMDataset, kept: VLMDataset, heldout: 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
     tokens, picture_format = run.config.image_tokens, PictureFormat(**run.tower.picture_settings)
     with run.processes.main_first():  # the others find its tokens in the cache
-        return VLMDataset(path, images_path, run.tokenizer, run.args.max_seq_len, tokens, picture_format)
+        return run.stage.dataset(path, images_path, run.tokenizer, run.args.max_seq_len, tokens, picture_format)
 
 
 def report_bad_rows(run: Run, data: VLMDataset):

@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_script  # noqa: E402
-from trainer.flags import Stage, parse_arguments  # noqa: E402
-from trainer.loop import answer_loss, train  # noqa: E402
+from trainer.flags import parse_arguments  # noqa: E402
+from trainer.loop import train  # noqa: E402
 from trainer.setup import freeze, load_data, load_model, prepare_run  # noqa: E402
+from trainer.stage import Stage, answer_loss  # noqa: E402
 from trainer.support.processes import Processes  # noqa: E402
 
 STAGE = Stage(

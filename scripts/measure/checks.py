@@ -10,8 +10,9 @@ import torch
 
 from dataset.lm_dataset import VLMCollator
 from scripts.measure.made_up import load_data, load_model
-from trainer.loop import answer_loss, count, make_learner, train_step
 from trainer.setup import be_deterministic, round_frozen_weights
+from trainer.stage import answer_loss
+from trainer.step import count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.processes import Processes, pick_dtype
@@ -32,7 +33,7 @@ class Steps:
             forward = compile_or_not(self.model, self.data, args.batch_size, self.device, dtype, print)
         self.compiles, self.step = forward is not self.model, None
         # Gradients are not clipped: the norm would carry one weight's difference into all others.
-        self.learner = make_learner(self.model, answer_loss, self.processes, dtype, 0.0, forward)
+        self.context = make_context(self.model, answer_loss, self.processes, dtype, 0.0, forward)
         collate = VLMCollator(0, LENGTH_MULTIPLE if self.compiles else 1)
         size = args.batch_size
         self.batches = [
@@ -45,11 +46,11 @@ class Steps:
 
     def capture(self):
         """Makes the following steps CUDA graphs."""
-        self.step = CapturedStep(train_step, self.learner, len(self.batches[0]["input_ids"]))
+        self.step = CapturedStep(train_step, self.context, len(self.batches[0]["input_ids"]))
 
     def take(self, numbers) -> list[float]:
         """Takes these steps; returns the mean loss of each."""
-        step, losses = self.step or partial(train_step, self.learner), []
+        step, losses = self.step or partial(train_step, self.context), []
         for number in numbers:
             batch = [self.batches[number]]
             loss, learned = step(batch, count(batch, self.processes), RATE)[0].tolist()
@@ -89,16 +90,16 @@ def resumes_bit_by_bit(args) -> tuple[bool, str]:
     for steps in (straight, again):
         steps.take([0])
     # After one step, AdamW's running mean is that step's gradient, scaled.
-    ours, others = (steps.learner.optimizer.state for steps in (straight, again))
+    ours, others = (steps.context.optimizer.state for steps in (straight, again))
     pairs = zip(straight.model.named_parameters(), again.model.parameters(), strict=True)
     other = [name for (name, a), b in pairs if a in ours and not torch.equal(ours[a]["exp_avg"], others[b]["exp_avg"])]
     if other:
         return False, f"the same step gives other gradients of {len(other)} weights: {', '.join(other[-4:])}"
     straight.take(range(1, STEPS))
     first.take(range(STEPS // 2))
-    state = copy.deepcopy((first.model.state_dict(), first.learner.state_dict()))
+    state = copy.deepcopy((first.model.state_dict(), first.context.state_dict()))
     second.model.load_state_dict(state[0])
-    second.learner.load_state_dict(state[1])
+    second.context.load_state_dict(state[1])
     second.take(range(STEPS // 2, STEPS))
     pairs = zip(straight.model.state_dict().items(), second.model.state_dict().values(), strict=True)
     other = [name for (name, weight), resumed in pairs if not torch.equal(weight, resumed)]
@@ -126,7 +127,7 @@ def does_not_sync(args) -> tuple[bool, str]:
     try:
         with sync_is_an_error(steps.device):
             for batch, counted in zip(steps.batches, counts, strict=True):
-                train_step(steps.learner, [batch], counted, RATE)
+                train_step(steps.context, [batch], counted, RATE)
     except RuntimeError as error:
         return False, str(error).strip().splitlines()[0]
     return True, f"{STEPS} steps" + ("" if steps.device.type == "cuda" else " (only CUDA can tell)")

@@ -19,8 +19,10 @@ from dataset.lm_dataset import VLMCollator
 from dataset.sampler import BatchSampler
 from scripts.measure import training
 from scripts.measure.made_up import STAGES, load_data, load_model, timed
-from trainer.loop import answer_loss, count, load_batches, make_learner, train_step
+from trainer.loop import load_batches
 from trainer.setup import round_frozen_weights
+from trainer.stage import answer_loss
+from trainer.step import count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.processes import Processes, pick_dtype
@@ -93,11 +95,11 @@ def measure_steps(args, how: str, report: Report, is_large: bool):
         seconds, forward = timed(device, compile_or_not, model, data, args.batch_size, device, dtype, print)
         if forward is model:  # it says why
             return
-    learner = make_learner(model, answer_loss, processes, dtype, 1.0, forward)
-    step = CapturedStep(train_step, learner, args.batch_size) if "captured" in how else partial(train_step, learner)
+    context = make_context(model, answer_loss, processes, dtype, 1.0, forward)
+    step = CapturedStep(train_step, context, args.batch_size) if "captured" in how else partial(train_step, context)
     sampler = BatchSampler(data.lengths, args.batch_size, epochs=99)
     multiple = LENGTH_MULTIPLE if forward is not model else 1
-    fed = load_batches(data, sampler, device, args.num_workers, 0, multiple)
+    fed = load_batches(data, sampler, VLMCollator(0, multiple), device, args.num_workers)
     kept = list(itertools.islice(fed, ON_DEVICE))
 
     def take(batches) -> Counter:

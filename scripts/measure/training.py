@@ -29,8 +29,10 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM
 from scripts.measure import made_up
 from scripts.measure.made_up import STAGES, load_data, load_model, model_config, timed
-from trainer.loop import answer_loss, count, load_batches, make_learner, train_step
+from trainer.loop import load_batches
 from trainer.setup import round_frozen_weights
+from trainer.stage import answer_loss
+from trainer.step import count, make_context, train_step
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes, pick_dtype
@@ -125,7 +127,7 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
     is_cuda = device.type == "cuda"
     if is_cuda and name != NOT_COMPILED:
         forward = compile_or_not(model, data, args.batch_size, device, dtype, print)
-    learner = make_learner(model, answer_loss, processes, dtype, 1.0, forward)
+    context = make_context(model, answer_loss, processes, dtype, 1.0, forward)
     sampler, encoding = BatchSampler(data.lengths, args.batch_size, epochs=100), 0.0
     with tempfile.TemporaryDirectory() as folder:
         # Off CUDA the first epoch's features are computed before its first step, image by image.
@@ -141,8 +143,10 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
             encoding = seconds / encoded * args.batch_size if name == FIRST_EPOCH else 0.0
             data.use_features(features)
         multiple = LENGTH_MULTIPLE if forward is not model else 1
-        for batch, waited in with_waits(load_batches(data, sampler, device, args.num_workers, 0, multiple)):
-            train_step(learner, [batch], count([batch], processes), 1e-4)
+        for batch, waited in with_waits(
+            load_batches(data, sampler, VLMCollator(0, multiple), device, args.num_workers)
+        ):
+            train_step(context, [batch], count([batch], processes), 1e-4)
             yield batch, waited, encoding
 
 

@@ -20,7 +20,7 @@ from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import PictureError
 from dataset.tokenizer import load_tokenizer
 from model.vision_tower import load_vision_tower
-from trainer.loop import image_features
+from trainer.stage import image_features
 
 pytest_plugins = ["tiny"]
 

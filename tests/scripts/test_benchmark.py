@@ -16,7 +16,7 @@ from common.errors import UsageError
 from scripts import benchmark
 from scripts.measure import checks, generation, gpu, growth, made_up, ranks, training
 from scripts.measure.training import FIRST_EPOCH, KEPT_FEATURES, PLAIN_LINES
-from trainer.loop import Counts
+from trainer.step import Counts
 from trainer.support import gradients
 from trainer.watch import answers
 

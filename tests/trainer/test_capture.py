@@ -20,8 +20,9 @@ from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from model.vision_tower import bicubic_weights, enlarge
 from scripts.measure import made_up as benchmark_models
 from trainer import flags
-from trainer.loop import Counts, answer_loss, make_learner, train_step
 from trainer.setup import freeze
+from trainer.stage import answer_loss
+from trainer.step import Counts, make_context, train_step
 from trainer.support.capture import CapturedStep, round_up
 from trainer.support.processes import Processes
 from trainer.train_pretrain_vlm import STAGE
@@ -62,20 +63,21 @@ def batch_of(length: int, learned: int) -> dict:
         "labels": labels.view(BATCH, length),
         "learned_positions": learned_positions,
         "pixel_values": pixels,
+        "units": learned,
     }
 
 
-def learner_of(frozen: str):
+def context_of(frozen: str):
     model = tiny_vlm().train()
     freeze(model, frozen)
-    return model, make_learner(model, answer_loss, Processes(0, 1, torch.device("cpu")), torch.float32, 1.0)
+    return model, make_context(model, answer_loss, Processes(0, 1, torch.device("cpu")), torch.float32, 1.0)
 
 
 def take(step, batches) -> tuple[list, list]:
     """Takes a step for each batch; returns losses and traces."""
     losses, traces = [], []
     for number, batch in enumerate(batches):
-        counts = Counts(len(batch["learned_positions"]), BATCH, batch["input_ids"].numel(), 0)
+        counts = Counts(batch["units"], BATCH, batch["input_ids"].numel(), 0)
         with Trace() as trace:
             losses.append(step([batch], counts, 1e-3 / (1 + number))[0])
         traces.append(trace.seen)
@@ -85,9 +87,9 @@ def take(step, batches) -> tuple[list, list]:
 @pytest.mark.parametrize("frozen", ["all", "none"])
 def test_it_learns_the_same_by_the_same_operators_for_every_batch(frozen):
     batches = [batch_of(*size) for size in SIZES]
-    (plain_model, plain), (model, learner) = learner_of(frozen), learner_of(frozen)
-    untouched = learner_of(frozen)[0]
-    captured, computed = CapturedStep(train_step, learner, BATCH), []
+    (plain_model, plain), (model, context) = context_of(frozen), context_of(frozen)
+    untouched = context_of(frozen)[0]
+    captured, computed = CapturedStep(train_step, context, BATCH), []
     compute = captured.compute
 
     def traced(*args):
@@ -112,15 +114,15 @@ def test_it_learns_the_same_by_the_same_operators_for_every_batch(frozen):
 
 
 def test_other_batches_take_the_ordinary_step():
-    _, learner = learner_of("none")
+    _, context = context_of("none")
     calls = []
     captured = CapturedStep(
-        lambda learner, batches, *_: calls.append(batches) or (torch.zeros(2), torch.zeros(())), learner, BATCH
+        lambda context, batches, *_: calls.append(batches) or (torch.zeros(2), torch.zeros(())), context, BATCH
     )
     full, counts = batch_of(272, 40), Counts(40, BATCH, 1088, 0)
     smaller = full | {name: full[name][:2] for name in ("input_ids", "labels", "image_starts", "pixel_values")}
     two_images = full | {name: torch.cat([full[name]] * 2) for name in ("image_starts", "pixel_values")}
-    nothing = full | {"learned_positions": full["learned_positions"][:0]}
+    nothing = full | {"learned_positions": full["learned_positions"][:0], "units": 0}
     for batches, of in (
         ([smaller], counts),
         ([two_images], counts),

@@ -4,7 +4,6 @@ The scripts run with a learning rate too small to move the weights, so both step
 moment in the saved state is then 0.1 * (0.9 * first gradient + second gradient): linear in the gradients.
 """
 
-import inspect
 import math
 from types import SimpleNamespace
 
@@ -18,9 +17,9 @@ from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import epoch_order
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.loop import MODEL_INPUTS, answer_loss, count, make_learner, train_step
 from trainer.setup import freeze
-from trainer.support import gradients
+from trainer.stage import answer_loss
+from trainer.step import count, make_context, train_step
 from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
@@ -142,7 +141,7 @@ def test_a_step_without_pictures_is_the_same_on_one_rank_and_two(world, tmp_path
 
 def everything(trainer) -> list[torch.Tensor]:
     """Copies the weights, the optimizer's moments and the tower's weights."""
-    moments = [value for kept in trainer.learner.optimizer.state.values() for value in kept.values()]
+    moments = [value for kept in trainer.context.optimizer.state.values() for value in kept.values()]
     tower = trainer.model.vision_encoder.state_dict().values()
     return [tensor.detach().clone() for tensor in (*trainer.model.state_dict().values(), *moments, *tower)]
 
@@ -155,14 +154,14 @@ def trainer(world):
     tokenizer = load_tokenizer(world.tokenizer)
     data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     processes = Processes(0, 1, torch.device("cpu"))
-    learner = make_learner(model.train(), answer_loss, processes, torch.float32, grad_clip=1.0)
-    return SimpleNamespace(model=model, data=data, learner=learner, skipped_pictures=0)
+    context = make_context(model.train(), answer_loss, processes, torch.float32, grad_clip=1.0)
+    return SimpleNamespace(model=model, data=data, context=context, skipped_pictures=0)
 
 
 def learn(trainer, batches: list[dict]) -> float:
-    counts = count(batches, trainer.learner.processes)
+    counts = count(batches, trainer.context.processes)
     trainer.skipped_pictures += counts.skipped
-    losses, _ = train_step(trainer.learner, batches, counts, 1e-2)
+    losses, _ = train_step(trainer.context, batches, counts, 1e-2)
     return float(losses[0])
 
 
@@ -202,7 +201,7 @@ def test_training_leaves_the_tower_frozen_in_eval_mode_and_out_of_the_optimizer(
     assert not any(module.training for module in tower.modules())
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, tower.state_dict().values(), strict=True))
-    in_optimizer = {id(parameter) for group in trainer.learner.optimizer.param_groups for parameter in group["params"]}
+    in_optimizer = {id(parameter) for group in trainer.context.optimizer.param_groups for parameter in group["params"]}
     assert in_optimizer == {id(parameter) for parameter in trainer.model.parameters()}
 
 
@@ -224,67 +223,10 @@ class Syncs(TorchDispatchMode):
 def test_a_step_does_not_sync_with_the_gpu(trainer):
     collate = VLMCollator()
     batches = [collate([trainer.data[0], trainer.data[1]]), collate([trainer.data[2], trainer.data[5]])]
-    counts = count(batches, trainer.learner.processes)
+    counts = count(batches, trainer.context.processes)
     with Syncs() as syncs:
-        train_step(trainer.learner, batches, counts, 1e-2)
+        train_step(trainer.context, batches, counts, 1e-2)
     assert syncs.seen == []
     with Syncs() as syncs:
         float(torch.ones(1))
     assert syncs.seen == ["aten::_local_scalar_dense"]
-
-
-# ---- buckets
-
-
-class OtherRank:
-    """Stands for `torch.distributed`: the other rank's gradients are twice this one's; notes what is sent, and when."""
-
-    def __init__(self):
-        self.sizes, self.during_backward = [], 0
-
-    def all_reduce(self, flat, async_op):
-        self.sizes.append(len(flat))
-        in_hook = any(frame.function == "_note" for frame in inspect.stack())
-        self.during_backward += in_hook
-        return SimpleNamespace(wait=lambda: flat.mul_(3))
-
-
-def summed(trainer, monkeypatch, batches, bucket_bytes) -> tuple[OtherRank, list[torch.Tensor], torch.Tensor]:
-    other = OtherRank()
-    monkeypatch.setattr(gradients, "dist", other)
-    learned = list(trainer.model.parameters())
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
-    sums = gradients.GradientSums(learned, Processes(0, 2, torch.device("cpu")))
-    loss_sum = torch.zeros(1)
-    for batch in batches:
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
-        pixels = batch["pixel_values"]
-        loss, _ = answer_loss(trainer.model, inputs | {"image_features": trainer.model.encode_images(pixels)})
-        loss_sum += loss.detach()
-        sums.is_last_backward = batch is batches[-1]
-        loss.backward()
-    sums.finish(loss_sum)
-    found = [parameter.grad.clone() for parameter in learned]
-    trainer.model.zero_grad(set_to_none=True)
-    return other, found, loss_sum
-
-
-def test_buckets_are_sent_during_the_last_backward_pass_in_the_same_order_on_every_rank(trainer, monkeypatch):
-    pixels = trainer.data.with_pixels()
-    counts = list(pixels.image_counts)
-    with_picture, text = (VLMCollator()([pixels[counts.index(images)]]) for images in (1, 0))
-    flat, expected, loss = summed(trainer, monkeypatch, [text, with_picture], 10**9)
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert flat.sizes == [total + 1] and flat.during_backward == 0
-    assert len(expected) == len(list(trainer.model.parameters()))
-    sizes = []
-    for batches in ([text, with_picture], [with_picture, text], [text], []):
-        found, sums, loss_sum = summed(trainer, monkeypatch, batches, 20_000)
-        sizes.append(found.sizes)
-        if len(batches) == 2 and batches[0] is text:
-            assert found.during_backward == len(found.sizes) - 1 > 3  # the last takes the loss along
-            assert torch.equal(loss_sum, loss) and all(map(torch.equal, sums, expected))
-        assert found.during_backward < len(found.sizes)
-        if not batches:
-            assert found.during_backward == 0 and not any(tensor.any() for tensor in sums)
-    assert all(found == sizes[0] for found in sizes) and sum(sizes[0]) == total + 1

@@ -111,8 +111,7 @@ import sys
 sys.path.insert(0, {root!r})
 from common.errors import run_script
 from trainer import train_sft_vlm
-from trainer.flags import Stage
-from trainer.loop import answer_loss
+from trainer.stage import Stage, answer_loss
 
 def half_the_loss(model, inputs):
     loss, aux_loss = answer_loss(model, inputs)

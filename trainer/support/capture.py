@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
+# The inputs of answers; batches with others take the ordinary step.
+INPUTS = {"input_ids", "labels", "image_starts", "learned_positions"}
 IMAGE_INPUTS = ("pixel_values", "image_features")
 
 
@@ -24,21 +25,21 @@ class Shape:
 
 
 class CapturedStep:
-    """Takes a learner's optimizer steps: full batches of one image a row as a graph of their shape, others as ever.
+    """Takes the optimizer steps of a context: full batches of one image a row as CUDA graphs, others as usual.
 
     The first batch of a shape runs over the buffers without a graph, which prepares what kernels need; the graph of the
     second has the same kernels. So a step computes the same bits whether its shape has a graph yet or not.
 
     Args:
         plain: `train_step`.
-        learner: What it works on: one rank, without experts, gradient scaler or dropout.
+        context: What it works on: one rank, without experts, gradient scaler or dropout.
         batch_size: Samples of a full batch.
     """
 
-    def __init__(self, plain: Callable, learner, batch_size: int):
-        self.plain, self.learner, self.batch_size = plain, learner, batch_size
-        device = self.device = learner.processes.device
-        self.learned, self.rate = torch.ones((), device=device), torch.zeros((), device=device)
+    def __init__(self, plain: Callable, context, batch_size: int):
+        self.plain, self.context, self.batch_size = plain, context, batch_size
+        device = self.device = context.processes.device
+        self.units, self.rate = torch.ones((), device=device), torch.zeros((), device=device)
         self.losses, self.is_bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
         self.shapes, self.images, self.pool = {}, {}, ()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -46,12 +47,13 @@ class CapturedStep:
     def __call__(self, micro_batches: list[dict], counts, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Does what `train_step` does."""
         batch = micro_batches[0]
-        is_full = len(batch["input_ids"]) == len(batch["image_starts"]) == self.batch_size
         images = [name for name in IMAGE_INPUTS if name in batch]
-        if len(micro_batches) > 1 or not is_full or len(images) > 1 or counts.learned == 0:
-            return self.plain(self.learner, micro_batches, counts, learning_rate)
+        tensors = {name for name, part in batch.items() if isinstance(part, torch.Tensor)} - {"unencoded"}
+        is_usual = len(micro_batches) == len(images) == 1 and tensors == INPUTS | set(images) and counts.units > 0
+        if not (is_usual and len(batch["input_ids"]) == len(batch["image_starts"]) == self.batch_size):
+            return self.plain(self.context, micro_batches, counts, learning_rate)
         shape = self.fill(batch, images[0])
-        self.learned.fill_(counts.learned)
+        self.units.fill_(counts.units)
         self.rate.fill_(learning_rate)
         if shape.graph is None and shape.warm and self.stream is not None:
             self.capture(shape, counts)
@@ -73,7 +75,7 @@ class CapturedStep:
         if key not in self.shapes:
             ids = torch.empty(self.batch_size, padded, dtype=torch.int64, device=self.device)
             inputs = {"input_ids": ids, "labels": ids.clone(), "image_starts": torch.empty_like(batch["image_starts"])}
-            inputs |= {"learned_positions": ids.new_empty(key[1]), name: image}
+            inputs |= {"learned_positions": ids.new_empty(key[1]), "units": key[1], name: image}
             self.shapes[key] = Shape(inputs)
         inputs = self.shapes[key].inputs
         for field, pad in (("input_ids", 0), ("labels", -100)):
@@ -88,8 +90,8 @@ class CapturedStep:
 
     def compute(self, shape: Shape, counts):
         """Takes the step, as launches or, while capturing, as the graph's."""
-        counts = replace(counts, learned=self.learned)
-        losses, is_bad = self.plain(self.learner, [shape.inputs], counts, self.rate)
+        counts = replace(counts, units=self.units)
+        losses, is_bad = self.plain(self.context, [shape.inputs], counts, self.rate)
         self.losses.copy_(losses)
         self.is_bad.copy_(is_bad)
 

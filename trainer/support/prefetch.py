@@ -5,25 +5,29 @@ from collections.abc import Iterable, Iterator
 import torch
 
 
-def on_device(loader: Iterable[dict], device: torch.device, names: tuple[str, ...]) -> Iterator[dict]:
-    """Yields the batches with their tensors of these names on the device.
+def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """Yields the batches with their tensors on the device.
 
     On CUDA a batch is copied (from pinned memory, on a stream of its own) while the batch before it is computed.
     """
     if device.type != "cuda":
         for batch in loader:
-            yield batch | {name: batch[name].to(device) for name in names if name in batch}
+            yield batch | {name: part.to(device) for name, part in tensors_of(batch)}
         return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in loader:
         with torch.cuda.stream(stream):
-            moved = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+            moved = {name: part.to(device, non_blocking=True) for name, part in tensors_of(batch)}
             copied = stream.record_event()
         if ahead is not None:
             yield received(*ahead)
         ahead = batch | moved, copied, moved
     if ahead is not None:
         yield received(*ahead)
+
+
+def tensors_of(batch: dict) -> list[tuple[str, torch.Tensor]]:
+    return [(name, part) for name, part in batch.items() if isinstance(part, torch.Tensor)]
 
 
 def received(batch: dict, copied: torch.cuda.Event, moved: dict[str, torch.Tensor]) -> dict:
