@@ -8,48 +8,13 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from model.model_minimind import MiniMindForCausalLM
+from model.projectors import PROJECTORS, VisionProj
 from model.vision_tower import TowerError, encode_images, load_vision_tower
 from model.vlm_config import VLMConfig, fit_config_to_tower
 
-
-class VisionProj(nn.Module):
-    """The projection from the tower's width to the decoder's.
-
-    Args:
-        ve_hidden_size: Width of the tower's features.
-        hidden_size: Width of the decoder.
-        kind: "linear": one layer with bias, as published; "mlp": two with a GELU between them; "norm_mlp": those after
-            a LayerNorm, under minimind-3v's names.
-        pixel_shuffle: See `VLMConfig`.
-    """
-
-    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", pixel_shuffle: int = 1):
-        super().__init__()
-        self.pixel_shuffle = pixel_shuffle
-        layers = [nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size)]
-        if kind != "linear":
-            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-        self.name = "mlp" if kind == "norm_mlp" else "vision_proj"
-        norm = [nn.LayerNorm(ve_hidden_size)] if kind == "norm_mlp" else []
-        self.add_module(self.name, nn.Sequential(*norm, *layers))
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        """(images, patches, ve_hidden_size) to (images, patches / pixel_shuffle^2, hidden_size)."""
-        return getattr(self, self.name)(shuffle_pixels(image_features, self.pixel_shuffle))
-
-
-def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:
-    """Joins each square of factor x factor neighbouring patches: (N, P, W) to (N, P / factor^2, W * factor^2)."""
-    if factor == 1:
-        return image_features
-    images, patches, width = image_features.shape
-    side = math.isqrt(patches)
-    grid = image_features.view(images, side, side, width).permute(0, 3, 1, 2)
-    return F.pixel_unshuffle(grid, factor).flatten(2).transpose(1, 2)
+__all__ = ["MiniMindVLM", "VLMConfig", "VisionProj", "find_image_starts"]
 
 
 def find_image_starts(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
@@ -95,8 +60,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         if tower is not None:
             config = fit_config_to_tower(config, tower.settings)
         super().__init__(config)
-        shape = config.vision_hidden_size, config.hidden_size
-        self.vision_proj = VisionProj(*shape, config.projector, config.pixel_shuffle)
+        shape = config.vision_hidden_size, config.hidden_size, config.pixel_shuffle
+        self.vision_proj = PROJECTORS[config.projector](*shape)
         # Not a registered submodule: it is in no weight file and no optimizer, and `train()` does not reach it.
         object.__setattr__(self, "vision_encoder", tower)
         self.post_init()

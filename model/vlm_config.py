@@ -4,13 +4,11 @@ import copy
 import inspect
 import math
 
-import torch
-
 from common.schema import Range
 from model.model_minimind import MiniMindConfig
+from model.projectors import PROJECTORS
 from model.vision_tower import TowerSettings
 
-PROJECTORS = ("linear", "mlp", "norm_mlp")
 # What the tensors of minimind-3v do not tell. It is known by its per-head norms, which no older model has.
 MINIMIND_3V = {
     "rms_norm_eps": 1e-6,
@@ -34,7 +32,7 @@ CONFIG = {  # what a file may say; VLMConfig refuses what does not fit together
     **{f"yarn_{name}?": Range(float, 1e-3, 1e6) for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
     "n_shared_experts?": Range(int, 0, 1 << 10),
     "rope_theta?": Range(float, 1, 1e12),
-    "projector?": frozenset(PROJECTORS),
+    "projector?": str,
     "*": frozenset(),
 }
 
@@ -46,13 +44,11 @@ class VLMConfig(MiniMindConfig):
         image_token_id: The placeholder's id: 34, `@`, in the published tokenizer, 12 in minimind-3v's.
         vision_hidden_size: Width of the tower's features; read from the tower where there is one.
         vision_patches: The tower's features per image; read from the tower where there is one.
-        projector: "linear", as published, "mlp", or "norm_mlp", as in minimind-3v.
-        pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide
-            (https://arxiv.org/abs/1609.05158, backwards).
+        projector: A name of `model.projectors.PROJECTORS`: "linear" as published, "norm_mlp" in minimind-3v.
+        pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide.
 
     Raises:
-        ValueError: If there is no such projector, or the patches are no grid that N divides, or a norm_mlp is to take
-            shuffled ones.
+        ValueError: If there is no such projector, or it cannot take the patches.
     """
 
     model_type = "minimind-v"
@@ -68,9 +64,7 @@ class VLMConfig(MiniMindConfig):
     ):
         if projector not in PROJECTORS:
             raise ValueError(f"no projector {projector!r}, choose from {', '.join(PROJECTORS)}")
-        check_pixel_shuffle(vision_patches, pixel_shuffle)
-        if projector == "norm_mlp" and pixel_shuffle != 1:
-            raise ValueError(f"a norm_mlp takes no pixel_shuffle {pixel_shuffle}: its input width must be the tower's")
+        PROJECTORS[projector].tokens(vision_patches, pixel_shuffle)
         self.image_token_id = image_token_id
         self.vision_hidden_size = vision_hidden_size
         self.vision_patches = vision_patches
@@ -81,14 +75,7 @@ class VLMConfig(MiniMindConfig):
     @property
     def image_tokens(self) -> int:
         """Placeholders per image in the text."""
-        return self.vision_patches // self.pixel_shuffle**2
-
-
-def check_pixel_shuffle(patches: int, factor: int):
-    """Raises ValueError unless the patches are a grid whose sides the factor divides."""
-    side = math.isqrt(patches)
-    if factor != 1 and (factor < 1 or side**2 != patches or side % factor):
-        raise ValueError(f"pixel_shuffle {factor} does not divide the tower's {patches} patches as a grid")
+        return PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
 
 
 def config_fields(config: VLMConfig) -> dict:
@@ -125,17 +112,5 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
     ):
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
-    check_pixel_shuffle(config.vision_patches, config.pixel_shuffle)
+    PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)
     return config
-
-
-def projector_of(tensors: dict[str, torch.Tensor]) -> dict:
-    """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none."""
-    norm = tensors.get("vision_proj.mlp.0.weight")
-    if norm is not None:
-        return {"projector": "norm_mlp", "vision_hidden_size": len(norm)}
-    first = tensors.get("vision_proj.vision_proj.0.weight")
-    if first is None:
-        return {}
-    kind = "mlp" if "vision_proj.vision_proj.2.weight" in tensors else "linear"
-    return {"projector": kind, "vision_hidden_size": first.shape[1]}

@@ -7,7 +7,7 @@ import os
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
-from model.vlm_config import PROJECTORS
+from model.projectors import PROJECTORS
 from trainer.assets import choose_assets, starts_from_3v
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype
@@ -42,7 +42,9 @@ def add_model_flags(add, default: dict):
     add("--hidden_size", type=int, help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=int, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
-    add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
+    add(
+        "--projector", choices=tuple(PROJECTORS), help="kind of projection (default: what the weights say, else linear)"
+    )
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=int, metavar="N", help=what)
     what = "tokens a sample is cut at, its images' included"

@@ -25,7 +25,8 @@ from common.schema import Range, SchemaError, check, read_json
 from dataset.chat import image_token_id
 from dataset.prompts import FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import CONFIG, MINIMIND_3V, config_fields, projector_of
+from model.projectors import read_projector
+from model.vlm_config import CONFIG, MINIMIND_3V, config_fields
 from trainer.support.llava import from_transformers
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
@@ -244,7 +245,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
-        return VLMConfig(**shape | projector_of(tensors) | (known or {}))
+        return VLMConfig(**shape | read_projector(tensors) | (known or {}))
     except (LookupError, *CONFIG_ERRORS) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UsageError(f"{display_path(path)} is no MiniMind weight file: {reason}") from error

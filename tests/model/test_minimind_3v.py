@@ -9,7 +9,8 @@ from tiny_models import save_siglip
 
 from common.errors import UsageError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward
-from model.model_vlm import MiniMindVLM, VisionProj, VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.projectors import PROJECTORS
 from model.vlm_config import MINIMIND_3V, fit_config_to_tower
 from trainer.weights import config_of, load_into, read_weights
 
@@ -91,12 +92,12 @@ def test_the_experts_are_balanced_over_the_batch():
 
 def test_the_projection_is_plain_mathematics():
     torch.manual_seed(0)
-    projection, x_PW = VisionProj(32, 48, "norm_mlp"), torch.randn(PATCHES, 32)
+    projection, x_PW = PROJECTORS["norm_mlp"](32, 48), torch.randn(PATCHES, 32)
     torch.nn.init.normal_(projection.mlp[0].bias)
     weights = {name: tensor.double() for name, tensor in projection.state_dict().items()}
     expected = plain_model.norm_mlp(x_PW.double(), weights)
     torch.testing.assert_close(projection(x_PW).double(), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="norm_mlp takes no pixel_shuffle 2"):
+    with pytest.raises(ValueError, match="takes no pixel_shuffle 2"):
         VLMConfig(projector="norm_mlp", vision_patches=64, pixel_shuffle=2)
 
 

@@ -1,0 +1,130 @@
+"""The table of projections from the tower's features to the decoder. A new one is a class here, or registered from outside.
+
+@register("resampler")
+class Resampler(Projector): ...
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PROJECTORS: dict[str, type["Projector"]] = {}
+
+
+class Projector(nn.Module):
+    """A projection (images, patches, width) to (images, tokens, hidden_size), and what the program must know of it.
+
+    Attributes:
+        is_grid: Whether its tokens are a square grid over the image, as maps of what a word depends on need.
+        llava_activation: transformers' name of the activation between the two layers of an equal LLaVA projector, which
+            export.py writes; None if LLaVA has no such projector.
+    """
+
+    is_grid = True
+    llava_activation: str | None = None
+
+    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
+        super().__init__()
+
+    @classmethod
+    def tokens(cls, patches: int, pixel_shuffle: int) -> int:
+        """Returns the tokens of an image with so many patches; raises ValueError if it cannot take them."""
+        if pixel_shuffle != 1:
+            raise ValueError(f"this projection takes no pixel_shuffle {pixel_shuffle}")
+        return patches
+
+    @classmethod
+    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
+        """Returns the input width in a weight file's tensors (`vision_proj.*`); None if they are of another kind."""
+        return None
+
+
+def register(name: str):
+    """Returns a decorator that puts a class into the table, as `--projector NAME`."""
+
+    def put(kind: type[Projector]) -> type[Projector]:
+        PROJECTORS[name] = kind
+        return kind
+
+    return put
+
+
+@register("linear")
+class VisionProj(Projector):
+    """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
+
+    llava_activation = "linear"
+
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
+        super().__init__(ve_hidden_size, hidden_size, pixel_shuffle)
+        self.pixel_shuffle = pixel_shuffle
+        self.vision_proj = nn.Sequential(*self.layers(ve_hidden_size * pixel_shuffle**2, hidden_size))
+
+    @staticmethod
+    def layers(width: int, hidden_size: int) -> list[nn.Module]:
+        return [nn.Linear(width, hidden_size)]
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.vision_proj(shuffle_pixels(image_features, self.pixel_shuffle))
+
+    @classmethod
+    def tokens(cls, patches: int, pixel_shuffle: int) -> int:
+        side = math.isqrt(patches)
+        if pixel_shuffle != 1 and (pixel_shuffle < 1 or side**2 != patches or side % pixel_shuffle):
+            raise ValueError(f"pixel_shuffle {pixel_shuffle} does not divide the tower's {patches} patches as a grid")
+        return patches // pixel_shuffle**2
+
+    @classmethod
+    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
+        first, *others = (tensors.get(f"vision_proj.vision_proj.{layer}.weight") for layer in (0, 2))
+        is_ours = first is not None and (others[0] is None) == (len(cls.layers(1, 1)) == 1)
+        return first.shape[1] if is_ours else None
+
+
+@register("mlp")
+class MLP(VisionProj):
+    """Two linear layers with a GELU between them."""
+
+    llava_activation = "gelu"
+
+    @staticmethod
+    def layers(width: int, hidden_size: int) -> list[nn.Module]:
+        return [nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+
+
+@register("norm_mlp")
+class NormMLP(Projector):
+    """minimind-3v's: a LayerNorm before the MLP, under its names."""
+
+    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
+        super().__init__(width, hidden_size, pixel_shuffle)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), *MLP.layers(width, hidden_size))
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.mlp(image_features)
+
+    @classmethod
+    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
+        norm = tensors.get("vision_proj.mlp.0.weight")
+        return None if norm is None else len(norm)
+
+
+def read_projector(tensors: dict[str, torch.Tensor]) -> dict:
+    """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none we know."""
+    widths = {name: kind.read_width(tensors) for name, kind in PROJECTORS.items()}
+    return next(({"projector": name, "vision_hidden_size": width} for name, width in widths.items() if width), {})
+
+
+def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Joins each square of factor x factor neighbouring patches: (N, P, W) to (N, P / factor^2, W * factor^2).
+
+    The reverse of https://arxiv.org/abs/1609.05158.
+    """
+    if factor == 1:
+        return image_features
+    images, patches, width = image_features.shape
+    side = math.isqrt(patches)
+    grid = image_features.view(images, side, side, width).permute(0, 3, 1, 2)
+    return F.pixel_unshuffle(grid, factor).flatten(2).transpose(1, 2)
