@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.errors import UsageError
@@ -27,6 +27,7 @@ from common.files import remove_temporaries
 from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, decoding, load_picture
+from dataset.workers import load_in_workers
 
 HEADER_BYTES = 4096
 INDEX_ENTRY = np.dtype([("size", "<i8"), ("modified", "<i8"), ("content", "<i8"), ("state", "u1")])
@@ -164,14 +165,7 @@ def compute_features(
     numbers, slots, stamps = (values[share & missing] for values in (numbers, slots, stamps))
     if len(numbers) == 0:
         return
-    loader = DataLoader(
-        Images(data, slots),
-        batch_size=64,
-        collate_fn=list,
-        num_workers=num_workers,
-        prefetch_factor=8 if num_workers else None,
-        generator=torch.Generator(),  # its own: drawing from the global one would change the run
-    )
+    loaded = load_in_workers(Images(data, slots), num_workers, batch_size=64, collate_fn=list, prefetch_factor=8)
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every = 0.2 if sys.stderr.isatty() else 30.0
     entries = zip(numbers.tolist(), map(tuple, stamps.tolist()), strict=True)
@@ -180,7 +174,7 @@ def compute_features(
         tqdm(desc=name, total=len(slots), unit="image", disable=rank > 0, mininterval=every) as bar,
         a_thread_each() as pool,
     ):
-        for images in loader:  # of (content's hash, pixels or None)
+        for images in loaded:  # of (content's hash, pixels or None)
             new = list({content: pixels for content, pixels in images if content not in known}.values())
             new = [pixels for pixels in new if pixels is not None]
             groups = torch.stack(new).split(len(new) if is_cuda else 1) if new else ()

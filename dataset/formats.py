@@ -76,11 +76,18 @@ def without_bars():
 
 @contextlib.contextmanager
 def keeping_rows_of(data_path: Path):
-    """Explains an error, such as a full disk, while tokenised rows are written to the cache."""
+    """Explains an error, such as a full disk or a killed process, while tokenised rows are written to the cache."""
     try:
         yield
     except OSError as error:
         raise data_error(data_path, error) from error
+    except RuntimeError as error:
+        if "subprocesses" not in str(error):
+            raise
+        raise DataError(
+            f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
+            "then run the same command again"
+        ) from error
 
 
 def data_error(data_path: Path, error: BaseException) -> DataError:

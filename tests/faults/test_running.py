@@ -149,6 +149,16 @@ def test_a_failed_last_save_is_an_error_and_keeps_the_one_before(world, tmp_path
     run(world, out, "--from_resume", 1).passed()
 
 
+@pytest.mark.parametrize("cache", ["off", "features"], ids=["while training", "while encoding"])
+def test_too_few_open_files_for_the_workers_end_the_run_in_words(world, tmp_path, cache):
+    out = world.copy_of_out(tmp_path / "out")
+    hook = (
+        "import os; from resource import *; n = len(os.listdir('/proc/self/fd')) + 20; setrlimit(RLIMIT_NOFILE, (n, n))"
+    )
+    ended = run(world, out, "--num_workers", 4, "--cache_vision", cache, hook=hook)
+    ended.refused("Too many open files", "ulimit -n", "--num_workers 0 does without workers")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_bad_step_is_skipped_and_counted(world, tmp_path, value):
     out = world.copy_of_out(tmp_path / "out")
