@@ -41,13 +41,13 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
         finally:
             report_lost_output()
     except RankError as error:
-        rank = os.environ.get("RANK")
-        print(f"error{'' if rank is None else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "")
+        print(f"error{f' (process {rank})' if rank.isdecimal() else ''}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
     except UsageError as error:
         # Under torchrun every rank sees the same mistake; one per machine reports it.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Stopped as stopped:

@@ -11,7 +11,7 @@ from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.vlm_config import PROJECTORS
 from trainer.assets import choose_assets, starts_from_3v
-from trainer.support.processes import cores, pick_device, pick_dtype
+from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
 FREEZE = ("none", "ends", "all")
@@ -168,8 +168,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    _, world_size, local_rank, _ = ranks()
+    device = pick_device(args.device, local_rank, world_size)
     args.device, dtype = str(device), pick_dtype(args.dtype, device)
     # With the built-in models a CPU keeps to float32, so that their figures hold everywhere; else `Run` measures.
     if args.dtype or device.type != "cpu" or args.assets == "built-in":
