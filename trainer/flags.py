@@ -14,6 +14,7 @@ from trainer.assets import choose_assets, starts_from_3v
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
+LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
 FREEZE = ("none", "ends", "all")
 
 
@@ -216,6 +217,8 @@ def flag_problems(args) -> list[str]:
     if args.seed >= 2**63:
         problems.append(f"--seed {args.seed}: must be below 2**63")
     problems += [f"--{name}: an empty path" for name in ("cache_vision", "eval_data") if getattr(args, name) == ""]
-    if not args.save_weight or any(character in args.save_weight for character in "/\\"):
-        problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
+    name = args.save_weight
+    if not (name.strip() and name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME) or {*name} & {*"/\\"}:
+        what = f"must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
+        problems.append(f"--save_weight {name[:60]!r}: {what}")
     return problems

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.errors import UsageError
 from common.paths import display_path
 from dataset.features import FeatureFile, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
@@ -176,6 +177,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         UsageError: If it cannot continue, as where the last save fails.
     """
     args, processes, device = run.args, run.processes, run.device
+    if data.picture_count == 0 and all(name.startswith("vision_proj.") for name in learned_parameters(model)):
+        raise UsageError(
+            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
+            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
+        )
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)
