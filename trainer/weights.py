@@ -20,7 +20,7 @@ from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
 from common.files import load_file
-from common.paths import ROOT, SAVE_3V_DIR, display_path
+from common.paths import ROOT, SAVE_3V_DIR, WEIGHT_NAMES, display_path
 from dataset.chat import image_token_id
 from dataset.prompts import DEFAULT_FORM, FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -75,9 +75,9 @@ def find_weights(
         return Path(name)
     files = [path for path in sorted(save_dir.glob("*.pth")) if re.fullmatch(r".+_\d+(_moe)?", path.stem)]
     files = [path for path in files if path.is_file()]  # no folder, no dangling link
-    found = [path for path in files if re.fullmatch(rf"{re.escape(name)}_\d+(_moe)?", path.stem)]
+    found = [path for path in files if is_named(path, name)]
     size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
-    of_size = [path for path in found if re.fullmatch(rf"{re.escape(name)}_{size}{moe}", path.stem)]
+    of_size = [path for path in found if re.fullmatch(rf".+_{size}{moe}", path.stem)]
     fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
     if not fitting:
         wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
@@ -87,11 +87,18 @@ def find_weights(
         raise UsageError(
             f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name, save_dir)}".rstrip()
         )
+    fitting = [path for path in fitting if path.name.startswith(f"{name}_")] or fitting
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
         others = ", ".join(path.name for path in fitting if path != newest)
         log(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
     return newest
+
+
+def is_named(path: Path, name: str) -> bool:
+    """Tells whether a file is weights of that name, or of another of the original's for it, of any size."""
+    names = "|".join(map(re.escape, WEIGHT_NAMES.get(name, (name,))))
+    return path.suffix == ".pth" and re.fullmatch(rf"({names})_\d+(_moe)?", path.stem) is not None
 
 
 def hint(name: str, save_dir: Path) -> str:

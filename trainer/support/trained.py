@@ -21,6 +21,7 @@ from common.paths import (
     TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
+    place_of,
 )
 from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
@@ -112,6 +113,7 @@ def find_trained(args: argparse.Namespace) -> Trained:
     if folder and "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         tower_path = tower_path or folder
     published = (TOKENIZER_3V_DIR, TOWER_3V_DIR) if weights.config.qk_norm else (TOKENIZER_DIR, TOWER_DIR)
+    published = tuple(map(place_of, published))
     tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
     tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
     tokenizer = load_tokenizer(tokenizer_path)
@@ -131,8 +133,9 @@ def find_weights(args: argparse.Namespace) -> weight_io.Weights:
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
         save_dir = args.save_dir or SAVE_DIR
-        is_downloaded = TOWER_DIR.exists() or TOWER_3V_DIR.exists()
-        if args.weight == "llm" and not any(save_dir.glob("llm_*.pth")) and not is_downloaded:
+        is_downloaded = place_of(TOWER_DIR).exists() or place_of(TOWER_3V_DIR).exists()
+        has_any = any(weight_io.is_named(path, "llm") for path in save_dir.glob("*.pth"))
+        if args.weight == "llm" and not has_any and not is_downloaded:
             save_dir = BUILTIN_MODEL_DIR
         name = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
         weights = weight_io.read_weights(weight_io.find_weights(save_dir, name, args.hidden_size, use_moe))
