@@ -4,6 +4,7 @@ The trainer tells a foreign form the command that converts it, and `scripts/make
 """
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -95,9 +96,12 @@ def form_of_file(path: Path) -> str | None:
 
 def is_one_object(text: str) -> bool:
     """Tells whether a file that begins so is one JSON object over several lines, or COCO's annotations."""
-    first, _, rest = text.strip().partition("\n")
-    is_whole = first.rstrip().endswith("}") or rest.lstrip().startswith("{")
-    return COCO.match(text) is not None or (bool(rest) and not is_whole)
+    first, newline, rest = text.lstrip().partition("\n")
+    try:
+        return {"images", "annotations"} <= json.loads(first).keys()
+    except (ValueError, RecursionError, AttributeError):
+        is_line = first.rstrip().endswith("}") or rest.lstrip().startswith("{")
+        return not is_line if newline else COCO.match(text) is not None  # a first line longer than what is looked at
 
 
 def table_header(text: str) -> tuple[str, list[str]] | None:

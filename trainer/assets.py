@@ -1,5 +1,7 @@
 """Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
+import os
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -123,7 +125,8 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
     missing = [file for flag, file in files.items() if flag not in (*given, *paths) and not file.is_complete]
     if missing:
         present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
-        present += [f"{display_path(path)} (not what is looked for)" for path in unknown]
+        looked_for = [file.path for file in files.values()]
+        present += [f"{display_path(path)} (not what is looked for)" for path in unknown if path not in looked_for]
         raise UsageError(missing_message(missing, present))
     return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
 
@@ -199,22 +202,25 @@ def unknown_files(args) -> list[Path]:
     Where such a file lies, the built-in set is not taken: somebody meant it to be used. Weights with a sidecar are of
     runs here, as is what the run starts from or writes.
     """
-    names = args.from_weight, args.save_weight
+    names, save_dir, model = (args.from_weight, args.save_weight), Path(args.save_dir), TOWER_DIR.parents[1]
     found = [
         path
-        for path in sorted(Path(args.save_dir).glob("*"))
-        if path.suffix in WEIGHT_SUFFIXES
+        for path in sorted((*save_dir.glob("*"), *save_dir.glob("*/*.pth")))
+        if kind_of(path) in WEIGHT_SUFFIXES
         and not path.stem.endswith("_resume")
         and not path.with_suffix(".json").exists()
-        and not any(is_named(path, name) for name in names)
-    ]
-    model = TOWER_DIR.parents[1]
-    ours = BUILTIN_TOKENIZER_DIR.name, BUILTIN_TOWER_DIR.parent.name
-    folders = [
-        path for path in (model, *sorted(model.glob("*")), *sorted(model.glob("vision_model/*"))) if path.is_dir()
+        and not (path.parent == save_dir and any(is_named(path, name) for name in names))
     ]
     marks = ("config.json", "tokenizer.json", *TOWER_WEIGHTS)
-    found += [path for path in folders if path.name not in ours and any((path / mark).is_file() for mark in marks)]
+    for folder in (model, *sorted(model.glob("*")), *sorted(model.glob("vision_model/*"))):
+        is_ours = folder.name in (BUILTIN_TOKENIZER_DIR.name, BUILTIN_TOWER_DIR.parent.name)
+        found += [folder] if not is_ours and any((folder / mark).is_file() for mark in marks) else []
     if args.data_path is None:
-        found += [path for path in sorted(DATASET_DIR.glob("*")) if path.suffix in DATA_SUFFIXES]
+        found += [path for path in sorted(DATASET_DIR.glob("*")) if kind_of(path) in DATA_SUFFIXES]
     return found
+
+
+def kind_of(path: Path) -> str:
+    """Returns a file's ending in small letters; of a download that was interrupted, that of the whole file."""
+    name = re.sub(r"(\.[0-9a-f]{12})?\.part$", "", path.name)
+    return os.path.splitext(name)[1].lower()

@@ -386,6 +386,7 @@ def test_the_originals_own_names_and_places_are_taken(place, names):
     [
         *("out/512_llm.pth", "out/pretrain_512.pth", "out/model.safetensors", "out/pytorch_model.bin", "out/llm.pth"),
         *("dataset/sft_i2t.parquet", "dataset/mine.jsonl", "dataset/pretrain_images.zip", "dataset/captions.csv"),
+        *("dataset/SFT.PARQUET", "dataset/sft_data.parquet.0123456789ab.part", "out/minimind-3v/llm_768.pth"),
         *("model/siglip-base/config.json", "model/vision_model/clip-vit-large/pytorch_model.bin", "model/config.json"),
         "model/my_tokenizer/tokenizer.json",
     ],

@@ -17,6 +17,7 @@ from tiny import ROOT, read_jsonl, turn, write_jsonl
 
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset import foreign
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes.language import DESCRIBE
 from dataset.tokenizer import load_tokenizer
@@ -432,3 +433,18 @@ def test_flags_that_make_no_sense(world, pictures):
     world.run(MAKE, pictures / "none.csv", "--to", pictures.parent / "new").refused(
         "none.csv cannot be read: no such file"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', foreign.LINES),
+        ('{"images": [{"path": "a.png"}], "messages": []}', foreign.LINES),
+        ('{"half\n{"image": "a.png", "caption": "y"}', foreign.LINES),
+        ('{"image": "a.png",\n "caption": "y"}', foreign.OBJECT),
+        (json.dumps(coco() | {"licenses": ["long"] * 9000}), foreign.OBJECT),
+    ],
+)
+def test_one_object_is_told_from_an_object_a_line(tmp_path, text, form):
+    (tmp_path / "rows.json").write_text(text)
+    assert foreign.form_of_file(tmp_path / "rows.json") == form
