@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from common.errors import RankError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SMALL_SHM = (
+    "/dev/shm, through which workers send pictures, is too small (Docker's has 64 MB: start it with --shm-size 8g)"
+)
 CURES = {  # the first that fits
     ("Too many open files", "ancdata"): "too many files are open: raise the limit with ulimit -n 65536",
+    ("/torch_", "shared memory", "No space left"): SMALL_SHM,
     (
-        "/torch_",
-        "shared memory",
-        "No space left",
-    ): "/dev/shm, through which workers send pictures, is too small (Docker's has "
-    "64 MB: start the container with --shm-size 8g)",
-    ("temporarily unavailable", "start new thread"): "too many processes or threads run: raise the limit (ulimit -u, "
-    "or the container's --pids-limit)",
+        "temporarily unavailable",
+        "start new thread",
+    ): "too many processes run: raise ulimit -u, or Docker's --pids-limit",
 }
 
 
