@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -27,8 +28,9 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import EVAL_IMAGES_DIR, display_path, printable  # noqa: E402
 from dataset.conversation import IMAGE_TAG  # noqa: E402
+from dataset.foreign import PICTURE_SUFFIXES, is_picture  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
-from dataset.pictures import PictureError  # noqa: E402
+from dataset.pictures import HEIC_CURE, PictureError  # noqa: E402
 from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
 from dataset.scenes.language import DESCRIBE, LANGUAGES  # noqa: E402
 from dataset.tokenizer import quiet_libraries  # noqa: E402
@@ -39,7 +41,6 @@ from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E4
 from trainer.watch.scene_table import scene_table  # noqa: E402
 from trainer.watch.typed_paths import file_of, find_pictures  # noqa: E402
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DRAWN_EVAL_IMAGES = 8
 LEAST_TEMPERATURE = 1e-3  # logits divided by less overflow
 
@@ -327,9 +328,18 @@ def pictures_to_describe(args, knows_only_scenes: bool) -> list[Path]:
         raise UsageError(
             f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir"
         )
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    paths = [path for path in files if is_picture(path.name) and path.is_file()]
+    endings = Counter((path.suffix.lower() or "no ending") for path in files if path not in paths)
+    others = f"{endings.total()} not read ({', '.join(f'{count} {name}' for name, count in endings.most_common())})"
+    others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
     if not paths:
-        raise UsageError(f"no pictures in {display_path(folder)} (endings: {' '.join(sorted(PICTURE_ENDINGS))})")
+        others = f"; {others}" if endings else ""
+        raise UsageError(
+            f"no pictures in {display_path(folder)} (endings: {' '.join(sorted(PICTURE_SUFFIXES))}){others}"
+        )
+    if endings:
+        print(f"{display_path(folder)}: {printable(others)}\n")
     return paths
 
 

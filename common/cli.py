@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from common.paths import printable
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks, and appends a flag's default to its help where it has one to name."""
@@ -27,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n{self.prog} --help shows all flags\n")
+        self.exit(2, f"error: {printable(message)}\n{self.prog} --help shows all flags\n")
 
 
 def file_path(text: str) -> Path:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from common.output import outlive_output, report_lost_output
+from common.paths import printable
 
 
 class UsageError(Exception):
@@ -22,6 +23,11 @@ class Stopped(Exception):
     def __init__(self, number: int):
         self.number, self.name = number, signal.Signals(number).name
         super().__init__(self.name)
+
+
+def shown(error: UsageError) -> str:
+    """Returns the message as a terminal may get it: what was typed or read may hold escape codes."""
+    return "\n".join(map(printable, str(error).split("\n")))
 
 
 def run_script(main: Callable[[], None], outlives_output: bool = False):
@@ -41,14 +47,14 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
         finally:
             report_lost_output()
     except RankError as error:
-        rank = os.environ.get("RANK")
-        print(f"error{'' if rank is None else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "")
+        print(f"error{f' (process {rank})' if rank.isdecimal() else ''}: {shown(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
     except UsageError as error:
         # Under torchrun every rank sees the same mistake; one per machine reports it.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -248,6 +249,18 @@ def lock(name: Path):
     return file
 
 
+def not_a_file(path: Path) -> str | None:
+    """Says why a path cannot be read as a file: opening a pipe or a device waits for ever. None for a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        return "no such file" if is_missing else getattr(error, "strerror", None) or str(error)
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    kind = next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "a device")
+    return None if stat.S_ISREG(mode) else f"it is {kind}, not a file"
+
+
 def check_checksums(path: Path):
     """Raises BadZipFile unless a file's checksums are right, which torch.load does not check."""
     with open(path, "rb") as file:
@@ -268,6 +281,8 @@ def load_file(path: Path) -> dict:
         UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
     """
     try:
+        if reason := not_a_file(path):
+            raise ValueError(reason)
         check_checksums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:

@@ -20,6 +20,28 @@ BUILTIN_TOKENIZER_DIR = ROOT / "model" / "tokenizer"
 BUILTIN_DATASET_DIR = DATASET_DIR / "builtin"
 BUILTIN_HIDDEN_SIZE = 128
 
+# The original's own names and places for the same, of all its generations; the first that is there is taken.
+MODEL_PLACES = {  # in model/
+    "vision_model/clip-vit-base-patch16": ("clip-vit-base-patch16",),
+    "vision_model/siglip2-base-p32-256-ve": ("siglip2-base-p32-256-ve",),
+    "tokenizer_minimind2": ("minimind_tokenizer", "."),
+    "tokenizer_minimind3v": ("minimind_tokenizer", "."),
+}
+WEIGHT_NAMES = {"llm": ("llm", "lm", "full_sft")}
+DATA_NAMES = ("{}_data.parquet", "{}_i2t.parquet", "{}_data.jsonl", "{}_vlm_data.jsonl")
+
+
+def place_of(folder: Path) -> Path:
+    """Returns where a published tower or tokenizer lies: its folder here, or one of the original's (MODEL_PLACES)."""
+    if folder.exists():
+        return folder
+    needed = "tokenizer.json" if folder.name.startswith("tokenizer") else "config.json"
+    for usual, others in MODEL_PLACES.items():
+        if folder.match(usual):
+            model = folder.parents[usual.count("/")]
+            return next((model / other for other in others if (model / other / needed).is_file()), folder)
+    return folder
+
 
 def display_path(path: str | Path) -> str:
     """Returns the path as a person reads it: relative to the project's folder where it lies inside."""

@@ -25,7 +25,7 @@ from tqdm import tqdm  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path  # noqa: E402
+from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of  # noqa: E402
 from dataset.chat import has_image_pad  # noqa: E402
 from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
 from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
@@ -38,8 +38,8 @@ BINS = 10
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 TOKENIZERS = {
-    TOKENIZER_DIR: "the published one",
-    TOKENIZER_3V_DIR: "minimind-3v's",
+    place_of(TOKENIZER_DIR): "the published one",
+    place_of(TOKENIZER_3V_DIR): "minimind-3v's",
     BUILTIN_TOKENIZER_DIR: "the built-in one",
 }
 IMAGE_TOKENS_3V = 64  # of minimind-3v's tower: 8 x 8 patches of 32 pixels

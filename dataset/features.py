@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from xxhash import xxh3_128
 
@@ -28,6 +28,7 @@ from common.files import TEMPORARY
 from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, decoding, load_picture
+from dataset.workers import load_in_workers
 
 VERSION = 1  # part of the checksum: raise it when the same picture must give other features
 CHECKSUM_BYTES = 16
@@ -155,21 +156,14 @@ def compute_features(
     numbers = [number for number in numbers.tolist() if folder.get(data.picture_keys[number]) is None]
     if len(numbers) == 0:
         return
-    loader = DataLoader(
-        Images(data, numbers),
-        batch_size=64,
-        collate_fn=list,
-        num_workers=num_workers,
-        prefetch_factor=8 if num_workers else None,
-        generator=torch.Generator(),  # its own: drawing from the global one would change the run
-    )
+    loaded = load_in_workers(Images(data, numbers), num_workers, batch_size=64, collate_fn=list, prefetch_factor=8)
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every, is_cuda = 0.2 if sys.stderr.isatty() else 30.0, device.type == "cuda"
     with (
         tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar,
         a_thread_each() as pool,
     ):
-        for images in loader:  # of (content's hash, pixels or None)
+        for images in loaded:  # of (content's hash, pixels or None)
             pixels = [of_image for _, of_image in images if of_image is not None]
             groups = torch.stack(pixels).split(len(pixels) if is_cuda else 1) if pixels else ()
             encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)

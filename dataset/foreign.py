@@ -4,7 +4,9 @@ The trainer tells a foreign form the command that converts it, and `scripts/make
 """
 
 import csv
+import json
 import os
+import re
 import shlex
 import tarfile
 from collections.abc import Iterator
@@ -18,23 +20,42 @@ from dataset.pictures import PICTURE_FORMATS
 
 FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
 TABLE, LIST, TAR = "a table", "one JSON list", "a tar"
-LINES, PARQUET = "one JSON object a line", "a parquet file"
-FOREIGN_FILES = (FOLDER, SAVED, TABLE, LIST, TAR)
+LINES, OBJECT, PARQUET = "one JSON object a line", "one JSON object", "a parquet file"
+SHARDS = "a folder of data files"
+FOREIGN_FILES = (FOLDER, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
+COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
+BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
 
 LLAVA, MESSAGES, PARTS = 'LLaVA format ("from", "value")', '"messages" format', "OpenAI format (content in parts)"
 QUESTION, CAPTION, OWN = "a picture with question and answer", "a picture with its caption", "conversations"
 PICTURE_FIELDS = ("image_bytes", "image", "images", "image_path", "file_name")
 CAPTION_FIELDS = ("caption", "text", "description")
-PICTURE_SUFFIXES = {ending for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS}
+# A JPEG of several pictures (MPO) is read as the first.
+PICTURE_SUFFIXES = {
+    ending for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")
+}
 
 DELIMITERS = ",\t;"  # a spreadsheet writes semicolons where the comma is the decimal point
 HEAD = 1 << 16  # bytes that are looked at
+SHARD_ENDINGS = (".parquet", ".tar", ".jsonl")
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def command(source: str | Path) -> str:
-    """Returns the command that makes training data of a file or folder."""
-    return f"python scripts/make_dataset.py {shlex.quote(str(source))} --to my_data"
+    """Returns the command that makes training data of a file, a folder, or a folder's data files."""
+    shards = f"/*{shard_ending(source)}" if isinstance(source, Path) and shard_ending(source) else ""
+    return f"python scripts/make_dataset.py {shlex.quote(str(source))}{shards} --to my_data"
+
+
+def shard_ending(folder: Path) -> str | None:
+    """Returns the ending of the data files that a folder is divided into; None for another path."""
+    endings = {path.suffix for path in folder.iterdir()} if folder.is_dir() else set()
+    return next((ending for ending in SHARD_ENDINGS if ending in endings), None)
+
+
+def is_base64(value) -> bool:
+    """Tells whether a text is a picture's file in base64."""
+    return isinstance(value, str) and BASE64.fullmatch(value) is not None
 
 
 def field(row: dict, names: tuple[str, ...]) -> str | None:
@@ -62,17 +83,27 @@ def form_of_file(path: Path) -> str | None:
         if any((path / name).is_file() for name in SAVED_BY_DATASETS):
             return SAVED
         found = any(stem(name) in texts for _, names, texts in pictures_and_texts(path) for name in names)
-        return FOLDER if found else None
+        return FOLDER if found else SHARDS if shard_ending(path) else None
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head.startswith(b"PAR1"):
         return PARQUET
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     if text.lstrip()[:1] in ("[", "{"):
-        return LIST if text.lstrip().startswith("[") else LINES
+        return LIST if text.lstrip().startswith("[") else OBJECT if is_one_object(text) else LINES
     if table_header(text):
         return TABLE
     return TAR if tarfile.is_tarfile(path) else None
+
+
+def is_one_object(text: str) -> bool:
+    """Tells whether a file that begins so is one JSON object over several lines, or COCO's annotations."""
+    first, newline, rest = text.lstrip().partition("\n")
+    try:
+        return {"images", "annotations"} <= json.loads(first).keys()
+    except (ValueError, RecursionError, AttributeError):
+        is_line = first.rstrip().endswith("}") or rest.lstrip().startswith("{")
+        return not is_line if newline else COCO.match(text) is not None  # a first line longer than what is looked at
 
 
 def table_header(text: str) -> tuple[str, list[str]] | None:

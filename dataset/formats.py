@@ -13,6 +13,7 @@ import pyarrow as pa
 from xxhash import xxh3_128
 
 from common.errors import UsageError
+from common.files import not_a_file
 from common.paths import printable
 from dataset import foreign
 from dataset.conversation import RowError
@@ -89,11 +90,18 @@ def without_bars():
 
 @contextlib.contextmanager
 def keeping_rows_of(data_path: Path):
-    """Explains an error, such as a full disk, while tokenised rows are written to the cache."""
+    """Explains an error, such as a full disk or a killed process, while tokenised rows are written to the cache."""
     try:
         yield
     except OSError as error:
         raise data_error(data_path, error) from error
+    except RuntimeError as error:
+        if "subprocesses" not in str(error):
+            raise
+        raise DataError(
+            f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
+            "then run the same command again"
+        ) from error
 
 
 def data_error(data_path: Path, error: BaseException) -> DataError:
@@ -111,8 +119,11 @@ def data_error(data_path: Path, error: BaseException) -> DataError:
 
 def check_file(path: Path):
     """Raises DataError unless this is a jsonl or parquet file that is not empty."""
-    if not (path.is_file() or path.is_dir()):
-        raise DataError(f"no such data file: {path}")
+    reason = not_a_file(path)
+    if reason and not path.is_dir():
+        raise DataError(
+            f"no such data file: {path}" if reason == "no such file" else f"{path} cannot be read: {reason}"
+        )
     if "::" in path.name:
         raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
     try:
@@ -132,6 +143,8 @@ def check_file(path: Path):
 def check_row(row: dict):
     """Raises RowError where a jsonl row has a known form other than training takes."""
     form, pictures = foreign.form_of_row(row), foreign.field(row, foreign.PICTURE_FIELDS)
+    if foreign.is_base64(row.get(pictures)):
+        form = "its picture is base64 text"
     if form == foreign.OWN and pictures not in (None, "image"):
         form = f'"{pictures}" in place of "image"'
     if form not in (foreign.OWN, None):
@@ -155,6 +168,9 @@ def why_missing(folder: Path, name: str) -> str | None:
         return f"the picture's path leaves images_path: {name!r}"
     if os.path.isfile(folder / name):
         return None
-    is_doubled = os.path.isfile(folder.parent / name)
-    hint = f" (it is in {folder.parent}: give that as --images_path)"
-    return f"no such picture: {printable(name)}{hint * is_doubled}"
+    hint = ""
+    if os.path.isfile(folder.parent / name):
+        hint = f" (it is in {folder.parent}: give that as --images_path)"
+    elif os.path.isfile(folder / name.replace("\\", "/")):
+        hint = f" (its path has backslashes; this makes training data of the file: {foreign.command('FILE')})"
+    return f"no such picture: {printable(name)}{hint}"

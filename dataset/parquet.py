@@ -217,7 +217,10 @@ def check_columns(path: Path, schema: pa.Schema, name: str):
     if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes
         element = element.field("bytes").type
     if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
-        raise DataError(f"{name} must be a picture's bytes or a list of them, it is {column}")
+        raise DataError(
+            f"{path}: {name} must be a picture's bytes or a list of them, it is {column}. Of base64 text and of files' "
+            f"names, this makes training data:\n  {foreign.command(path)}"
+        )
 
 
 def announce(path: Path, metadata: pq.FileMetaData, name: str, image_tokens: int, folder: Path):

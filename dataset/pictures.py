@@ -20,6 +20,7 @@ MAX_RESIZED_PIXELS = 50_000_000
 # Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
 Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
+HEIC_CURE = "HEIC is not read: convert it to JPEG, as with `magick a.heic a.jpg` or `sips -s format jpeg a.heic`"
 BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
 Value = TypeVar("Value")
@@ -136,6 +137,7 @@ def decoding(name: str):
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a picture of a known format ({', '.join(PICTURE_FORMATS)})"
+            reason += f". {HEIC_CURE}" if name.lower().endswith((".heic", ".heif")) else ""
         raise PictureError(name, reason) from error
 
 

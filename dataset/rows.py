@@ -144,7 +144,13 @@ def parse_line(line: str) -> Row:
         raise RowError("not a JSON object")
     formats.check_row(row)
     turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
-    tag_added = check_images(turns, len(names))
+    try:
+        tag_added = check_images(turns, len(names))
+    except RowError as error:
+        if not isinstance(row.get("image"), str) or len(names) < 2:
+            raise
+        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.foreign.command("FILE")} writes it'
+        raise RowError(f"{error} (commas divide names; {cure})") from error
     return Row(turns, names, [], formats.hash_63(names[0].encode() if names else line.encode()), tag_added)
 
 

@@ -17,7 +17,7 @@ from dataset import foreign
 from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
 from dataset.formats import why_missing
 from dataset.metadata import turn_of
-from dataset.pictures import PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
+from dataset.pictures import CLIP_FORMAT, PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -93,7 +93,7 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         kind, is_small = image.format, min(image.size) <= size
         is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
         picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
-        dimensions = resized_to(size, *picture.size)
+        dimensions = resized_to(CLIP_FORMAT.size if is_small else size, *picture.size)
         if is_small and is_plain and turn_of(image) is None:
             return kind, content
         kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
@@ -193,7 +193,16 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
     if isinstance(value, str) and not value.startswith("data:") and not os.path.isfile(images_path / value):
         value = parse_picture_names(value)
-    return [as_picture(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+    found = [as_picture(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+    return [on_this_system(one, images_path) for one in found]
+
+
+def on_this_system(picture: str | bytes, images_path: Path) -> str | bytes:
+    """Returns a name as it is; one written on Windows with slashes, where such a file is there."""
+    if isinstance(picture, bytes) or "\\" not in picture or os.path.isfile(images_path / picture):
+        return picture
+    slashed = picture.replace("\\", "/")
+    return slashed if os.path.isfile(images_path / slashed) else picture
 
 
 def as_picture(value) -> str | bytes:
@@ -201,6 +210,8 @@ def as_picture(value) -> str | bytes:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
+    if foreign.is_base64(value):
+        value = f"data:,{''.join(value.split())}"
     if not isinstance(value, str) or not value:
         raise RowError("the picture is neither a name nor a file's bytes")
     if value.startswith(("http:", "https:")):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UsageError
+from common.files import not_a_file
 from common.paths import display_path
 from common.schema import SchemaError, read_json
 from dataset import foreign
@@ -35,8 +36,8 @@ SAVED = {  # what datasets takes from the files of a folder that it saved
 KNOWN = """A source is one of these, recognised by its content:
   a folder of pictures with a .txt of the same name beside each
   a table (CSV, TSV) whose first line is image,caption or image,question,answer
-  JSON: a list, or an object a line, with conversations (LLaVA, ShareGPT), messages (OpenAI), caption, or
-    question and answer, and the picture's name as image
+  JSON: a list, an object a line or COCO's captions, with conversations (LLaVA, ShareGPT), messages (OpenAI),
+    caption, or question and answer, and the picture's name as image
   a WebDataset tar, a parquet file, a folder that datasets saved
 Text is UTF-8."""
 
@@ -64,6 +65,8 @@ def read_source(path: Path) -> Iterator[Row]:
     name = display_path(path)
     try:
         form = foreign.form_of_file(path)
+        if form == foreign.SHARDS:
+            raise UsageError(f"{name} is {form}. Name them:\n  {foreign.command(path)}")
         if form is None:
             raise UsageError(f"{name} is {'empty' if is_empty(path) else 'of no known form'}. {KNOWN}")
         yield from READERS[form](path)
@@ -95,6 +98,8 @@ def read_folder(path: Path) -> Iterator[Row]:
 def captioned(folder: Path, picture: Path, text: str | None) -> dict | RowError:
     if text is None:
         return RowError("a picture without a .txt of its name")
+    if reason := not_a_file(folder / text):
+        return RowError(f"its .txt cannot be read: {reason}")
     try:
         caption = (folder / text).read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
@@ -178,6 +183,28 @@ def read_list(path: Path) -> Iterator[Row]:
             yield Row(f"row {number}", row, (file.buffer.tell() - (len(text) - at)) / size)
 
 
+def read_object(path: Path) -> Iterator[Row]:
+    """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{display_path(path)}: broken JSON, or the file is cut off ({error})") from error
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    rows = [whole] if foreign.form_of_row(whole) or len(lists) != 1 else lists[0]
+    if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
+        images = (image for image in whole["images"] if isinstance(image, dict))
+        names = {str(image.get("id")): image.get("file_name") for image in images}
+        rows = [
+            {"image": names.get(str(one.get("image_id"))), "caption": one.get("caption")}
+            if isinstance(one, dict)
+            else one
+            for one in whole["annotations"]
+        ]
+    values = (row if isinstance(row, dict) else RowError("not a JSON object") for row in rows)
+    yield from numbered(values, len(rows))
+
+
 def read_tar(path: Path) -> Iterator[Row]:
     """Reads a WebDataset: neighbouring files of one name up to the first dot are a row."""
     size = path.stat().st_size
@@ -254,6 +281,7 @@ READERS = {
     foreign.TABLE: read_table,
     foreign.LINES: read_lines,
     foreign.LIST: read_list,
+    foreign.OBJECT: read_object,
     foreign.TAR: read_tar,
     foreign.PARQUET: read_parquet,
     foreign.SAVED: read_saved,

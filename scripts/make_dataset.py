@@ -40,7 +40,7 @@ from tqdm import tqdm  # noqa: E402
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.files import whole_folder  # noqa: E402
+from common.files import not_a_file, whole_folder  # noqa: E402
 from common.paths import display_path, printable  # noqa: E402
 from dataset import check  # noqa: E402
 from dataset.conversation import RowError  # noqa: E402
@@ -56,6 +56,7 @@ AHEAD, MOST_THREADS = 4, 8  # rows per thread that are read before the first of 
 PARQUET_ROWS = 100  # with their pictures in memory
 LEAST_ROWS = 20  # from here on at least one is held out
 SHOWN_PLACES = 5
+LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 
 @dataclass
@@ -300,8 +301,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.sources or args.to is None:
         raise UsageError("name what you have, and the folder to write: make_dataset.py SOURCE --to FOLDER")
-    if args.size < 1:
-        raise UsageError(f"--size {args.size}: must be at least 1")
+    if not 1 <= args.size <= LARGEST_SIZE:
+        raise UsageError(f"--size {args.size}: must be from 1 to {LARGEST_SIZE}")
     if not 0 <= args.heldout <= 0.5:
         raise UsageError(f"--heldout {args.heldout:g}: a share of the rows, from 0 to 0.5")
     if args.max_bad_rows is not None and args.max_bad_rows < 0:
@@ -314,8 +315,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def check_folders(args: argparse.Namespace):
     """Raises UsageError if a source is missing, or would be replaced."""
     for source in args.sources:
-        if not (source.is_file() or source.is_dir()):
-            raise UsageError(f"no such file or folder: {display_path(source)}")
+        reason = not_a_file(source)
+        if reason and not source.is_dir():
+            raise UsageError(f"{display_path(source)} cannot be read: {reason}")
         if args.to.is_relative_to(source) or source.is_relative_to(args.to):
             raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} are one in the other")
     if args.images_path is not None and not args.images_path.is_dir():

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT, write_jsonl
 
 from common.errors import UsageError
 from common.paths import BUILTIN_MODEL_DIR
+from dataset.pictures import PICTURE_FORMATS
 from eval_vlm import parse_arguments
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import weights as checkpoint
@@ -239,6 +241,23 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_reported(world, out, tmp_p
     assert len(AT_ONCE.findall(result.out)) == 1
     assert re.search(r"skipped: .*a\.jpg: not a picture", result.out)
     assert re.search(r"skipped: .*c\.png: ", result.out)
+
+
+def test_every_picture_that_can_be_read_is_described_and_the_rest_is_named(world, out, tmp_path):
+    with Image.open(world.images / "0.jpg") as image:
+        image.load()
+    names = ["a.jfif", "b.JPE", "c.mpo", "d.webp", "e.ppm", *(["f.avif"] if "AVIF" in PICTURE_FORMATS else [])]
+    for name in names:
+        kind = {"jfif": "JPEG", "JPE": "JPEG", "mpo": "MPO"}.get(name[2:], name[2:].upper())
+        image.save(tmp_path / name, kind)
+    for name in ("g.heic", "h.heic", "notes.txt", "README", ".hidden"):
+        (tmp_path / name).write_text("no picture")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    said = world.run(EVAL, *world.eval_files(out), "--image_dir", tmp_path).passed().out
+    assert re.findall(r"^(\w\.\w+): 描述", said, re.MULTILINE) == names
+    [counts] = re.findall(r"5 not read \((.*)\)\. HEIC is not read: convert it to JPEG", said)
+    assert set(counts.split(", ")) == {"2 .heic", "1 .txt", "1 no ending", "1 .jpg"}
+    world.run(EVAL, *world.eval_files(out), "--image", tmp_path / "g.heic").refused("HEIC is not read: convert")
 
 
 def test_missing_pictures_are_refused(world, out, tmp_path):

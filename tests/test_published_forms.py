@@ -193,6 +193,7 @@ def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch)
     add_model_flags(parser)
     trained = find_trained(parser.parse_args(["--save_dir", str(weights)]))
     start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
+    start["save_weight"] = "sft_vlm"
     data = {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None}
     _, chosen = choose_assets(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
     for tower, tokenizer in (

@@ -1,5 +1,7 @@
 """Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
 
+import os
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from common.paths import (
     BUILTIN_HIDDEN_SIZE,
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
+    DATA_NAMES,
     DATASET_DIR,
     ROOT,
     TOKENIZER_3V_DIR,
@@ -17,9 +20,12 @@ from common.paths import (
     TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
+    place_of,
 )
-from trainer.weights import find_weights, read_sidecar_or_empty, read_weights, weight_paths
+from trainer.weights import find_weights, is_named, read_sidecar_or_empty, read_weights, weight_paths
 
+WEIGHT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors"}
+DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".zip", ".csv", ".tsv", ".tar", ".arrow"}
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DATA_FLAGS = ("data_path", "images_path")
 MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
@@ -43,9 +49,10 @@ class PublishedFile:
 
 
 def published_data(data: str) -> tuple[Path, Path]:
-    """Returns the data file (the parquet, the newer published form, where it is there) and its images' folder."""
-    jsonl, parquet = (DATASET_DIR / f"{data}_data.{ending}" for ending in ("jsonl", "parquet"))
-    return (parquet if parquet.is_file() else jsonl), DATASET_DIR / f"{data}_images"
+    """Returns the data file (a parquet, the newer published form, where one is there) and its images' folder."""
+    files = [DATASET_DIR / name.format(data) for name in DATA_NAMES]
+    found = next((path for path in files if path.is_file()), DATASET_DIR / f"{data}_data.jsonl")
+    return found, DATASET_DIR / f"{data}_images"
 
 
 def published_files(data: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
@@ -53,10 +60,10 @@ def published_files(data: str, from_weight: str, hidden_size: int | None, save_d
     data_path, images_path = published_data(data)
     files = {
         "vision_model_path": PublishedFile(
-            "vision tower", TOWER_DIR, "python scripts/download.py tower", TOWER_WEIGHTS
+            "vision tower", place_of(TOWER_DIR), "python scripts/download.py tower", TOWER_WEIGHTS
         ),
         "tokenizer_path": PublishedFile(
-            "tokenizer", TOKENIZER_DIR, "python scripts/download.py tokenizer", ("tokenizer.json",)
+            "tokenizer", place_of(TOKENIZER_DIR), "python scripts/download.py tokenizer", ("tokenizer.json",)
         ),
         "data_path": PublishedFile("data", data_path, f"python scripts/download.py {data}"),
         "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {data}"),
@@ -94,7 +101,7 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
             "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v"),
         }
         for flag, (folder, part) in folders.items():
-            files[flag] = replace(files[flag], path=folder, command=f"python scripts/download.py {part}")
+            files[flag] = replace(files[flag], path=place_of(folder), command=f"python scripts/download.py {part}")
     given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
     asks_weights = args.data_path is not None or is_path(args.from_weight)
     sidecar = starting_sidecar(args) if asks_weights else {}
@@ -103,10 +110,11 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
     there = [flag for flag, file in files.items() if file.path.exists()]
     if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
         there.append("from_weight")  # of another size than the first guess
+    unknown = unknown_files(args)
     paths = {}
     if args.data_path is not None and args.data_path.suffix != ".parquet":
         paths["images_path"] = args.data_path.parent
-    if is_builtin_model(args, sidecar, there, given):
+    if is_builtin_model(args, sidecar, there + unknown, given):
         paths |= {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
         return "built-in", paths | (builtin_data(args, data) if args.data_path is None else {})
     sidecar = starting_sidecar(args, builtin=False) if asks_weights else {}
@@ -117,6 +125,8 @@ def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
     missing = [file for flag, file in files.items() if flag not in (*given, *paths) and not file.is_complete]
     if missing:
         present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
+        looked_for = [file.path for file in files.values()]
+        present += [f"{display_path(path)} (not what is looked for)" for path in unknown if path not in looked_for]
         raise UsageError(missing_message(missing, present))
     return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
 
@@ -184,3 +194,33 @@ def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
 
 def has_any_weight(save_dir: Path, name: str) -> bool:
     return bool(weight_paths(save_dir, name))
+
+
+def unknown_files(args) -> list[Path]:
+    """Returns what looks like weights, a tower, a tokenizer or data in their places, whatever it is called.
+
+    Where such a file lies, the built-in set is not taken: somebody meant it to be used. Weights with a sidecar are of
+    runs here, as is what the run starts from or writes.
+    """
+    names, save_dir, model = (args.from_weight, args.save_weight), Path(args.save_dir), TOWER_DIR.parents[1]
+    found = [
+        path
+        for path in sorted((*save_dir.glob("*"), *save_dir.glob("*/*.pth")))
+        if kind_of(path) in WEIGHT_SUFFIXES
+        and not path.stem.endswith("_resume")
+        and not path.with_suffix(".json").exists()
+        and not (path.parent == save_dir and any(is_named(path, name) for name in names))
+    ]
+    marks = ("config.json", "tokenizer.json", *TOWER_WEIGHTS)
+    for folder in (model, *sorted(model.glob("*")), *sorted(model.glob("vision_model/*"))):
+        is_ours = folder.name in (BUILTIN_TOKENIZER_DIR.name, BUILTIN_TOWER_DIR.parent.name)
+        found += [folder] if not is_ours and any((folder / mark).is_file() for mark in marks) else []
+    if args.data_path is None:
+        found += [path for path in sorted(DATASET_DIR.glob("*")) if kind_of(path) in DATA_SUFFIXES]
+    return found
+
+
+def kind_of(path: Path) -> str:
+    """Returns a file's ending in small letters; of a download that was interrupted, that of the whole file."""
+    name = re.sub(r"(\.[0-9a-f]{12})?\.part$", "", path.name)
+    return os.path.splitext(name)[1].lower()

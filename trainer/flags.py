@@ -10,9 +10,10 @@ from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
 from trainer.assets import choose_assets, starts_from_3v
 from trainer.stage import Stage
-from trainer.support.processes import cores, pick_device, pick_dtype
+from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
+LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
 FREEZE = ("none", "ends", "all")
 
 
@@ -149,8 +150,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     problems = flag_problems(args) + problems
     if problems:
         raise UsageError("\n".join(problems))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    _, world_size, local_rank, _ = ranks()
+    device = pick_device(args.device, local_rank, world_size)
     args.device, dtype = str(device), pick_dtype(args.dtype, device)
     # With the built-in models a CPU keeps to float32, so that their figures hold everywhere; else `Run` measures.
     if args.dtype or device.type != "cpu" or args.assets == "built-in":
@@ -203,6 +204,8 @@ def flag_problems(args) -> list[str]:
     if args.seed >= 2**63:
         problems.append(f"--seed {args.seed}: must be below 2**63")
     problems += [f"--{name}: an empty path" for name in ("cache_vision", "eval_data") if getattr(args, name) == ""]
-    if not args.save_weight or any(character in args.save_weight for character in "/\\"):
-        problems.append(f"--save_weight {args.save_weight!r}: must be a plain name; --save_dir is the folder")
+    name = args.save_weight
+    if not (name.strip() and name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME) or {*name} & {*"/\\"}:
+        what = f"must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
+        problems.append(f"--save_weight {name[:60]!r}: {what}")
     return problems

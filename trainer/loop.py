@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader
 
+from common.errors import UsageError
 from common.paths import display_path
 from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMDataset
 from dataset.sampler import BatchSampler
+from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.resume import (
     Checkpoints,
@@ -28,16 +29,9 @@ from trainer.step import count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
-from trainer.support.signals import StopSignals, ignore_in_worker
+from trainer.support.signals import StopSignals
 from trainer.watch.header import print_header
-from trainer.watch.health import (
-    BadSteps,
-    UnreadableImages,
-    check_first_loss,
-    from_workers,
-    report_if_due,
-    worker_errors,
-)
+from trainer.watch.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
 from trainer.watch.progress import Progress, clock, open_progress
 from trainer.watch.watcher import Watch
 
@@ -50,6 +44,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         UsageError: If it cannot continue, as where the last save fails.
     """
     args, processes, device = run.args, run.processes, run.device
+    if data.picture_count == 0 and all(name.startswith("vision_proj.") for name in learned_parameters(model)):
+        raise UsageError(
+            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
+            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
+        )
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)
@@ -108,7 +107,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
 
 def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder):
     """Computes what is missing of the tower's features, ranks sharing the work; `data` yields them from then on."""
-    compute_features(data, features, model.encode_images, run.device, run.args.num_workers, *run.processes.local_share)
+    workers = run.args.num_workers
+    with worker_errors(workers):
+        compute_features(data, features, model.encode_images, run.device, workers, *run.processes.local_share)
     run.processes.barrier(patient=True)
     data.use_features(features)
 
@@ -124,17 +125,15 @@ def load_batches(
     data: VLMDataset, sampler: BatchSampler, collate: Callable, device: torch.device, num_workers: int
 ) -> Iterator[dict]:
     """Yields this rank's micro-batches, on the device."""
-    loader = DataLoader(
+    batches = load_in_workers(
         data.leaving_small_pictures() if device.type == "cuda" else data,
+        num_workers,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=ignore_in_worker,
-        generator=torch.Generator(),  # its own: a resumed run would lack the loader's draws from the global one
+        prefetch_factor=4,
     )
-    return on_device(from_workers(loader), device)
+    return on_device(batches, device)
 
 
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):

@@ -377,7 +377,12 @@ def report_bad_rows(run: Run, data: VLMDataset):
         given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
         if not data.is_parquet:
             lines.append(f"A good line looks like this:\n  {RIGHT_FORM}")
-        lines.append(f"More than {given}: training does not start. Mend them, or raise --max_bad_rows.")
+        cut = data.column("cut_tokens")[data.left_out]
+        if cut.any():
+            lines.append(
+                f"{(cut > 0).sum()} of them are cut by --max_seq_len {args.max_seq_len}; {cut.max()} cuts none."
+            )
+        lines.append(f"More than {given}: training does not start. Fix them, or raise --max_bad_rows.")
         raise UsageError("\n".join(lines))
     run.log("\n".join([*lines, "They are left out."]))
 

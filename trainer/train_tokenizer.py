@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
-from common.files import write_atomically  # noqa: E402
+from common.files import not_a_file, write_atomically  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR  # noqa: E402
 from dataset.chat import IMAGE_CHARACTER  # noqa: E402
 
@@ -71,6 +71,8 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
         UsageError: If a file cannot be read, is not UTF-8, or has a row of another form.
     """
     for path in paths:
+        if reason := not_a_file(path):
+            raise UsageError(f"{path} cannot be read: {reason}")
         try:
             with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, start=1):

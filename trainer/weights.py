@@ -20,7 +20,7 @@ from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
 from common.files import FLOATS, load_tensors
-from common.paths import ROOT, SAVE_3V_DIR, display_path
+from common.paths import ROOT, SAVE_3V_DIR, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
 from dataset.chat import image_token_id
 from dataset.prompts import FORMS
@@ -107,7 +107,7 @@ def find_weights(
         return Path(name)
     files, found = (list(filter(Path.is_file, weight_paths(save_dir, *of))) for of in ((), (name,)))  # no dangling link
     size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
-    of_size = [path for path in found if re.fullmatch(rf"{re.escape(name)}_{size}{moe}", path.stem)]
+    of_size = [path for path in found if re.fullmatch(rf".+_{size}{moe}", path.stem)]
     fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
     if not fitting:
         wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
@@ -117,6 +117,7 @@ def find_weights(
         raise UsageError(
             f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name, save_dir)}".rstrip()
         )
+    fitting = [path for path in fitting if path.name.startswith(f"{name}_")] or fitting
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
     if len(fitting) > 1:
         others = ", ".join(path.name for path in fitting if path != newest)
@@ -126,8 +127,13 @@ def find_weights(
 
 def weight_paths(save_dir: Path, name: str | None = None) -> list[Path]:
     """Returns the weight files in a folder, of that name or all; not states, nor what was kept of earlier runs."""
-    stem = re.compile(rf"{'.+' if name is None else re.escape(name)}_\d+(_moe)?")
-    return [path for path in sorted(save_dir.glob("*.pth")) if stem.fullmatch(path.stem)]
+    return [path for path in sorted(save_dir.glob("*.pth")) if is_named(path, name)]
+
+
+def is_named(path: Path, name: str | None) -> bool:
+    """Tells whether a file is weights of that name (any for None), or of another of the original's for it."""
+    names = ".+" if name is None else "|".join(map(re.escape, WEIGHT_NAMES.get(name, (name,))))
+    return path.suffix == ".pth" and re.fullmatch(rf"({names})_\d+(_moe)?", path.stem) is not None
 
 
 def hint(name: str, save_dir: Path) -> str:

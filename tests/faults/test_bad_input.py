@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from dataset.formats import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
 from trainer import assets
-from trainer.assets import choose_assets
+from trainer.assets import TOWER_WEIGHTS, choose_assets
 from trainer.flags import build_parser, fill_in, parse_arguments, recipe
 from trainer.setup import find_starting_weights
 from trainer.support.processes import pick_device, pick_dtype
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN_STAGE
 from trainer.train_sft_vlm import STAGE as SFT_STAGE
+from trainer.train_tokenizer import read_texts
+from trainer.weights import find_weights, read_weights
 
 pytest_plugins = ["tiny"]
 
@@ -57,7 +60,11 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
         ("--device", "tpu", ["--device tpu", "use cpu, cuda, cuda:N or mps"]),
         ("--dtype", "float16", ["--dtype float16 needs a CUDA GPU"]),
         ("--max_seq_len", 40_000, ["--max_seq_len 40000: the model has 32768 positions"]),
-        ("--max_seq_len", 100, ["26 of 26 rows cannot be learned from", "an image is cut off"]),
+        (
+            "--max_seq_len",
+            100,
+            ["26 of 26 rows cannot be learned from", "an image is cut off", "26 of them are cut by --max_seq_len 100;"],
+        ),
     ],
 )
 def test_a_flag_with_an_unusable_value(world, out, tmp_path, flag, value, parts):
@@ -83,6 +90,40 @@ def test_all_wrong_flags_are_reported_at_once(world, out):
     missing = world.run(PRETRAIN, "--data_path", "rows.jsonl", "--epochs", 0, "--save_dir", out).refused()
     assert "--epochs 0" in missing
     assert "download.py" in missing
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "字" * 60, "\x1b[31mred", "a\nb", " ", ""])
+def test_a_name_that_no_file_or_terminal_takes(world, out, name):
+    message = refused(world, out, "--save_weight", name)
+    assert "--save_weight" in message and "\x1b" not in message
+
+
+def test_rows_without_a_picture_do_not_pretrain(world, out, tmp_path):
+    text = {"conversations": [turn("user", "说。"), turn("assistant", "好。")]}
+    data = write_jsonl(tmp_path / "rows.jsonl", [text] * 8)
+    assert "has a picture, and only the projection would learn" in refused(world, out, "--data_path", data)
+    world.run(SFT, *world.files("sft", out), "--data_path", data, "--from_weight", "llm", "--epochs", 1).passed()
+
+
+def not_a_file_of_each_kind(folder) -> dict:
+    """Makes what is no file: by its kind, its path."""
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "folder.jsonl").mkdir()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(folder / "socket.jsonl"))
+    (folder / "device.jsonl").symlink_to("/dev/zero")
+    return {kind: folder / f"{kind}.jsonl" for kind in ("pipe", "folder", "socket", "device")}
+
+
+def test_a_pipe_socket_device_or_folder_is_no_input_file(world, out, tmp_path, monkeypatch):
+    """Opening a pipe that nobody writes to waits for ever."""
+    for kind, path in not_a_file_of_each_kind(tmp_path).items():
+        assert f"a {kind}, not a" in refused(world, out, "--data_path", path)
+        world.run(EVAL, *world.eval_files(out), "--weight", "llm", "--image", path).refused(f"it is a {kind}, not a")
+        with pytest.raises(UsageError, match=f"a {kind}, not a file"):
+            list(read_texts([path]))
+        with pytest.raises(UsageError):
+            read_weights(path)
 
 
 def test_a_shape_without_weights_that_no_model_can_have(world, out):
@@ -213,6 +254,7 @@ class Place:
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
         names = ("data_path", "images_path", "eval_data", "eval_images_path", "tokenizer_path", "vision_model_path")
         args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe"))
+        args["save_weight"] = f"{stage}_vlm"
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
         args.assets, paths = choose_assets(args, stage)
         fill_in(args, paths)
@@ -298,6 +340,69 @@ def test_missing_published_files_are_listed_with_their_download(place, there, mi
         name, command = commands[line.split(": ")[0]]
         assert name in line
         assert f"({command})" in line
+
+
+ORIGINALS = [
+    (
+        "model/siglip2-base-p32-256-ve/config.json",
+        "model/tokenizer.json",
+        "dataset/pretrain_i2t.parquet",
+        "out/llm_768.pth",
+    ),
+    (
+        "model/clip-vit-base-patch16/config.json",
+        "model/minimind_tokenizer/tokenizer.json",
+        DATA[0],
+        DATA[1],
+        "out/lm_512.pth",
+    ),
+    (TOWER, "model/tokenizer.json", "dataset/pretrain_vlm_data.jsonl", DATA[1], "out/full_sft_512.pth"),
+]
+
+
+@pytest.mark.parametrize("names", ORIGINALS, ids=["3v", "lm", "full_sft"])
+def test_the_originals_own_names_and_places_are_taken(place, names):
+    tower, tokenizer, data, *_, weights = names
+    is_3v = "siglip2" in tower
+    place.has(*names)
+    torch.save(language_model(steps=0, qk_norm=is_3v), place.root / weights)
+    for mark in TOWER_WEIGHTS:
+        ((place.root / tower).parent / mark).touch()
+    args = place.choose()
+    assert (args.assets, args.vision_model_path) == ("published", (place.root / tower).parent)
+    assert args.tokenizer_path == (place.root / tokenizer).parent
+    assert args.data_path == place.root / data
+    assert find_starting_weights(args, print).path == place.root / weights
+    # The usual name comes first, however old it is; another size only where it is asked for.
+    place.has("out/llm_256.pth")
+    os.utime(place.root / "out/llm_256.pth", (1, 1))
+    assert find_weights(place.root / "out", "llm").name == ("llm_768.pth" if is_3v else "llm_256.pth")
+    size = int(weights.split("_")[-1].removesuffix(".pth"))
+    assert find_weights(place.root / "out", "llm", size) == place.root / weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("out/512_llm.pth", "out/pretrain_512.pth", "out/model.safetensors", "out/pytorch_model.bin", "out/llm.pth"),
+        *("dataset/sft_i2t.parquet", "dataset/mine.jsonl", "dataset/pretrain_images.zip", "dataset/captions.csv"),
+        *("dataset/SFT.PARQUET", "dataset/sft_data.parquet.0123456789ab.part", "out/minimind-3v/llm_768.pth"),
+        *("model/siglip-base/config.json", "model/vision_model/clip-vit-large/pytorch_model.bin", "model/config.json"),
+        "model/my_tokenizer/tokenizer.json",
+    ],
+)
+def test_what_lies_there_and_is_not_understood_is_named_and_the_built_in_set_not_taken(place, name):
+    folder_or_file = name if name.startswith(("out", "dataset")) else name.rpartition("/")[0]
+    with pytest.raises(UsageError, match=rf"Missing:(.|\n)*{folder_or_file} \(not what is looked for\)"):
+        place.has(name).choose()
+
+
+def test_what_runs_here_left_does_not_keep_the_built_in_set_from_being_taken(place):
+    place.has("out/my_run_128.pth", "out/my_run_128.json", "out/x_128_resume.pth", "out/pretrain_vlm_128.pth")
+    place.has("dataset/eval_images/scene_0.jpg", "model/tokenizer/tokenizer.json", "model/builtin/tower/config.json")
+    assert place.choose().assets == "built-in"
+    # Data of one's own is in question only where none is named.
+    assert place.has("dataset/mine.jsonl").choose(data_path=place.root / "dataset/mine.jsonl").assets == "built-in"
 
 
 def test_the_built_in_set_is_not_mixed_with_own_paths(place):

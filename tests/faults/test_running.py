@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ import pytest
 import torch
 from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl, write_jsonl
 
+from common.errors import RankError
 from common.files import MARK, SCRATCH, TEMPORARY, lock, scratch_folder
+from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
 
@@ -147,6 +150,16 @@ def test_a_failed_last_save_is_an_error_and_keeps_the_one_before(world, tmp_path
     after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
     run(world, out, "--from_resume", 1).passed()
+
+
+@pytest.mark.parametrize("cache", ["off", "features"], ids=["while training", "while encoding"])
+def test_too_few_open_files_for_the_workers_end_the_run_in_words(world, tmp_path, cache):
+    out = world.copy_of_out(tmp_path / "out")
+    hook = (
+        "import os; from resource import *; n = len(os.listdir('/proc/self/fd')) + 20; setrlimit(RLIMIT_NOFILE, (n, n))"
+    )
+    ended = run(world, out, "--num_workers", 4, "--cache_vision", cache, hook=hook)
+    ended.refused("Too many open files", "ulimit -n", "--num_workers 0 does without workers")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -306,6 +319,48 @@ def test_a_silent_peer_ends_the_run_within_the_timeout(world, tmp_path):
         subprocess.run(["pkill", "-9", "-f", str(script)], check=False)
         for agent in agents:
             agent.communicate(timeout=10)
+
+
+IN_A_GROUP = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", value) for value in ("x", "", "-1", "2", "1.0", "٣", "01")]
+    + [("WORLD_SIZE", value) for value in ("0", "two", "1e9", "9" * 30)]
+    + [("LOCAL_RANK", "5"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "0")]
+    + [("MASTER_PORT", value) for value in ("0", "99999", "http", "")]
+    + [("MASTER_ADDR", "")],
+)
+def test_an_odd_variable_of_torchrun_is_named(monkeypatch, name, value):
+    for variable, usual in (IN_A_GROUP | {name: value}).items():
+        monkeypatch.setenv(variable, usual)
+    with pytest.raises(RankError, match=rf"{name} is .*torchrun sets it"):
+        Processes.start("cpu")
+
+
+def test_an_odd_variable_ends_the_script_in_words(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    for env in (IN_A_GROUP | {"LOCAL_RANK": "x"}, {"RANK": "1"}):  # the second would train and write nothing
+        ended = run(world, out, env=env)
+        assert (ended.code, "Traceback" in ended.text) == (1, False), ended.text
+        assert "error (process " in ended.err and "torchrun sets it" in ended.err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("is_taken", [True, False], ids=["taken port", "the other is missing"])
+def test_ranks_that_do_not_meet_end_in_words_within_the_timeout(world, tmp_path, rank, is_taken):
+    """Another program's port accepts a connection and says nothing."""
+    out = world.copy_of_out(tmp_path / "out")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if is_taken:
+            other.listen()
+        port = str(other.getsockname()[1]) if is_taken else str(free_port())
+        env = IN_A_GROUP | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        ended = run(world, out, "--timeout_minutes", 0.02, env=env)
+    assert (ended.code, "Traceback" in ended.text) == (1, False), ended.text
+    assert f"did not find each other at 127.0.0.1:{port}" in ended.err and "--master_port" in ended.err
 
 
 def test_a_second_run_of_the_same_name_is_refused(world, tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import tarfile
 
 import datasets
@@ -17,10 +18,11 @@ from tiny import ROOT, read_jsonl, turn, write_jsonl
 from common.errors import UsageError
 from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset import foreign
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes.language import DESCRIBE
 from dataset.tokenizer import load_tokenizer
-from scripts.make_dataset import Made, held_out, in_order, parse_arguments, write_dataset
+from scripts.make_dataset import LARGEST_SIZE, Made, held_out, in_order, parse_arguments, write_dataset
 
 pytest_plugins = ["tiny"]
 MAKE = ROOT / "scripts" / "make_dataset.py"
@@ -130,9 +132,25 @@ def as_saved(pictures, **columns):
     return pictures.with_name("saved")
 
 
-def as_parquet(pictures):
+def in_base64(pictures) -> list[dict]:
+    return [row | {"image": data_url(pictures / row["image"]).partition(",")[2]} for row in dialogues()]
+
+
+def coco() -> dict:
+    images = [{"id": number, "file_name": name, "height": 30} for number, name in enumerate(NAMES)]
+    captions = [{"id": 7 * number, "image_id": number, "caption": text} for number, text in enumerate(TEXTS)]
+    return {"info": {"year": 2017}, "licenses": [], "images": images, "annotations": captions}
+
+
+def as_object(pictures, content: dict, **options):
+    path = pictures.with_name("captions.json")
+    path.write_text(json.dumps(content, ensure_ascii=False, **options), encoding="utf-8")
+    return path
+
+
+def as_parquet(pictures, files=None):
     texts = [json.dumps(row["conversations"]) for row in dialogues()]
-    files = [(pictures / name).read_bytes() for name in NAMES]
+    files = files or [(pictures / name).read_bytes() for name in NAMES]
     pq.write_table(pa.table({"conversations": texts, "image_bytes": files}), pictures.with_name("rows.parquet"))
     return pictures.with_name("rows.parquet")
 
@@ -173,6 +191,18 @@ FORMS = {
     ),
     "parquet": (as_parquet, FIRST),
     "own": (lambda pictures: as_lines(pictures, dialogues()), FIRST),
+    "base64 text": (lambda pictures: as_lines(pictures, in_base64(pictures)), FIRST),
+    "parquet of base64 text": (
+        lambda pictures: as_parquet(pictures, [row["image"] for row in in_base64(pictures)]),
+        FIRST,
+    ),
+    "names with backslashes": (
+        lambda pictures: as_lines(pictures, [row | {"image": row["image"].replace("/", "\\")} for row in dialogues()]),
+        FIRST,
+    ),
+    "coco": (lambda pictures: as_object(pictures, coco()), LAST),
+    "coco, indented": (lambda pictures: as_object(pictures, coco(), indent=1), LAST),
+    "an object with a list": (lambda pictures: as_object(pictures, {"version": 1, "data": llava()}, indent=2), FIRST),
 }
 
 
@@ -350,10 +380,55 @@ def test_a_source_that_breaks_off_leaves_nothing(pictures):
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.txt"}
 
 
+def test_no_source_or_caption_is_a_pipe_and_shards_are_named(pictures, tokenizer):
+    """Training names the same command."""
+    os.mkfifo(pictures.with_name("pipe.csv"))
+    with pytest.raises(UsageError, match="it is a pipe, not a file"):
+        make(pictures.with_name("pipe.csv"))
+    folder = as_folder(pictures)
+    draw(folder / "last.png", 9)
+    os.mkfifo(folder / "last.txt")
+    made, _ = make(folder)
+    assert (len(made.keys), [kind[1] for kind in made.left_out.values()]) == (
+        3,
+        ["its .txt cannot be read: it is a pipe, not a file"],
+    )
+    shards = pictures.with_name("my shards")
+    shards.mkdir()
+    as_parquet(pictures).rename(shards / "0.parquet")
+    command = rf"make_dataset.py '{shards}'/\*.parquet --to my_data"
+    for read_it in (lambda: make(shards, "--overwrite"), lambda: read(shards, tokenizer)):
+        with pytest.raises(UsageError, match=f"a folder of data files(.|\n)*{command}"):
+            read_it()
+
+
+def test_training_names_the_command_for_what_it_does_not_read(pictures, tokenizer):
+    lines = in_base64(pictures)[:1] + [dialogues()[2] | {"image": "sub\\c.png"}, dialogues()[0] | {"image": "a, 1.jpg"}]
+    data = read(as_lines(pictures, lines), tokenizer, pictures)
+    reasons = [row.reason for row in data.bad_rows]
+    assert [words in reason for words, reason in zip(("base64", "backslashes", "comma"), reasons, strict=True)] == [
+        True
+    ] * 3
+    assert all("python scripts/make_dataset.py FILE --to my_data" in reason for reason in reasons)
+    for path in (
+        as_object(pictures, coco(), indent=1),
+        as_parquet(pictures, [row["image"] for row in in_base64(pictures)]),
+    ):
+        with pytest.raises(UsageError, match=f"python scripts/make_dataset.py {path} --to my_data"):
+            read(path, tokenizer, pictures)
+
+
+def test_large_sizes_leave_small_pictures_as_they_are(pictures):
+    source = as_table(pictures, ["image", "caption"])
+    made, _ = make(source, "--images_path", pictures, "--size", LARGEST_SIZE)
+    assert (len(made.keys), made.bad_rows) == (3, 0)
+
+
 def test_flags_that_make_no_sense(world, pictures):
     source = as_table(pictures, ["image", "caption"])
     for flags, words in {
         ("--size", 0): "--size 0",
+        ("--size", 10**9): "--size 1000000000: must be from 1 to",
         ("--heldout", 2): "a share of the rows, from 0 to 0.5",
         ("--heldout", "nan"): "a share of the rows",
         ("--max_bad_rows", -1): "must be at least 0",
@@ -361,7 +436,9 @@ def test_flags_that_make_no_sense(world, pictures):
     }.items():
         world.run(MAKE, source, "--to", pictures.parent / "new", *flags).refused(words)
     world.run(MAKE, source).refused("SOURCE --to FOLDER")
-    world.run(MAKE, pictures / "none.csv", "--to", pictures.parent / "new").refused("no such file or folder")
+    world.run(MAKE, pictures / "none.csv", "--to", pictures.parent / "new").refused(
+        "none.csv cannot be read: no such file"
+    )
 
 
 def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(world, pictures):
@@ -371,3 +448,18 @@ def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(world, pictures
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert {path.name for path in source.parent.iterdir()} == {"photos", "photos.part"}
     assert "photos/train.jsonl \\\n    --save_weight photos_sft\n" in made.out  # not the quick start's sft_vlm
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', foreign.LINES),
+        ('{"images": [{"path": "a.png"}], "messages": []}', foreign.LINES),
+        ('{"half\n{"image": "a.png", "caption": "y"}', foreign.LINES),
+        ('{"image": "a.png",\n "caption": "y"}', foreign.OBJECT),
+        (json.dumps(coco() | {"licenses": ["long"] * 9000}), foreign.OBJECT),
+    ],
+)
+def test_one_object_is_told_from_an_object_a_line(tmp_path, text, form):
+    (tmp_path / "rows.json").write_text(text)
+    assert foreign.form_of_file(tmp_path / "rows.json") == form

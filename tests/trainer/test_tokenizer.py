@@ -123,7 +123,7 @@ def test_script_says_that_the_corpus_is_too_small(trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("absent.txt", None, ["absent.txt", "No such file"]),
+        ("absent.txt", None, ["absent.txt", "no such file"]),
         ("table.csv", b"a,b", ["table.csv", ".jsonl"]),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "Expecting value"]),
         ("list.jsonl", b"[1]\n", ["list.jsonl, line 1", "conversations"]),

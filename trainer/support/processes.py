@@ -3,7 +3,9 @@
 import contextlib
 import datetime
 import os
+import re
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,11 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from common.errors import RankError, UsageError
+from common.paths import printable
 
-# The main rank tokenises while the others wait, which may take long. Later no rank is far behind.
+# The main rank tokenises while the others wait, which may take long. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
+GRACE_SECONDS = 5  # torch ends its own waits by then
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
@@ -30,6 +34,7 @@ class Processes:
         device: Where this rank computes.
         host_group: The ranks' group for numbers on the host, so that agreeing on one never syncs a GPU.
         setup_group: The same with more patience.
+        local_share: This rank and the number of ranks, on this machine.
     """
 
     rank: int
@@ -37,6 +42,7 @@ class Processes:
     device: torch.device
     host_group: dist.ProcessGroup | None = None
     setup_group: dist.ProcessGroup | None = None
+    local_share: tuple[int, int] = (0, 1)
 
     @classmethod
     def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
@@ -48,9 +54,10 @@ class Processes:
 
         Raises:
             UsageError: If the device is not there.
+            RankError: If the ranks cannot find each other.
         """
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+        rank, world_size, *local_share = ranks()
+        device = pick_device(device, local_share[0], world_size)
         if world_size == 1:
             return cls(rank, world_size, device)
         if device.type == "mps":
@@ -58,24 +65,19 @@ class Processes:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        # Where torchrun starts all anew after a failure, its store still has the addresses of those that are gone.
-        store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        kind = BACKENDS[device.type]
-        dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        groups = [dist.new_group(backend="gloo", timeout=patience) for patience in (timeout, SETUP_TIMEOUT)]
-        return cls(rank, world_size, device, *groups)
+        with meeting(world_size, timeout):
+            # After a restart by torchrun, its store still holds the dead ranks' addresses.
+            store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            kind = BACKENDS[device.type]
+            dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
+            groups[1]._get_backend(torch.device("cpu"))._set_default_timeout(SETUP_TIMEOUT)  # not of its making
+        return cls(rank, world_size, device, *groups, tuple(local_share))
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def local_share(self) -> tuple[int, int]:
-        """This rank and the number of ranks, on this machine."""
-        if self.world_size == 1:
-            return 0, 1
-        return int(os.environ.get("LOCAL_RANK", self.rank)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def __enter__(self) -> "Processes":
         return self
@@ -129,16 +131,75 @@ class Processes:
 
 
 @contextlib.contextmanager
+def meeting(world_size: int, timeout: datetime.timedelta):
+    """Explains why the ranks do not find each other, and ends this one where torch waits on after the timeout."""
+    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+    def message(reason: str) -> str:
+        return (
+            f"the {world_size} processes of this run did not find each other at {printable(address)}:{port} "
+            f"({reason}): one of them may have ended, or the port is taken or out of reach. Look for another one's "
+            "error above, or give torchrun another --master_port"
+        )
+
+    def end():
+        print(f"error: {message('no answer')}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(timeout.total_seconds() + GRACE_SECONDS, end)  # where the port is another program's
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise PeerError(message(first_line(error))) from error
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def others_may_be_gone():
     """Turns the error of a collective that cannot be completed into a PeerError."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PeerError(
-            f"another process of this run has ended or does not answer ({reason}), so this one ends too; what was "
-            "saved is kept: the same command with --from_resume 1 resumes from there"
+            f"another process of this run has ended or does not answer ({first_line(error)}), so this one ends too; "
+            "what was saved is kept: the same command with --from_resume 1 resumes from there"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def ranks() -> tuple[int, int, int, int]:
+    """Returns RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; 0, 1, 0, 1 without it.
+
+    Raises:
+        RankError: If one of them, or the address at which the ranks meet, makes no sense.
+    """
+    world_size = rank_number("WORLD_SIZE", 1, range(1, 1 << 20))
+    rank = rank_number("RANK", 0 if world_size == 1 else None, range(world_size))
+    local_world_size = rank_number("LOCAL_WORLD_SIZE", world_size, range(1, world_size + 1))
+    local_rank = rank_number("LOCAL_RANK", rank % local_world_size, range(local_world_size))
+    if world_size > 1:
+        rank_number("MASTER_PORT", None, range(1, 1 << 16))
+        if not os.environ.get("MASTER_ADDR", "").strip():
+            raise RankError("MASTER_ADDR is not set: it is the machine of process 0. torchrun sets it")
+    return rank, world_size, local_rank, local_world_size
+
+
+def rank_number(name: str, default: int | None, allowed: range) -> int:
+    """Returns an environment variable's number, one of the allowed ones."""
+    value = os.environ.get(name, default)
+    number = int(value) if re.fullmatch("0|[1-9][0-9]{0,8}", str(value)) else None
+    if number not in allowed:
+        raise RankError(
+            f"the environment variable {name} is {'not set' if value is None else repr(value)}, but must be a number "
+            f"from {allowed[0]} to {allowed[-1]}: torchrun sets it for several processes; for one, unset {name}"
+        )
+    return number
 
 
 def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:

@@ -6,7 +6,8 @@ import signal
 import sys
 import time
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+from dataset.workers import SIGNALS
+
 # On Ctrl-C torchrun sends its processes a signal of its own, though they got the first one too: it counts as the same.
 SAME_SECONDS = 2.0
 
@@ -47,9 +48,3 @@ class StopSignals:
             # Not through Python's buffers: the code that the signal interrupted may be writing to them.
             with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone
                 os.write(sys.stderr.fileno(), message.encode())
-
-
-def ignore_in_worker(worker: int):
-    """Lets a loader's worker ignore the signals: they reach it too, and the step to be finished needs it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

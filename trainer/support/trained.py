@@ -20,6 +20,7 @@ from common.paths import (
     TOWER_3V_DIR,
     TOWER_DIR,
     display_path,
+    place_of,
 )
 from common.schema import read_json
 from dataset.prompts import DEFAULT_FORM
@@ -112,6 +113,7 @@ def find_trained(args: argparse.Namespace) -> Trained:
     if folder and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
         tower_path = tower_path or folder
     published = (TOKENIZER_3V_DIR, TOWER_3V_DIR) if weights.config.qk_norm else (TOKENIZER_DIR, TOWER_DIR)
+    published = tuple(map(place_of, published))
     tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
     tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
     tokenizer = load_tokenizer(tokenizer_path)
@@ -131,7 +133,7 @@ def find_weights(args: argparse.Namespace) -> weight_io.Weights:
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
         save_dir = args.save_dir or SAVE_DIR
-        is_downloaded = TOWER_DIR.exists() or TOWER_3V_DIR.exists()
+        is_downloaded = place_of(TOWER_DIR).exists() or place_of(TOWER_3V_DIR).exists()
         if args.weight == "llm" and not weight_io.weight_paths(save_dir, "llm") and not is_downloaded:
             save_dir = BUILTIN_MODEL_DIR
         name = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from common.errors import UsageError
+from common.files import not_a_file
 from dataset.chat import ChatEncoder
-from dataset.pictures import PictureFormat, load_picture
+from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
@@ -47,6 +48,8 @@ class Assistant:
 
     def load_picture(self, source: Path | bytes) -> torch.Tensor:
         """Returns a picture's file as the tower takes it, uint8 (3, size, size); raises PictureError."""
+        if isinstance(source, Path) and (reason := not_a_file(source)):
+            raise PictureError(str(source), reason)
         return load_picture(source, picture_format=self.picture_format)
 
     def turn(self, question: str, images: int) -> dict:

@@ -1,14 +1,13 @@
-"""What can go wrong in a run: a first loss no better than guessing, steps that are not finite, a dead loader worker."""
+"""What can go wrong in a run: a first loss no better than guessing, steps that are not finite, unreadable images."""
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.errors import RankError, UsageError
+from common.errors import UsageError
 from common.paths import display_path
 from model.model_vlm import MiniMindVLM
 from trainer.setup import Run
@@ -129,26 +128,3 @@ def loss_of_sentences(run: Run, model: MiniMindVLM) -> float:
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
             losses.append(model(input_ids=input_ids, labels=input_ids).loss.item())
     return sum(losses) / len(losses)
-
-
-@contextlib.contextmanager
-def worker_errors(num_workers: int):
-    """Explains the error that torch raises, anywhere in the main thread, when a loader worker dies."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise RankError(
-            f"a worker process that reads pictures was killed ({str(error).splitlines()[0].strip()}), "
-            f"most likely because memory ran out: use fewer than --num_workers {num_workers}. What was saved is kept: "
-            "the same command with --from_resume 1 resumes from there"
-        ) from error
-
-
-def from_workers(loader: Iterable[dict]) -> Iterator[dict]:
-    """Yields a loader's batches; a worker that dies while sending one raises what torch raises for any dead worker."""
-    try:
-        yield from loader
-    except (ConnectionError, EOFError) as error:
-        raise RuntimeError(f"DataLoader worker is gone: {error}") from error
