@@ -44,7 +44,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         UsageError: If it cannot continue, as where the last save fails.
     """
     args, processes, device = run.args, run.processes, run.device
-    if data.picture_count == 0 and all(name.startswith("vision_proj.") for name in learned_parameters(model)):
+    if data.picture_count == 0 and not any(weight.requires_grad for weight in model.model.parameters()):
         raise UsageError(
             f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
             "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
