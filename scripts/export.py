@@ -36,6 +36,7 @@ from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path  # noqa: E402
 from dataset.chat import END_OF_THINKING, SYSTEM_PROMPT, THINK, has_image_pad, thinking  # noqa: E402
 from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
+from model.projectors import PROJECTORS  # noqa: E402
 from model.tower_files import read_tower_weights  # noqa: E402
 from model.vlm_config import VLMConfig  # noqa: E402
 from trainer.support.llava import DECODER, TOWER, projector_to_llava, to_transformers  # noqa: E402
@@ -121,8 +122,8 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
         raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
-    if config.projector == "norm_mlp":
-        raise UsageError("a projection with a norm (norm_mlp) is not exported: LLaVA has none")
+    if PROJECTORS[config.projector].llava_activation is None:
+        raise UsageError(f"a projection of the kind {config.projector} is not exported: LLaVA has none")
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -132,7 +133,7 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
         "image_seq_length": config.image_tokens,
         "vision_feature_layer": -1,  # the last layer's output, before the final norm
         "vision_feature_select_strategy": "default",  # without the class token
-        "projector_hidden_act": "linear" if config.projector == "linear" else "gelu",
+        "projector_hidden_act": PROJECTORS[config.projector].llava_activation,
         "multimodal_projector_bias": True,
         "tie_word_embeddings": True,
         "dtype": "float32",

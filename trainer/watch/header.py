@@ -52,7 +52,7 @@ def print_header(
     shape = f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
     shape += ", experts" if config.use_moe else ""
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
-    shape += f", {config.image_tokens} tokens an image" if config.pixel_shuffle > 1 else ""
+    shape += f", {config.image_tokens} tokens an image" if config.image_tokens != config.vision_patches else ""
     starts_from_3v = run.weights is not None and run.weights.config.qk_norm
     recipe = " (the built-in recipe)" if run.is_builtin else " (minimind-3v's recipe)" * starts_from_3v
     per_step = args.batch_size * args.accumulation_steps * world_size

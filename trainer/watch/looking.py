@@ -115,10 +115,11 @@ def word_maps(
         ids: (at least T,) what `generate` returned for the prompt.
 
     Returns:
-        (word, (images, side, side) the sum of its tokens' maps) each; see `split_words`.
+        (word, (images, side, side) the sum of its tokens' maps) each, see `split_words`; none where the projection's
+        tokens are no grid over the image.
     """
     ids = answer_ids(ids, tokenizer.eos_token_id)
-    if not len(ids):
+    if not len(ids) or not model.vision_proj.is_grid:
         return []
     maps = patch_maps(model, inputs, ids, stops)
     return (

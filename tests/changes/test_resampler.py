@@ -1,0 +1,56 @@
+"""Another projection, added from outside: a resampler, whose 64 learned queries attend to the patches.
+
+This file is all it takes: importing it puts the class into the table. It is trained, resumed, talked to and refused by
+the export like the others:
+
+    python -c "import my_resampler, runpy; runpy.run_path('trainer/train_pretrain_vlm.py', run_name='__main__')" \
+        --projector resampler
+"""
+
+import torch
+from tiny import EVAL, PRETRAIN, ROOT, SFT
+from torch import nn
+
+from model.projectors import Projector, register
+
+pytest_plugins = ["tiny"]
+QUERIES = 64
+
+
+@register("resampler")
+class Resampler(Projector):
+    is_grid = False  # a token is no place in the image, so there are no maps of what a word depends on
+
+    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
+        super().__init__(width, hidden_size, pixel_shuffle)
+        self.queries = nn.Parameter(torch.randn(QUERIES, hidden_size) * 0.02)
+        self.features = nn.Linear(width, hidden_size)
+        self.attention = nn.MultiheadAttention(hidden_size, 4, batch_first=True)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        keys = self.features(image_features)
+        return self.attention(self.queries.expand(len(keys), -1, -1), keys, keys, need_weights=False)[0]
+
+    @classmethod
+    def tokens(cls, patches: int, pixel_shuffle: int) -> int:
+        return QUERIES
+
+    @classmethod
+    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
+        return tensors["vision_proj.features.weight"].shape[1] if "vision_proj.queries" in tensors else None
+
+
+def test_a_resampler_is_trained_resumed_evaluated_and_refused_by_the_export(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    imported = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/changes')!r}); import test_resampler"
+    flags = ["--batch_size", 9, "--save_interval", 1, "--learning_rate", 1e-3, "--epochs"]
+    first = [PRETRAIN, *world.files("pretrain", out), "--projector", "resampler", *flags]
+    done = world.run(*first, 1, hook=imported).passed()
+    assert "resampler projection, 64 tokens an image" in done.out
+    assert "3 to go" in world.run(*first, 2, "--from_resume", 1, hook=imported).passed().out
+    world.run(SFT, *world.files("sft", out), *flags, 1, hook=imported).passed()
+    asked = ["--weight", "sft_vlm", "--image", world.images / "0.jpg"]
+    world.run(EVAL, *world.eval_files(out), *asked, hook=imported).passed()
+    exported = [ROOT / "scripts/export.py", "--weight", "sft_vlm", "--save_dir", out, "--folder", tmp_path / "exported"]
+    world.run(*exported, hook=imported).refused("resampler", "LLaVA has none")
+    world.run(EVAL, *world.eval_files(out), *asked).refused("no projector 'resampler'")
