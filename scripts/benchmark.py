@@ -47,8 +47,7 @@ from scripts.measure.training import (  # noqa: E402
     measure_loader,
     measure_training,
 )
-from trainer.support.precision import has_bfloat16  # noqa: E402
-from trainer.support.processes import cores, pick_device  # noqa: E402
+from trainer.support.processes import cores, cpu_has_bfloat16, pick_device  # noqa: E402
 
 MEASUREMENTS = {
     "pretrain": (measure_training, TRAINING_LINES),
@@ -78,7 +77,7 @@ def lines_of(what: str, args: Namespace) -> list[str]:
     is_cuda = args.device.startswith("cuda")
     if what == "batch" and not is_cuda:
         return []
-    elsewhere = ["int8"] if is_cuda else [NOT_COMPILED] if has_bfloat16() else [NOT_COMPILED, "bfloat16"]
+    elsewhere = ["int8"] if is_cuda else [NOT_COMPILED] if cpu_has_bfloat16() else [NOT_COMPILED, "bfloat16"]
     return [name for name in MEASUREMENTS[what][1] if not any(part in name for part in elsewhere)]
 
 

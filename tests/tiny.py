@@ -351,10 +351,10 @@ if __name__ == "__main__":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from trainer.support import precision  # noqa: E402
+from trainer.support import processes  # noqa: E402
 
 torch.set_num_threads(1)
-precision.has_bfloat16 = lambda: False  # what the tests compare bit by bit must not depend on the processor
+processes.cpu_has_bfloat16 = lambda: False  # what the tests compare bit by bit must not depend on the processor
 
 
 @pytest.fixture(scope="session")

@@ -153,8 +153,7 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     _, world_size, local_rank, _ = ranks()
     device = pick_device(args.device, local_rank, world_size)
     args.device, dtype = str(device), pick_dtype(args.dtype, device)
-    # With the built-in models a CPU keeps to float32, so that their figures hold everywhere; else `Run` measures.
-    if args.dtype or device.type != "cpu" or args.assets == "built-in":
+    if args.dtype or device.type != "cpu":  # on a CPU it depends on the model: see `prepare_run`
         args.dtype = str(dtype).removeprefix("torch.")
     is_cuda = device.type == "cuda"
     workers = min(16, max(1, cores() // world_size - 2 * is_cuda))  # two cores for the training loop and for pinning

@@ -1,5 +1,6 @@
 """What comes before training: functions that find, check and load what a run needs, and return it."""
 
+import argparse
 import glob
 import hashlib
 import os
@@ -30,8 +31,7 @@ from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
 from trainer import weights as weight_io
 from trainer.stage import Stage
-from trainer.support.precision import faster_dtype
-from trainer.support.processes import Processes
+from trainer.support.processes import Processes, pick_dtype
 
 SHOWN_BAD_ROWS = 20
 # Of the files a run writes, after its name.
@@ -166,9 +166,9 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
         )
     held = prepare_save_dir(files, processes)
     state = read_state(args, files, processes)
-    if args.dtype is None:
-        kept = state and state["arguments"].get("dtype")
-        args.dtype = kept or str(faster_dtype(config, processes)).removeprefix("torch.")
+    kept = args.dtype or (state and state["arguments"].get("dtype"))
+    dtype = kept or str(pick_dtype(None, processes.device, config.head_dim)).removeprefix("torch.")
+    args = argparse.Namespace(**vars(args) | {"dtype": dtype})
     return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
 
 

@@ -34,7 +34,6 @@ from trainer.setup import round_frozen_weights
 from trainer.stage import answer_loss
 from trainer.step import count, make_context, train_step
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
-from trainer.support.precision import faster_dtype
 from trainer.support.processes import Processes, pick_dtype
 
 BATCHES, LOADER_IMAGES, MOST_DOUBLINGS = 40, 4000, 13
@@ -121,7 +120,7 @@ def our_steps(args, device: torch.device, data: VLMDataset, model: MiniMindVLM, 
         (batch, seconds waited for it, seconds that its features took to encode before).
     """
     processes = Processes.start(args.device)
-    dtype = faster_dtype(model.config, processes) if device.type == "cpu" else pick_dtype(None, device)
+    dtype = pick_dtype(None, device, model.config.head_dim)
     round_frozen_weights(model, dtype)
     forward = model.to(device)
     is_cuda = device.type == "cuda"

@@ -19,6 +19,7 @@ from common.paths import printable
 # The main rank tokenises while the others wait, which may take long. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
 GRACE_SECONDS = 5  # torch ends its own waits by then
+SMALLEST_HEAD = 32  # that bfloat16 is faster for, on a CPU
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
@@ -237,8 +238,11 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
     return device
 
 
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> torch.dtype:
     """Returns the dtype of matrix products: as typed, else bfloat16 where the device computes in it.
+
+    Args:
+        head_size: A CPU's attention is slower in bfloat16 for heads of less than 32.
 
     Raises:
         UsageError: If the device cannot compute in it.
@@ -246,7 +250,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bfloat16 = False  # on CPU and MPS float32 is as fast for these sizes, or faster
+        has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if name is None:
         return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
@@ -254,6 +258,11 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name == "float16" and device.type != "cuda":
         raise UsageError(f"--dtype float16 needs a CUDA GPU; on {device.type} leave --dtype out")
     return getattr(torch, name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Tells whether this CPU's matrix library multiplies bfloat16; elsewhere it is emulated, and slow."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def cores() -> int:
