@@ -33,13 +33,15 @@ class PictureFormat:
     Attributes:
         size: Width and height in pixels.
         resample: The filter, by Pillow's number.
-        crop: True: the shortest edge is resized to `size`, then the centre is cropped (CLIP); False: the picture is
-            squashed to a square (SigLIP).
+        crop: True: the shortest edge is resized, then the centre is cropped to `size` (CLIP, DINO); False: the picture
+            is squashed to a square (SigLIP).
+        shortest_edge: What the shortest edge is resized to before the crop; None for `size`.
     """
 
     size: int = 224
     resample: int = Image.Resampling.BICUBIC
     crop: bool = True
+    shortest_edge: int | None = None
 
 
 CLIP_FORMAT = PictureFormat()
@@ -111,7 +113,8 @@ def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FO
     """
     size = picture_format.size
     image = to_rgb(image)
-    width, height = resized_to(size, *image.size) if picture_format.crop else (size, size)
+    shortest = picture_format.shortest_edge or size
+    width, height = resized_to(shortest, *image.size) if picture_format.crop else (size, size)
     image = image.resize((width, height), picture_format.resample)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
@@ -202,7 +205,7 @@ def load_picture(
 
     def read(image: Image.Image) -> np.ndarray:
         image = to_rgb(upright(image, picture_format.size))
-        is_small = image.width == image.height < picture_format.size
+        is_small = image.width == image.height < picture_format.size and picture_format.shortest_edge is None
         if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
             return np.asarray(image).transpose(2, 0, 1)
         return preprocess_image(image, picture_format)

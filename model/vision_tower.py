@@ -1,4 +1,4 @@
-"""The frozen vision tower: any CLIP or SigLIP ViT of transformers, an image to one feature per patch."""
+"""The frozen vision tower: any ViT of the table in model/tower_files.py, an image to one feature per patch."""
 
 import functools
 from pathlib import Path
@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
-from model.tower_files import CLASSES, TowerError, TowerSettings, read_tower_settings, read_tower_weights, unusable
+from model.tower_files import (
+    READING_ERRORS,
+    TOWERS,
+    TowerError,
+    TowerSettings,
+    read_tower_settings,
+    read_tower_weights,
+    unreadable,
+    unusable,
+)
 
 __all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
 
@@ -25,12 +34,19 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     """
     path = Path(path)
     settings = read_tower_settings(path)
+    kind = TOWERS[settings.kind]
+    tower = (load_renamed if kind.any_size else load_by_name)(path, kind.model, settings.config)
+    for name, values in (("pixel_mean", settings.mean), ("pixel_std", settings.std)):
+        tower.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
+    tower.settings = settings
+    return tower.requires_grad_(False).eval()
+
+
+def load_by_name(path: Path, model: type, config) -> torch.nn.Module:
+    """Loads the vision tensors of a folder, which may hold a whole model, under the names that they have there."""
     tensors = read_tower_weights(path)
-    model = CLASSES[settings.kind][1]
     with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
-        wanted = {
-            name.removeprefix("vision_model."): tensor for name, tensor in model(settings.config).state_dict().items()
-        }
+        wanted = {name.removeprefix("vision_model."): tensor for name, tensor in model(config).state_dict().items()}
     wrong = wanted.keys() ^ tensors.keys()
     wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     if wrong:
@@ -40,20 +56,32 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
         raise unusable(path, f"{problem}or of another shape, the first is {min(wrong)}")
     # On the CPU, and filled here, also where transformers builds the model around it without memory.
     with torch.device("cpu"), no_init_weights():
-        tower = model(settings.config).float()
+        tower = model(config).float()
     wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
-    for name, values in (("pixel_mean", settings.mean), ("pixel_std", settings.std)):
-        tower.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
-    tower.settings = settings
-    return tower.requires_grad_(False).eval()
+    return tower
+
+
+def load_renamed(path: Path, model: type, config) -> torch.nn.Module:
+    """Loads a folder of the tower alone by transformers, which knows the names that its earlier releases had."""
+    try:
+        tower, found = model.from_pretrained(
+            path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (*READING_ERRORS, AttributeError, TypeError) as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    wrong = [str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[keys]]
+    wrong += [name for name, weight in tower.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise unusable(path, f"the vision tower in {path} does not fit its config.json, the first is {min(wrong)}")
+    return tower
 
 
 @torch.no_grad()
 def encode_images(tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Returns a tower's features: its last hidden state (CLIP's is before the final layer norm), without a class token.
+    """Returns a tower's features: its last hidden state (CLIP's is before the final layer norm), patches only.
 
     Args:
         pixel_values: (images, 3, size, size), uint8 as decoded or float as already normalised; uint8 of smaller squares
@@ -73,7 +101,7 @@ def encode_images(tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.T
 
 def pixel_constants(tower: torch.nn.Module, pixels: torch.Tensor) -> tuple:
     """Returns what `normalise` needs beside these pixels: weights that enlarge them (None for none), mean and std."""
-    source, size = pixels.shape[-1], tower.settings.config.image_size
+    source, size = pixels.shape[-1], tower.settings.size
     weights = bicubic_weights(source, size, pixels.device) if source < size else None
     return weights, tower.pixel_mean.float(), tower.pixel_std.float()
 

@@ -118,8 +118,8 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
     if has_image_pad(trained.tokenizer):
         alone = f"python scripts/export.py --save_dir {display_path(SAVE_3V_DIR)} --weight llm"
         raise UsageError(f"of minimind-3v the language model alone is exported, not the one with images: {alone}")
-    if tower.kind != "clip":
-        raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
+    if tower.kind != "CLIP":
+        raise UsageError(f"a {tower.kind} tower is not exported: LLaVA takes features before the last norm")
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
     if PROJECTORS[config.projector].llava_activation is None:

@@ -1,6 +1,7 @@
 """The vision tower: reading checkpoints, staying frozen and outside the saved weights, and damaged folders."""
 
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -13,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel
 
 from model import tower_files
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -318,6 +319,7 @@ def test_a_bug_in_a_custom_tower_is_not_reported_as_a_damaged_file(tmp_path, mon
         def __init__(self, config):
             raise error("typo")
 
-    monkeypatch.setitem(tower_files.CLASSES, "clip", (CLIPVisionConfig, Tinkered))
+    tinkered = dataclasses.replace(tower_files.TOWERS["CLIP"], model=Tinkered)
+    monkeypatch.setitem(tower_files.TOWERS, "CLIP", tinkered)
     with pytest.raises(error, match="typo"):
         load_vision_tower(tiny_models.save_tower(tmp_path))

@@ -40,8 +40,9 @@ class CompiledVLM:
         self.compiled = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         decoder, tower = self.compiled.model.layers, self.compiled.vision_encoder
         [tower_blocks] = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
-        [embeddings] = [part for part in tower.modules() if hasattr(part, "patch_embedding")]
-        embeddings.patch_embedding.forward = functools.partial(embed_patches, embeddings.patch_embedding)
+        [embeddings] = [part for name, part in tower.named_modules() if name.rpartition(".")[2] == "embeddings"]
+        [patches] = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+        patches.forward = functools.partial(embed_patches, patches)
         for parts, mark in ((decoder, mark_length), ([*tower_blocks, embeddings], mark_images)):
             for part in parts:
                 part.forward = torch.compile(part.forward, **options)
@@ -75,7 +76,7 @@ class CompiledVLM:
             RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or the
                 batch does not fit in the device's memory.
         """
-        size = self.model.vision_encoder.config.image_size
+        size = self.model.vision_encoder.settings.size
         with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
             for length, images, learned in shapes:
                 pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
