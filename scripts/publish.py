@@ -36,7 +36,7 @@ from common.paths import display_path, printable  # noqa: E402
 from common.schema import parse_json  # noqa: E402
 from model.tower_files import PREPROCESSOR  # noqa: E402
 from model.vlm_config import config_fields  # noqa: E402
-from scripts.model_card import CURVE, PICTURES, Model, loss_curve, sample_rows, without_folders, write_card  # noqa: E402
+from scripts.share.model_card import CURVE, PICTURES, Model, loss_curve, sample_rows, without_folders, write_card  # noqa: E402
 from scripts.report import find_run  # noqa: E402
 from scripts.transfer import human  # noqa: E402
 from trainer.flags import build_parser  # noqa: E402

@@ -18,7 +18,7 @@ from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import load_picture
 from dataset.tokenizer import load_tokenizer
-from scripts.gguf_files import rotary_to_gguf
+from scripts.share.gguf_files import rotary_to_gguf
 
 pytest_plugins = ["tiny"]
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
@@ -170,7 +170,7 @@ def test_experts_and_a_missing_package_are_refused(world, exported, tmp_path):
     files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
     files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--to", "gguf"]
     world.run(EXPORT, *files, "--use_moe", 1).refused("experts are not exported to GGUF", "--to transformers")
-    hook = "import sys\nsys.modules.pop('scripts.gguf_files', None)\nsys.modules['gguf'] = None"
+    hook = "import sys\nsys.modules.pop('scripts.share.gguf_files', None)\nsys.modules['gguf'] = None"
     result = world.run(EXPORT, *files, "--use_moe", 0, "--overwrite", hook=hook)
     assert "pip install -r scripts/requirements-export.txt" in result.err
 

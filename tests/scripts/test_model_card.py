@@ -19,7 +19,7 @@ from tiny import EVAL, read_jsonl, write_jsonl
 from tiny_models import save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT, TOWER_DIR
-from scripts.model_card import Model, loss_curve, without_folders
+from scripts.share.model_card import Model, loss_curve, without_folders
 from trainer.watch.page import read_record
 
 pytest_plugins = ["tiny", "publishing"]
