@@ -252,8 +252,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main():
-    args = parse_arguments()
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
     trained = find_trained(args)
     if args.picture:
         folder = (args.folder or args.save_dir or SAVE_DIR).absolute()
