@@ -100,8 +100,8 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
         raise UsageError("a SigLIP tower is not exported: LLaVA takes features before the last norm")
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
-    if config.projector == "norm_mlp":
-        raise UsageError("a projection with a norm (norm_mlp) is not exported: LLaVA has none")
+    if config.projector not in ("linear", "mlp"):
+        raise UsageError(f"a {config.projector} projection is not exported: LLaVA has linear and mlp only")
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
