@@ -129,7 +129,8 @@ def exported_files(folder: Path) -> dict[str, Path | bytes]:
         if isinstance(hashes, dict) and file.name in hashes and any(map(file.match, EXPORTED)):
             is_same = file.name == TRAINING or hash_of(file) == hashes[file.name]  # of the sidecar, `public` is taken
             if file.is_symlink() or not file.is_file() or not is_same:
-                raise UsageError(f"{display_path(file)} is not what scripts/export.py writes: export it again")
+                what = f"{display_path(file)} is not what scripts/export.py writes"
+                raise UsageError(f"{what}: it was changed or replaced, or is a link. Export it again")
             files[file.name] = file
     return files
 
@@ -204,7 +205,7 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace, token: str)
                 f"Make it private at {url}/settings, or leave --private out"
             )
         additions = [CommitOperationAdd(name, file) for name, file in files.items()]
-        api.create_commit(args.repo, additions, commit_message=f"Upload {args.source.name}")
+        api.create_commit(args.repo, additions, commit_message=f"Upload {args.source.absolute().name}")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and error.__cause__ is not None:  # one file's upload
             error = error.__cause__

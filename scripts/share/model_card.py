@@ -89,7 +89,8 @@ def card_files(
         eval_results=results or None,
     )
     images = [image for image in page.descriptions(record) if image["data"] is not None] if with_samples else []
-    files = {f"{PICTURES}/{Path(image['name']).name}": b64decode(image["data"]) for image in images}
+    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]  # one may have several questions
+    files = {path: b64decode(image["data"]) for path, image in samples}
     if curve := loss_curve(record):
         files[CURVE] = curve
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -104,7 +105,7 @@ def card_files(
         results=results,
         curve=CURVE if CURVE in files else None,
         trained_loss=page.last_of(record.training, "loss"),
-        samples=list(zip(files, images, strict=False)),
+        samples=samples,
         question=images[0]["question"] if images else DESCRIBE,
         image_first=model.sidecar.get("prompt_form", DEFAULT_FORM).startswith(IMAGE_TAG),
         knows_scenes=shown.learns_scenes,

@@ -86,13 +86,15 @@ def test_grades_of_scenes_are_shown_and_what_is_no_number_is_not(publish, hub, o
     rows = [{"name": "Chinese: right | pictures", "attributes": 0.994, "captions": None}]
     scenes = {"step": 4, "scenes": 200, "rows": rows}
     (out / f"{NAME}_samples" / "scenes.json").write_text(json.dumps(scenes))
-    lost = {"loss": float("nan"), "gap_shuffled": "much", "samples": "|"}
+    lost = {"loss": float("nan"), "gap_shuffled": "plenty", "samples": "|"}
     write_jsonl(out / f"{NAME}.metrics.jsonl", [{"step": 1, "epoch": 1, "eval": lost}])
     publish(out / f"{NAME}.pth").passed()
     metadata, text = card_of(hub)
     [results] = metadata["model-index"][0]["results"]
     assert [metric["value"] for metric in results["metrics"]] == [0.994]
-    assert "| held-out scenes | attributes right, Chinese: right \\| pictures | 0.994 |" in text and "much" not in text
+    assert (
+        "| held-out scenes | attributes right, Chinese: right \\| pictures | 0.994 |" in text and "plenty" not in text
+    )
 
 
 def test_the_record_of_a_later_training_is_not_shown(publish, hub, out):
@@ -118,11 +120,13 @@ def test_text_of_the_run_cannot_become_markup(publish, hub, out):
     shutil.copy(out / f"{NAME}.json", out / "0.jpg")  # what a name with folders would lead to
     rows = [row | {"picture": f"../{row['picture']}"} for row in rows]
     rows = [row | {"prompt": f"{hostile} '\"", "reference": hostile, "description": hostile} for row in rows]
+    rows.insert(0, rows[0] | {"prompt": "another question about it"})
     write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
     publish(out / f"{NAME}-hf").passed()
     assert published(hub)["samples/0.jpg"] == (out / f"{NAME}_samples" / "0.jpg").read_bytes()
     _, text = card_of(hub)
     table = text.split("Greedy answers")[1].split("## ")[0]
+    assert table.count("(samples/0.jpg)") == 2 and "(samples/6.jpg)" in table
     assert "\\<script" in table and not re.search(r"(?<!\\)<", table) and "![x]" not in table
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 5 for line in table.splitlines() if line.startswith("|"))
     [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
