@@ -19,6 +19,7 @@ Neither needs code of this repository.
 
 import argparse
 import json
+import re
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -33,7 +34,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.files import whole_folder, write_together  # noqa: E402
 from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path  # noqa: E402
-from dataset.chat import END_OF_THINKING, SYSTEM_PROMPT, THINK, has_image_pad, thinking  # noqa: E402
+from dataset.chat import has_image_pad  # noqa: E402
 from dataset.conversation import IMAGE_TAG  # noqa: E402
 from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
 from model.projectors import PROJECTORS  # noqa: E402
@@ -43,40 +44,18 @@ from trainer.support.llava import DECODER, TOWER, projector_to_llava, to_transfo
 from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
 from trainer.weights import TRAINING  # noqa: E402
 
+SHARE = Path(__file__).parent / "share"
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
-TURN = "'<|im_start|>' + {role} + '\\n'"
-CHAT_TEMPLATE = (
-    "{% if not messages or messages[0]['role'] != 'system' %}"
-    f"{{{{ {TURN.format(role=repr('system'))} + '{SYSTEM_PROMPT}<|im_end|>\\n' }}}}{{% endif %}}"
-    f"{{% for turn in messages %}}{{{{ {TURN.format(role='turn[' + repr('role') + ']')} }}}}"
-    "{% if turn['content'] is string %}{{ turn['content'] }}{% else %}{% for part in turn['content'] %}"
-    "{% if not loop.first %}{{ 'SEPARATOR' }}{% endif %}"
-    f"{{{{ part['text'] if part['type'] == 'text' else '{IMAGE_TAG}' }}}}{{% endfor %}}{{% endif %}}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
-    f"{{% if add_generation_prompt %}}{{{{ {TURN.format(role=repr('assistant'))} }}}}{{% endif %}}"
-)
-
-# Of minimind-3v: no default system turn; an answer begins with its think block, or with an empty one.
-EMPTY_BLOCK = repr(thinking(""))
-CHAT_TEMPLATE_3V = (
-    "{% for turn in messages %}{% set text = turn['content'] %}"
-    "{% if text is not string %}{% set text = text | map(attribute='text') | join %}{% endif %}"
-    "{% if turn['role'] == 'assistant' %}"
-    "{% set reasoning, answer = turn['reasoning_content'], text %}{% if reasoning is not string %}"
-    f"{{% set before, answer = text.split('{END_OF_THINKING}')[0], text.split('{END_OF_THINKING}')[-1] %}}"
-    f"{{% set reasoning = before.split('{THINK}')[-1] if '{END_OF_THINKING}' in text else '' %}}{{% endif %}}"
-    f"{{% set text = {thinking('REASONING')!r}.replace('REASONING', reasoning.strip('\n')) + answer.lstrip('\n') %}}"
-    "{% endif %}"
-    f"{{{{ {TURN.format(role='turn[' + repr('role') + ']')} + text + '<|im_end|>\n' }}}}{{% endfor %}}"
-    f"{{% if add_generation_prompt %}}{{{{ {TURN.format(role=repr('assistant'))} + {EMPTY_BLOCK} }}}}{{% endif %}}"
-)
 
 
 def chat_template(trained: Trained) -> str:
-    """Returns the prompt as a Jinja template; parts of a content are joined as most rows in training had them."""
-    if has_image_pad(trained.tokenizer):
-        return CHAT_TEMPLATE_3V
-    return CHAT_TEMPLATE.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
+    """Returns the prompt as a Jinja template; parts of a content are joined as in most training rows.
+
+    Templates keep every line break and space that is not Jinja's, so those that indent the files are removed.
+    """
+    name = "chat_template_3v.jinja" if has_image_pad(trained.tokenizer) else "chat_template.jinja"
+    template = re.sub(r"\n +", "", (SHARE / name).read_text(encoding="utf-8")).rstrip()
+    return template.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
 
 
 def text_config(config: VLMConfig) -> dict:
@@ -123,7 +102,7 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
     if config.pixel_shuffle != 1:
         raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
     if PROJECTORS[config.projector].llava_activation is None:
-        raise UsageError(f"a projection of the kind {config.projector} is not exported: LLaVA has none")
+        raise UsageError(f"a {config.projector} projection is not exported: LLaVA has none of its kind")
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -215,7 +194,7 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
         UsageError: If llama.cpp has no such model.
     """
     try:
-        from scripts import gguf_files
+        from scripts.share import gguf_files
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
@@ -274,8 +253,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main():
-    args = parse_arguments()
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
     trained = find_trained(args)
     if args.picture:
         folder = (args.folder or args.save_dir or SAVE_DIR).absolute()

@@ -4,16 +4,20 @@ PYTEST_DONT_REWRITE (the tests import this file before pytest takes its fixtures
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_uploads import UploadHub
-from tiny import SFT
+from huggingface_hub import close_session, constants
+from tiny import SFT, Result
 
-from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
+from common.errors import run_script
+from common.paths import BUILTIN_TOKENIZER_DIR
+from scripts import export
+from scripts import publish as script
 
-PUBLISH, EXPORT = ROOT / "scripts" / "publish.py", ROOT / "scripts" / "export.py"
 TOKEN, REPO, NAME = "hf_" + "sEcReT" * 5, "someone/shapes", "sft_vlm_32"
 HF_FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "training.json"),
@@ -33,7 +37,7 @@ def trained(world, tmp_path_factory) -> Path:
     world.run(SFT, *world.files("sft", out), *flags, "--eval_images_path", world.images).passed()
     files = ["--save_dir", out, "--vision_model_path", world.tower, "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
     for kind in ("transformers", "gguf"):
-        world.run(EXPORT, *files, "--to", kind).passed()
+        export.main([*map(str, files), "--to", kind])
     return out
 
 
@@ -50,20 +54,27 @@ def hub():
 
 
 @pytest.fixture
-def publish(world, hub, tmp_path):
-    """Runs the script in a process that takes the stand-in for the hub, with a token and a licence."""
+def publish(hub, tmp_path, monkeypatch, capfd):
+    """Runs the script with the stand-in as the hub, a token and a licence; it must leave no temporary file."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
-    def run(source, *flags, repo=REPO, token=TOKEN, endpoint=hub.endpoint, xet=False, licence="apache-2.0", hook=""):
-        settings = {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": not xet}
-        settings["HF_TOKEN_PATH"] = str(tmp_path / "no_token")
-        lines = [f"huggingface_hub.constants.{name} = {value!r}" for name, value in settings.items()]
-        lines = ["import huggingface_hub, huggingface_hub.constants, tempfile", *lines]
-        (tmp_path / "temporary").mkdir(exist_ok=True)
-        lines += [f"tempfile.tempdir = {str(tmp_path / 'temporary')!r}", hook]
-        environment = {"HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-        license_flag = ["--license", licence] if licence is not None else []
-        result = world.run(PUBLISH, source, repo, *license_flag, *flags, hook="\n".join(lines), env=environment)
+    def run(source, *flags, repo=REPO, token=TOKEN, licence="apache-2.0", **changed) -> Result:
+        settings = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True} | changed
+        for name, value in (settings | {"HF_TOKEN_PATH": str(tmp_path / "no_token")}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        close_session()
+        license_flag = [] if licence is None else ["--license", licence]
+        capfd.readouterr()
+        try:
+            run_script(lambda: script.main([*map(str, (source, repo, *flags)), *license_flag]))
+            code = 0
+        except SystemExit as ending:
+            code = ending.code
+        result = Result(code, *capfd.readouterr())
         assert not token or token not in result.text
+        assert "--dry_run" in flags or not list((tmp_path / "temporary").iterdir())
         return result
 
     return run
@@ -77,7 +88,3 @@ def card_of(hub: UploadHub) -> tuple[dict, str]:
     """The metadata and the text of the card."""
     _, metadata, text = published(hub)["README.md"].decode().split("---\n", 2)
     return yaml.safe_load(metadata), text
-
-
-def is_left_clean(tmp_path: Path) -> bool:
-    return not list((tmp_path / "temporary").iterdir())

@@ -1,6 +1,7 @@
 """transformers alone reads an exported folder, and gets the tokens and logits of the weights that it came from."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import EVAL, turn
-from tiny_models import save_tower
+from tiny import EVAL, draw_pictures, turn
+from tiny_models import save_siglip, save_tower
 
 from common.errors import UsageError
 from common.files import RECORD, remove_leftovers
@@ -60,37 +61,47 @@ def random_weights(folder: Path, tower: Path | None, **shape) -> MiniMindVLM:
     return model
 
 
-def used_by_transformers(folder: Path, tmp_path: Path, conversations: list, images: list[Path]) -> dict:
-    chats = {"conversations": conversations, "images": [str(image) for image in images]}
-    (tmp_path / "chats.json").write_text(json.dumps(chats), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", USER, folder, tmp_path / "chats.json", tmp_path / "result.pt"]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+SHAPES = {
+    "linear": ({}, True),
+    "mlp": ({"projector": "mlp"}, True),
+    "experts": ({"use_moe": True}, True),
+    "text": ({}, False),
+    "text of experts": ({"use_moe": True}, False),
+}
+
+
+def flags_for(out: Path, tower: Path) -> list[str]:
+    flags = ["--save_dir", out, "--vision_model_path", tower, "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
+    return list(map(str, flags))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Each shape's model, folder, conversations and images; transformers has answered beside the folder."""
+    root = tmp_path_factory.mktemp("exports")
+    tower, images, made = save_tower(root / "tower"), draw_pictures(root / "images"), {}
+    for name, (shape, sees_images) in SHAPES.items():
+        model, folder = random_weights(root / name, tower if sees_images else None, **shape), root / f"{name}-hf"
+        export.main([*flags_for(root / name, tower), "--folder", str(folder)])
+        chosen = CONVERSATIONS if sees_images else CONVERSATIONS[:1]
+        counts = [sum(turn["content"].count("<image>") for turn in ours) for ours, _ in chosen]
+        paths = [images / f"{number}.jpg" for number in range(sum(counts))]
+        chats = {"conversations": [theirs for _, theirs in chosen], "images": list(map(str, paths))}
+        Path(f"{folder}.chats.json").write_text(json.dumps(chats), encoding="utf-8")
+        made[name] = model, folder, [ours for ours, _ in chosen], counts, paths
+    command = [sys.executable, "-W", "ignore", USER, *(folder for _, folder, *_ in made.values())]
+    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(tmp_path / "result.pt")
+    return made
 
 
-@pytest.mark.parametrize(
-    ("shape", "sees_images"),
-    [({}, True), ({"projector": "mlp"}, True), ({"use_moe": True}, True), ({}, False), ({"use_moe": True}, False)],
-    ids=["linear", "mlp", "experts", "text", "text of experts"],
-)
-def test_transformers_gives_the_same_tokens_and_logits(world, tmp_path, shape, sees_images):
-    tower = save_tower(tmp_path / "tower")
-    model = random_weights(tmp_path / "out", tower if sees_images else None, **shape)
-    flags = ["--save_dir", tmp_path / "out", "--vision_model_path", tower, "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
-    printed = world.run(EXPORT, *flags).passed().out
-    folder = tmp_path / "out" / f"sft_vlm_64{'_moe' * ('use_moe' in shape)}-hf"
-    assert f"{folder}: " in printed
-
-    chosen = CONVERSATIONS if sees_images else CONVERSATIONS[:1]
-    counts = [sum(turn["content"].count("<image>") for turn in ours) for ours, _ in chosen]
-    paths = [world.images / f"{number}.jpg" for number in range(sum(counts))]
-    theirs = used_by_transformers(folder, tmp_path, [wrote for _, wrote in chosen], paths)
-
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_gives_the_same_tokens_and_logits(exported, name):
+    model, folder, conversations, counts, paths = exported[name]
+    theirs = torch.load(f"{folder}.pt")
     encoder = ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), model.config.image_tokens)
     pixels = iter([load_picture(path) for path in paths])
-    pictures = [[next(pixels) for _ in range(count)] for count in counts]
-    inputs = prompt_batch(encoder, [ours for ours, _ in chosen], pictures)
+    inputs = prompt_batch(encoder, conversations, [[next(pixels) for _ in range(count)] for count in counts])
     is_image = theirs["input_ids"] == 190
     assert int(is_image.sum()) == 196 * sum(counts)
     assert torch.equal(torch.where(is_image, 34, theirs["input_ids"]), inputs["input_ids"])
@@ -102,46 +113,39 @@ def test_transformers_gives_the_same_tokens_and_logits(world, tmp_path, shape, s
 
 
 def test_a_folder_gives_the_answers_of_its_weights_and_is_not_overwritten_unasked(world, tmp_path):
-    tower = save_tower(tmp_path / "tower")
-    random_weights(tmp_path / "out", tower)
-    files = ["--save_dir", tmp_path / "out", "--vision_model_path", tower, "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
-    world.run(EXPORT, *files).passed()
+    out, tower = tmp_path / "out", save_tower(tmp_path / "tower")
+    random_weights(out, tower)
+    first, again, files = out / "sft_vlm_64-hf", tmp_path / "again", flags_for(out, tower)
+    assert f"{first}: " in world.run(EXPORT, *files).passed().out
     ask = ["--image", world.images / "0.jpg", "--temperature", 0, "--max_new_tokens", 4, "--device", "cpu"]
     from_file = world.run(EVAL, *files, *ask).passed().out.splitlines()
-    from_folder = world.run(EVAL, "--load_from", tmp_path / "out" / "sft_vlm_64-hf", *ask).passed().out.splitlines()
+    from_folder = world.run(EVAL, "--load_from", first, *ask).passed().out.splitlines()
     assert from_folder[1:-2] == from_file[1:-2] and len(from_file) > 3
-    world.run(EXPORT, *files).refused("is there already", "--overwrite")
-    (tmp_path / "out" / "sft_vlm_64-hf.part").mkdir()  # no temporary folder of ours
-    (tmp_path / "out" / "sft_vlm_64-hf" / "model.safetensors").unlink()
-    world.run(EXPORT, *files, "--overwrite").passed()
-    assert (tmp_path / "out" / "sft_vlm_64-hf" / "model.safetensors").is_file()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("sft_vlm_64.pth", "sft_vlm_64-hf", "sft_vlm_64-hf.part")
-    }
+    with pytest.raises(UsageError, match="is there already: --overwrite"):
+        export.main(files)
+    (out / "sft_vlm_64-hf.part").mkdir()  # no temporary folder of ours
+    (first / "model.safetensors").unlink()
+    export.main([*files, "--overwrite"])
+    assert (first / "model.safetensors").is_file()
+    assert {path.name for path in out.iterdir()} == {"sft_vlm_64.pth", "sft_vlm_64-hf", "sft_vlm_64-hf.part"}
     # Exporting an export changes nothing but its name.
-    world.run(EXPORT, "--load_from", tmp_path / "out" / "sft_vlm_64-hf", "--folder", tmp_path / "again").passed()
-    first, again = tmp_path / "out" / "sft_vlm_64-hf", tmp_path / "again"
+    export.main(["--load_from", str(first), "--folder", str(again)])
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
     for name in ("tokenizer.json", "config.json"):
         assert json.loads((again / name).read_text()) == json.loads((first / name).read_text())
 
 
-def test_what_transformers_cannot_express_is_refused_and_leaves_nothing(world, tmp_path):
-    from safetensors.torch import save_file
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    out, files = tmp_path / "out", ["--save_dir", tmp_path / "out", "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
-    tower = save_tower(tmp_path / "tower")
-    random_weights(out, tower, pixel_shuffle=2)
-    world.run(EXPORT, *files, "--vision_model_path", tower).refused("pixel shuffle")
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    siglip = SiglipVisionModel(SiglipVisionConfig(**shape, vision_use_head=False, patch_size=16, image_size=224))
-    siglip.config.save_pretrained(tmp_path / "siglip")
-    save_file(siglip.state_dict(), tmp_path / "siglip" / "model.safetensors")
-    random_weights(out, tower)
-    world.run(EXPORT, *files, "--vision_model_path", tmp_path / "siglip").refused("SigLIP")
-    random_weights(out, tower, use_moe=True, n_shared_experts=2)
-    world.run(EXPORT, *files, "--use_moe", 1, "--vision_model_path", tower).refused("2 shared experts")
+def test_what_transformers_cannot_express_is_refused_and_leaves_nothing(tmp_path):
+    out, tower, siglip = tmp_path / "out", save_tower(tmp_path / "tower"), save_siglip(tmp_path / "siglip")
+    cases = {
+        "pixel shuffle": ({"pixel_shuffle": 2}, tower),
+        "SigLIP": ({"vision_patches": 64}, siglip),
+        "2 shared experts": ({"use_moe": True, "n_shared_experts": 2}, tower),
+    }
+    for words, (shape, folder) in cases.items():
+        random_weights(out, folder, **shape)
+        with pytest.raises(UsageError, match=words):
+            export.main([*flags_for(out, folder), "--use_moe", str(int("use_moe" in shape))])
     assert not list(out.glob("*-hf*"))
 
 
@@ -172,49 +176,42 @@ def listed(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_only_an_export_is_replaced(world, tmp_path, monkeypatch):
+def test_only_an_export_is_replaced(tmp_path):
     random_weights(tmp_path / "out", None)
-    flags = ["--save_dir", str(tmp_path / "out"), "--tokenizer_path", str(BUILTIN_TOKENIZER_DIR)]
-    flags += ["--vision_model_path", str(save_tower(tmp_path / "tower"))]
+    flags = [*flags_for(tmp_path / "out", save_tower(tmp_path / "tower")), "--overwrite", "--folder"]
     for number, (make, named) in enumerate(OTHERS.values()):
         made = make(tmp_path / f"folder{number}")
         folder = made if isinstance(made, Path) else tmp_path / f"folder{number}"
         before = listed(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["export.py", *flags, "--folder", str(folder), "--overwrite"])
         with pytest.raises(UsageError, match=re.escape(named)):
-            export.main()
+            export.main([*flags, str(folder)])
         assert listed(tmp_path) == before
     empty, exported = tmp_path / "empty", tmp_path / "exported"
     empty.mkdir()
     (tmp_path / "link").symlink_to(exported)
     for folder in (empty, tmp_path / "link", tmp_path / "link"):
-        monkeypatch.setattr(sys, "argv", ["export.py", *flags, "--folder", str(folder), "--overwrite"])
-        export.main()
+        export.main([*flags, str(folder)])
     assert (exported / "model.safetensors").is_file() and (empty / "model.safetensors").is_file()
     assert not list(tmp_path.glob(".*"))
 
 
-# The process ends between the two renames that replace a folder.
-KILLED = """
-import os, pathlib
-rename = pathlib.Path.rename
-def killed(self, target):
-    if self.name == "new":
-        os.kill(os.getpid(), 9)
-    return rename(self, target)
-pathlib.Path.rename = killed
-"""
-
-
-def test_a_killed_replacement_loses_nothing(world, tmp_path):
+def test_a_killed_replacement_loses_nothing(tmp_path, monkeypatch):
     random_weights(tmp_path / "out", None)
-    flags = ["--save_dir", tmp_path / "out", "--tokenizer_path", BUILTIN_TOKENIZER_DIR]
-    flags += ["--vision_model_path", save_tower(tmp_path / "tower")]
-    folder = tmp_path / "out" / "sft_vlm_64-hf"
-    world.run(EXPORT, *flags).passed()
+    flags = flags_for(tmp_path / "out", save_tower(tmp_path / "tower"))
+    folder, rename = tmp_path / "out" / "sft_vlm_64-hf", Path.rename
+    export.main(flags)
     (folder / "config.json").unlink()  # so that the two differ
     before = listed(folder)
-    assert world.run(EXPORT, *flags, "--overwrite", hook=KILLED).code == -9
+    # The process ends between the two renames that replace a folder.
+    kill = lambda self, target: os.kill(os.getpid(), 9) if self.name == "new" else rename(self, target)  # noqa: E731
+    monkeypatch.setattr(Path, "rename", kill)
+    if (process := os.fork()) == 0:
+        try:
+            export.main([*flags, "--overwrite"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -9
+    monkeypatch.undo()
     assert not folder.exists() and len(list((tmp_path / "out").glob(".*"))) == 1
     remove_leftovers(tmp_path / "out")
     assert listed(folder) == before and not list((tmp_path / "out").glob(".*"))

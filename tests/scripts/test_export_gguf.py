@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -11,34 +12,35 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_export import EXPORT, random_weights
+from test_export import flags_for, random_weights
 from tiny_models import save_tower
 
+import scripts.share
+from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import load_picture
 from dataset.tokenizer import load_tokenizer
-from scripts.gguf_files import rotary_to_gguf
+from scripts import export
+from scripts.share.gguf_files import rotary_to_gguf
 
 pytest_plugins = ["tiny"]
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
 
 
 @pytest.fixture
-def exported(world, tmp_path):
-    def export(*more, class_embedding=None, **shape):
+def exported(tmp_path):
+    def run(*more, class_embedding=None, **shape):
         tower = save_tower(tmp_path / "tower")
         if class_embedding is not None:
             tensors = load_file(tower / "model.safetensors")
             [name] = (name for name in tensors if name.endswith("class_embedding"))
             save_file(tensors | {name: class_embedding}, tower / "model.safetensors")
         model = random_weights(tmp_path / "out", tower, **shape)
-        files = ["--save_dir", tmp_path / "out", "--vision_model_path", tower]
-        files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR]
-        world.run(EXPORT, *files, "--to", "gguf", "--overwrite", *more).passed()
+        export.main([*flags_for(tmp_path / "out", tower), "--to", "gguf", "--overwrite", *more])
         return model, tmp_path / "out" / "sft_vlm_64-gguf"
 
-    return export
+    return run
 
 
 def read(path: Path) -> tuple[dict, dict]:
@@ -142,43 +144,46 @@ def test_the_modelfile_follows_the_documented_grammar(exported):
     assert said["TEMPLATE"].count("{{") == said["TEMPLATE"].count("}}") and "range .Messages" in said["TEMPLATE"]
 
 
-def test_a_picture_is_cropped_to_what_the_tower_takes(world, tmp_path):
-    source = tmp_path / "wide.jpg"
+def test_a_picture_is_cropped_to_what_the_tower_takes(tmp_path, capsys):
+    source, other = tmp_path / "wide.jpg", tmp_path / "other" / "wide.jpg"
     Image.effect_mandelbrot((640, 360), (-2, -1, 1, 1), 50).convert("RGB").save(source)
-    files = ["--weight", "llm", "--picture", source, "--folder", tmp_path / "cropped"]
-    assert "wide_224.png" in world.run(EXPORT, *files).passed().out
-    with Image.open(tmp_path / "cropped" / "wide_224.png") as image:
-        assert np.array_equal(np.asarray(image).transpose(2, 0, 1), load_picture(source).numpy())
-    world.run(EXPORT, *files).passed()  # the same once more
-    [cropped] = (tmp_path / "cropped").iterdir()
-    before = cropped.read_bytes()
-    other = source.with_name("other") / source.name
     other.parent.mkdir()
     Image.new("RGB", (300, 200)).save(other)
-    two = [*files[:3], source, other, "--folder"]
-    for folder in (tmp_path / "both", tmp_path / "cropped"):  # two of one name; a file of another picture
-        world.run(EXPORT, *two, folder).refused(f"--picture {other} would overwrite {folder}/wide_224.png")
-    world.run(EXPORT, *files[:3], other, "--folder", tmp_path / "cropped").refused("would overwrite")
+
+    def crop(folder: str, *pictures: Path):
+        export.main(["--weight", "llm", "--folder", str(tmp_path / folder), "--picture", *map(str, pictures)])
+
+    crop("cropped", source)
+    crop("cropped", source)  # the same once more
+    [cropped] = (tmp_path / "cropped").iterdir()
+    assert cropped.name == "wide_224.png" and str(cropped) in capsys.readouterr().out
+    with Image.open(cropped) as image:
+        assert np.array_equal(np.asarray(image).transpose(2, 0, 1), load_picture(source).numpy())
+    before = cropped.read_bytes()
+    for folder, pictures in (("both", (source, other)), ("cropped", (source, other)), ("cropped", (other,))):
+        with pytest.raises(UsageError, match=f"--picture {other} would overwrite {tmp_path / folder}/wide_224.png"):
+            crop(folder, *pictures)
     assert cropped.read_bytes() == before and not (tmp_path / "both").exists()
     source.write_bytes(b"no picture")
-    world.run(EXPORT, *files).refused("--picture", "wide.jpg", "not a picture")
+    with pytest.raises(UsageError, match=r"--picture .*wide\.jpg.* not a picture"):
+        crop("cropped", source)
 
 
-def test_experts_and_a_missing_package_are_refused(world, exported, tmp_path):
-    exported()
+def test_experts_and_a_missing_package_are_refused(tmp_path, monkeypatch):
+    flags = [*flags_for(tmp_path / "out", save_tower(tmp_path / "tower")), "--to", "gguf"]
     random_weights(tmp_path / "out", tmp_path / "tower", use_moe=True)
-    files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
-    files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--to", "gguf"]
-    world.run(EXPORT, *files, "--use_moe", 1).refused("experts are not exported to GGUF", "--to transformers")
-    hook = "import sys\nsys.modules.pop('scripts.gguf_files', None)\nsys.modules['gguf'] = None"
-    result = world.run(EXPORT, *files, "--use_moe", 0, "--overwrite", hook=hook)
-    assert "pip install -r scripts/requirements-export.txt" in result.err
+    with pytest.raises(UsageError, match="experts are not exported to GGUF: use --to transformers"):
+        export.main(flags)
+    monkeypatch.delitem(sys.modules, "scripts.share.gguf_files")
+    monkeypatch.delattr(scripts.share, "gguf_files")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match="pip install -r scripts/requirements-export.txt"):
+        export.main(flags)
 
 
 @pytest.mark.skipif(SERVER is None, reason="no llama-server: name it by LLAMA_SERVER, or put it on the PATH")
 def test_llama_cpp_gives_our_tokens_and_answers(world, exported, tmp_path):
     exported()
-    files = ["--save_dir", tmp_path / "out", "--vision_model_path", tmp_path / "tower"]
-    files += ["--tokenizer_path", BUILTIN_TOKENIZER_DIR, "--server", SERVER]
+    files = [*flags_for(tmp_path / "out", tmp_path / "tower"), "--server", SERVER]
     table = world.run(ROOT / "scripts" / "check_llama_cpp.py", *files).passed().out
     assert "llama.cpp f16" in table and table.count("200 of 200") == 2

@@ -1,0 +1,162 @@
+"""Write the model card of a published model: its README.md on the hub, with the loss curve and sample images.
+
+model_card.md.jinja is the card's template. Text from the run's files is escaped, so that it cannot become markup.
+"""
+
+import io
+import json
+import shlex
+from base64 import b64decode
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image, ImageDraw, ImageFont
+
+from common.paths import TOWER_DIR, display_path
+from dataset.conversation import IMAGE_TAG
+from dataset.prompts import DEFAULT_FORM
+from dataset.scenes.language import DESCRIBE
+from trainer.watch import charts, page
+from trainer.watch.charts import Series, line_chart, tick_label
+from trainer.watch.samples import as_text
+
+CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
+TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
+TAGS = {"transformers": ("llava",), "gguf": ("llama.cpp", "llava"), "weights": ()}
+LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
+LOSSES["gap_shuffled"] = "grounding gap"
+SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
+INK, GRID, COLOURS = "#626b76", "#e4e7eb", ("#2b6cb0", "#c05621")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is published, as far as its files tell.
+
+    Attributes:
+        kind: "transformers", "gguf" or "weights" (the original's format).
+        name: The run's.
+        files: Path or content of each of its files, by name on the hub.
+        left_out: Names of the files beside them that are not published.
+        sees_images: Whether it has a projection.
+        sidecar: How it was made; "arguments", "config" and "versions" may be empty.
+        parameters: Of decoder and projection; None where the files do not tell.
+    """
+
+    kind: str
+    name: str
+    files: dict[str, Path | bytes]
+    left_out: list[str]
+    sees_images: bool
+    sidecar: dict
+    parameters: int | None
+
+    @property
+    def tower(self) -> str | None:
+        """The hub's name of its vision tower, where that is the published one."""
+        path = self.sidecar["arguments"].get("vision_model_path")
+        width = self.sidecar["config"].get("vision_hidden_size")
+        is_published = path == display_path(TOWER_DIR) if path else width == TOWER_WIDTH
+        is_builtin = self.sidecar.get("assets") == "built-in"
+        return TOWER_NAME if self.sees_images and is_published and not is_builtin else None
+
+
+def card_files(
+    model: Model, record: page.Record, repo: str, licence: str, languages: list[str], with_samples: bool
+) -> dict[str, bytes]:
+    """Returns the card, and the images that it shows, by name on the hub.
+
+    Args:
+        model: What is published.
+        record: Of its run; without metrics the card says less.
+        repo: NAME/REPO.
+        licence: The hub's id of a licence.
+        languages: ISO codes.
+        with_samples: Whether sample images go with it.
+    """
+    task = "image-text-to-text" if model.sees_images else "text-generation"
+    results = eval_results(record, task)
+    metadata = ModelCardData(
+        license=licence,
+        language=languages,
+        pipeline_tag=task,
+        library_name=None if model.kind == "weights" else model.kind,
+        base_model=model.tower,
+        tags=["minimind-v", *(TAGS[model.kind] if model.sees_images else ())],
+        model_name=record.name,
+        eval_results=results or None,
+    )
+    images = [image for image in page.descriptions(record) if image["data"] is not None] if with_samples else []
+    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]  # one may have several questions
+    files = {path: b64decode(image["data"]) for path, image in samples}
+    if curve := loss_curve(record):
+        files[CURVE] = curve
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"number": page.number, "text": lambda value: as_text(str(value)), "quote": shlex.quote}
+    environment.filters |= {"literal": lambda text: json.dumps(text, ensure_ascii=False)}
+    shown = page.Record(record.folder, record.name, record.training, record.evaluations, model.sidecar)
+    text = environment.get_template("model_card.md.jinja").render(
+        model=model,
+        name=record.name,
+        repo=repo,
+        results=results,
+        curve=CURVE if CURVE in files else None,
+        trained_loss=page.last_of(record.training, "loss"),
+        samples=samples,
+        question=images[0]["question"] if images else DESCRIBE,
+        image_first=model.sidecar.get("prompt_form", DEFAULT_FORM).startswith(IMAGE_TAG),
+        knows_scenes=shown.learns_scenes,
+        **page.settings(shown),
+    )
+    return {CARD: str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")).encode("utf-8")} | files
+
+
+def eval_results(record: page.Record, task: str) -> list[EvalResult]:
+    """Returns the last held-out losses (nats per token), and the grades on drawn scenes, as the hub shows them."""
+    last, scenes = record.evaluations[-1] if record.evaluations else {}, record.scenes.get("rows", [])
+    samples = f"{page.number(last.get('samples'))} held-out samples"
+    rows = [(samples, "loss", name, last.get(key)) for key, name in LOSSES.items()]
+    for part in ("attributes", "captions"):
+        rows += [("held-out scenes", "accuracy", f"{part} right, {row['name']}", row.get(part)) for row in scenes]
+    return [
+        EvalResult(task, "held-out", dataset, metric, value, metric_name=name)
+        for dataset, metric, name, value in rows
+        if page.is_finite(value)
+    ]
+
+
+def loss_curve(record: page.Record) -> bytes | None:
+    """Draws training and held-out loss over the steps; returns a PNG, or None where there is no loss."""
+    training, held_out = page.points(record.training, "loss"), page.points(record.evaluations, "loss")
+    chart = line_chart("nats per token", [Series("training", training), Series("held out", held_out, True)], (), True)
+    if chart is None:
+        return None
+    image = Image.new("RGB", (charts.WIDTH * SCALE, (charts.HEIGHT + HEAD) * SCALE), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * SCALE)
+
+    def line(points: list[tuple[float, float]], colour: str, width: int):
+        draw.line([(x * SCALE, (y + HEAD) * SCALE) for x, y in points], colour, width, joint="curve")
+
+    def write(x: float, y: float, words: str, colour: str = INK, anchor: str = "lm"):
+        draw.text((x * SCALE, (y + HEAD) * SCALE), words, colour, font, anchor)
+
+    for mark in chart["marks"]:
+        line([(charts.LEFT, chart["y"](mark)), (charts.RIGHT, chart["y"](mark))], GRID, 2)
+        write(charts.LEFT - 7, chart["y"](mark), tick_label(mark), anchor="rm")
+    for step in chart["steps"]:
+        write(chart["x"](step), charts.BOTTOM + 16, tick_label(step), anchor="mm")
+    write(8, -HEAD / 2, f"loss, {chart['unit']}")
+    for number, (curve, colour) in enumerate(zip(chart["curves"], COLOURS, strict=False)):
+        write(charts.WIDTH - 160 + 80 * number, -HEAD / 2, curve["series"].name, colour)
+        for stretch in curve["stretches"]:
+            points = [(chart["x"](step), chart["y"](value)) for step, value in stretch]
+            line(points, colour, 3)
+            for x, y in points if curve["has_dots"] or len(points) == 1 else ():
+                draw.circle((x * SCALE, (y + HEAD) * SCALE), 6, colour)
+        write(charts.RIGHT + 6, curve["label_y"], charts.value_label(curve["last"]), colour)
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
