@@ -133,7 +133,7 @@ def weighted(high_and_low: torch.Tensor, dim: int) -> torch.Tensor:
     return low.add(2**21).mul_(2**-11).floor_().add_(high).mul_(2**-11).floor_().clamp_(0, 255)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # CUDA graphs keep the addresses
 def bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns Pillow's 22-bit fixed-point weights of `source` pixels for `target` larger ones, as high and low 11 bits.
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIRS = (("README.md", "README_zh.md"), ("trainer/README.md", "trainer/README_zh.md"))
 FILES = tuple(chain(*PAIRS))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-TREE_LINE = re.compile(r"( *[\w./]+/|.*? +\d+)  .+")
+TREE_LINE = re.compile(r"([\w./]+) +.*")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The house: imports go one way, the path of a row to the step is short, and the README's numbers are right."""
+"""The house: imports go one way, the path of a row to the step is short, and the total stays small."""
 
 import ast
 import re
@@ -20,13 +20,14 @@ ROOMS = (
         "trainer.support",
         "trainer.weights",
         "trainer.assets",
+        "trainer.stage",
         "trainer.flags",
         "trainer.setup",
         "trainer.support.trained",
     ),
-    *("trainer.watch", "trainer.resume", "trainer.loop", "trainer.train_", "scripts", "eval_vlm"),
+    *("trainer.watch", "trainer.step", "trainer.resume", "trainer.loop", "trainer.train_", "scripts", "eval_vlm"),
 )
-PATH_FILES, PATH_LINES = 10, 2000
+MOST_LINES = 16_600
 FILES = [
     path for path in ROOT.rglob("*.py") if not {".git", "tests", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
 ]
@@ -58,42 +59,27 @@ def test_imports_go_one_way(path):
     assert {name for name, number in ours.items() if number > room(module)} == set()
 
 
-def test_training_shows_at_most_ten_files():
+def test_training_shows_at_most_twelve_files():
     files = {path.name for path in (ROOT / "trainer").iterdir() if path.is_file()}
-    assert len(files - {"__init__.py", "README_zh.md"}) <= 10  # the recipe is one file, in two languages
+    assert len(files - {"__init__.py", "README_zh.md"}) <= 12  # the recipe is one file, in two languages
 
 
 def test_a_step_fits_on_a_screen():
-    tree = ast.parse((ROOT / "trainer" / "loop.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "trainer" / "step.py").read_text(encoding="utf-8"))
     [step] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
     docstring = step.body[0]
     assert step.end_lineno - docstring.end_lineno <= 45
 
 
-def lines_of(name: str) -> int:
-    return len((ROOT / name).read_text(encoding="utf-8").splitlines())
+def test_the_project_stays_small():
+    """The total without tests; whoever adds lines looks for others that are not needed any more."""
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= MOST_LINES
 
 
-def test_the_path_from_a_row_to_the_step_is_as_the_readme_says():
+def test_the_reading_path_names_files_that_are_there():
     section = README.split("## Reading order")[1].split("\n## ")[0]
-    path = re.findall(r"^\d+\. \[`([\w/]+\.py)`\]\(\1\), (\d+) lines", section, re.MULTILINE)
-    assert 5 <= len(path) <= PATH_FILES
-    assert [(name, int(lines)) for name, lines in path] == [(name, lines_of(name)) for name, _ in path]
-    assert sum(lines_of(name) for name, _ in path) <= PATH_LINES
-
-
-def test_the_readmes_tree_names_every_file_with_its_lines():
-    tree = README.split("## Where things are")[1].split("```")[1]
-    folder, found = "", {}
-    for line in tree.splitlines():
-        match = re.match(r"( *)([\w./]+)(?: +(\d+))?", line)
-        if match and match[2].endswith("/") and not match[1]:
-            folder = match[2]
-        elif match and match[3]:
-            found[folder * bool(match[1]) + match[2]] = int(match[3])
-    assert found == {name: lines_of(name) for name in found}
-    shown = {path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py"}
-    assert found.keys() == shown
+    names = re.findall(r"\[`([\w/]+\.py)`\]\(\1\)", section)
+    assert len(names) >= 10 and all((ROOT / name).is_file() for name in names)
 
 
 def test_ruff_has_nothing_to_say():

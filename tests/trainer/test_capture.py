@@ -185,3 +185,21 @@ def test_every_model_of_the_benchmark_has_the_same_weights(tmp_path, monkeypatch
     models = [benchmark_models.load_model(Namespace(hidden_size=512, stage="sft")) for _ in range(2)]
     weights = ([*model.state_dict().values(), *model.vision_encoder.state_dict().values()] for model in models)
     assert all(map(torch.equal, *weights))
+
+
+def test_where_graphs_do_not_fit_the_run_goes_on_without(monkeypatch):
+    """As on a GPU whose memory a graph's own pool fills: the step is taken once, not captured, with no gradients left."""
+    (plain_model, plain), (model, context) = context_of("none"), context_of("none")
+    captured, batches = CapturedStep(train_step, context, BATCH), [batch_of(272, 40)] * 3
+
+    def capture(shape, counts):
+        for parameter in context.parameters:
+            parameter.grad = torch.ones_like(parameter)  # what a step that runs out of memory leaves
+        raise torch.OutOfMemoryError
+
+    captured.stream, captured.capture = object(), capture
+    take(partial(train_step, plain), batches)
+    take(captured, batches)
+    assert captured.stream is None and all(shape.graph is None for shape in captured.shapes.values())
+    for weight, expected in zip(model.state_dict().values(), plain_model.state_dict().values(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)

@@ -13,6 +13,7 @@ import torch
 # The inputs of answers; batches with others take the ordinary step.
 INPUTS = {"input_ids", "labels", "image_starts", "learned_positions"}
 IMAGE_INPUTS = ("pixel_values", "image_features")
+MOST_GRAPHS = 128  # each holds a copy of every kernel's parameters, in the driver's memory
 
 
 @dataclass
@@ -55,14 +56,37 @@ class CapturedStep:
         shape = self.fill(batch, images[0])
         self.units.fill_(counts.units)
         self.rate.fill_(learning_rate)
-        if shape.graph is None and shape.warm and self.stream is not None:
+        try:
+            self.take(shape, counts)
+        except torch.OutOfMemoryError:  # graphs hold memory of their own, beside that of steps that are not captured
+            if self.stream is None:
+                raise
+            is_full = True
+        else:
+            is_full = False
+        if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
+            self.give_up()
+            self.compute(shape, counts)
+        return self.losses.clone(), self.is_bad.clone()
+
+    def take(self, shape: Shape, counts):
+        """Takes the step by its graph, capturing it first where that is due."""
+        has_room = self.stream is not None and sum(of.graph is not None for of in self.shapes.values()) < MOST_GRAPHS
+        if shape.graph is None and shape.warm and has_room:
             self.capture(shape, counts)
         if shape.graph is not None:
             shape.graph.replay()
         else:
             self.compute(shape, counts)
             shape.warm = True
-        return self.losses.clone(), self.is_bad.clone()
+
+    def give_up(self):
+        """Frees all graphs with their memory, and what the failed step left; from here on nothing is captured."""
+        for shape in self.shapes.values():
+            shape.graph = None
+        self.pool, self.stream = (), None
+        self.context.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
     def fill(self, batch: dict, name: str) -> Shape:
         """Copies a batch, and what it has of its images, into the buffers of its padded shape."""
@@ -104,8 +128,11 @@ class CapturedStep:
             graph.capture_begin(*self.pool, capture_error_mode="thread_local")
             try:
                 self.compute(shape, counts)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of the capture that the error has ended
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         shape.graph, self.pool = graph, (graph.pool(),)
 
     @contextlib.contextmanager
@@ -114,10 +141,10 @@ class CapturedStep:
         if self.stream is None:
             yield
             return
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def round_up(number: int, parts: int) -> int:

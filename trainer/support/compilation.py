@@ -77,20 +77,22 @@ class CompiledVLM:
                 batch does not fit in the device's memory.
         """
         size = self.model.vision_encoder.settings.size
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
-            for length, images, learned in shapes:
-                pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
-                inputs = {
-                    "input_ids": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
-                    "labels": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
-                    "image_starts": torch.zeros(images, 2, dtype=torch.int64, device=device),
-                    "learned_positions": torch.ones(learned, dtype=torch.int64, device=device),
-                    "image_features": self.encode_images(pixel_values),
-                }
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = self(**inputs, num_items_in_batch=1).loss
-                loss.backward()
-        self.model.zero_grad(set_to_none=True)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
+                for length, images, learned in shapes:
+                    pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
+                    inputs = {
+                        "input_ids": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
+                        "labels": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
+                        "image_starts": torch.zeros(images, 2, dtype=torch.int64, device=device),
+                        "learned_positions": torch.ones(learned, dtype=torch.int64, device=device),
+                        "image_features": self.encode_images(pixel_values),
+                    }
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        loss = self(**inputs, num_items_in_batch=1).loss
+                    loss.backward()
+        finally:  # a run goes on where compiling failed
+            self.model.zero_grad(set_to_none=True)
 
 
 def fastest_attention():

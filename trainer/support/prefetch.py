@@ -20,19 +20,19 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
             moved = {name: part.to(device, non_blocking=True) for name, part in tensors_of(batch)}
             copied = stream.record_event()
         if ahead is not None:
-            yield received(*ahead)
+            yield received(device, *ahead)
         ahead = batch | moved, copied, moved
     if ahead is not None:
-        yield received(*ahead)
+        yield received(device, *ahead)
 
 
 def tensors_of(batch: dict) -> list[tuple[str, torch.Tensor]]:
     return [(name, part) for name, part in batch.items() if isinstance(part, torch.Tensor)]
 
 
-def received(batch: dict, copied: torch.cuda.Event, moved: dict[str, torch.Tensor]) -> dict:
+def received(device: torch.device, batch: dict, copied: torch.cuda.Event, moved: dict[str, torch.Tensor]) -> dict:
     """Makes the current stream wait for the copy (the host does not) and returns the batch."""
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(device)
     current.wait_event(copied)
     for tensor in moved.values():
         tensor.record_stream(current)  # its memory is free again only when this stream has used it

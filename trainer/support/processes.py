@@ -19,6 +19,8 @@ from common.paths import printable
 # The main rank tokenises while the others wait, which may take long. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
 GRACE_SECONDS = 5  # torch ends its own waits by then
+# In the errors of collectives, which gloo raises as plain RuntimeErrors.
+COLLECTIVES = ("gloo", "NCCL", "ProcessGroup", "Connection", "peer", "Timed out")
 SMALLEST_HEAD = 32  # that bfloat16 is faster for, on a CPU
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -59,12 +61,12 @@ class Processes:
         """
         rank, world_size, *local_share = ranks()
         device = pick_device(device, local_share[0], world_size)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a single process's too: streams are the current device's
         if world_size == 1:
             return cls(rank, world_size, device)
         if device.type == "mps":
             raise UsageError("torchrun with several processes needs CUDA or the CPU: MPS has one device")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         timeout = datetime.timedelta(minutes=timeout_minutes)
         with meeting(world_size, timeout):
             # After a restart by torchrun, its store still holds the dead ranks' addresses.
@@ -160,10 +162,12 @@ def meeting(world_size: int, timeout: datetime.timedelta):
 
 @contextlib.contextmanager
 def others_may_be_gone():
-    """Turns the error of a collective that cannot be completed into a PeerError."""
+    """Turns the error of a collective that cannot be completed into a PeerError; others pass."""
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in COLLECTIVES):
+            raise
         raise PeerError(
             f"another process of this run has ended or does not answer ({first_line(error)}), so this one ends too; "
             "what was saved is kept: the same command with --from_resume 1 resumes from there"
