@@ -215,7 +215,7 @@ a["196 patches"] --> b
 
 ```
 common/      shared
-  a.py   12  a file
+a.py         a file
 ```
 """
 CHINESE = """# 快
@@ -234,7 +234,7 @@ a["196 个 patch"] --> b
 
 ```
 common/      共用
-  a.py   12  一个文件
+a.py         一个文件
 ```
 """
 
@@ -256,7 +256,7 @@ def test_what_is_translated_is_no_difference():
             "快 (Fast): line of code missing in the Chinese file:     python a.py --x 1",
         ),
         (code_differences, "196 个", "197 个", "line of code missing in the Chinese file: a[['196']] --> b"),
-        (code_differences, "12  一", "13  一", "数字 (Figures): line of code missing in the Chinese file:  a.py 12"),
+        (code_differences, "a.py    ", "b.py    ", "line of code missing in the Chinese file: a.py"),
         (table_differences, "7.6", "7.5", "row '| 大小 | 7.5 |', column 2: figure missing in the Chinese file: 7.6"),
         (table_differences, "| 大小 | 7.6 |\n", "", "数字 (Figures): columns of each row"),
         (table_differences, "| 大小 | 7.6 |", "| 大小 7.6 |", "数字 (Figures): columns of each row"),

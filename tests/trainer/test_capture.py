@@ -188,7 +188,7 @@ def test_every_model_of_the_benchmark_has_the_same_weights(tmp_path, monkeypatch
 
 
 def test_where_graphs_do_not_fit_the_run_goes_on_without(monkeypatch):
-    """As on a GPU whose memory a graph's own pool fills: the step is taken once, not captured, with no gradients left."""
+    """As on a GPU whose memory the graphs' pool fills: the step is taken once, uncaptured, with fresh gradients."""
     (plain_model, plain), (model, context) = context_of("none"), context_of("none")
     captured, batches = CapturedStep(train_step, context, BATCH), [batch_of(272, 40)] * 3
 
