@@ -117,9 +117,8 @@ class Chat:
         if loaded.knows_only_scenes and (args.image or args.image_dir or args.chat):
             processes.log("These weights know only the drawn shapes of the built-in set.")
         if not loaded.weights.has_projection:
-            processes.log(
-                "These weights are a language model's: the projection is untrained, so it cannot see the pictures yet."
-            )
+            untrained = "the projection is untrained, so it cannot see the pictures yet."
+            processes.log(f"These weights are a language model's: {untrained}")
 
     def turn(self, question: str, images: int) -> dict:
         """Returns a question's turn; raises ValueError if the model has no room for it."""
@@ -231,11 +230,9 @@ def speed(tokens: int, started: float) -> str:
 
 def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processes):
     """Prints, and writes with --json, how well the model predicts the rows of --eval_data."""
+    form = assistant.model.config.image_tokens, assistant.picture_format
     with processes.main_first():
-        tokens = assistant.model.config.image_tokens
-        data = VLMDataset(
-            args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, tokens, assistant.picture_format
-        )
+        data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, *form)
     if len(data) == 0:
         raise UsageError(f"{args.eval_data} has no row to measure on")
     shows, asked, right = processes.is_main and sys.stderr.isatty(), 0, 0
@@ -271,27 +268,12 @@ def as_gap(loss: float | None, gap: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}: a grounding gap of {gap:.4f}"
 
 
-def pictures_to_describe(folder: Path) -> list[Path]:
-    """Returns a folder's pictures; raises UsageError if there are none."""
-    if not folder.is_dir():
-        raise UsageError(
-            f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir"
-        )
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
-    if not paths:
-        raise UsageError(f"no pictures in {display_path(folder)} (endings: {' '.join(PICTURE_ENDINGS)})")
-    return paths
-
-
 def print_scene_table(assistant: Assistant):
     """Prints the share of right attributes and captions of the held-out scenes, beside shuffled images and chance."""
     started = time.perf_counter()
     rows = scene_table(assistant.model, assistant.tokenizer)
-    seconds = time.perf_counter() - started
-    print(
-        f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on "
-        f"({seconds:.0f} s):"
-    )
+    scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
+    print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
     print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
     for row in rows:
         print(f"  {row['name']:<34}{row['attributes']:>12.1%}{row['captions']:>16.1%}")
@@ -306,7 +288,11 @@ def describe_folder(chat: Chat, args: argparse.Namespace):
         folder.mkdir(parents=True)
         for index, scene in enumerate(heldout_scenes()[:DRAWN_EVAL_IMAGES]):
             draw(scene).save(folder / f"scene_{index}.jpg", quality=92)
-    paths = pictures_to_describe(folder)
+    if not folder.is_dir():
+        raise UsageError(f"no folder {display_path(folder)}: make it, or name pictures with --image or --image_dir")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
+    if not paths:
+        raise UsageError(f"no pictures in {display_path(folder)} (endings: {' '.join(PICTURE_ENDINGS)})")
     batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
     unreadable = sum(chat.describe([args.prompt] if args.prompt else prompts, batch) for batch in batches)
     if is_builtin:

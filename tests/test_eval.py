@@ -341,6 +341,21 @@ def test_what_looks_like_a_picture_and_is_none_is_named(files, line):
     assert len(missing) == 1 and MISSING[line] in missing[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["'s0.jpg' ", '"my photo.jpg",', "'none.jpg' ", "'{here}/none.jpg' ", "'", "'/", "./'", "“"]
+)
+def test_a_longer_line_takes_proportionally_longer(files, monkeypatch, name):
+    calls, looks = [], {look: getattr(os.path, look) for look in ("isfile", "isdir")}
+    for look, of_system in looks.items():
+        monkeypatch.setattr(os.path, look, lambda path, of_system=of_system: calls.append(path) or of_system(path))
+    counts = []
+    for number in (100, 400):
+        calls.clear()
+        find_pictures(name.format(here=files) * number)
+        counts.append(len(calls))
+    assert counts[1] <= 5 * counts[0] and counts[1] <= 50 * 400
+
+
 def test_a_chat_line_that_is_refused_changes_nothing(world, out):
     """170 pictures, in a line of their own or with a question, are refused; the pictures before them stay."""
     many = ", ".join(["0.jpg"] * 170)
