@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +16,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str:
         is_empty = action.default is None or action.default is False or action.default is argparse.SUPPRESS
-        return action.help if is_empty or not action.option_strings else super()._get_help_string(action)
+        is_complete = is_empty or not action.option_strings or "(default:" in action.help
+        return action.help if is_complete else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -46,3 +49,22 @@ def file_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is an address: download the file and name it here")
     return path
+
+
+def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """Returns an argparse type: an int or a float from `least` to `most`; neither NaN nor infinite."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            bounds = f"at least {least}" if most == sys.float_info.max else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+def temperature(text: str) -> float:
+    """An argparse type: 0, or a temperature that logits can be divided by without an overflow."""
+    return float(text) and number(float, 1e-3)(text)

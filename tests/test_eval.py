@@ -14,12 +14,12 @@ from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT, write_jsonl
 from common.errors import UsageError
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.pictures import PICTURE_FORMATS
+from dataset.typed_paths import find_pictures
 from eval_vlm import parse_arguments
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import weights as checkpoint
 from trainer.support import trained
 from trainer.watch.assistant import in_precision
-from trainer.watch.typed_paths import find_pictures
 
 pytest_plugins = ["tiny"]
 
@@ -360,6 +360,21 @@ def test_what_looks_like_a_picture_and_is_none_is_named(files, line):
     assert len(missing) == 1 and MISSING[line] in missing[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["'s0.jpg' ", '"my photo.jpg",', "'none.jpg' ", "'{here}/none.jpg' ", "'", "'/", "./'", "“"]
+)
+def test_a_longer_line_takes_proportionally_longer(files, monkeypatch, name):
+    calls, looks = [], {look: getattr(os.path, look) for look in ("isfile", "isdir")}
+    for look, of_system in looks.items():
+        monkeypatch.setattr(os.path, look, lambda path, of_system=of_system: calls.append(path) or of_system(path))
+    counts = []
+    for number in (100, 400):
+        calls.clear()
+        find_pictures(name.format(here=files) * number)
+        counts.append(len(calls))
+    assert counts[1] <= 5 * counts[0] and counts[1] <= 50 * 400
+
+
 def test_a_chat_line_that_is_refused_changes_nothing(world, out):
     """170 pictures, in a line of their own or with a question, are refused; the pictures before them stay."""
     many = ", ".join(["0.jpg"] * 170)
@@ -401,9 +416,47 @@ def test_the_question_is_the_same_however_it_is_typed(world, out):
     )
 
 
-def test_any_seed_that_torch_takes(world, out):
-    flags = [*world.eval_files(out), "--image", world.images / "0.jpg"]
-    world.run(EVAL, *flags, "--seed", 1099511627776).passed()
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--chat --image a.jpg", "argument --image: not allowed with argument --chat"),
+        ("--image_dir . --eval_data b.jsonl", "argument --eval_data: not allowed with argument --image_dir"),
+        ("--json x.json", "--eval_data only"),
+        ("--eval_data 0.jpg --json missing/r.json", "--json: missing/r.json: there is no such folder"),
+        ("--eval_data 0.jpg --json .", "or it is a folder itself"),
+        ("--seed -1", "--seed: -1: must be from 0 to 9223372036854775807"),
+        (f"--seed {2**63}", "must be from 0"),
+        ("--seed 1.5", "--seed: invalid int value"),
+        ("--prompt \udcff", "--prompt: invalid utf8_text value"),
+        ("--temperature 1e-320", "--temperature: 1e-320: must be at least 0.001"),
+        ("--temperature -1", "must be at least 0.001"),
+        ("--temperature nan", "must be at least 0.001"),
+        ("--temperature inf", "must be at least 0.001"),
+        ("--top_p 0", "--top_p: 0: must be from 0.001 to 1"),
+        ("--top_p 1.1", "must be from 0.001 to 1"),
+        ("--top_k -1", "must be at least 0"),
+        ("--max_new_tokens 0", "--max_new_tokens: 0: must be at least 1"),
+        ("--batch_size 0", "must be at least 1"),
+        ("--max_seq_len 7", "must be at least 8"),
+        ("--short_answer -1", "must be at least 0"),
+    ],
+)
+def test_wrong_flags_are_refused(capsys, flags, words):
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(flags.split())
+    assert words in capsys.readouterr().err
+
+
+def test_help_names_each_default_once_and_its_text_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    args = parse_arguments(
+        ["--prompt", r"a\nb", "--seed", "1099511627776", "--temperature", "0", "--json", "a", "--eval_data", "b"]
+    )
+    assert (args.prompt, args.seed, args.temperature) == ("a\nb", 1099511627776, 0)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and "(default: 0) (default" not in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("count", [196, 200, 392])

@@ -23,7 +23,8 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
 from scripts.check_parquet import write_published_form
-from scripts.web_demo_vlm import Demo, parse_arguments
+from scripts.demo.chat import Models
+from scripts.web_demo_vlm import parse_arguments
 from trainer.assets import choose_assets
 from trainer.support.trained import add_model_flags, find_trained
 from trainer.weights import Weights, read_weights
@@ -153,7 +154,9 @@ def test_the_download_ends_with_the_lines_that_talk_to_it(world, published):
 def test_each_generation_draws_answers_as_its_recipe_says(published, tmp_path):
     """The web page's sliders start there too, unless a flag says another."""
     where = ["--save_dir", str(published.fetched / published.weights), *map(str, published.files)]
-    page = [Demo(parse_arguments([*where, *given]), torch.device("cpu"), tmp_path) for given in ([], ["--top_p", "1"])]
+    page = [
+        Models(parse_arguments([*where, *given]), torch.device("cpu"), tmp_path) for given in ([], ["--top_p", "1"])
+    ]
     trained = find_trained(page[0].args)
     temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
     assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}

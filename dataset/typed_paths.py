@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import unicodedata
 from bisect import bisect_right
 from pathlib import Path
@@ -16,19 +15,22 @@ from dataset.pictures import PICTURE_FORMATS
 WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001f000-\U0003ffff"
 OPENING, CLOSING = "'\"`“‘«([{<", "'\"`”’»)]}>"
 BRACKETS = re.escape(OPENING + CLOSING)
-STARTS = re.compile(rf"(?<![^\s{WIDE}{BRACKETS},;:=|·—…])(?<!\\\s)(?=\S)")
+STARTS = re.compile(rf"(?<![^\s{WIDE}{BRACKETS},;:=|·—…])(?<!\\\s)(?=\S)(?!['\"]{{2}})")
 # After a path: an end, or punctuation that ends there too: in "a.jpg.bak" there is no a.jpg.
-ENDS = re.compile(rf"(?=$|[\s{WIDE}{re.escape(CLOSING)},;:!?<|—…]|[^\w\s/\\]+(?:$|[\s{WIDE}]))")
-NAMED = re.compile(r"""\.[A-Za-z0-9]{1,5}['"]?$|['"]$""")  # how a name ends that is told from a word
-LONGEST_NAME, LONGEST_PATH = 255, 4096  # characters, at least as many as a file system allows
+ENDS = re.compile(rf"(?=$|[\s{WIDE}{re.escape(CLOSING)},;:!?<|—…]|[^\w\s/\\]{{1,32}}(?:$|[\s{WIDE}]))")
+NAMED = re.compile(r"""\.[A-Za-z0-9]{1,5}['"]?$|['"]$""")  # the end of a file name rather than of a word
+# Bounds that keep the time in proportion to the line's length. A name of 255 bytes is typed as 765 where each is %XX.
+LONGEST_NAME, MOST_FOLDERS, MOST_ENDS = 765, 64, 5
 MARK = "\ufffc"  # stands for a picture in the line
 KINDS = (ending[1:] for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS)
 KINDS = "|".join(KINDS) + "|heic|heif|jxl|jp2|mpo|svg|psd|ico|tga"
 LOOKS = re.compile(rf"[^/\\]\.(?:{KINDS})(?![A-Za-z0-9])", re.IGNORECASE)
 ROOTED = re.compile(r"(?:file:/|~[\w.-]*/|\.\.?/|[A-Za-z]:[\\/]|/[^/]+/)[^/]", re.IGNORECASE)
-QUOTED = rf"""(?<!\w)(?:"[^"]*\.(?:{KINDS})"|'[^']*\.(?:{KINDS})'|“[^”]*\.(?:{KINDS})”)(?!\w)"""
+QUOTED = rf"""(?<!\w)(?:"[^"]*\.(?:{KINDS})"|'[^']*\.(?:{KINDS})'|“[^“”]*\.(?:{KINDS})”)(?!\w)"""
 WORD = re.compile(rf"{QUOTED}|(?:\\\s|[^\s{BRACKETS},;|，。、；！？（）【】《》「」『』{MARK}])+", re.IGNORECASE)
-PAIR = re.compile(rf"[{re.escape(OPENING)}（【《「『]\s*{MARK}\s*[{re.escape(CLOSING)}）】》」』]")
+PAIR = re.compile(rf"[{re.escape(OPENING)}（【《「『] ?{MARK} ?[{re.escape(CLOSING)}）】》」』]")
+SHELL = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.?)""")  # a shell's quotes
+FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
 
 
 def find_pictures(line: str) -> tuple[str, list[Path], list[str]]:
@@ -55,26 +57,29 @@ def find_pictures(line: str) -> tuple[str, list[Path], list[str]]:
     rest = "".join([*pieces, line[done:]])
     words = (word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest))
     missing = [f"{word}: {why_no_file(word)}" for word in words if LOOKS.search(word) or ROOTED.match(word)]
-    return as_question(rest) if paths else " ".join(line.split()), paths, missing
+    rest = " ".join(rest.split())
+    return as_question(rest) if paths else rest, paths, missing
 
 
-def longest_path(line: str, start: int, ends: list[int], named: list[int]) -> tuple[int | None, Path | None]:
-    """Returns where the longest path that begins at `start` ends, and its file; None where there is none.
-
-    Args:
-        ends: Where a path may end.
-        named: Where one without a folder may.
-    """
-    begin = line[start : start + LONGEST_NAME].lstrip("'\"")
-    folder = begin[: begin.find("/") + 1]
-    is_rooted = folder[:1] == "~" or folder[:5].lower() == "file:" or any(map(os.path.isdir, spellings(folder)))
-    is_rooted = is_rooted and not begin[len(folder) :][:1].isspace()
-    ends, limit = (ends, start + LONGEST_PATH) if is_rooted else (named, start + LONGEST_NAME)
-    for end in reversed(ends[bisect_right(ends, start) : bisect_right(ends, limit)]):
+def longest_path(line: str, start: int, ends: list[int], named: list[int]) -> tuple[int, Path | None]:
+    """Returns where the longest path from `start` ends, one of `ends` (`named` if it has no folder), and its file."""
+    begin = start + (line[start] in "'\"")
+    url = FILE_URL.match(line, begin)
+    name = first = url.end() if url else begin
+    # The name begins after the last slash up to which there is a folder, and ends before the next slash.
+    for _ in range(MOST_FOLDERS):
+        slash = line.find("/", name, name + LONGEST_NAME)
+        if slash < 0 or not any(map(os.path.isdir, spellings(line[begin : slash + 1]))):
+            break
+        name = slash + 1
+    has_folder = name > first and not line[name : name + 1].isspace()
+    places, most = (ends, None) if has_folder else (named, MOST_ENDS)
+    limit = slash if slash >= 0 else name + LONGEST_NAME
+    for end in reversed(places[bisect_right(places, start) : bisect_right(places, limit)][:most]):
         path = file_of(line[start:end])
-        if path and (is_rooted or "." in path.name or line[start] in "'\""):
+        if path and (has_folder or "." in path.name or begin > start):
             return end, path
-    return None, None
+    return start, None
 
 
 def file_of(text: str) -> Path | None:
@@ -85,13 +90,9 @@ def file_of(text: str) -> Path | None:
 def spellings(text: str) -> list[str]:
     """Returns the paths that a text may mean: as it stands, without a shell's quotes, and of a file:// address."""
     texts = [text]
-    if "\\" in text or text[:1] in ("'", '"'):
-        try:
-            words = shlex.split(text)
-            texts += words if len(words) == 1 else []
-        except ValueError:  # a quote that is not closed
-            texts.append(text.replace("\\", ""))
-    texts += [unquote(re.sub("^file:(//(localhost)?)?", "", text, flags=re.I)) for text in texts if ":/" in text]
+    if any(mark in text for mark in "'\"\\"):
+        texts.append(SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text))
+    texts += [unquote(text[match.end() :]) for text in texts if (match := FILE_URL.match(text))]
     if not text.isascii():  # é is one character or two
         texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
     return [os.path.expanduser(text) for text in texts]
@@ -100,17 +101,16 @@ def spellings(text: str) -> list[str]:
 def why_no_file(word: str) -> str:
     if re.match(r"https?://|ftp://", word, re.IGNORECASE):
         return "an address: download the file and name it here"
-    there = next((path for path in spellings(word) if os.path.exists(path)), None)
-    if there is None:
-        return "no such file"
-    return "a folder: name a picture in it" if os.path.isdir(there) else "no regular file"
+    if any(map(os.path.isdir, spellings(word))):
+        return "a folder: name a picture in it"
+    return "no regular file" if any(map(os.path.exists, spellings(word))) else "no such file"
 
 
 def as_question(rest: str) -> str:
     """Returns a line without its pictures, and without the quotes, commas and spaces that were theirs."""
     for _ in range(2):  # "(`a.jpg`)"
         rest = PAIR.sub(MARK, rest)
-    rest = re.sub(rf"{MARK}(\s*[,;，、；]?\s*{MARK})+", MARK, rest)
-    rest = re.sub(rf"\s*{MARK}(?=[.,;:!?。，；：！？、])", "", rest).replace(MARK, "")
+    rest = re.sub(rf"{MARK}(?: ?[,;，、；]? ?{MARK})+", MARK, rest)
+    rest = re.sub(rf" ?{MARK}(?=[.,;:!?。，；：！？、])", "", rest).replace(MARK, "")
     rest = " ".join(rest.split()).lstrip(" .,;:，。、；：")
     return rest if rest.strip(" .,;:!?…。，、；：！？") else ""
