@@ -47,7 +47,7 @@ from trainer.support.trained import Trained, add_model_flags, find_trained  # no
 from trainer.watch.answers import generate  # noqa: E402
 from trainer.watch.scene_table import scene_table  # noqa: E402
 
-SOURCE = "llama-cpp-python"  # whose sdist holds llama.cpp
+SOURCE = "llama-cpp-python"  # its sdist contains llama.cpp
 CMAKE_FLAGS = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF")
 CMAKE_FLAGS += tuple(f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI"))
 SENTENCES = (
@@ -64,7 +64,7 @@ AS_PUBLISHED = "inp = ggml_concat(ctx0, inp, model.class_embedding, 1);"
 
 
 def build(folder: Path, class_token: str) -> Path:
-    """Builds llama-server from the sources in the sdist, unless it is there already; returns its path.
+    """Builds llama-server from the sources in the sdist if it is missing; returns its path.
 
     Args:
         class_token: "last": as published; "first": with the line corrected that puts the class token last.
@@ -149,7 +149,7 @@ class Server:
 
 
 def same_tokens(server: Server, trained: Trained, texts: list[str]) -> int:
-    """Returns how many texts get our token ids."""
+    """Returns how many texts get the same token ids as here."""
     backend, right = trained.tokenizer.backend_tokenizer, 0
     for text in texts:
         asked = {"content": text, "add_special": False, "parse_special": False}
@@ -160,7 +160,7 @@ def same_tokens(server: Server, trained: Trained, texts: list[str]) -> int:
 
 @torch.inference_mode()
 def same_answers(server: Server, trained: Trained, model, prompts: list[str]) -> int:
-    """Returns how many prompts without an image get our greedy token ids."""
+    """Returns how many prompts without an image get the same greedy token ids as here."""
     ends, right = (trained.config.eos_token_id, trained.config.pad_token_id), 0
     for prompt in prompts:
         inputs = encode(trained, prompt)
@@ -224,8 +224,8 @@ def compare(program: Path, trained: Trained, class_token: str, temporary: Path) 
     table["transformers"] = {"MB": f"{megabytes(temporary / 'hf'):.1f}"}
     texts, prompts = texts_to_compare()
     inputs, exact = encode(trained, prompts[0]), {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    answers = [lambda: generate(model, inputs, **exact), lambda: theirs.generate(**given, **exact, do_sample=False)]
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    answers = [lambda: generate(model, inputs, **exact), lambda: theirs.generate(**prompt, **exact, do_sample=False)]
     with contextlib.ExitStack() as servers:
         for quant in ("f16", "q8_0"):
             write_gguf(trained, temporary / quant, "model", quant, class_token)
@@ -240,7 +240,9 @@ def compare(program: Path, trained: Trained, class_token: str, temporary: Path) 
                 table[quant]["features"] = f"{feature_difference(server, trained, model, temporary, class_token):.1e}"
             if grades:
                 images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
-                graded = score([server.describe(image, DESCRIBE) for image in images], heldout_facts())
+                graded = score(
+                    [server.describe(image, DESCRIBE) for image in images], [scene.facts for scene in heldout_scenes()]
+                )
                 table[quant] |= shares(graded.attributes, graded.captions)
         for column, speed in zip(table.values(), tokens_per_second(answers), strict=True):
             column["tokens/s"] = f"{speed:.0f}"
@@ -267,7 +269,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
-    add("--build", type=file_path, help="fetch and build it in this folder, unless it is there")
+    add("--build", type=file_path, help="fetch and build it in this folder if it is missing")
     add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
     return parser.parse_args(argv)
 
@@ -282,10 +284,6 @@ def main():
         cells = [column.get(row, "-") for column in table.values()]
         print("{:<15}{:>16}{:>14}{:>16}{:>16}".format(row, *cells))
     print("* without the tower")
-
-
-def heldout_facts() -> list:
-    return [scene.facts for scene in heldout_scenes()]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Check where a model looks, on the built-in held-out scenes: does a word depend on the object that it describes?
+"""Check where a model looks, on held-out scenes: does a word depend on the object that it describes?
 
     python scripts/check_looking.py --weight sft_vlm
 
-In each scene that is described word for word, each object's colour, shape, size and place have a map of the patches
-that they depend on (trainer/watch/looking.py). Prints how often its peak lies on the object, beside chance.
+In each scene that is described word for word, each object's colour, shape, size and place get a map of the patches
+that they depend on (trainer/watch/looking.py). Prints how often the map's peak is on the object, compared with chance.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def attribute_maps(scene: Scene, words: list[tuple], language: Language) -> dict
     at = len(text.replace("：", ":").split(":")[0])
     for number, thing in enumerate(scene.facts):
         for attribute in ATTRIBUTES:
-            said = language.say(f"{{{attribute}}}", thing)
-            start = text.index(said, at)
-            at = start + len(said)
+            word = language.say(f"{{{attribute}}}", thing)
+            start = text.index(word, at)
+            at = start + len(word)
             first, last = np.searchsorted(ends, (start, at - 1), side="right")
             found[attribute, number] = sum(maps[0].numpy() for _, maps in words[first : last + 1])
     return found
@@ -109,7 +109,7 @@ def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; raises UsageError for a number of scenes that there is not."""
+    """Parses the command line; raises UsageError unless --scenes is 1 to 200."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument_group("the check").add_argument
@@ -128,7 +128,7 @@ def main():
 
 
 def print_language(trained: Trained, count: int, name: str, language: Language):
-    """Prints the table of one language; raises UsageError where too few scenes are described as they should be."""
+    """Prints the table of one language; raises UsageError if fewer than two scenes are described word for word."""
     seen, seconds = look_at_scenes(trained, count, language)
     weights = display_path(trained.weights.path)
     if len(seen) < 2:

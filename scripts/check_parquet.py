@@ -3,23 +3,22 @@
     python scripts/check_parquet.py
     python scripts/check_parquet.py --rows 3000 --folder my_folder
 
-It writes a parquet file like the published one: each picture in four to five
-rows but once in the file, huge row groups, and a share of rows that are text
-only, with a black picture of 8 x 8. Then processes of their own open it for
-the first and the second time, and read samples in random order.
+It writes a parquet file like the published one, then opens it for the first and the second time and reads samples in
+random order, each in a process of its own. Memory is the peak without mapped files (Linux only).
 """
 
 import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import os
+import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,17 +32,18 @@ from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
 from common.errors import UsageError, run_script  # noqa: E402
 from common.paths import BUILTIN_TOKENIZER_DIR  # noqa: E402
 from dataset.lm_dataset import VLMDataset  # noqa: E402
-from dataset.tokenizer import load_tokenizer, quiet_libraries  # noqa: E402
-from scripts.measure.memory import peak_memory  # noqa: E402
+from dataset.tokenizer import load_tokenizer  # noqa: E402
+from scripts.bench.measuring import alone, print_table  # noqa: E402
 
 ROWS_PER_PICTURE = 2_900_000 / 650_000
 TEXT_ONLY = 230_000 / 2_900_000
 PICTURE_BYTES = 6_600
 GROUP_ROWS = 1_000_000
-PIECE_ROWS = 10_000
 DRAWN = 64
 MAX_LENGTH, IMAGE_TOKENS = 1536, 196
 WORDS = "一只红色的猫坐在桌上看着窗外蓝天白云下有两个人走过街道"
+READ = 4000  # samples, in random order
+MEMORY_INTERVAL = 0.1  # seconds
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -53,7 +53,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def picture_files(count: int, rng: np.random.Generator) -> list[bytes]:
-    """Returns JPEGs of 256 x 256: a few are drawn, and each gets an end of its own, which decoders pass over."""
+    """Returns different JPEGs of 256 x 256: a few drawings, each copy with bytes at the end that decoders pass over."""
     drawn = []
     for _ in range(min(DRAWN, count)):
         noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -62,145 +62,125 @@ def picture_files(count: int, rng: np.random.Generator) -> list[bytes]:
     return [start + rng.bytes(max(8, PICTURE_BYTES - len(start))) for start in picked]
 
 
-def conversation(number: int, pictures: int, long_text: str, rng: np.random.Generator) -> list[dict]:
-    """Returns turns about so many pictures.
-
-    Of those without, a tenth each have a system turn, reasoning, a think block or a tool call.
-    """
+def conversation(number: int, is_text: bool, long_text: str, rng: np.random.Generator) -> list[dict]:
+    """Returns turns about an image; of text-only ones a tenth each have a system turn, reasoning or tool calls."""
     start = int(rng.integers(len(long_text) - 240))
-    said = long_text[start : start + int(rng.integers(40, 240))]
-    answer = {"role": "assistant", "content": f"{said}{number}。"}
-    turns = [{"role": "user", "content": f"图中有什么{number}？" + "\n<image>" * pictures}, answer]
-    kind = 9 if pictures else rng.integers(10)
+    text = long_text[start : start + int(rng.integers(40, 240))]
+    answer = {"role": "assistant", "content": f"{text}{number}。"}
+    turns = [{"role": "user", "content": f"图中有什么{number}？" + ("" if is_text else "\n<image>")}, answer]
+    kind = rng.integers(10) if is_text else None
     if kind == 0:
         turns.insert(0, {"role": "system", "content": f"回答要短{number % 7}"})
     elif kind == 1:
-        answer["reasoning_content"] = said[:40]
+        answer["reasoning_content"] = text[:40]
     elif kind == 2:
         answer["content"] = f"<think>\n\n</think>\n\n{answer['content']}"
     elif kind == 3:
-        answer["tool_calls"] = [{"name": "search", "arguments": {"query": said[:5]}}]
-        turns += [{"role": "tool", "content": "{}"}, {"role": "assistant", "content": said}]
+        answer["tool_calls"] = [{"name": "search", "arguments": {"query": text[:5]}}]
+        turns += [{"role": "tool", "content": "{}"}, {"role": "assistant", "content": text}]
     return turns
 
 
-def write_published_form(path: Path, rows: int, seed: int = 0, per_row: int = 1) -> dict[str, int]:
-    """Writes a parquet file of the published form; returns how many rows, pictures and rows of text it has.
+def write_published_form(path: Path, rows: int, seed: int = 0) -> dict[str, int]:
+    """Writes a parquet file like the published one.
 
-    Args:
-        per_row: Pictures of a row that is not of text.
+    Each picture is in four to five rows but once in the file, row groups are huge, and a share of the rows is text only
+    with a black picture of 8 x 8.
+
+    Returns:
+        How many rows, pictures and rows of text it has, and the bytes of a copy row by row.
     """
     rng, black = np.random.default_rng(seed), jpeg(Image.new("RGB", (8, 8)))
-    picture = pa.dictionary(pa.int32(), pa.binary())
-    schema = pa.schema({"conversations": pa.string(), "image_bytes": picture if per_row == 1 else pa.list_(picture)})
+    schema = pa.schema({"conversations": pa.string(), "image_bytes": pa.dictionary(pa.int32(), pa.binary())})
     # A dictionary of any size stays one: by default the writer gives it up at 1 MB.
-    options = {"dictionary_pagesize_limit": 2**31 - 1, "store_schema": False}
-    options["use_dictionary"] = ["image_bytes", "image_bytes.list.element"]
+    options = {"dictionary_pagesize_limit": 2**31 - 1, "store_schema": False, "use_dictionary": ["image_bytes"]}
     long_text = "".join(rng.choice(list(WORDS), 100_000))
     counts = {"rows": rows, "pictures": 1, "rows of text": 0, "bytes of all rows": 0}
     with pq.ParquetWriter(path, schema, **options) as writer:
         for start in range(0, rows, GROUP_ROWS):
             numbers = range(start, min(rows, start + GROUP_ROWS))
             files = [black, *picture_files(max(1, int(len(numbers) / ROWS_PER_PICTURE)), rng)]
-            shown = rng.integers(1, len(files), (len(numbers), per_row))
+            shown = rng.integers(1, len(files), len(numbers))
             is_text = rng.random(len(numbers)) < TEXT_ONLY
             shown[is_text] = 0
-            pictures_of = np.where(is_text, 1, per_row)
-            shown = shown[np.arange(per_row) < pictures_of[:, None]]
-            texts = (
-                conversation(number, 0 if text else per_row, long_text, rng)
-                for number, text in zip(numbers, is_text, strict=True)
-            )
-            column = pa.array([json.dumps(turns, ensure_ascii=False) for turns in texts], pa.string())
+            turns = (conversation(*row, long_text, rng) for row in zip(numbers, is_text, strict=True))
+            column = pa.array([json.dumps(row, ensure_ascii=False) for row in turns], pa.string())
             counts["pictures"] += len(np.unique(shown[shown > 0]))
             counts["rows of text"] += int(is_text.sum())
             counts["bytes of all rows"] += column.nbytes + int(np.array([*map(len, files)])[shown].sum())
             pictures = pa.DictionaryArray.from_arrays(pa.array(shown, pa.int32()), pa.array(files, pa.binary()))
-            if per_row > 1:
-                ends = np.concatenate([[0], np.cumsum(pictures_of)])
-                lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pictures)
-                # The writer unfolds a list's dictionary, piece by piece, and a piece may have 2 GB at most.
-                pieces = [lists[piece : piece + PIECE_ROWS] for piece in range(0, len(lists), PIECE_ROWS)]
-                pictures = pa.chunked_array(pieces)
             writer.write_table(pa.table([column, pictures], schema=schema), GROUP_ROWS)
     return counts
 
 
-def measured(function: Callable, *arguments) -> dict[str, float]:
-    """Calls a function in a process of its own.
-
-    Returns:
-        What the function returns, with "seconds"; "peak GB", the memory of that process and those it starts, mapped
-        files included; and "own GB", without mapped files. Both are zero where the system is not Linux.
-    """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(timed, function, *arguments).result()
-
-
-def timed(function: Callable, *arguments) -> dict[str, float]:
-    quiet_libraries(is_main=False)
-    with peak_memory(os.getpid()) as peak:
-        started = time.perf_counter()
-        found = function(*arguments)
-        seconds = time.perf_counter() - started
-    return found | {"seconds": seconds} | peak
+def memory_in_use(process: int) -> int:
+    """Returns the bytes of a process and its descendants without mapped files; 0 where this is not Linux."""
+    folder = Path(f"/proc/{process}")
+    with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+        anonymous = re.search(r"Pss_Anon: +(\d+) kB", (folder / "smaps_rollup").read_text())
+        children = " ".join(file.read_text() for file in (folder / "task").glob("*/children")).split()
+        return int(anonymous[1]) * 1024 + sum(memory_in_use(int(child)) for child in children)
+    return 0
 
 
-def opened(path: Path, cache: Path) -> VLMDataset:
-    tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
-    return VLMDataset(path, None, tokenizer, MAX_LENGTH, IMAGE_TOKENS, cache_dir=cache)
+def with_memory(function: Callable, *arguments) -> dict:
+    """Returns a function's figures with its seconds and the most memory that this process has during the call."""
+    done = threading.Event()
+
+    def sample() -> int:
+        most = 0
+        while True:
+            most = max(most, memory_in_use(os.getpid()))
+            if done.wait(MEMORY_INTERVAL):
+                return most
+
+    with ThreadPoolExecutor(1) as pool:
+        memory, started = pool.submit(sample), time.perf_counter()
+        try:
+            found = function(*arguments)
+            seconds = time.perf_counter() - started
+        finally:
+            done.set()
+    return {"s": seconds, "memory GB": memory.result() / 1e9} | found
 
 
-def open_it(path: Path, cache: Path) -> dict:
-    """Does what a run does before its first step."""
-    data = opened(path, cache)
+def open_data(path: Path, cache: Path) -> VLMDataset:
+    """Does with a data file what a run does before its first step."""
+    data = VLMDataset(path, None, load_tokenizer(BUILTIN_TOKENIZER_DIR), MAX_LENGTH, IMAGE_TOKENS, cache_dir=cache)
     data.content_sha256  # noqa: B018 (the checkpoint's key)
-    return {"samples": len(data), "bad": len(data.bad_rows), "rules": data.rules}
+    return data
 
 
-def read_samples(path: Path, cache: Path, count: int) -> dict:
-    """Reads samples in random order, pictures decoded."""
-    data = opened(path, cache)
+def open_and_read(path: Path, cache: Path, count: int) -> dict:
+    """Opens a data file and reads samples in random order, pictures decoded."""
+    data = open_data(path, cache)
     order = np.random.default_rng(1).integers(0, len(data), count).tolist()
     started = time.perf_counter()
     for start in range(0, count, 16):
         data.__getitems__(order[start : start + 16])
-    return {"samples/s": count / (time.perf_counter() - started)}
+    speed = {"samples/s": count / (time.perf_counter() - started)} if count else {}
+    return {"samples": len(data)} | speed
 
 
-def folder_bytes(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+def measure_file(rows: int, folder: Path) -> dict[str, dict]:
+    """Writes a data file and opens it, each time in a process of its own.
 
-
-def check(rows: int, folder: Path):
-    """Writes the file, and prints what was measured."""
+    Returns:
+        Rows of a table: gigabytes on disk; seconds, peak memory and samples of each process.
+    """
     path, cache = folder / "published_form.parquet", folder / "cache"
     counts = write_published_form(path, rows)
-    fact("the file", f"{path.stat().st_size / 1e9:.3f} GB: {counts['rows']:,} rows, {counts['pictures']:,} pictures")
-    fact("a copy row by row", f"would be {counts['bytes of all rows'] / 1e9:.3f} GB")
-    imports = measured(dict)
-    fact("imports alone", memory(imports))
-    first = measured(open_it, path, cache)
-    fact("opened first", f"{first['seconds']:.1f} s, {memory(first)}")
-    kept = {"pictures": "pictures.arrow", "rows": "rows.arrow", "token ids": "cache-*.arrow"}
-    sizes = {name: folder_bytes(cache, pattern) / 1e9 for name, pattern in kept.items()}
-    parts = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
-    fact("the cache", f"{folder_bytes(cache, '*') / 1e9:.3f} GB: {parts}")
-    again = measured(open_it, path, cache)
-    fact("opened again", f"{again['seconds']:.1f} s, {memory(again)}")
-    read = measured(read_samples, path, cache, min(rows, 4000))
-    fact("random samples", f"{read['samples/s']:.0f} a second in one process, {memory(read)}")
-    fact("rows", f"{again['samples']:,} to learn from, {again['bad']:,} bad; rows of text: {counts['rows of text']:,}")
-    for kind, rule in again["rules"].items():
-        fact(f"  {kind}", rule)
+    table = {"imports alone": alone(with_memory, dict)}
+    for line, read in (("opened first", 0), ("opened again", 0), ("read in random order", min(rows, READ))):
+        table[line] = alone(with_memory, open_and_read, path, cache, read)
+    disk = path.stat().st_size, counts["bytes of all rows"], folder_bytes(cache)
+    lines = "the file", "a copy row by row", "the cache"
+    return {line: {"disk GB": size / 1e9} for line, size in zip(lines, disk, strict=True)} | table
 
 
-def memory(figures: dict) -> str:
-    return f"peak memory {figures['peak GB']:.2f} GB ({figures['own GB']:.2f} GB without mapped files)"
-
-
-def fact(name: str, text: str):
-    print(f"  {name:<18} {text}", flush=True)
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -219,7 +199,7 @@ def main():
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            check(args.rows, folder.resolve())
+            print_table(f"{args.rows:,} rows", measure_file(args.rows, folder.resolve()))
         except OSError as error:
             raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
 

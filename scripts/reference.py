@@ -1,4 +1,4 @@
-"""Run both stages on the built-in set, and check that they learn as well as they did when the figures were recorded.
+"""Run both stages on the built-in set, and check that they learn as well as when scripts/reference.json was recorded.
 
     python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
     python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
@@ -46,7 +46,7 @@ def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[f
         [step, held-out loss, grounding gap] of each measurement.
 
     Raises:
-        UsageError: If it fails; its output has been shown.
+        UsageError: If it fails; its output is above.
     """
     name, processes = stage.defaults["save_weight"], PROCESSES[stage]
     command = [sys.executable]
@@ -148,10 +148,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--quick", action="store_true", help="both stages on their first rows only")
     runs.add_argument("--wide", action="store_true", help="stage 2's first rows, 512 wide and 8 layers deep")
-    parser.add_argument("--seed", type=int, default=SEEDS[0], help="of the run that is compared")
-    what = "precision of the run that is compared (default: what training chooses); recorded are float32 runs"
+    parser.add_argument("--seed", type=int, default=SEEDS[0], help="seed of the run that is compared")
+    what = "precision of the run that is compared (default: what training chooses); the record is float32"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
-    what = "where runs are kept (default: out/reference, out/reference_quick or out/reference_wide)"
+    what = "folder of the runs (default: out/reference, out/reference_quick or out/reference_wide)"
     parser.add_argument("--folder", type=file_path, help=what)
     args = parser.parse_args(argv)
     size = "_quick" * args.quick + "_wide" * args.wide

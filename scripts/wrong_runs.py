@@ -1,8 +1,8 @@
-"""Let training go wrong on purpose, to show what held-out loss, grounding gap and descriptions look like then.
+"""Train with deliberate mistakes, to show what held-out loss, grounding gap and descriptions look like then.
 
     python scripts/wrong_runs.py      nine short runs on the built-in set (about ten minutes on two cores), then a table
 
-Two of them are right, for comparison. trainer/README.md explains the figures.
+Two of them are correct, for comparison. trainer/README.md explains the figures.
 """
 
 import json
@@ -65,7 +65,7 @@ def outcome(folder: Path) -> dict:
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--folder", type=file_path, help="where runs are kept (default: out/wrong_runs)")
+    parser.add_argument("--folder", type=file_path, help="folder of the runs (default: out/wrong_runs)")
     folder, results = parser.parse_args().folder or SAVE_DIR / "wrong_runs", {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):
         print(f"\n== {number}. {name}", flush=True)

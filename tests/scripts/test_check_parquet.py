@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UsageError
 from scripts import check_parquet
-from scripts.measure.memory import memory_in_use, peak_memory
+from scripts.bench.measuring import alone
 
 pytest_plugins = ["tiny"]
 
@@ -32,47 +32,32 @@ def test_a_file_of_the_published_form_has_each_picture_once_in_one_row_group(tmp
     assert any("reasoning_content" in turn for turn in turns)
 
 
-def test_rows_of_several_pictures_keep_each_picture_once_too(tmp_path, monkeypatch):
-    check_parquet.write_published_form(tmp_path / "whole.parquet", 300, per_row=4)
-    monkeypatch.setattr(check_parquet, "PIECE_ROWS", 70)
-    counts = check_parquet.write_published_form(tmp_path / "pieces.parquet", 300, per_row=4)
-
-    assert pq.read_table(tmp_path / "pieces.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
-    group = pq.ParquetFile(tmp_path / "pieces.parquet").metadata.row_group(0)
-    assert group.num_rows == 300 and group.column(1).has_dictionary_page
-    assert group.column(1).total_uncompressed_size < (counts["pictures"] + 2) * 2 * check_parquet.PICTURE_BYTES
-    assert counts["bytes of all rows"] > 300 * 3 * check_parquet.PICTURE_BYTES
-
-
 def test_it_prints_disk_memory_and_seconds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check_parquet, "measured", check_parquet.timed)  # a process of its own imports for seconds
+    monkeypatch.setattr(check_parquet, "alone", lambda function, *arguments: function(*arguments))  # in this process
     monkeypatch.setattr("sys.argv", ["check_parquet.py", "--rows", "300", "--folder", str(tmp_path / "made")])
     check_parquet.main()
     shown = capsys.readouterr().out
-    for name in ("the file", "a copy row by row", "opened first", "the cache", "opened again", "random samples"):
-        assert re.search(rf"^  {name} +.*\d", shown, re.MULTILINE), name
-    assert re.search(r"opened again +\d+\.\d s, peak memory \d\.\d\d GB \(\d\.\d\d GB without mapped files\)", shown)
-    assert re.search(r"rows +\d+ to learn from, 0 bad; rows of text: \d+", shown)
+    for line in ("the file", "a copy row by row", "the cache", "opened first", "opened again", "read in random order"):
+        assert re.search(rf"^  {line} +.*\d", shown, re.MULTILINE), line
+    title = next(line for line in shown.splitlines() if line.startswith("300 rows"))
+    assert title.split() == "300 rows disk GB s memory GB samples samples/s".split()
+    assert re.search(r"opened again +(\d+\.\d\d +){2}29\d", shown)  # less rows that call tools
 
 
-def growth_of_opening(path: Path, cache: Path) -> dict[str, float]:
+def memory_of_opening(path: Path, cache: Path) -> float:
     """Returns by how much opening the data makes this process grow, without mapped files, in GB."""
-    before = memory_in_use(os.getpid())[1] / 1e9
-    with peak_memory(os.getpid()) as peak:
-        data = check_parquet.opened(path, cache)
-        data.content_sha256  # noqa: B018 (the checkpoint's key)
-        held = memory_in_use(os.getpid())[1] / 1e9
-    return {"growth": max(held, peak["own GB"]) - before}
+    before = check_parquet.memory_in_use(os.getpid()) / 1e9
+    return check_parquet.with_memory(check_parquet.open_and_read, path, cache, 0)["memory GB"] - before
 
 
-def test_what_is_kept_is_small_and_opening_it_takes_hardly_any_memory(tmp_path):
+def test_the_cache_is_small_and_opening_it_takes_hardly_any_memory(tmp_path):
     path, cache = tmp_path / "rows.parquet", tmp_path / "cache"
     counts = check_parquet.write_published_form(path, 12_000)
-    check_parquet.open_it(path, cache)
+    check_parquet.open_data(path, cache)
     assert counts["bytes of all rows"] > 75e6
-    kept = check_parquet.folder_bytes(cache, "*")
-    assert kept < counts["bytes of all rows"] / 2
-    assert check_parquet.measured(growth_of_opening, path, cache)["growth"] < kept / 1e9 / 2
+    size = check_parquet.folder_bytes(cache)
+    assert size < counts["bytes of all rows"] / 2
+    assert -0.01 < alone(memory_of_opening, path, cache) < size / 1e9 / 2
 
 
 def test_too_few_rows_are_refused(monkeypatch):

@@ -2,17 +2,26 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from common.errors import UsageError
 from scripts import reference, wrong_runs
+from trainer.flags import build_parser
 
 
-def test_both_stages_on_their_first_rows_are_no_worse_than_recorded(tmp_path):
-    """The real scripts, on the built-in models; `python scripts/reference.py` runs both stages in full."""
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The curves and the folder of a quick run: the real scripts, on the built-in models."""
+    folder = tmp_path_factory.mktemp("reference")
     # The seed that learns best: another processor's rounding must not look like learning less.
-    curves = reference.run_quick(reference.SEEDS[0], tmp_path / "run")
+    return reference.run_quick(reference.SEEDS[0], folder), folder
+
+
+def test_both_stages_on_their_first_rows_are_no_worse_than_recorded(quick):
+    """`python scripts/reference.py` runs both stages in full."""
+    curves, _ = quick
     assert reference.compare(curves) == []
     assert curves.keys() <= json.loads(reference.RECORD.read_text(encoding="utf-8")).keys()
     for curve in curves.values():
@@ -76,25 +85,29 @@ def test_captions_get_the_pictures_of_other_rows():
     assert [row["image"] for row in rows] == ["3.jpg", "4.jpg", "5.jpg", "0.jpg", "1.jpg", "2.jpg"]
 
 
-def test_wrong_runs_end_in_a_table(tmp_path, monkeypatch, capsys):
-    """Each on 32 rows for one epoch, with the script's own flags; only the first and the last really run."""
-    lines = {stage.name: reference.first_rows(stage)[:32] for stage in reference.STAGES}
-    monkeypatch.setattr(wrong_runs, "first_rows", lambda stage: lines[stage.name])
-    monkeypatch.setattr(wrong_runs, "MANY_EPOCHS", 1)
+def test_wrong_runs_end_in_a_table(quick, tmp_path, monkeypatch, capsys):
+    """Each with the files of a run that was right."""
     monkeypatch.setattr("sys.argv", ["wrong_runs.py", "--folder", str(tmp_path)])
     ran = []
 
     def run_stage(stage, seed, folder, *flags):
-        ran.append((stage.name, folder.name, flags))
-        if len(ran) in (1, 9):
-            return reference.run_stage(stage, seed, folder, *flags)
-        return shutil.copytree(tmp_path / "1", folder, dirs_exist_ok=True)
+        (tmp_path / "1").mkdir(exist_ok=True)
+        (tmp_path / "1" / "pretrain_vlm_128.pth").touch()
+        args = build_parser(stage, "").parse_args(flags)
+        assert args.data_path.parent == folder
+        assert args.from_weight == "none" or Path(args.from_weight).is_file()
+        ran.append((stage.name, args.learning_rate, args.epochs))
+        name = stage.defaults["save_weight"]
+        for path in quick[1].glob(f"{name}_128[._]*"):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, folder / path.name)
 
     monkeypatch.setattr(wrong_runs, "run_stage", run_stage)
     wrong_runs.main()
     table = capsys.readouterr().out.splitlines()[-11:]
     assert table[0].split()[:4] == ["training", "held", "out", "gap"]
     assert table[1].startswith("stage 1 as it should be") and table[9].startswith("--learning_rate 0.2")
-    assert table[1].split()[6:9] == table[2].split()[4:7]  # copied
+    assert table[1].split()[6:9] == table[2].split()[4:7]
     assert table[10].split()[1] == "图中有一个物体：中间有一个小的绿色五角星。"
-    assert [stage for stage, _, _ in ran] == ["pretrain"] * 4 + ["sft"] * 5
+    assert [stage for stage, *_ in ran] == ["pretrain"] * 4 + ["sft"] * 5
+    assert [epochs for *_, epochs in ran] == [1, 1, wrong_runs.MANY_EPOCHS, *[1] * 6]

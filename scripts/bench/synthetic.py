@@ -1,8 +1,7 @@
-"""Made-up rows and models of the published size, for measuring; weights are random, which does not affect speed."""
+"""Synthetic rows and models of the published size; their weights are random, which does not affect speed."""
 
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,13 @@ from trainer.train_sft_vlm import STAGE as SFT
 STAGES = {stage.name: stage for stage in (PRETRAIN, SFT)}
 LAYERS = {512: 8, 768: 16}
 TOWER = CLIPVisionConfig(patch_size=16)  # ViT-B/16
-FOLDER = Path(tempfile.gettempdir()) / "minimind-v-benchmark"  # the made-up files, kept for later measurements
-IMAGES = 64
+FOLDER = Path(tempfile.gettempdir()) / "minimind-v-benchmark"  # written once, for all measurements
+BATCHES, IMAGES = 40, 64
 
 
-def load_data(args, rows: int) -> VLMDataset:
-    """Returns so many made-up rows as training reads them."""
+def load_data(args) -> VLMDataset:
+    """Returns BATCHES batches of synthetic rows, as training reads them."""
+    rows = BATCHES * args.batch_size
     images, path = FOLDER / "images", FOLDER / f"{args.stage}-{rows}.jsonl"
     tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
     if not path.is_file():
@@ -37,12 +37,13 @@ def load_data(args, rows: int) -> VLMDataset:
             noise.resize((128, 128)).save(images / f"{number}.jpg", quality=90)
         words = [tokenizer.decode([index]) for index in range(300, tokenizer.vocab_size)]
         words = [word for word in words if word.isalpha() and "\u4e00" <= word[0]]
-        made_up = (made_up_row(args.stage, f"{number % IMAGES}.jpg", words, rng) for number in range(rows))
-        path.write_text("".join(json.dumps(row) + "\n" for row in made_up), encoding="utf-8")
+        lines = (json.dumps(synthetic_row(args.stage, f"{n % IMAGES}.jpg", words, rng)) for n in range(rows))
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return VLMDataset(path, images, tokenizer, args.max_seq_len, VLMConfig().image_tokens)
 
 
-def made_up_row(stage: str, image: str, words: list[str], rng: np.random.Generator) -> dict:
+def synthetic_row(stage: str, image: str, words: list[str], rng: np.random.Generator) -> dict:
+    """Returns a caption of 20 to 80 tokens, or a dialogue of 200 to 1500."""
     if stage == "pretrain":
         lengths = [6, rng.integers(20, 81)]
     else:
@@ -68,13 +69,3 @@ def load_model(args) -> MiniMindVLM:
 
 def model_config(args) -> VLMConfig:
     return VLMConfig(hidden_size=args.hidden_size, num_hidden_layers=LAYERS[args.hidden_size])
-
-
-def timed(device: torch.device, function, *args, **kwargs):
-    """Returns the seconds of a call, the device's work included, and what it returned."""
-    sync = torch.get_device_module(device).synchronize
-    sync()
-    started = time.perf_counter()
-    result = function(*args, **kwargs)
-    sync()
-    return time.perf_counter() - started, result

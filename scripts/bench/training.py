@@ -1,0 +1,197 @@
+"""Measures training steps of this project beside those of a plain loop, and the loader alone."""
+
+import itertools
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.features import FeatureFolder, compute_features
+from dataset.lm_dataset import VLMCollator, VLMDataset
+from dataset.sampler import BatchSampler
+from scripts.bench.measuring import timed
+from scripts.bench.steps import RATE, Steps
+from scripts.bench.synthetic import STAGES, TOWER, load_data, load_model, model_config
+
+PLAIN, FIRST_EPOCH, KEPT_FEATURES = "plain", "this project, first epoch", "this project, kept features"
+TRAINING_LINES = (PLAIN, FIRST_EPOCH, KEPT_FEATURES)
+LOADER_LINES = ("loader, plain", "loader")
+LOADED_BATCHES = 250
+WARM_UP = {"cpu": 1, "mps": 1, "cuda": 30}  # steps
+
+
+class PlainData(Dataset):
+    """The rows of a data set, each image run through transformers' image processor at every read."""
+
+    def __init__(self, data: VLMDataset):
+        self.data = data
+        self.processor = (getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor)()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        [row] = self.data.read_rows([self.data.positions[index]])
+        input_ids = torch.tensor(row["input_ids"])
+        labels = torch.full_like(input_ids, -100)
+        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
+            labels[start:end] = input_ids[start:end]
+        [(path, _)] = self.data.picture_sources(row)
+        with Image.open(path) as image:
+            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        starts = torch.tensor(row["image_starts"])
+        return {"input_ids": input_ids, "labels": labels, "image_starts": starts, "pixel_values": pixels}
+
+
+def plain_loop(args) -> tuple[Iterator[dict], Callable[[dict], None]]:
+    """Returns the batches and the step of a loop as it is first written.
+
+    Rows are padded to the longest allowed, logits computed at all positions; on a GPU in autocast.
+    """
+    device, data, model = torch.device(args.device), load_data(args), load_model(args)
+    optimizer = torch.optim.AdamW([weight for weight in model.to(device).parameters() if weight.requires_grad], RATE)
+
+    def take(batch: dict):
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "labels", "pixel_values", "image_starts")}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return load(PlainData(data), args, VLMCollator(multiple=args.max_seq_len)), take
+
+
+def load(data: Dataset, args, collate: VLMCollator) -> Iterator[dict]:
+    """Yields batches in random order."""
+    sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)
+    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers))
+
+
+def measure_training(args, line: str) -> dict:
+    """Measures one way to train.
+
+    Returns:
+        Samples/s; the shares of useful tokens and of a matrix product's FLOP/s; peak memory.
+    """
+    device, encoding = torch.device(args.device), 0.0
+    product, warm_up = matrix_product_flops(device), WARM_UP[device.type]
+    with tempfile.TemporaryDirectory() as folder:
+        if line == PLAIN:
+            batches, take = plain_loop(args)
+        else:
+            steps = Steps(args, "compiled, captured" if device.type == "cuda" else "")
+            few = list(itertools.islice(steps.sampler(), warm_up + args.steps))
+            if line == KEPT_FEATURES or device.type != "cuda":  # on CUDA a first epoch encodes in its steps
+                encoding = encode_pictures(steps, few, Path(folder)) * (line == FIRST_EPOCH)
+            batches, take = steps.batches(few), steps.take
+
+        def take_steps(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            """Takes steps without a sync between them; returns each batch's (input_ids, labels)."""
+            taken = []
+            for batch in itertools.islice(batches, count):
+                take(batch)
+                taken.append((batch["input_ids"], batch["labels"]))
+            return taken
+
+        take_steps(warm_up)
+        seconds, taken = timed(device, take_steps, args.steps)
+    total = Counter()
+    for input_ids, labels in taken:
+        lengths = (input_ids != 0).sum(dim=1)
+        total.update(samples=len(lengths), useful=int(lengths.sum()), computed=input_ids.numel())
+        total.update(learned=int((labels != -100).sum()), squares=int((lengths**2).sum()))
+    seconds += encoding * total["samples"]
+    product = max(product, matrix_product_flops(device))  # before and after: one may be disturbed on a shared machine
+    return {
+        "samples/s": total["samples"] / seconds,
+        "useful": total["useful"] / total["computed"],
+        "product": model_flops(args, total, line == KEPT_FEATURES) / seconds / product,
+        "GB": peak_bytes(device) / 1e9,
+        "GFLOP/s": product / 1e9,
+    }
+
+
+def encode_pictures(steps: Steps, few: list[np.ndarray], folder: Path) -> float:
+    """Computes and keeps the features of these batches, as a run does before its first step off CUDA.
+
+    Returns:
+        Seconds a picture: the synthetic rows share few pictures, and are measured as if each had its own.
+    """
+    rows, model = steps.data.with_pixels(), steps.model
+    rows.positions = np.unique(rows.positions[np.concatenate(few)])
+    features = FeatureFolder(folder, "tower", (model.config.vision_patches, model.config.vision_hidden_size))
+    settings = rows, features, model.encode_images, steps.device, steps.workers
+    seconds, _ = timed(steps.device, compute_features, *settings)
+    steps.data.use_features(features)
+    return seconds / len(np.unique(rows.shown_pictures))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the most memory that this process has held, on the device or off."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def model_flops(args, total: dict, is_cached: bool) -> float:
+    """Returns the floating-point operations these counts need, without padding and logits that are not learned.
+
+    A matrix of N weights takes 2 N a token, causal attention 2 L^2 D forward. The backward pass takes as much again for
+    the activations, and in SFT once more for the weights; a frozen tower has none.
+
+    Args:
+        total: samples, useful and learned tokens, and squares, the sum of the squared lengths.
+        is_cached: The tower does not run.
+    """
+    config = model_config(args)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    key_value = config.num_key_value_heads * config.head_dim
+    before, after = width**2 + 2 * width * key_value, width**2 + 3 * width * config.intermediate_size  # attention
+    forward = 2 * (layers * before + (layers - 1) * after) * total["useful"] + 2 * layers * width * total["squares"]
+    # The last block's output is needed where something is learned.
+    forward += 2 * (after + width * config.vocab_size) * total["learned"]
+    backward = 2 if STAGES[args.stage].defaults["freeze_llm"] == "none" else 1
+    width, positions = TOWER.hidden_size, (TOWER.image_size // TOWER.patch_size) ** 2 + 1
+    layer = 4 * width**2 + 2 * width * TOWER.intermediate_size + 2 * positions * width
+    tower = 2 * positions * (TOWER.num_hidden_layers * layer + width * 3 * TOWER.patch_size**2)
+    return forward * (1 + backward) + (0 if is_cached else tower * total["samples"])
+
+
+def matrix_product_flops(device: torch.device) -> float:
+    """Returns FLOP/s of a large square matrix product: float32 on the CPU, bfloat16 on CUDA; median of five."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = [timed(device, torch.matmul, a, b)[0] for _ in range(6)]
+    return 2 * size**3 / median(seconds[1:])
+
+
+def measure_loader(args, line: str) -> dict:
+    """Returns images per second out of the loader alone."""
+    return {"images/s": load_batches_alone(args, line, LOADED_BATCHES)}
+
+
+def load_batches_alone(args, line: str, count: int) -> float:
+    """Returns images per second of this many batches, once all workers are at work."""
+    data = load_data(args)
+    if line == "loader, plain":
+        data = PlainData(data)
+    elif args.device.startswith("cuda"):
+        data = data.leaving_small_pictures()  # the GPU enlarges them
+    batches = load(data, args, VLMCollator())
+    for _ in range(5 * args.num_workers):
+        next(batches)
+    started = time.perf_counter()
+    images = sum(len(batch["input_ids"]) for batch in itertools.islice(batches, count))
+    return images / (time.perf_counter() - started)
