@@ -27,7 +27,7 @@ ROOMS = (
     ),
     *("trainer.watch", "trainer.step", "trainer.resume", "trainer.loop", "trainer.train_", "scripts", "eval_vlm"),
 )
-MOST_LINES = 16_600
+MOST_LINES = 16_100
 FILES = [
     path for path in ROOT.rglob("*.py") if not {".git", "tests", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
 ]
