@@ -276,11 +276,11 @@ def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, u
 
     chat = [turn("user", "What is 2 @ 3?"), turn("assistant", "<think>\nsum\n</think>\n\n5"), turn("user", "你好")]
     chat += [turn("assistant", "\n好") | {"reasoning_content": "\n想\n"}, turn("user", "Sure?")]
-    (tmp_path / "chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
-    user = [sys.executable, "-W", "ignore", USER, folder, tmp_path / "chats.json", tmp_path / "result.pt"]
+    Path(f"{folder}.chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
+    user = [sys.executable, "-W", "ignore", USER, folder]
     done = subprocess.run(list(map(str, user)), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = torch.load(tmp_path / "result.pt")
+    theirs = torch.load(f"{folder}.pt")
     [ours] = ChatEncoder(load_tokenizer(tokenizer), 64).encode([chat], add_generation_prompt=True)
     assert theirs["input_ids"].tolist() == [ours.input_ids]
     weights = read_weights(path)

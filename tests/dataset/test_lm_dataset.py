@@ -97,6 +97,7 @@ def encodings(monkeypatch):
         return encode(self, conversations, **options)
 
     monkeypatch.setattr(ChatEncoder, "encode", counted)
+    monkeypatch.setattr(ChatEncoder, "keeps_placeholders", lambda self: True)  # it encodes too
     return counts
 
 

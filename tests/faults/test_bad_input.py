@@ -509,13 +509,6 @@ def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):
         place.choose()
 
 
-def test_eval_reports_all_wrong_flags_at_once(world, out):
-    wrong = ["--max_new_tokens", 0, "--temperature", -1, "--top_p", 2, "--image", "a.jpg", "--image_dir", "b"]
-    world.run(EVAL, *world.eval_files(out), *wrong).refused(
-        "--max_new_tokens 0", "--temperature -1", "--top_p 2", "--image and"
-    )
-
-
 def test_a_garbled_tokenizer_is_refused(world, out, tmp_path):
     folder = shutil.copytree(world.tokenizer, tmp_path / "tokenizer")
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

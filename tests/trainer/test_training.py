@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,9 +176,8 @@ def test_what_comes_next_starts_from_these_weights(world, pretrained, tmp_path):
 
 
 def test_the_learning_rate_falls_to_a_tenth(pretrained, fine_tuned):
-    assert cosine_learning_rate(4e-4, 0.0) == 4e-4
-    assert cosine_learning_rate(4e-4, 0.5) == pytest.approx(2.2e-4)
-    assert cosine_learning_rate(4e-4, 1.0) == pytest.approx(4e-5)
+    args = SimpleNamespace(learning_rate=4e-4)
+    assert [cosine_learning_rate(args, done) for done in (0.0, 0.5, 1.0)] == pytest.approx([4e-4, 2.2e-4, 4e-5])
     rates = [record["learning_rate"] for record in fine_tuned.metrics]
     assert rates[0] == 1e-3
     assert rates == sorted(rates, reverse=True)
