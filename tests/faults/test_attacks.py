@@ -176,8 +176,6 @@ NO_COMMANDS += ("dataset_rows.py", "dataset_sources.py")
 
 HELPERS = "/bench/|/demo/|/share/"  # what the commands share
 COMMANDS = [name for name in SCRIPTS if not name.endswith(NO_COMMANDS) and not re.search(HELPERS, name)]
-    name for name in SCRIPTS if not name.endswith(NO_COMMANDS) and not re.search("/bench/|/demo/|/share/", name)
-]
 
 
 @pytest.mark.parametrize("script", COMMANDS)
