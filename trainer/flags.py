@@ -24,7 +24,7 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
         settings = ", ".join(f"{flag} {value:g}" for flag, value in stage.minimind_3v.items())
         epilog += f"\nFrom minimind-3v's weights the defaults are: {settings}."
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
-    add_model_flags(parser.add_argument_group("what is learned, and from what").add_argument, stage.defaults)
+    add_model_flags(parser.add_argument_group("model").add_argument, stage.defaults)
     add_file_flags(parser.add_argument_group("files").add_argument, stage)
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
     add_device_flags(parser.add_argument_group("device").add_argument)
@@ -89,7 +89,7 @@ def add_optimisation_flags(add, default: dict):
     add("--epochs", type=int, help=f"passes over the data (default: {default['epochs']})")
     add("--batch_size", type=int, help=f"samples per process and forward pass (default: {default['batch_size']})")
     add("--accumulation_steps", type=int, default=1, help="forward passes (micro-batches) per optimizer step")
-    what = "at the start; it falls along a cosine to a tenth"
+    what = "peak; cosine decay to 10 %%"
     add("--learning_rate", type=float, help=f"{what} (default: {default['learning_rate']:g})")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
     add("--seed", type=int, default=42, help="of the projection's first weights and the samples' order")
@@ -97,10 +97,11 @@ def add_optimisation_flags(add, default: dict):
 
 def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = "of matrix products (default: bfloat16 on GPUs that have it, float16 on others, on a CPU what is faster)"
+    what = "of matrix products (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
+    what += "that and heads are at least 32 wide, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
-    what = "1: compile tower and decoder (torch.compile), which takes a minute at the start and pays in a long run"
+    what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
     add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
