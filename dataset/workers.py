@@ -83,6 +83,8 @@ def prepare_worker(worker: int):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error
+    # The thread that hands over files of shared memory reports its errors here, while the main process waits for one.
+    sys.excepthook = lambda *error: os._exit(1)
     # Tracebacks of its threads and of its end; what it cannot send or do, the main process tells.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
 
