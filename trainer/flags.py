@@ -114,7 +114,7 @@ def add_device_flags(add):
 def add_saving_flags(add):
     add("--save_interval", type=int, default=100, help="optimizer steps between checkpoints")
     add("--save_minutes", type=float, default=10, help="minutes after which one is saved in any case")
-    what = "1: resume from the last checkpoint; 0: begin anew, even over a run that did not finish"
+    what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
     what = "optimizer steps between log lines; the first comes after step 1"
     add("--log_interval", type=int, help=f"{what} (default: {LOG_INTERVAL})")

@@ -187,7 +187,7 @@ def test_every_model_of_the_benchmark_has_the_same_weights(tmp_path, monkeypatch
     assert all(map(torch.equal, *weights))
 
 
-def test_where_graphs_do_not_fit_the_run_goes_on_without(monkeypatch):
+def test_where_graphs_do_not_fit_the_run_goes_on_without():
     """As on a GPU whose memory the graphs' pool fills: the step is taken once, uncaptured, with fresh gradients."""
     (plain_model, plain), (model, context) = context_of("none"), context_of("none")
     captured, batches = CapturedStep(train_step, context, BATCH), [batch_of(272, 40)] * 3
