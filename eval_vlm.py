@@ -23,25 +23,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch  # noqa: E402
-from transformers import TextStreamer  # noqa: E402
+import torch
+from transformers import TextStreamer
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number, temperature  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import EVAL_IMAGES_DIR, display_path, printable  # noqa: E402
-from dataset.conversation import IMAGE_TAG  # noqa: E402
-from dataset.foreign import PICTURE_SUFFIXES, is_picture  # noqa: E402
-from dataset.lm_dataset import VLMDataset  # noqa: E402
-from dataset.pictures import HEIC_CURE, PictureError  # noqa: E402
-from dataset.scenes.draw import draw, heldout_scenes  # noqa: E402
-from dataset.scenes.language import DESCRIBE, LANGUAGES  # noqa: E402
-from dataset.tokenizer import quiet_libraries  # noqa: E402
-from dataset.typed_paths import file_of, find_pictures  # noqa: E402
-from trainer.support.processes import Processes  # noqa: E402
-from trainer.support.trained import SAMPLING, SAMPLING_3V, add_model_flags, find_trained  # noqa: E402
-from trainer.watch.assistant import Assistant, add_speed_flags  # noqa: E402
-from trainer.watch.heldout import Evaluator, exact_match, perplexity  # noqa: E402
-from trainer.watch.scene_table import scene_table  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path, number, temperature
+from common.errors import UsageError, run_script
+from common.paths import EVAL_IMAGES_DIR, display_path, printable
+from dataset.conversation import IMAGE_TAG
+from dataset.foreign import PICTURE_SUFFIXES, is_picture
+from dataset.lm_dataset import VLMDataset
+from dataset.pictures import HEIC_CURE, PictureError
+from dataset.scenes.draw import draw, heldout_scenes
+from dataset.scenes.language import DESCRIBE, LANGUAGES
+from dataset.tokenizer import quiet_libraries
+from trainer.answering.assistant import Assistant, add_speed_flags
+from trainer.answering.loaded_model import SAMPLING, SAMPLING_3V, add_model_flags, find_model
+from trainer.answering.typed_paths import file_of, find_pictures
+from trainer.evaluate import Evaluator, exact_match, perplexity
+from trainer.report.scene_table import scene_table
+from trainer.support.processes import Processes
 
 DRAWN_EVAL_IMAGES = 8
 CHAT_HELP = """Type a question; name a picture in it by its path, or add one before:
@@ -104,7 +104,7 @@ class Chat:
     """Asks a model, and prints what it answers."""
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
-        loaded, self.max_new_tokens = find_trained(args), args.max_new_tokens
+        loaded, self.max_new_tokens = find_model(args), args.max_new_tokens
         typed = {name: getattr(args, name) for name in loaded.sampling if getattr(args, name) is not None}
         self.sampling = loaded.sampling | typed
         torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack

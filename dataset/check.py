@@ -20,18 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of  # noqa: E402
-from dataset.chat import has_image_pad  # noqa: E402
-from dataset.formats import RIGHT_FORM, hash_63  # noqa: E402
-from dataset.lm_dataset import VLMDataset, bad_rows_limit  # noqa: E402
-from dataset.pictures import PictureError, load_picture  # noqa: E402
-from dataset.tokenizer import load_tokenizer, quiet_libraries  # noqa: E402
-from model.model_vlm import VLMConfig  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
+from dataset.chat import has_image_pad
+from dataset.formats import RIGHT_FORM, hash_63
+from dataset.lm_dataset import VLMDataset, bad_rows_limit
+from dataset.pictures import PictureError, load_picture
+from dataset.tokenizer import load_tokenizer, quiet_libraries
+from model.model_vlm import VLMConfig
 
 WIDTH, BAR = 80, 40  # characters of a line, and of a histogram's longest bar
 BINS = 10

@@ -74,7 +74,7 @@ def load_parquet(path: Path, image_tokens: int, cache_dir=None) -> tuple[dataset
                 time.sleep(0.2)
                 continue
             if not folder.is_dir():
-                bring_in(path, folder, image_tokens)
+                import_file(path, folder, image_tokens)
             del held
     except (pa.ArrowException, OSError, ValueError) as error:
         raise data_error(path, error) from error
@@ -89,7 +89,7 @@ def kept_table(folder: Path, name: str) -> datasets.Dataset:
     return datasets.Dataset(table, fingerprint=f"{name}-{folder.name}")
 
 
-def bring_in(path: Path, folder: Path, image_tokens: int):
+def import_file(path: Path, folder: Path, image_tokens: int):
     """Makes a file's folder of the cache, whole or not at all, and removes that of the file's former content."""
     remove_former(path, folder)
     with pq.ParquetFile(path, memory_map=True) as file:

@@ -11,10 +11,10 @@ from common.errors import UsageError
 from dataset.chat import BROKEN, BROKEN_IMAGE, ChatEncoder
 from dataset.conversation import IMAGE_TAG
 from dataset.lm_dataset import VLMDataset
+from model.vlm_config import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
-FORMS = tuple(form for line in ("", NEWLINE) for form in (f"{PROMPT}{line}{IMAGE_TAG}", f"{IMAGE_TAG}{line}{PROMPT}"))
-DEFAULT_FORM = f"{PROMPT}{NEWLINE}{IMAGE_TAG}"
+DEFAULT_FORM = PROMPT_FORMS[0]
 ROWS_LOOKED_AT = 256
 
 
@@ -33,7 +33,7 @@ def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
 
 
 def usual_form(data: VLMDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the most common of FORMS among rows with one image; the default if that is at least half as common.
+    """Returns the most common form among rows with one image; the default if that is at least half as common.
 
     A model answers worse when asked in a form it was not trained on. Samples at most 256 rows, evenly spaced.
     """

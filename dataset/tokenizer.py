@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import TOKENIZER_3V_DIR, display_path
-from dataset.chat import ChatEncoder
+from dataset.chat import ChatEncoder, image_token_id
+from model.weights import Weights
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -43,6 +44,32 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the SHA-256 (hex) of everything that decides which ids a text gets."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+
+
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, tokenizer):
+    """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
+
+    Weights without a sidecar do not say their tokenizer, but their generation gives the id of an image's placeholder.
+    """
+    vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
+    expected = weights.sidecar.get("tokenizer_sha256")
+    if expected is not None and expected != tokenizer_sha256:
+        raise UsageError(
+            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
+            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
+            "--tokenizer_path"
+        )
+    if expected is None and placeholder != weights.config.image_token_id:
+        raise UsageError(
+            f"an image is token {weights.config.image_token_id} to {display_path(weights.path)}, but {placeholder} in "
+            f"the tokenizer {display_path(tokenizer_path)}: they are of different generations; name the right one with "
+            "--tokenizer_path"
+        )
+    if vocab_size > weights.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer {display_path(tokenizer_path)} has {vocab_size} tokens, {display_path(weights.path)} only "
+            f"{weights.config.vocab_size}: they do not belong together"
+        )
 
 
 def quiet_libraries(is_main: bool):

@@ -272,7 +272,7 @@ class MoEFeedForward(nn.Module):
         return self.alpha * (share_BX * score_BX).sum(dim=-1)
 
 
-def everywhere(states: torch.Tensor) -> torch.Tensor:
+def identity(states: torch.Tensor) -> torch.Tensor:
     return states
 
 
@@ -287,7 +287,7 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick=everywhere):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick=identity):
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position, pick)
         hidden_states = pick(hidden_states) + self.dropout(attended)
@@ -365,7 +365,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return self
 
     def forward(
-        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None, pick=everywhere
+        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None, pick=identity
     ):
         """Runs the blocks over (B, L, D); returns normed hidden states, and the balancing loss per sequence or None.
 
@@ -383,10 +383,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         hidden_states, aux_losses = self.dropout(inputs_embeds), []
         # The experts of the last block are balanced over all positions, so with experts none is left out there.
-        early, late = (everywhere, pick) if self.config.use_moe else (pick, everywhere)
+        early, late = (identity, pick) if self.config.use_moe else (pick, identity)
         for layer in self.layers:
             inputs = hidden_states, rotary, attention_mask, cache, cache_position, token_mask
-            hidden_states, aux_loss = layer(*inputs, early if layer is self.layers[-1] else everywhere)
+            hidden_states, aux_loss = layer(*inputs, early if layer is self.layers[-1] else identity)
             aux_losses.append(aux_loss)
         return self.norm(late(hidden_states)), sum(aux_losses) if self.config.use_moe else None
 

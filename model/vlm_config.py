@@ -20,6 +20,8 @@ MINIMIND_3V = {
     "vision_patches": 64,
     "projector": "norm_mlp",
 }
+# Where a prompt has its images; the first is the default.
+PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
 SMALL, SIZE, ID = Range(int, 1, 1 << 10), Range(int, 1, 1 << 20), Range(int, 0, 1 << 24)
 CONFIG = {  # what a file may say; VLMConfig refuses what does not fit together
     **{f"{name}?": SMALL for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")},

@@ -22,19 +22,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import write_atomically  # noqa: E402
-from scripts.bench.checks import CHECKS, check  # noqa: E402
-from scripts.bench.generation import GENERATE_LINES, measure_generate  # noqa: E402
-from scripts.bench.gpu import measure_gpu  # noqa: E402
-from scripts.bench.measuring import measure_rounds, print_table  # noqa: E402
-from scripts.bench.synthetic import LAYERS, STAGES  # noqa: E402
-from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training  # noqa: E402
-from trainer.support.processes import cores, pick_device  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import write_atomically
+from scripts.bench.checks import CHECKS, check
+from scripts.bench.generation import GENERATE_LINES, measure_generate
+from scripts.bench.gpu import measure_gpu
+from scripts.bench.measuring import measure_rounds, print_table
+from scripts.bench.synthetic import LAYERS, STAGES
+from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training
+from trainer.support.processes import cores, pick_device
 
 # Each function takes the settings and a line, and returns the line's figures.
 MEASUREMENTS = {

@@ -25,9 +25,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import (  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.paths import (
     DATASET_DIR,
     EXAMPLE_PHOTO,
     ROOT,
@@ -38,7 +38,7 @@ from common.paths import (  # noqa: E402
     TOWER_3V_DIR,
     TOWER_DIR,
 )
-from scripts.transfer import (  # noqa: E402
+from scripts.data.transfer import (
     RemoteFile,
     fetch,
     has_checksum,

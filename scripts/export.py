@@ -26,29 +26,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import whole_folder, write_together  # noqa: E402
-from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path  # noqa: E402
-from dataset.chat import has_image_pad  # noqa: E402
-from dataset.conversation import IMAGE_TAG  # noqa: E402
-from dataset.pictures import PictureError, PictureFormat, load_picture  # noqa: E402
-from model.projectors import PROJECTORS  # noqa: E402
-from model.tower_files import read_tower_weights  # noqa: E402
-from model.vlm_config import VLMConfig  # noqa: E402
-from trainer.support.llava import DECODER, TOWER, projector_to_llava, to_transformers  # noqa: E402
-from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
-from trainer.weights import TRAINING  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import whole_folder, write_together
+from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path
+from dataset.chat import has_image_pad
+from dataset.conversation import IMAGE_TAG
+from dataset.pictures import PictureError, PictureFormat, load_picture
+from model.projectors import PROJECTORS
+from model.tower_files import read_tower_weights
+from model.transformers_names import DECODER, TOWER, projector_to_llava, to_transformers
+from model.vlm_config import VLMConfig
+from model.weights import TRAINING
+from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 
 SHARE = Path(__file__).parent / "share"
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
 
 
-def chat_template(trained: Trained) -> str:
+def chat_template(trained: LoadedModel) -> str:
     """Returns the prompt as a Jinja template; parts of a content are joined as in most training rows.
 
     Templates keep every line break and space that is not Jinja's, so those that indent the files are removed.
@@ -87,7 +87,7 @@ def text_config(config: VLMConfig) -> dict:
     return {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]} | shared | shape
 
 
-def llava_config(trained: Trained, image_token_id: int) -> dict:
+def llava_config(trained: LoadedModel, image_token_id: int) -> dict:
     """Returns the whole model as transformers' LLaVA.
 
     Raises:
@@ -119,7 +119,7 @@ def llava_config(trained: Trained, image_token_id: int) -> dict:
     }
 
 
-def tokenizer_files(trained: Trained, sees_images: bool) -> tuple[dict[str, dict], int | None]:
+def tokenizer_files(trained: LoadedModel, sees_images: bool) -> tuple[dict[str, dict], int | None]:
     """Returns the tokenizer's files by name, and the id of `<image>`: the token of a byte that no text has.
 
     `@` cannot be LLaVA's image token: its processor refuses a text with more of them than images.
@@ -141,7 +141,7 @@ def tokenizer_files(trained: Trained, sees_images: bool) -> tuple[dict[str, dict
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}, image_token_id
 
 
-def processor_files(trained: Trained) -> dict[str, dict]:
+def processor_files(trained: LoadedModel) -> dict[str, dict]:
     """Returns what LlavaProcessor and its image processor are made of, by file name."""
     tower, side = trained.tower, trained.tower.config.image_size
     pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
@@ -159,7 +159,7 @@ def in_half_where_exact(tensor: torch.Tensor) -> torch.Tensor:
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
-def write_transformers(trained: Trained, folder: Path):
+def write_transformers(trained: LoadedModel, folder: Path):
     """Writes a LlavaForConditionalGeneration, or the decoder alone where the weights have no projection.
 
     Raises:
@@ -187,7 +187,7 @@ def write_transformers(trained: Trained, folder: Path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_token: str):
+def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str, class_token: str):
     """Writes the text model, the mmproj where the weights have a projection, Ollama's Modelfile, and the sidecar.
 
     Raises:
@@ -216,7 +216,7 @@ def write_gguf(trained: Trained, folder: Path, name: str, quant: str, class_toke
     (folder / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
 
 
-def write_pictures(trained: Trained, pictures: list[Path], folder: Path) -> list[Path]:
+def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> list[Path]:
     """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths.
 
     Raises:
@@ -255,7 +255,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    trained = find_trained(args)
+    trained = find_model(args)
     if args.picture:
         folder = (args.folder or args.save_dir or SAVE_DIR).absolute()
         try:

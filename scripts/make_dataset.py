@@ -33,22 +33,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import not_a_file, whole_folder  # noqa: E402
-from common.paths import display_path, printable  # noqa: E402
-from dataset import check  # noqa: E402
-from dataset.conversation import RowError  # noqa: E402
-from dataset.scenes.language import DESCRIBE  # noqa: E402
-from scripts.dataset_rows import RowMaker  # noqa: E402
-from scripts.dataset_sources import Row, read_source  # noqa: E402
-from trainer.support.processes import cores  # noqa: E402
-from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import not_a_file, whole_folder
+from common.paths import display_path, printable
+from dataset import check
+from dataset.conversation import RowError
+from dataset.scenes.language import DESCRIBE
+from scripts.data.rows import RowMaker
+from scripts.data.sources import Row, read_source
+from trainer.support.processes import cores
+from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 SPLITS = ("train", "heldout")

@@ -24,19 +24,19 @@ from huggingface_hub.utils import validate_repo_id
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import RECORD, hash_of  # noqa: E402
-from common.files import read_record as read_export_record  # noqa: E402
-from common.paths import display_path, printable  # noqa: E402
-from model.vlm_config import config_fields  # noqa: E402
-from scripts.report import find_run  # noqa: E402
-from scripts.share.model_card import CARD, PICTURES, Model, card_files  # noqa: E402
-from scripts.transfer import human  # noqa: E402
-from trainer.flags import build_parser  # noqa: E402
-from trainer.train_sft_vlm import STAGE  # noqa: E402
-from trainer.watch.page import Record, read_record  # noqa: E402
-from trainer.weights import PACKAGES, SIDECAR, TRAINING, read_folder, read_training, read_weights  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import RECORD, hash_of
+from common.files import read_record as read_export_record
+from common.paths import display_path, printable
+from model.vlm_config import config_fields
+from model.weights import PACKAGES, SIDECAR, TRAINING, read_folder, read_training, read_weights
+from scripts.data.transfer import human
+from scripts.report import find_run
+from scripts.share.model_card import CARD, PICTURES, Model, card_files
+from trainer.flags import build_parser
+from trainer.report.page import Record, read_record
+from trainer.train_sft_vlm import STAGE
 
 # All that is published of an exported folder, and only as scripts/export.py wrote it.
 EXPORTED = (

@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import ROOT, SAVE_DIR, display_path  # noqa: E402
-from trainer.setup import ENDINGS  # noqa: E402
-from trainer.watch.page import METRICS, write_report  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.paths import ROOT, SAVE_DIR, display_path
+from trainer.report.page import METRICS, write_report
+from trainer.setup import ENDINGS
 
 A_RUN = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
 

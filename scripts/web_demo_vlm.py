@@ -18,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, number, temperature  # noqa: E402
-from common.errors import Stopped, UsageError, run_script  # noqa: E402
-from dataset.tokenizer import quiet_libraries  # noqa: E402
-from scripts.demo.chat import CLOSING, LARGEST_FILE, MOST_PICTURES, Models  # noqa: E402
-from trainer.support.processes import Processes  # noqa: E402
-from trainer.support.signals import SIGNALS  # noqa: E402
-from trainer.support.trained import add_model_flags  # noqa: E402
-from trainer.watch.assistant import add_speed_flags  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, number, temperature
+from common.errors import Stopped, UsageError, run_script
+from dataset.tokenizer import quiet_libraries
+from scripts.demo.chat import CLOSING, LARGEST_FILE, MOST_PICTURES, Models
+from trainer.answering.assistant import add_speed_flags
+from trainer.answering.loaded_model import add_model_flags
+from trainer.support.processes import Processes
+from trainer.support.signals import SIGNALS
 
 
 def parse_arguments(argv=None) -> Namespace:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
-from tiny import EVAL, PRETRAIN, SFT, World, read_jsonl  # noqa: E402
-from tiny_models import save_siglip, save_tokenizer_3v  # noqa: E402
+import torch
+from tiny import EVAL, PRETRAIN, SFT, World, read_jsonl
+from tiny_models import save_siglip, save_tokenizer_3v
 
-from model.model_vlm import MiniMindVLM, VLMConfig  # noqa: E402
-from model.vlm_config import MINIMIND_3V  # noqa: E402
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.vlm_config import MINIMIND_3V
 
 LEARNS = ["--learning_rate", "1e-3", "--log_interval", "1", "--epochs", "2", "--batch_size", "4"]
 EXPERTS = ["--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "2", "--use_moe", "1"]

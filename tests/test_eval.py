@@ -14,12 +14,12 @@ from tiny import EVAL, PICTURES, PRETRAIN, ROOT, SFT, write_jsonl
 from common.errors import UsageError
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.pictures import PICTURE_FORMATS
-from dataset.typed_paths import find_pictures
 from eval_vlm import parse_arguments
+from model import weights as checkpoint
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer import weights as checkpoint
-from trainer.support import trained
-from trainer.watch.assistant import in_precision
+from trainer.answering import loaded_model as trained
+from trainer.answering.assistant import in_precision
+from trainer.answering.typed_paths import find_pictures
 
 pytest_plugins = ["tiny"]
 

@@ -22,12 +22,12 @@ from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
-from scripts.check_parquet import write_published_form
+from model.weights import Weights, read_weights
+from scripts.bench.check_parquet import write_published_form
 from scripts.demo.chat import Models
 from scripts.web_demo_vlm import parse_arguments
-from trainer.assets import choose_assets
-from trainer.support.trained import add_model_flags, find_trained
-from trainer.weights import Weights, read_weights
+from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.bundles import choose_assets
 
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
@@ -157,7 +157,7 @@ def test_each_generation_draws_answers_as_its_recipe_says(published, tmp_path):
     page = [
         Models(parse_arguments([*where, *given]), torch.device("cpu"), tmp_path) for given in ([], ["--top_p", "1"])
     ]
-    trained = find_trained(page[0].args)
+    trained = find_model(page[0].args)
     temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
     assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
     assert [demo.sampling for demo in page] == [trained.sampling, trained.sampling | {"top_p": 1}]
@@ -188,13 +188,13 @@ def test_the_data_is_checked_with_its_tokenizer(world, published):
 
 def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch):
     is_3v = published.weights.endswith("3v")
-    for module in ("trainer.support.trained", "trainer.assets"):
+    for module in ("trainer.answering.loaded_model", "trainer.bundles"):
         for kind, folder in (("TOWER", published.tower), ("TOKENIZER", published.tokenizer)):
             monkeypatch.setattr(f"{module}.{kind}{'_3V' * is_3v}_DIR", published.fetched / folder)
     weights = published.fetched / published.weights
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
-    trained = find_trained(parser.parse_args(["--save_dir", str(weights)]))
+    trained = find_model(parser.parse_args(["--save_dir", str(weights)]))
     start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
     start["save_weight"] = "sft_vlm"
     data = {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None}

@@ -11,7 +11,10 @@ import pytest
 
 import eval_vlm
 from dataset import check
-from scripts import check_llama_cpp, check_looking, check_parquet, download, export, make_dataset, publish, web_demo_vlm
+from scripts import download, export, make_dataset, publish, web_demo_vlm
+from scripts.bench import check_parquet
+from scripts.builtin import check_looking
+from scripts.share import check_llama_cpp
 from trainer import train_pretrain_vlm, train_sft_vlm
 from trainer.flags import build_parser
 
@@ -43,9 +46,9 @@ PARSERS = {
     "trainer/train_pretrain_vlm.py": build_parser(train_pretrain_vlm.STAGE, "").parse_args,
     "trainer/train_sft_vlm.py": build_parser(train_sft_vlm.STAGE, "").parse_args,
     "eval_vlm.py": eval_vlm.parse_arguments,
-    "scripts/check_llama_cpp.py": check_llama_cpp.parse_arguments,
-    "scripts/check_looking.py": check_looking.parse_arguments,
-    "scripts/check_parquet.py": check_parquet.parse_arguments,
+    "scripts/share/check_llama_cpp.py": check_llama_cpp.parse_arguments,
+    "scripts/builtin/check_looking.py": check_looking.parse_arguments,
+    "scripts/bench/check_parquet.py": check_parquet.parse_arguments,
     "scripts/download.py": download.parse_args,
     "scripts/export.py": export.parse_arguments,
     "scripts/make_dataset.py": make_dataset.parse_arguments,

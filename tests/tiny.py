@@ -297,8 +297,8 @@ def serve():
     """Forks a process per job for each line of jobs (JSON) on standard input; prints their exit statuses."""
     for module in ("trainer.loop", "dataset.scenes.draw", "transformers", "pyarrow.parquet"):
         __import__(module)
-    sys.modules["trainer.watch.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
-    sys.modules["trainer.watch.samples"].LOOKING_SECONDS = -1.0  # nor maps of what they look at
+    sys.modules["trainer.report.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
+    sys.modules["trainer.report.samples"].LOOKING_SECONDS = -1.0  # nor maps of what they look at
     gc.freeze()  # a garbage collection in a forked process would copy every imported page
     for line in sys.stdin:
         processes = []
@@ -348,10 +348,10 @@ def run_job(job: dict) -> int:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from trainer.support import processes  # noqa: E402
+from trainer.support import processes
 
 torch.set_num_threads(1)
 processes.cpu_has_bfloat16 = lambda: False  # what the tests compare bit by bit must not depend on the processor

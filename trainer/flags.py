@@ -8,7 +8,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
-from trainer.assets import choose_assets, starts_from_3v
+from trainer.bundles import choose_assets, starts_from_3v
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 

@@ -15,6 +15,10 @@ from dataset.lm_dataset import VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
+from trainer.report.header import print_header
+from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
+from trainer.report.progress import Progress, clock, open_progress
+from trainer.report.watcher import Watch
 from trainer.resume import (
     Checkpoints,
     TrainState,
@@ -30,10 +34,6 @@ from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
 from trainer.support.signals import StopSignals
-from trainer.watch.header import print_header
-from trainer.watch.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.watch.progress import Progress, clock, open_progress
-from trainer.watch.watcher import Watch
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):

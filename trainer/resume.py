@@ -15,8 +15,8 @@ from common.paths import display_path
 from dataset.features import tower_sha256
 from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
+from model import weights as weight_io
 from model.model_vlm import MiniMindVLM
-from trainer import weights as weight_io
 from trainer.setup import REPORTED, SAVED, Run, is_unfinished
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")

@@ -25,11 +25,11 @@ from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
 from dataset.scenes.draw import draw_builtin_dataset
-from dataset.tokenizer import load_tokenizer, quiet_libraries, tokenizer_hash
+from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
+from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
-from trainer import weights as weight_io
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
@@ -153,7 +153,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     sha256 = tokenizer_hash(tokenizer)
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
-        weight_io.check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
+        check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
     tower = read_tower_settings(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))

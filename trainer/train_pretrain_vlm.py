@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import run_script  # noqa: E402
-from trainer.flags import parse_arguments  # noqa: E402
-from trainer.loop import train  # noqa: E402
-from trainer.setup import freeze, load_data, load_model, prepare_run  # noqa: E402
-from trainer.stage import Stage, answer_loss  # noqa: E402
-from trainer.support.processes import Processes  # noqa: E402
+from common.errors import run_script
+from trainer.flags import parse_arguments
+from trainer.loop import train
+from trainer.setup import freeze, load_data, load_model, prepare_run
+from trainer.stage import Stage, answer_loss
+from trainer.support.processes import Processes
 
 STAGE = Stage(
     name="pretrain",

@@ -6,11 +6,11 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.answers import generate
 from model.model_vlm import MiniMindVLM
 from scripts.bench.measuring import timed
 from scripts.bench.synthetic import model_config
-from trainer.watch.answers import generate
-from trainer.watch.assistant import in_precision
+from trainer.answering.assistant import in_precision
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 230, 64, 5
 GENERATE_LINES = {  # samples at once, and how

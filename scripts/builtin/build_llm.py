@@ -27,18 +27,18 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import file_path  # noqa: E402
-from common.files import write_together  # noqa: E402
-from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR  # noqa: E402
-from dataset.chat import IMAGE_CHARACTER, ChatEncoder  # noqa: E402
-from dataset.scenes import language  # noqa: E402
-from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene  # noqa: E402
-from dataset.scenes.language import LANGUAGES, Facts, Language  # noqa: E402
-from dataset.tokenizer import tokenizer_hash  # noqa: E402
-from model.model_minimind import MiniMindForCausalLM  # noqa: E402
-from model.model_vlm import VLMConfig  # noqa: E402
-from scripts.builtin import build_tower  # noqa: E402
-from trainer.weights import describe, weight_files, weight_name  # noqa: E402
+from common.cli import file_path
+from common.files import write_together
+from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
+from dataset.chat import IMAGE_CHARACTER, ChatEncoder
+from dataset.scenes import language
+from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene
+from dataset.scenes.language import LANGUAGES, Facts, Language
+from dataset.tokenizer import tokenizer_hash
+from model.model_minimind import MiniMindForCausalLM
+from model.model_vlm import VLMConfig
+from model.weights import describe, weight_files, weight_name
+from scripts.builtin import build_tower
 
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 # As captions spell them in either language, so that a caption only takes copying. In the order of the tower's TARGETS.

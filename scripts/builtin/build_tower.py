@@ -29,10 +29,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.paths import BUILTIN_MODEL_DIR  # noqa: E402
-from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene  # noqa: E402
-from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.paths import BUILTIN_MODEL_DIR
+from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
+from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
 
 CONFIG = CLIPVisionConfig(
     hidden_size=128,

@@ -24,9 +24,9 @@ from common.paths import EXAMPLE_PHOTO, SAVE_DIR
 from dataset.conversation import IMAGE_TAG
 from dataset.pictures import PictureError
 from dataset.scenes.draw import draw, heldout_scenes
-from trainer.support.trained import find_trained
-from trainer.watch.assistant import Assistant
-from trainer.watch.page import mask_of
+from trainer.answering.assistant import Assistant
+from trainer.answering.loaded_model import find_model
+from trainer.report.page import mask_of
 
 LARGEST_FILE = 20 * 2**20  # bytes
 MOST_PICTURES, LONGEST_QUESTION = 8, 4000  # in a conversation; characters
@@ -72,7 +72,7 @@ class Models:
 
     def __init__(self, args: Namespace, device: torch.device, folder: Path):
         self.args, self.device, self.lock = args, device, threading.Lock()
-        first = find_trained(args)
+        first = find_model(args)
         self.first = first.weights.path.stem if args.load_from == "model" else str(args.load_from)
         typed = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
         self.sampling = first.sampling | typed
@@ -90,7 +90,7 @@ class Models:
         if name != self.first:
             path = (args.save_dir or SAVE_DIR) / f"{name}.pth"
             args = Namespace(**vars(args) | {"load_from": "model", "weight": str(path), "hidden_size": None})
-        return Assistant(find_trained(args), self.device, args.dtype, args.compile)
+        return Assistant(find_model(args), self.device, args.dtype, args.compile)
 
     def get(self, name: str) -> Assistant:
         """Returns the model of that name; raises Refused."""

@@ -16,10 +16,10 @@ from datasets import Dataset, Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.prompts import with_images  # noqa: E402
-from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes  # noqa: E402
-from dataset.scenes.grading import Score, score  # noqa: E402
-from dataset.scenes.language import DESCRIBE, Facts, caption  # noqa: E402
+from dataset.prompts import with_images
+from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.grading import Score, score
+from dataset.scenes.language import DESCRIBE, Facts, caption
 
 
 def process_docs(_: Dataset) -> Dataset:

@@ -16,7 +16,7 @@ from dataset.pictures import PictureFormat, preprocess_image
 from dataset.scenes.draw import draw, heldout_scenes
 from model.tower_files import read_tower_weights
 from model.vision_tower import load_vision_tower
-from trainer.support.trained import Trained
+from trainer.answering.loaded_model import LoadedModel
 
 # |x| times this is beyond the range of llama.cpp's half-precision GELU table, where its GELU is exact.
 GELU_SCALE = 2.0**12
@@ -59,7 +59,7 @@ def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str 
     writer.close()
 
 
-def write_text(trained: Trained, path: Path, name: str, quant: str, chat_template: str):
+def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_template: str):
     """Writes the decoder and its tokenizer."""
     config = trained.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -96,7 +96,7 @@ def rotary_to_gguf(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, head_size // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, trained: Trained):
+def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
     """Adds the vocabulary and merges of a byte-level BPE; ids of the model that the tokenizer lacks become padding."""
     content, types = json.loads(trained.tokenizer.backend_tokenizer.to_str()), gguf.TokenType
     tokens = {number: (name, types.NORMAL) for name, number in content["model"]["vocab"].items()}
@@ -115,7 +115,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: Trained):
     writer.add_add_eos_token(False)
 
 
-def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
+def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
     """Writes the tower and the projection, in float32.
 
     Args:
@@ -163,7 +163,7 @@ def write_mmproj(trained: Trained, path: Path, name: str, class_token: str):
 
 
 @torch.no_grad()
-def find_class_state(trained: Trained) -> torch.Tensor | None:
+def find_class_state(trained: LoadedModel) -> torch.Tensor | None:
     """Returns the class token's state before the first layer, (width,), the same for all images.
 
     None where patches of drawn, grey or noisy images come so near to it that they could be taken for it.

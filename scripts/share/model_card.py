@@ -18,9 +18,9 @@ from common.paths import TOWER_DIR, display_path
 from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
-from trainer.watch import charts, page
-from trainer.watch.charts import Series, line_chart, tick_label
-from trainer.watch.samples import as_text
+from trainer.report import charts, page
+from trainer.report.charts import Series, line_chart, tick_label
+from trainer.report.samples import as_text
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768

@@ -30,8 +30,8 @@ from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
-from scripts.check_parquet import write_published_form
-from scripts.dataset_sources import read_source
+from scripts.bench.check_parquet import write_published_form
+from scripts.data.sources import read_source
 from trainer.setup import report_shared_images
 
 pytest_plugins = ["tiny"]
@@ -415,7 +415,7 @@ def test_another_process_that_reads_the_same_file_is_waited_for(written, tmp_pat
     rows = [(said(ASKED), picture(0))]
     written(rows)
     shutil.rmtree(tmp_path / "cache")
-    real, made = parquet.bring_in, []
+    real, made = parquet.import_file, []
 
     def held_by_another(folder):
         if len(made) == 1:
@@ -424,7 +424,7 @@ def test_another_process_that_reads_the_same_file_is_waited_for(written, tmp_pat
         raise BlockingIOError("17")
 
     monkeypatch.setattr(parquet, "lock", held_by_another)
-    monkeypatch.setattr(parquet, "bring_in", lambda *args: pytest.fail("made twice"))
+    monkeypatch.setattr(parquet, "import_file", lambda *args: pytest.fail("made twice"))
     capsys.readouterr()
     assert len(opened(tmp_path / "rows.parquet", tokenizer)) == 1
     assert len(made) == 2 and capsys.readouterr().out.count("by process 17: waiting\n") == 1

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.lm_dataset import VLMDataset
-from dataset.prompts import DEFAULT_FORM, FORMS, usual_form, with_images
+from dataset.prompts import DEFAULT_FORM, PROMPT_FORMS, usual_form, with_images
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BUILTIN_TOKENIZER_DIR)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PROMPT_FORMS)
 def test_the_usual_form_of_the_rows_is_found(tmp_path, tokenizer, form):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    other = next(other for other in FORMS if other not in (form, DEFAULT_FORM))
+    other = next(other for other in PROMPT_FORMS if other not in (form, DEFAULT_FORM))
     contents = [form.replace("{prompt}", f"question {n}?") for n in range(5)]
     contents += [other.replace("{prompt}", "question?"), "amid <image> text", "<image>"]
     rows = [{"image": "a.png", "conversations": turns(content)} for content in contents]

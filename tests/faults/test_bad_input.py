@@ -14,15 +14,15 @@ from common.errors import UsageError
 from dataset.formats import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
-from trainer import assets
-from trainer.assets import TOWER_WEIGHTS, choose_assets
+from model.weights import find_weights, read_weights
+from scripts.builtin.train_tokenizer import read_texts
+from trainer import bundles as assets
+from trainer.bundles import TOWER_WEIGHTS, choose_assets
 from trainer.flags import build_parser, fill_in, parse_arguments, recipe
 from trainer.setup import find_starting_weights
 from trainer.support.processes import pick_device, pick_dtype
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN_STAGE
 from trainer.train_sft_vlm import STAGE as SFT_STAGE
-from trainer.train_tokenizer import read_texts
-from trainer.weights import find_weights, read_weights
 
 pytest_plugins = ["tiny"]
 

@@ -23,7 +23,7 @@ from PIL import Image
 from tiny import EVAL, PRETRAIN, as_file, png, pretrain_row, read_jsonl, turn, write_jsonl
 
 from dataset.pictures import load_picture
-from trainer.watch.progress import start_wandb
+from trainer.report.progress import start_wandb
 
 pytest_plugins = ["tiny"]
 

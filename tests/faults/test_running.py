@@ -117,7 +117,7 @@ def test_save_minutes(world, tmp_path):
 
 
 FULL_DISK = """
-import errno, os, trainer.weights
+import errno, os, model.weights
 flush, flushed = os.fsync, []
 def full(number):
     flushed.append(number)

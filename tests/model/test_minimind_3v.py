@@ -12,7 +12,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedFor
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.projectors import PROJECTORS
 from model.vlm_config import MINIMIND_3V, fit_config_to_tower
-from trainer.weights import config_of, load_into, read_weights
+from model.weights import config_of, load_into, read_weights
 
 IMAGE_ID, PATCHES = 12, 64
 

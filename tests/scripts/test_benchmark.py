@@ -10,10 +10,10 @@ import torch
 from transformers import CLIPVisionConfig, CompileConfig
 
 from common.errors import UsageError
+from model import answers
 from scripts import benchmark
 from scripts.bench import checks, generation, gpu, measuring, synthetic, training
 from scripts.bench.training import KEPT_FEATURES, PLAIN, TRAINING_LINES
-from trainer.watch import answers
 
 
 def here(function, *arguments):

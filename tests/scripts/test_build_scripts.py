@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.paths import ROOT
 from model.model_vlm import load_vision_tower
-from trainer.weights import read_weights
+from model.weights import read_weights
 
 
 def build(script: str, out_dir: Path) -> str:

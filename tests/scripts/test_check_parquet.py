@@ -1,4 +1,4 @@
-"""scripts/check_parquet.py: what it writes is the published form, and what it prints is there."""
+"""scripts/bench/check_parquet.py: what it writes is the published form, and what it prints is there."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UsageError
-from scripts import check_parquet
+from scripts.bench import check_parquet
 from scripts.bench.measuring import alone
 
 pytest_plugins = ["tiny"]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from common.errors import UsageError
 from dataset.conversation import RowError
-from scripts import dataset_sources
-from scripts.dataset_sources import read_source
+from scripts.data import sources as dataset_sources
+from scripts.data.sources import read_source
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ from modelscope_stand_in import ModelScopeStandIn
 
 from common.errors import UsageError
 from common.paths import ROOT
-from scripts import download, transfer
+from scripts import download
+from scripts.data import transfer
 
 
 @pytest.fixture
@@ -278,7 +279,7 @@ def test_an_interrupted_unpacking_starts_over(tmp_path):
     mine.parent.mkdir()
     mine.write_bytes(b"here")
     dies = "zipfile.ZipFile.extract = lambda *_: os.kill(os.getpid(), 9)"
-    program = f"import os, sys, zipfile, pathlib; from scripts import transfer; {dies}"
+    program = f"import os, sys, zipfile, pathlib; from scripts.data import transfer; {dies}"
     program += "; transfer.unpack(*map(pathlib.Path, sys.argv[1:]))"
     command = [sys.executable, "-c", program, path, tmp_path / "pretrain_images"]
     assert subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == -9

@@ -19,9 +19,9 @@ from dataset.chat import ChatEncoder
 from dataset.pictures import load_picture
 from dataset.prompts import prompt_batch
 from dataset.tokenizer import load_tokenizer
+from model.answers import generate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import export
-from trainer.watch.answers import generate
 
 pytest_plugins = ["tiny"]
 EXPORT = ROOT / "scripts" / "export.py"

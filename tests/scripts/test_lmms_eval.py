@@ -21,9 +21,9 @@ from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption
 from dataset.tokenizer import load_tokenizer
+from model.answers import generate_answers
 from scripts.export import chat_template
 from scripts.lmms_eval import scenes
-from trainer.watch.answers import generate_answers
 
 pytest_plugins = ["tiny"]
 FOLDER = ROOT / "scripts" / "lmms_eval"

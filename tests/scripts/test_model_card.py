@@ -21,7 +21,7 @@ from tiny_models import save_tower
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT, TOWER_DIR
 from scripts import export
 from scripts.share.model_card import Model, loss_curve
-from trainer.watch.page import read_record
+from trainer.report.page import read_record
 
 pytest_plugins = ["tiny", "publishing"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
-from scripts import reference, wrong_runs
+from scripts.builtin import reference, wrong_runs
 from trainer.flags import build_parser
 
 
@@ -20,7 +20,7 @@ def quick(tmp_path_factory):
 
 
 def test_both_stages_on_their_first_rows_are_no_worse_than_recorded(quick):
-    """`python scripts/reference.py` runs both stages in full."""
+    """`python scripts/builtin/reference.py` runs both stages in full."""
     curves, _ = quick
     assert reference.compare(curves) == []
     assert curves.keys() <= json.loads(reference.RECORD.read_text(encoding="utf-8")).keys()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_compilation import made_up
+from test_compilation import synthetic_batch
 from tiny_models import tiny_vlm
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig
@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from model.vision_tower import bicubic_weights, enlarge
-from scripts.bench import synthetic
+from scripts.bench import synthetic_batch
 from trainer import flags
 from trainer.setup import freeze
 from trainer.stage import answer_loss
@@ -54,7 +54,7 @@ def describe(value):
 
 
 def batch_of(length: int, learned: int) -> dict:
-    batch, pixels = made_up(BATCH, length, BATCH, learned)
+    batch, pixels = synthetic_batch(BATCH, length, BATCH, learned)
     labels = torch.full_like(batch["labels"], -100).flatten()
     places = (torch.arange(learned) % BATCH) * length + 200 + torch.arange(learned) // BATCH
     labels[places] = batch["input_ids"].flatten()[places]

@@ -18,7 +18,7 @@ SIZES = [(216, 5, 9), (400, 7, 40), (1000, 4, 4), (208, 2, 2), (408, 5, 5), (424
 BELOW = [(208, 0, 5), (208, 1, 5), (208, 2, 1)]
 
 
-def made_up(samples, length, images, learned) -> tuple[dict, torch.Tensor]:
+def synthetic_batch(samples, length, images, learned) -> tuple[dict, torch.Tensor]:
     generator = torch.Generator().manual_seed(samples * length)
     input_ids = torch.randint(3, 30, (samples, length), generator=generator)
     starts = [(image % samples, 196 * (image // samples)) for image in range(images)]
@@ -32,7 +32,7 @@ def made_up(samples, length, images, learned) -> tuple[dict, torch.Tensor]:
 
 
 def step(forward, model, samples, size) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    batch, pixels = made_up(samples, *size)
+    batch, pixels = synthetic_batch(samples, *size)
     loss = forward(**batch, image_features=forward.encode_images(pixels), num_items_in_batch=1).loss
     if loss.requires_grad:
         loss.backward()

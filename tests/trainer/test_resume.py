@@ -15,9 +15,9 @@ from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jso
 from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
+from model.weights import describe, load_learned, weight_paths
 from trainer.resume import check_place, restore_random_state
 from trainer.setup import ENDINGS, read_state
-from trainer.weights import describe, load_learned, weight_paths
 
 pytest_plugins = ["tiny"]
 

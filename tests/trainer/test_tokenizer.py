@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from common.paths import ROOT
 
-SCRIPT = ROOT / "trainer" / "train_tokenizer.py"
+SCRIPT = ROOT / "scripts" / "builtin" / "train_tokenizer.py"
 SHIPPED = ROOT / "model" / "tokenizer"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SCENE_WORDS = """

@@ -15,9 +15,9 @@ from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result
 
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer.report.header import count_parameters
 from trainer.setup import freeze, round_frozen_weights
 from trainer.stage import cosine_learning_rate
-from trainer.watch.header import count_parameters
 
 pytest_plugins = ["tiny"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from trainer.watch import health
-from trainer.watch.health import check_first_loss
+from trainer.report import health
+from trainer.report.health import check_first_loss
 
 
 @pytest.mark.parametrize(

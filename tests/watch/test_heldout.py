@@ -15,12 +15,12 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import first_answer
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer import evaluate as evaluation
+from trainer.evaluate import Evaluator, perplexity, without_images
+from trainer.report.progress import Progress
+from trainer.report.samples import as_text
+from trainer.report.watcher import Watch
 from trainer.support.processes import Processes
-from trainer.watch import heldout as evaluation
-from trainer.watch.heldout import Evaluator, perplexity, without_images
-from trainer.watch.progress import Progress
-from trainer.watch.samples import as_text
-from trainer.watch.watcher import Watch
 
 pytest_plugins = ["tiny"]
 

@@ -13,10 +13,10 @@ from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.scenes.draw import heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from dataset.tokenizer import load_tokenizer
-from scripts.check_looking import attribute_maps, covered_patches, measure
-from trainer.watch import looking
-from trainer.watch.looking import answer_ids, patch_maps, split_words, word_maps
-from trainer.watch.samples import read_looks
+from model import word_maps as looking
+from model.word_maps import answer_ids, patch_maps, split_words, word_maps
+from scripts.builtin.check_looking import attribute_maps, covered_patches, measure
+from trainer.report.samples import read_looks
 
 pytest_plugins = ["tiny"]
 
@@ -127,7 +127,7 @@ def test_a_words_map_is_the_sum_of_its_tokens(model, tokenizer):
 
 # So small a model often says nothing: here it says 红色的圆形。
 WITH_MAPS = """
-import torch, trainer.watch.samples as samples
+import torch, trainer.report.samples as samples
 samples.LOOKING_SECONDS = {seconds}
 samples.generate = lambda model, inputs, longest: torch.tensor([{ids}]).repeat(len(inputs["input_ids"]), 1)
 """
@@ -237,7 +237,7 @@ def test_the_patches_of_an_object_follow_the_grid():
 
 
 def test_the_check_refuses_weights_that_describe_nothing(world, monkeypatch, capsys):
-    from scripts import check_looking
+    from scripts.builtin import check_looking
 
     def run(*flags):
         files = ["--save_dir", world.out, "--vision_model_path", world.tower, "--tokenizer_path", world.tokenizer]

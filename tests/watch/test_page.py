@@ -18,8 +18,8 @@ from common.errors import UsageError
 from common.paths import ROOT
 from scripts import report
 from scripts.report import find_run
-from trainer.watch.charts import Series, line_chart, log_ticks, thin, tick_label, ticks
-from trainer.watch.page import evenly, write_report
+from trainer.report.charts import Series, line_chart, log_ticks, thin, tick_label, ticks
+from trainer.report.page import evenly, write_report
 
 NAME = "sft_vlm_128"
 VOID = {"meta", "img", "br", "hr", "link"}

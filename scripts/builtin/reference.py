@@ -1,10 +1,10 @@
 """Run both stages on the built-in set, and check that they learn as well as when scripts/reference.json was recorded.
 
-    python scripts/reference.py              runs both stages with one seed and compares with the recorded figures
-    python scripts/reference.py --record     runs three seeds and writes scripts/reference.json; resumes if interrupted
-    python scripts/reference.py --quick      both stages on their first rows only; with --record, records those figures
-    python scripts/reference.py --wide       a decoder of the published size on a few rows, from random weights
-    python scripts/reference.py --quick --dtype bfloat16        does it learn as well in another precision?
+    python scripts/builtin/reference.py             runs both stages with one seed, compares with the recorded figures
+    python scripts/builtin/reference.py --record    runs three seeds, writes scripts/reference.json; resumes
+    python scripts/builtin/reference.py --quick     both stages on their first rows only; --record records that too
+    python scripts/builtin/reference.py --wide      a decoder of the published size on a few rows, from random weights
+    python scripts/builtin/reference.py --quick --dtype bfloat16    does it learn as well in another precision?
 
 The held-out loss (on 200 scenes whose combinations of colour, shape and place are never trained on) must not exceed the
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
@@ -16,16 +16,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import write_atomically  # noqa: E402
-from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR  # noqa: E402
-from dataset.scenes.draw import draw_builtin_dataset  # noqa: E402
-from trainer.stage import Stage  # noqa: E402
-from trainer.train_pretrain_vlm import STAGE as PRETRAIN  # noqa: E402
-from trainer.train_sft_vlm import STAGE as SFT  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import write_atomically
+from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR
+from dataset.scenes.draw import draw_builtin_dataset
+from trainer.stage import Stage
+from trainer.train_pretrain_vlm import STAGE as PRETRAIN
+from trainer.train_sft_vlm import STAGE as SFT
 
 RECORD = ROOT / "scripts" / "reference.json"
 SEEDS = (42, 1, 2)

@@ -9,8 +9,8 @@ from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import chance, score
 from dataset.scenes.language import CHINESE, DESCRIBE, ENGLISH
+from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
-from trainer.watch.answers import generate_answers
 
 BATCH, TOKENS = 50, 64
 

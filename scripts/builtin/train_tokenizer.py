@@ -1,7 +1,7 @@
 """Trains a tokenizer: byte-level BPE with 6400 entries, for Chinese and English.
 
-    python trainer/train_tokenizer.py                                    rebuild the shipped one, into out/tokenizer
-    python trainer/train_tokenizer.py --data_path a.jsonl b.txt          train on your own text
+    python scripts/builtin/train_tokenizer.py   rebuild the shipped one, into out/tokenizer
+    python scripts/builtin/train_tokenizer.py --data_path a.jsonl b.txt   train on your own text
 
 model/tokenizer/ already holds a trained one: you need this script only for another vocabulary. A language model only
 works with the tokenizer it was trained with.
@@ -27,13 +27,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.files import not_a_file, write_atomically  # noqa: E402
-from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR  # noqa: E402
-from dataset.chat import IMAGE_CHARACTER  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.files import not_a_file, write_atomically
+from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
+from dataset.chat import IMAGE_CHARACTER
 
 VOCAB_SIZE = 6400
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)

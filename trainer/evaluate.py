@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import PictureError, VLMCollator, VLMDataset
 from dataset.prompts import first_answer, row_prompts
+from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
 from trainer.support.processes import Processes
-from trainer.watch.answers import generate_answers
 
 # The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 KEPT_PICTURES = 2048

@@ -16,9 +16,9 @@ from common.paths import display_path
 from common.schema import Range, parse_json
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
+from model.answers import generate
 from model.model_vlm import MiniMindVLM
-from trainer.watch.answers import generate
-from trainer.watch.looking import word_maps
+from model.word_maps import word_maps
 
 IMAGES = 8
 LONGEST = 64  # tokens of a description

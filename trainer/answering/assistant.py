@@ -9,11 +9,11 @@ from common.files import not_a_file
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
+from model.answers import generate
 from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
-from trainer.support.trained import Trained
-from trainer.watch.answers import generate
-from trainer.watch.looking import word_maps
+from model.word_maps import word_maps
+from trainer.answering.loaded_model import LoadedModel
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -40,7 +40,9 @@ def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
 class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts."""
 
-    def __init__(self, trained: Trained, device: torch.device | str, dtype: str = "float32", compiles: bool = False):
+    def __init__(
+        self, trained: LoadedModel, device: torch.device | str, dtype: str = "float32", compiles: bool = False
+    ):
         self.trained, self.tokenizer, self.compiles = trained, trained.tokenizer, compiles
         self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
         self.picture_format = PictureFormat(**trained.tower.picture_settings)

@@ -22,12 +22,10 @@ from common.errors import UsageError
 from common.files import FLOATS, load_tensors
 from common.paths import ROOT, SAVE_3V_DIR, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
-from dataset.chat import image_token_id
-from dataset.prompts import FORMS
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.projectors import read_projector
-from model.vlm_config import CONFIG, MINIMIND_3V, config_fields
-from trainer.support.llava import from_transformers
+from model.transformers_names import from_transformers
+from model.vlm_config import CONFIG, MINIMIND_3V, PROMPT_FORMS, config_fields
 
 # What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
 CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
@@ -46,7 +44,7 @@ SIDECAR = {  # what `describe` writes, and checkpoints add
     "versions?": {"*": str},
     "git_commit?": (str, None),
     **dict.fromkeys(("step?", "rows?", "pictures?"), Range(int, 0, 1 << 53)),
-    "prompt_form?": frozenset(FORMS),
+    "prompt_form?": frozenset(PROMPT_FORMS),
 }
 EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}
 EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
@@ -266,32 +264,6 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
             raise UsageError(
                 f"--{flag} {int(value)} contradicts {display_path(weights.path)}, which has {int(actual)}: leave it out"
             )
-
-
-def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, tokenizer):
-    """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
-
-    Weights without a sidecar do not say their tokenizer, but their generation gives the id of an image's placeholder.
-    """
-    vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
-    expected = weights.sidecar.get("tokenizer_sha256")
-    if expected is not None and expected != tokenizer_sha256:
-        raise UsageError(
-            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
-            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
-            "--tokenizer_path"
-        )
-    if expected is None and placeholder != weights.config.image_token_id:
-        raise UsageError(
-            f"an image is token {weights.config.image_token_id} to {display_path(weights.path)}, but {placeholder} in "
-            f"the tokenizer {display_path(tokenizer_path)}: they are of different generations; name the right one with "
-            "--tokenizer_path"
-        )
-    if vocab_size > weights.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer {display_path(tokenizer_path)} has {vocab_size} tokens, {display_path(weights.path)} only "
-            f"{weights.config.vocab_size}: they do not belong together"
-        )
 
 
 def load_into(model: MiniMindVLM, weights: Weights):

@@ -11,12 +11,12 @@ from common.paths import display_path
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes.draw import heldout_scenes
 from model.model_vlm import MiniMindVLM
+from trainer.evaluate import Evaluator
+from trainer.report.page import write_report
+from trainer.report.progress import Progress
+from trainer.report.samples import Samples
+from trainer.report.scene_table import scene_table
 from trainer.setup import Run
-from trainer.watch.heldout import Evaluator
-from trainer.watch.page import write_report
-from trainer.watch.progress import Progress
-from trainer.watch.samples import Samples
-from trainer.watch.scene_table import scene_table
 
 
 class Watch:

@@ -16,7 +16,7 @@ the word describes, the share of the map on it, and how often the peak lies on t
 
 Hiding a patch hardly matters, as its neighbours tell the same: a word loses 0.0001 nats (median of the peaks). Showing
 one adds 3.8. An answer takes 2 CPU seconds with the built-in model, 25 with hidden_size 512 and 8 layers.
-scripts/check_looking.py checks the measure with any weights that describe the scenes.
+scripts/builtin/check_looking.py checks the measure with any weights that describe the scenes.
 """
 
 import copy
@@ -25,8 +25,8 @@ import math
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from model.answers import answering
 from model.model_vlm import MiniMindVLM
-from trainer.watch.answers import answering
 
 PATCHES_AT_A_TIME = 28
 MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32

@@ -1,9 +1,9 @@
 """Check where a model looks, on held-out scenes: does a word depend on the object that it describes?
 
-    python scripts/check_looking.py --weight sft_vlm
+    python scripts/builtin/check_looking.py --weight sft_vlm
 
 In each scene that is described word for word, each object's colour, shape, size and place get a map of the patches
-that they depend on (trainer/watch/looking.py). Prints how often the map's peak is on the object, compared with chance.
+that they depend on (model/word_maps.py). Prints how often the map's peak is on the object, compared with chance.
 """
 
 import argparse
@@ -12,23 +12,23 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import display_path  # noqa: E402
-from dataset.chat import ChatEncoder  # noqa: E402
-from dataset.pictures import PictureFormat, load_picture  # noqa: E402
-from dataset.prompts import prompt_batch, with_images  # noqa: E402
-from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage  # noqa: E402
-from dataset.scenes.language import CHINESE, ENGLISH, Language, caption  # noqa: E402
-from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
-from trainer.watch.answers import generate  # noqa: E402
-from trainer.watch.looking import word_maps  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter
+from common.errors import UsageError, run_script
+from common.paths import display_path
+from dataset.chat import ChatEncoder
+from dataset.pictures import PictureFormat, load_picture
+from dataset.prompts import prompt_batch, with_images
+from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage
+from dataset.scenes.language import CHINESE, ENGLISH, Language, caption
+from model.answers import generate
+from model.word_maps import word_maps
+from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 
 SCENES, TOKENS = 50, 64
 ATTRIBUTES = ("place", "size", "colour", "shape")  # in the caption's order
@@ -61,7 +61,7 @@ def widened(mask: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))
 
 
-def look_at_scenes(trained: Trained, count: int, language: Language) -> tuple[list[tuple], float]:
+def look_at_scenes(trained: LoadedModel, count: int, language: Language) -> tuple[list[tuple], float]:
     """Returns (covered patches, attribute maps) of each scene described word for word, and the seconds per map set."""
     model, tokenizer = trained.load_model(), trained.tokenizer
     encoder = ChatEncoder(tokenizer, model.config.image_tokens)
@@ -122,12 +122,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    trained = find_trained(args)
+    trained = find_model(args)
     for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
         print_language(trained, args.scenes, name, language)
 
 
-def print_language(trained: Trained, count: int, name: str, language: Language):
+def print_language(trained: LoadedModel, count: int, name: str, language: Language):
     """Prints the table of one language; raises UsageError if fewer than two scenes are described word for word."""
     seen, seconds = look_at_scenes(trained, count, language)
     weights = display_path(trained.weights.path)

@@ -1,7 +1,7 @@
 """Measure what training data of the published form takes: disk, memory, and the time until training can start.
 
-    python scripts/check_parquet.py
-    python scripts/check_parquet.py --rows 3000 --folder my_folder
+    python scripts/bench/check_parquet.py
+    python scripts/bench/check_parquet.py --rows 3000 --folder my_folder
 
 It writes a parquet file like the published one, then opens it for the first and the second time and reads samples in
 random order, each in a process of its own. Memory is the peak without mapped files (Linux only).
@@ -21,19 +21,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from common.paths import BUILTIN_TOKENIZER_DIR  # noqa: E402
-from dataset.lm_dataset import VLMDataset  # noqa: E402
-from dataset.tokenizer import load_tokenizer  # noqa: E402
-from scripts.bench.measuring import alone, print_table  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.lm_dataset import VLMDataset
+from dataset.tokenizer import load_tokenizer
+from scripts.bench.measuring import alone, print_table
 
 ROWS_PER_PICTURE = 2_900_000 / 650_000
 TEXT_ONLY = 230_000 / 2_900_000

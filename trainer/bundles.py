@@ -22,7 +22,7 @@ from common.paths import (
     display_path,
     place_of,
 )
-from trainer.weights import find_weights, is_named, read_sidecar_or_empty, read_weights, weight_paths
+from model.weights import find_weights, is_named, read_sidecar_or_empty, read_weights, weight_paths
 
 WEIGHT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors"}
 DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".zip", ".csv", ".tsv", ".tar", ".arrow"}

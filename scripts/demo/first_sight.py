@@ -1,6 +1,6 @@
 """Draw the picture at the top of the README: a scene, a model's answer, and where each word of it looked.
 
-python scripts/first_sight.py --weight sft_vlm
+python scripts/demo/first_sight.py --weight sft_vlm
 """
 
 import argparse
@@ -8,20 +8,20 @@ import io
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import run_script  # noqa: E402
-from common.files import write_atomically  # noqa: E402
-from common.paths import ROOT, display_path  # noqa: E402
-from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes  # noqa: E402
-from dataset.scenes.language import ENGLISH  # noqa: E402
-from trainer.support.trained import add_model_flags, find_trained  # noqa: E402
-from trainer.watch.assistant import Assistant  # noqa: E402
-from trainer.watch.page import mask_of  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import run_script
+from common.files import write_atomically
+from common.paths import ROOT, display_path
+from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes
+from dataset.scenes.language import ENGLISH
+from trainer.answering.assistant import Assistant
+from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.report.page import mask_of
 
 WIDTH, EDGE, SCENE, THUMB, GAP = 1200, 24, 240, 112, 12  # pixels
 WORDS = (WIDTH - 3 * EDGE - SCENE + GAP) // (THUMB + GAP)  # the strongest maps, as many as there is room for
@@ -60,7 +60,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    assistant = Assistant(find_trained(args), "cpu")
+    assistant = Assistant(find_model(args), "cpu")
     scene = draw(heldout_scenes()[args.scene])
     file = io.BytesIO()
     scene.save(file, "jpeg", quality=JPEG_QUALITY)

@@ -22,12 +22,12 @@ from common.files import write_atomically
 from common.paths import BUILTIN_DATASET_DIR, display_path
 from common.schema import Range, SchemaError, parse_json, read_json
 from dataset.pictures import PictureError, load_picture
-from trainer.watch import charts
-from trainer.watch.charts import Series, line_chart
-from trainer.watch.heldout import perplexity
-from trainer.watch.progress import clock, reports_until
-from trainer.watch.samples import LOOKS, SAMPLE, read_lines, read_looks
-from trainer.weights import PLAIN, SIDECAR
+from model.weights import PLAIN, SIDECAR
+from trainer.evaluate import perplexity
+from trainer.report import charts
+from trainer.report.charts import Series, line_chart
+from trainer.report.progress import clock, reports_until
+from trainer.report.samples import LOOKS, SAMPLE, read_lines, read_looks
 
 METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12

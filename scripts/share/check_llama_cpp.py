@@ -1,8 +1,8 @@
 """Compare a trained model with its exports, run by transformers and by the real llama.cpp.
 
-    python scripts/check_llama_cpp.py --weight sft_vlm                      with llama-server from the PATH
-    python scripts/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
-    python scripts/check_llama_cpp.py --weight sft_vlm --build DIR          builds it there first (6 minutes on 2 cores)
+    python scripts/share/check_llama_cpp.py --weight sft_vlm   with llama-server from the PATH
+    python scripts/share/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
+    python scripts/share/check_llama_cpp.py --weight sft_vlm --build DIR   builds it there first (6 minutes on 2 cores)
 
 Exports into a temporary folder, starts llama-server on loopback, stops it, and prints a table: size; speed; token ids
 of 200 texts; greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the
@@ -28,24 +28,24 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import UsageError, run_script  # noqa: E402
-from dataset.chat import ChatEncoder  # noqa: E402
-from dataset.pictures import PictureFormat, load_picture  # noqa: E402
-from dataset.prompts import prompt_batch  # noqa: E402
-from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes  # noqa: E402
-from dataset.scenes.grading import score  # noqa: E402
-from dataset.scenes.language import DESCRIBE, caption, questions  # noqa: E402
-from scripts.export import write_gguf, write_pictures, write_transformers  # noqa: E402
-from trainer.support.trained import Trained, add_model_flags, find_trained  # noqa: E402
-from trainer.watch.answers import generate  # noqa: E402
-from trainer.watch.scene_table import scene_table  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
+from dataset.chat import ChatEncoder
+from dataset.pictures import PictureFormat, load_picture
+from dataset.prompts import prompt_batch
+from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.grading import score
+from dataset.scenes.language import DESCRIBE, caption, questions
+from model.answers import generate
+from scripts.export import write_gguf, write_pictures, write_transformers
+from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
+from trainer.report.scene_table import scene_table
 
 SOURCE = "llama-cpp-python"  # its sdist contains llama.cpp
 CMAKE_FLAGS = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF")
@@ -148,7 +148,7 @@ class Server:
         return self.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
 
 
-def same_tokens(server: Server, trained: Trained, texts: list[str]) -> int:
+def same_tokens(server: Server, trained: LoadedModel, texts: list[str]) -> int:
     """Returns how many texts get the same token ids as here."""
     backend, right = trained.tokenizer.backend_tokenizer, 0
     for text in texts:
@@ -159,7 +159,7 @@ def same_tokens(server: Server, trained: Trained, texts: list[str]) -> int:
 
 
 @torch.inference_mode()
-def same_answers(server: Server, trained: Trained, model, prompts: list[str]) -> int:
+def same_answers(server: Server, trained: LoadedModel, model, prompts: list[str]) -> int:
     """Returns how many prompts without an image get the same greedy token ids as here."""
     ends, right = (trained.config.eos_token_id, trained.config.pad_token_id), 0
     for prompt in prompts:
@@ -170,7 +170,7 @@ def same_answers(server: Server, trained: Trained, model, prompts: list[str]) ->
     return right
 
 
-def encode(trained: Trained, prompt: str) -> dict:
+def encode(trained: LoadedModel, prompt: str) -> dict:
     encoder = ChatEncoder(trained.tokenizer, trained.config.image_tokens)
     return prompt_batch(encoder, [[{"role": "user", "content": prompt}]], [[]])
 
@@ -193,7 +193,7 @@ def tokens_per_second(answers: list) -> list[float]:
 
 
 @torch.inference_mode()
-def feature_difference(server: Server, trained: Trained, model, folder: Path, class_token: str) -> float:
+def feature_difference(server: Server, trained: LoadedModel, model, folder: Path, class_token: str) -> float:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
     [source, *_] = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
     [picture] = write_pictures(trained, [source], folder)
@@ -211,7 +211,7 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
 
 
-def compare(program: Path, trained: Trained, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
+def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
     """Returns, for each column of the table, its cells by the name of their row."""
     sees_images, model = trained.weights.has_projection, trained.load_model()
     grades = trained.knows_only_scenes and sees_images
@@ -276,7 +276,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    program, trained = find_server(args), find_trained(args)
+    program, trained = find_server(args), find_model(args)
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(program, trained, args.class_token, Path(temporary))
     print(f"{'':<15}{'this repository':>16}{'transformers':>14}{'llama.cpp f16':>16}{'llama.cpp q8_0':>16}")

@@ -1,6 +1,6 @@
 """Train with deliberate mistakes, to show what held-out loss, grounding gap and descriptions look like then.
 
-    python scripts/wrong_runs.py      nine short runs on the built-in set (about ten minutes on two cores), then a table
+    python scripts/builtin/wrong_runs.py    nine short runs on the built-in set (ten minutes on two cores), then a table
 
 Two of them are correct, for comparison. trainer/README.md explains the figures.
 """
@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path  # noqa: E402
-from common.errors import run_script  # noqa: E402
-from common.paths import SAVE_DIR  # noqa: E402
-from scripts.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage  # noqa: E402
-from trainer.stage import Stage  # noqa: E402
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import run_script
+from common.paths import SAVE_DIR
+from scripts.builtin.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage
+from trainer.stage import Stage
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
 RATE = SFT.builtin["learning_rate"]

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from common.errors import UsageError
 from common.paths import display_path
 from model.model_vlm import MiniMindVLM
+from trainer.report.progress import Progress
 from trainer.setup import Run
-from trainer.watch.progress import Progress
 
 BAD_STEPS_IN_A_ROW = 10
 NAMED_ON_SCREEN = 20

@@ -24,11 +24,11 @@ from common.paths import (
 )
 from common.schema import read_json
 from dataset.prompts import DEFAULT_FORM
-from dataset.tokenizer import load_tokenizer, tokenizer_hash
+from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
+from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings, read_tower_settings
 from model.vlm_config import fit_config_to_tower
-from trainer import weights as weight_io
 
 # How the published models' own scripts draw an answer; top_k 0 draws from all tokens.
 SAMPLING = {"temperature": 0.65, "top_p": 0.85, "top_k": 0}
@@ -36,7 +36,7 @@ SAMPLING_3V = SAMPLING | {"temperature": 0.7, "top_k": 50}
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """Weights, and the tokenizer and tower they were trained with.
 
     Attributes:
@@ -99,7 +99,7 @@ def add_model_flags(parser: argparse.ArgumentParser):
     return group
 
 
-def find_trained(args: argparse.Namespace) -> Trained:
+def find_model(args: argparse.Namespace) -> LoadedModel:
     """Reads the weights that the flags of `add_model_flags` name, with their tokenizer and tower.
 
     Raises:
@@ -117,13 +117,13 @@ def find_trained(args: argparse.Namespace) -> Trained:
     tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
     tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
     tokenizer = load_tokenizer(tokenizer_path)
-    weight_io.check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
+    check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower_settings(tower_path)
     try:
         config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
     except ValueError as error:
         raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
-    return Trained(weights, config, tokenizer, tokenizer_path, tower, tower_path)
+    return LoadedModel(weights, config, tokenizer, tokenizer_path, tower, tower_path)
 
 
 def find_weights(args: argparse.Namespace) -> weight_io.Weights:
