@@ -1,7 +1,6 @@
 """Hostile and odd input: each must end in the given message or in a normal run, never in a traceback."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 

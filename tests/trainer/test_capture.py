@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from model.vision_tower import bicubic_weights, enlarge
-from scripts.bench import synthetic_batch
+from scripts.bench import synthetic
 from trainer import flags
 from trainer.setup import freeze
 from trainer.stage import answer_loss
