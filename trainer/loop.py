@@ -17,7 +17,7 @@ from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.report.header import print_header
 from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.report.progress import Progress, clock, open_progress
+from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
 from trainer.resume import (
     Checkpoints,
@@ -81,7 +81,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     collate = run.stage.collator(run.config.pad_token_id, multiple)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
-        contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress,
+        contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
         contextlib.closing(batches),
     ):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
@@ -95,7 +95,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 unreadable.note(micro_batches)
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
-                    check_first_loss(run, model, losses)
+                    check_first_loss(run, losses)
                     keep_earlier_run(run)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
