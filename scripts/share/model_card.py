@@ -5,6 +5,7 @@ model_card.md.jinja is the card's template. Text from the run's files is escaped
 
 import io
 import json
+import re
 import shlex
 from base64 import b64decode
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.report import charts, page
 from trainer.report.charts import Series, line_chart, tick_label
-from trainer.report.samples import as_text
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
@@ -160,3 +160,8 @@ def loss_curve(record: page.Record) -> bytes | None:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def as_text(text: str) -> str:
+    """Escapes text for a cell of a Markdown table: one line, no markup."""
+    return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", text).split())

@@ -77,7 +77,7 @@ def fine_tuned_by_two(world, pretrained, tmp_path_factory) -> Ran:
 
 
 def test_save_dir_has_exactly_these_files(pretrained, fine_tuned, fine_tuned_by_two):
-    endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples", "_samples.md")
+    endings = (".pth", ".json", "_resume.pth", ".metrics.jsonl", ".report.html", "_samples")
     sft = {f"sft_vlm_32{ending}" for ending in endings} | {"vision_features"}
     both = {f"pretrain_vlm_32{ending}" for ending in endings} | sft | {"llm_32.pth"}
     assert {path.name for path in pretrained.out.iterdir()} == both
