@@ -20,7 +20,6 @@ from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.report import charts, page
-from trainer.report.charts import Series, line_chart, tick_label
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
@@ -28,7 +27,7 @@ TAGS = {"transformers": ("llava",), "gguf": ("llama.cpp", "llava"), "weights": (
 LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
 LOSSES["gap_shuffled"] = "grounding gap"
 SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
-INK, GRID, COLOURS = "#626b76", "#e4e7eb", ("#2b6cb0", "#c05621")
+INK, GRID, COLOURS = "#626b76", "#e4e7eb", {"c1": "#2b6cb0", "c2": "#c05621"}
 
 
 @dataclass(frozen=True)
@@ -129,34 +128,28 @@ def eval_results(record: page.Record, task: str) -> list[EvalResult]:
 
 
 def loss_curve(record: page.Record) -> bytes | None:
-    """Draws training and held-out loss over the steps; returns a PNG, or None where there is no loss."""
-    training, held_out = page.points(record.training, "loss"), page.points(record.evaluations, "loss")
-    chart = line_chart("nats per token", [Series("training", training), Series("held out", held_out, True)], (), True)
+    """Draws the loss chart of the run's page; returns a PNG, or None where there is no loss."""
+    chart = page.curves(record)["charts"]["Loss"]
     if chart is None:
         return None
     image = Image.new("RGB", (charts.WIDTH * SCALE, (charts.HEIGHT + HEAD) * SCALE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * SCALE)
 
-    def line(points: list[tuple[float, float]], colour: str, width: int):
-        draw.line([(x * SCALE, (y + HEAD) * SCALE) for x, y in points], colour, width, joint="curve")
+    def at(x: float, y: float) -> tuple[float, float]:
+        return x * SCALE, (y + HEAD) * SCALE
 
-    def write(x: float, y: float, words: str, colour: str = INK, anchor: str = "lm"):
-        draw.text((x * SCALE, (y + HEAD) * SCALE), words, colour, font, anchor)
+    def colour(style: str, other: str) -> str:
+        return next((colour for curve, colour in COLOURS.items() if curve in style), other)
 
-    for mark in chart["marks"]:
-        line([(charts.LEFT, chart["y"](mark)), (charts.RIGHT, chart["y"](mark))], GRID, 2)
-        write(charts.LEFT - 7, chart["y"](mark), tick_label(mark), anchor="rm")
-    for step in chart["steps"]:
-        write(chart["x"](step), charts.BOTTOM + 16, tick_label(step), anchor="mm")
-    write(8, -HEAD / 2, f"loss, {chart['unit']}")
-    for number, (curve, colour) in enumerate(zip(chart["curves"], COLOURS, strict=False)):
-        write(charts.WIDTH - 160 + 80 * number, -HEAD / 2, curve["series"].name, colour)
-        for stretch in curve["stretches"]:
-            points = [(chart["x"](step), chart["y"](value)) for step, value in stretch]
-            line(points, colour, 3)
-            for x, y in points if curve["has_dots"] or len(points) == 1 else ():
-                draw.circle((x * SCALE, (y + HEAD) * SCALE), 6, colour)
-        write(charts.RIGHT + 6, curve["label_y"], charts.value_label(curve["last"]), colour)
+    draw.text(at(8, -HEAD / 2), f"loss, {chart.unit}", INK, font, "lm")
+    for number, ((name, _), curve) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
+        draw.text(at(charts.WIDTH - 160 + 80 * number, -HEAD / 2), name, curve, font, "lm")
+    for style, points in chart.lines:
+        draw.line([at(*point) for point in points], colour(style, GRID), 3 if "curve" in style else 2, joint="curve")
+    for style, x, y, _ in chart.dots:
+        draw.circle(at(x, y), 6, colour(style, INK))
+    for style, x, y, anchor, text in chart.texts:
+        draw.text(at(x, y), text, colour(style, INK), font, {"start": "lm", "middle": "mm", "end": "rm"}[anchor])
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
