@@ -138,18 +138,15 @@ def loss_curve(record: page.Record) -> bytes | None:
     def at(x: float, y: float) -> tuple[float, float]:
         return x * SCALE, (y + HEAD) * SCALE
 
-    def colour(style: str, other: str) -> str:
-        return next((colour for curve, colour in COLOURS.items() if curve in style), other)
-
     draw.text(at(8, -HEAD / 2), f"loss, {chart.unit}", INK, font, "lm")
-    for number, ((name, _), curve) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
-        draw.text(at(charts.WIDTH - 160 + 80 * number, -HEAD / 2), name, curve, font, "lm")
+    for number, ((name, last), colour) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
+        draw.text(at(charts.WIDTH / 2 + 105 * number, -HEAD / 2), f"{name} {last}", colour, font, "lm")
     for style, points in chart.lines:
-        draw.line([at(*point) for point in points], colour(style, GRID), 3 if "curve" in style else 2, joint="curve")
+        draw.line([at(*point) for point in points], COLOURS.get(style.removeprefix("curve "), GRID), 3, joint="curve")
     for style, x, y, _ in chart.dots:
-        draw.circle(at(x, y), 6, colour(style, INK))
-    for style, x, y, anchor, text in chart.texts:
-        draw.text(at(x, y), text, colour(style, INK), font, {"start": "lm", "middle": "mm", "end": "rm"}[anchor])
+        draw.circle(at(x, y), 6, COLOURS[style])
+    for x, y, anchor, text in chart.texts:
+        draw.text(at(x, y), text, INK, font, {"middle": "mm", "end": "rm"}[anchor])
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()

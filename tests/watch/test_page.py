@@ -150,7 +150,7 @@ def test_only_metrics_are_needed_and_what_is_missing_is_said(tmp_path):
     assert len(page.all("svg")) == 3
     for path in (f"{NAME}.json", "samples.jsonl"):
         assert re.search(rf"Left out: \S*{path} is not there", page.text)
-    assert "Left out: this run was not evaluated" in page.text
+    assert "Left out: Grounding gap, which the metrics hold none of" in page.text
     assert "Built-in scenes" not in page.text  # nothing says that this run was on the built-in set
 
 
@@ -178,7 +178,7 @@ def test_text_from_files_is_escaped(tmp_path):
     scenes = {"step": 1, "scenes": 200, "rows": [{"name": HOSTILE, "attributes": 0.5, "captions": 0.5}]}
     (samples / "scenes.json").write_text(json.dumps(scenes))
     page = Page(write_report(tmp_path, hostile_name))
-    assert not page.all("script") and not page.all("img") and not page.all("image") and not page.all("b")
+    assert not page.all("script") and not page.all("img") and not page.all("image")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count("alert(1)") > 10 and hostile_name in page.text
 
@@ -210,24 +210,13 @@ def test_metrics_of_one_row(tmp_path, loss):
     write_metrics(tmp_path, [training_row(1, loss=loss)])
     page = Page(write_report(tmp_path, NAME))
     assert len(page.all("circle")) == (2 if loss is None else 3)
-    assert ("Left out: the metrics hold none" in page.text) == (loss is None)
+    assert ("Left out: Loss, which the metrics hold none of" in page.text) == (loss is None)
 
 
 def test_a_resumed_run_counts_the_time_of_its_parts(tmp_path):
     seconds = [100.0, 200.0, 40.0]
     write_metrics(tmp_path, [training_row(step, seconds=value) for step, value in enumerate(seconds, 1)])
     assert "3 steps in 04:00" in Page(write_report(tmp_path, NAME)).text
-
-
-def test_thousands_of_points_keep_their_spikes(tmp_path):
-    values = [(step, 1.0) for step in range(10_000)]
-    values[4_321], values[7_777], values[5_000] = (4_321, 99.0), (7_777, -5.0), (5_000, None)
-    chart = line_chart("", {"spiky": values})
-    first, second = (points for style, points in chart.lines if "curve" in style)
-    assert len(first) + len(second) <= 500
-    assert min(y for _, y in first) < 20 and max(y for _, y in second) > max(y for _, y in first)  # y points down
-    write_metrics(tmp_path, [training_row(step) for step in range(2_000)])
-    assert "lowest and highest of each 8 reports" in Page(write_report(tmp_path, NAME)).text
 
 
 def test_ticks_are_round_and_enclose_the_values():
@@ -243,9 +232,8 @@ def test_a_logarithmic_axis():
     steep = [(1, 2.0), (2, 0.1), (3, 0.019)]
     chart = line_chart("nats", {"training": steep}, may_be_log=True)
     assert chart.unit == "nats, log scale"
-    assert [text for _, _, _, anchor, text in chart.texts if anchor == "end"][
-        :-1
-    ] == "0.02 0.05 0.1 0.2 0.5 1 2".split()
+    marks = [text for _, _, anchor, text in chart.texts if anchor == "end"]
+    assert marks == ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
     assert line_chart("nats", {"training": steep}).unit == "nats"
     assert line_chart("nats", {"training": [(1, 8.0), (2, 0.0)]}, may_be_log=True).unit == "nats"
 

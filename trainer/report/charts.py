@@ -6,14 +6,12 @@ A chart is 420 units wide, so that its labels stay readable on a phone, where it
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import groupby
 
-WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 366, 12, 206  # of the plotting area; the labels stand around it
-MOST_POINTS, MOST_DOTS = 500, 25  # of a curve: more dots would touch
-LABEL_DISTANCE = 13
+WIDTH, HEIGHT = 420, 232
+LEFT, RIGHT, TOP, BOTTOM = 46, 410, 12, 206  # of the plotting area; the labels stand around it
+MOST_DOTS = 25  # of a curve: more would touch
 LOG_FROM = 20  # ratio of the highest value to the lowest from which an axis may be logarithmic
-Point = tuple[int, float]  # step, value
 
 
 @dataclass
@@ -23,18 +21,16 @@ class Chart:
     Attributes:
         unit: Of the values.
         ends: Each curve's name and last value.
-        bucket: Reports of which only the lowest and the highest are drawn; 1 if all are.
         lines: (style, [(x, y), ...])
         dots: (style, x, y, tooltip)
-        texts: (style, x, y, text-anchor, text)
+        texts: (x, y, text-anchor, text)
     """
 
     unit: str
-    ends: list[tuple[str, str]]
-    bucket: int
+    ends: list[tuple[str, str]] = field(default_factory=list)
     lines: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
     dots: list[tuple[str, float, float, str]] = field(default_factory=list)
-    texts: list[tuple[str, float, float, str, str]] = field(default_factory=list)
+    texts: list[tuple[float, float, str, str]] = field(default_factory=list)
 
 
 def line_chart(
@@ -51,54 +47,32 @@ def line_chart(
     Returns:
         The chart; None if no curve has a value.
     """
-    most = max(map(len, curves.values()))
-    curves = {name: stretches for name, points in curves.items() if (stretches := without_gaps(points))}
-    if not curves:
+    points = [point for curve in curves.values() for point in curve if point[1] is not None]
+    if not points:
         return None
-    points = [point for stretches in curves.values() for stretch in stretches for point in stretch]
     y, marks, is_log = value_axis([value for _, value in points], may_be_log)
     last_step = max(1, *(step for step, _ in points))
     x = axis(0, last_step, LEFT, RIGHT)
-    last_values = [stretches[-1][-1][1] for stretches in curves.values()]
-    ends = [(name, tick_label(float(f"{value:.3g}"))) for name, value in zip(curves, last_values, strict=True)]
-    bucket = 1 if most <= MOST_POINTS else math.ceil(2 * most / MOST_POINTS)
-    chart = Chart(f"{unit}, log scale" if is_log else unit, ends, bucket)
+    chart = Chart(f"{unit}, log scale" if is_log else unit)
     for mark in marks:
         chart.lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
-        chart.texts.append(("", LEFT - 7, y(mark), "end", tick_label(mark)))
+        chart.texts.append((LEFT - 7, y(mark), "end", tick_label(mark)))
     chart.lines.append(("axis", [(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
     chart.lines += [("epoch", [(x(step), TOP), (x(step), BOTTOM)]) for step in epochs]
     for step in (step for step in ticks(0, last_step) if step <= last_step and step == int(step)):
         chart.lines.append(("axis", [(x(step), BOTTOM), (x(step), BOTTOM + 4)]))
-        chart.texts.append(("", x(step), BOTTOM + 13, "middle", tick_label(step)))
-    chart.texts.append(("", WIDTH, BOTTOM + 13, "end", "step"))
-    for number, stretches in enumerate(curves.values(), 1):
-        is_sparse = sum(map(len, stretches)) <= MOST_DOTS
-        for stretch in stretches:
-            kept = thin(stretch, bucket)
-            chart.lines.append((f"curve c{number}", [(x(step), y(value)) for step, value in kept]))
-            if is_sparse or len(kept) == 1:
-                chart.dots += [
-                    (f"c{number}", x(step), y(value), f"step {step:,}: {value:,.4g}") for step, value in kept
-                ]
-    heights = spread([y(value) for value in last_values])
-    for number, (height, (_, last)) in enumerate(zip(heights, ends, strict=True), 1):
-        chart.texts.append((f"last c{number}", RIGHT + 6, height, "start", last))
+        chart.texts.append((x(step), BOTTOM + 13, "middle", tick_label(step)))
+    for name, curve in curves.items():
+        runs = [list(run) for is_gap, run in groupby(curve, lambda point: point[1] is None) if not is_gap]
+        if not runs:
+            continue
+        chart.ends.append((name, tick_label(float(f"{runs[-1][-1][1]:.3g}"))))
+        style = f"c{len(chart.ends)}"
+        for run in runs:
+            chart.lines.append((f"curve {style}", [(x(step), y(value)) for step, value in run]))
+            if len(curve) <= MOST_DOTS or len(run) == 1:
+                chart.dots += [(style, x(step), y(value), f"step {step:,}: {value:,.4g}") for step, value in run]
     return chart
-
-
-def without_gaps(points: list[tuple[int, float | None]]) -> list[list[Point]]:
-    runs = groupby(points, lambda point: point[1] is None)
-    return [list(run) for is_gap, run in runs if not is_gap]
-
-
-def thin(points: list[Point], bucket: int) -> list[Point]:
-    """Returns the lowest and the highest point of each bucket, so that spikes stay."""
-    kept = []
-    for begin in range(0, len(points), bucket):
-        by_value = sorted(points[begin : begin + bucket], key=lambda point: point[1])
-        kept += sorted({by_value[0], by_value[-1]})
-    return kept
 
 
 def value_axis(values: list[float], may_be_log: bool) -> tuple[Callable[[float], float], list[float], bool]:
@@ -130,15 +104,6 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, max(0, 1 - power)) for i in range(first, last + 1)]
-
-
-def spread(heights: list[float]) -> list[float]:
-    """Moves labels at these heights apart that would overlap, and up if one would leave the chart."""
-    heights, order = list(heights), sorted(range(len(heights)), key=heights.__getitem__)
-    for above, below in pairwise(order):
-        heights[below] = max(heights[below], heights[above] + LABEL_DISTANCE)
-    too_low = max(0, heights[order[-1]] - BOTTOM)
-    return [round(height - too_low, 1) for height in heights]
 
 
 def tick_label(value: float) -> str:
