@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-WIDTH, HEIGHT = 420, 232
+WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 410, 12, 206  # of the plotting area; the labels stand around it
 MOST_DOTS = 25  # of a curve: more would touch
 LOG_FROM = 20  # ratio of the highest value to the lowest from which an axis may be logarithmic

@@ -56,7 +56,7 @@ RECORDED = SIDECAR | {"config": {"*": PLAIN}}  # it is shown, not used
 
 @dataclass
 class Record:
-    """What a run's files hold; `missing` says why a part cannot be shown."""
+    """What a run's files hold; `missing` says which of them cannot be shown, and why."""
 
     folder: Path
     name: str
@@ -101,7 +101,8 @@ def read_record(folder: Path, name: str) -> Record:
         try:
             setattr(record, part, read(path))
         except FileNotFoundError:
-            record.missing[part] = f"{display_path(path)} is not there"
+            if part in ("sidecar", "samples"):  # not every run has scenes or maps
+                record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
             record.missing[part] = f"{display_path(path)} cannot be read ({error})"
     return record
@@ -121,7 +122,7 @@ def values(rows: list[dict], key: str) -> list[float]:
 
 
 def last_of(rows: list[dict], key: str) -> float | None:
-    return next(reversed(values(rows, key)), None)
+    return (values(rows, key) or [None])[-1]
 
 
 def summary(record: Record) -> dict:
@@ -257,13 +258,7 @@ def number(value: float | None, form: str = ",.0f") -> str:
 
 
 def write_report(out_dir: Path, name: str) -> Path:
-    """Writes the page of the run of that name, whole or not at all.
-
-    Args:
-        out_dir: The folder of {name}.metrics.jsonl and, where they exist, {name}.json and {name}_samples/.
-
-    Returns:
-        {out_dir}/{name}.report.html
+    """Writes {out_dir}/{name}.report.html, whole or not at all, and returns its path.
 
     Raises:
         UsageError: If there are no metrics to show, or the page cannot be written.
