@@ -124,7 +124,7 @@ def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
         "Held-out loss 0.321|grounding gap 1.789 nats|100 steps in 03:20|2026-11-21 21:52|2.110|It looks at the images"
     )
     texts += "|96.6%|89.5%|28.4%|–|200 held-out scenes|10,000|31.5|log_interval|77|not given|2.13.0|描述这张图片|✓"
-    texts += "|Fine-tuning · built-in model · data built-in scenes|abcdef012345 and changes"
+    texts += "|Fine-tuning · built-in model · data built-in scenes|abcdef0123456789+"
     assert [text for text in texts.split("|") if text not in page.text] == []
     assert "Left out" not in page.text
 

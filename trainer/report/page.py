@@ -128,8 +128,8 @@ def last_of(rows: list[dict], key: str) -> float | None:
 def summary(record: Record) -> dict:
     sidecar, loss = record.sidecar, last_of(record.evaluations, "loss")
     data = "built-in scenes" if record.learns_scenes else sidecar["arguments"].get("data_path")
-    facts = [sidecar.get("title"), "built-in model" if sidecar.get("assets") == "built-in" else None]
-    facts += [f"data {data}" if data else None, sidecar.get("written", "")[:16].replace("T", " ")]
+    facts = [sidecar.get("title"), sidecar.get("assets") == "built-in" and "built-in model"]
+    facts += [data and f"data {data}", sidecar.get("written", "")[:16].replace("T", " ")]
     seconds = [0.0, *values(record.training, "seconds")]  # a resumed run counts from zero again
     return {
         "facts": filter(None, facts),
@@ -150,22 +150,19 @@ def verdict(record: Record) -> list[str]:
     gap, trained = last_of(record.evaluations, "gap_shuffled"), last_of(record.training, "loss")
     (first, _), (last, _), (best, step) = losses[0], losses[-1], min(losses)
     sentences = []
-    if gap is not None:
-        looks = f"It looks at the images: shuffled images raise the loss by {gap:.3f} nats per token."
-        ignores = (
-            "It ignores the images: shuffled images do not raise the loss. Do they match their texts, and was stage "
+    if gap is not None and gap >= NO_GAP:
+        sentences.append(f"It looks at the images: shuffled images raise the loss by {gap:.3f} nats per token.")
+    elif gap is not None:
+        sentences.append(
+            "It ignores the images: shuffled images do not raise the loss. Do the images match their texts?"
         )
-        sentences.append(looks if gap >= NO_GAP else f"{ignores}1 done?")
     if last > OVERFITTED * best:
         lowest = f"The held-out loss was lowest at step {step:,} ({best:.3f}) and has risen since"
         sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")
     elif last < first:
-        sentences.append(
-            "The held-out loss fell to the end." if last == best else "The held-out loss has levelled off."
-        )
+        sentences.append(f"The held-out loss {'fell to the end' if last == best else 'has levelled off'}.")
     if trained is not None and last > trained + FAR_ABOVE:
-        few = "there are too few training rows, or they are of another kind"
-        sentences.append(f"The held-out loss is far above the training loss: {few}.")
+        sentences.append("The held-out loss is far above the training loss: use more data, or data of the same kind.")
     return sentences
 
 
@@ -198,25 +195,25 @@ def descriptions(record: Record) -> list[dict]:
         words = record.looks.get((last["step"], name, prompt), [])
         if "".join(word for word, _ in words).strip() != last["description"]:  # they are of another description
             words = []
-        image = {
-            "name": name,
-            "data": base64_image(RunFiles(record.folder, record.name).samples / Path(name).name),
-            "question": " ".join(prompt.replace("<image>", " ").split()),
-            "reference": last["reference"],
-            "stretches": [stretches[number] for number in shown],
-        }
-        images.append(image | looks(words))
+        words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
+        images.append(
+            {
+                "name": name,
+                "data": base64_image(RunFiles(record.folder, record.name).samples / Path(name).name),
+                "question": " ".join(prompt.replace("<image>", " ").split()),
+                "reference": last["reference"],
+                "stretches": [stretches[number] for number in shown],
+                "words": [word for word, _ in words],
+                "maps": base64_mask([of_word for _, of_word in words]) if words else None,
+            }
+        )
     return images
 
 
-def looks(words: list[tuple[str, np.ndarray]]) -> dict:
-    """Returns the words that name something, and their maps side by side: a PNG that darkens all other patches."""
-    words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
-    if not words:
-        return {"words": []}
+def base64_mask(maps: list[np.ndarray]) -> str:
     file = io.BytesIO()
-    mask_of([of_word for _, of_word in words]).save(file, "PNG", optimize=True)
-    return {"words": [word for word, _ in words], "maps": b64encode(file.getvalue()).decode()}
+    mask_of(maps).save(file, "PNG", optimize=True)
+    return b64encode(file.getvalue()).decode()
 
 
 def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
@@ -244,12 +241,10 @@ def base64_image(path: Path) -> str | None:
 def settings(record: Record) -> dict:
     """Returns the run's main settings, the other ones, and the versions of what it ran with."""
     every = {f"--{name}": value for name, value in record.sidecar["arguments"].items()} | record.sidecar["config"]
-    commit = record.sidecar.get("git_commit") or "unknown"
-    commit = f"{commit[:12]} and changes" if commit.endswith("+") else commit[:12]
     return {
         "main_settings": {name: every[name] for name in MAIN_SETTINGS if name in every},
         "other_settings": {name: value for name, value in every.items() if name not in MAIN_SETTINGS},
-        "versions": record.sidecar["versions"] | {"this project": commit},
+        "versions": record.sidecar["versions"] | {"this project": record.sidecar.get("git_commit") or "unknown"},
     }
 
 
