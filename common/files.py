@@ -21,7 +21,7 @@ from filelock import FileLock
 from common.errors import UsageError
 from common.paths import display_path, printable
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may be
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that weights may have
 # A scratch folder's name, the file that says this program made it, and the lock held while its process lives.
 SCRATCH, TEMPORARY, MARK, MARKED, ALIVE = ".minimind-v-", ".tmp", "mark", b"a temporary folder of MiniMind-V\n", "lock"
 REPLACED = "replaced"
@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for several files: all are on disk before the first is renamed, in order.
+    """Does what `write_atomically` does for files of one folder: all are on disk before the first is renamed, in order.
 
     Args:
         files: What writes each.
@@ -51,16 +51,15 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable
     """
     path = next(iter(files))
     try:
-        with contextlib.ExitStack() as stack:
-            scratch = {parent: stack.enter_context(scratch_folder(parent)) for parent in {p.parent for p in files}}
+        with scratch_folder(path.parent) as scratch:
             for path, write in files.items():
-                with open(scratch[path.parent] / path.name, "wb") as file:
+                with open(scratch / path.name, "wb") as file:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
             then()
             for path in files:
-                os.replace(scratch[path.parent] / path.name, path)
+                os.replace(scratch / path.name, path)
                 flush(path.parent)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error names no cause
@@ -245,12 +244,10 @@ def load_file(path: Path) -> dict:
 
 
 def check_checksums(path: Path):
-    """Raises BadZipFile unless a file's checksums are right, which torch.load does not check."""
+    """Raises BadZipFile if a checksum of the file is wrong, which torch.load does not check."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             return  # of a torch before 1.6, whose files hold no checksums
-    if not zipfile.is_zipfile(path):
-        raise zipfile.BadZipFile("it is damaged, most likely cut off")
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:

@@ -58,11 +58,11 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
         if not folder.is_dir():
             lock = lock_of(folder)
             try:
-                held = lock.acquire(timeout=0)
+                locked = lock.acquire(timeout=0)
             except Timeout:
                 print(f"{display_path(path)} is being read into {folder} by another process: waiting", flush=True)
-                held = lock.acquire()
-            with held:
+                locked = lock.acquire()
+            with locked:
                 if not folder.is_dir():
                     import_file(path, folder)
     except (pa.ArrowException, OSError, ValueError) as error:

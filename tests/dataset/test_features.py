@@ -271,7 +271,7 @@ def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Trains two epochs on the same rows: without a cache, with an empty and a full one, and on two ranks."""
+    """Trains two epochs on the same rows: without a cache, with an empty one, the same full, and on two ranks."""
     folder = tmp_path_factory.mktemp("cached")
 
     def run(name: str, flags: list, ranks: int = 1) -> tuple:
@@ -282,21 +282,20 @@ def runs(world, tmp_path_factory):
     return {
         "off": run("off", ["--batch_size", 8, "--cache_vision", "off"]),
         "default": run("default", ["--batch_size", 8]),
-        "filling": run("filling", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
-        "full": run("full", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
+        "full": run("full", ["--batch_size", 8, "--cache_vision", folder / "default" / "vision_features"]),
         "two ranks": run("two", ["--batch_size", 4], ranks=2),
     }
 
 
 def test_training_is_the_same_with_a_cache(runs):
     """Up to the rounding of features to float16: 2 ** -11 relative."""
-    assert runs["filling"][0] == pytest.approx(runs["off"][0], rel=1e-4)
+    assert runs["default"][0] == pytest.approx(runs["off"][0], rel=1e-4)
 
 
 def test_an_empty_a_full_and_a_shared_cache_give_the_same(runs):
-    assert runs["default"][0] == runs["filling"][0] == runs["full"][0]
+    assert runs["default"][0] == runs["full"][0]
     assert runs["two ranks"][0] == pytest.approx(runs["default"][0], rel=1e-5)
-    assert "encoding images, once" in runs["filling"][1].err
+    assert "encoding images, once" in runs["default"][1].err
     assert "encoding images, once" not in runs["full"][1].err
 
 
@@ -311,17 +310,8 @@ def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
 def test_a_resumed_run_says_which_pictures_changed(world, tmp_path, flags):
     images = shutil.copytree(world.images, tmp_path / "images")
     out = world.copy_of_out(tmp_path / "out")
-    command = [
-        SFT,
-        *world.files("sft", out),
-        "--images_path",
-        images,
-        "--from_weight",
-        "llm",
-        "--num_workers",
-        0,
-        *flags,
-    ]
+    files = [*world.files("sft", out), "--images_path", images]
+    command = [SFT, *files, "--from_weight", "llm", "--num_workers", 0, *flags]
     world.run(*command, "--epochs", 1).passed()
     resumed = world.run(*command, "--epochs", 2, "--from_resume", 1).passed()
     assert "changed since" not in resumed.out
