@@ -14,6 +14,7 @@ import torch
 from downloads import command
 from hub_stand_in import HubStandIn
 from modelscope_stand_in import ModelScopeStandIn
+from published_parquet import write_published_form
 from tiny import EVAL, PRETRAIN, SFT, turn
 from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 
@@ -23,7 +24,6 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
 from model.weights import Weights, read_weights
-from scripts.bench.check_parquet import write_published_form
 from scripts.demo.chat import Models
 from scripts.web_demo_vlm import parse_arguments
 from trainer import bundles

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from published_parquet import write_published_form
 from tiny import PRETRAIN, ROOT, SFT, as_file, turn
 
 from common.errors import UsageError
@@ -30,7 +31,6 @@ from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
-from scripts.bench.check_parquet import write_published_form
 from scripts.data.sources import read_source
 from trainer.setup import report_shared_images
 
