@@ -65,18 +65,6 @@ def command(endpoint: str, dest: Path, *arguments: str) -> dict:
     }
 
 
-def run(endpoint: str, dest: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The script, to its end."""
-    return subprocess.run(**command(endpoint, dest, *arguments), timeout=60, check=False)
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     """All files under a folder with their contents."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """One line that says what is wrong, no traceback, status 1."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert all(word in lines[0] for word in words), lines[0]
