@@ -1,4 +1,4 @@
-"""A row of any known form to this project's: its conversation, and its pictures as files of a folder."""
+"""Makes a row of any known form one of this project: its conversation, and its pictures as files of a folder."""
 
 import base64
 import binascii
@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import os
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,58 +23,46 @@ ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 QUALITY = 95
 
 
-@dataclass(frozen=True)
-class RowMaker:
-    """Makes rows of this project, and writes each distinct picture once, under the hash of its content.
+def make_row(row: dict, question: str, size: int, images_path: Path, folder: Path) -> dict | RowError:
+    """Makes a row of this project, and writes each distinct picture once, under the hash of its content.
 
-    Several threads may call it at once.
+    Several threads may call it at once: they write the same content under the same name.
 
-    Attributes:
-        question: What is asked where a row has a caption only.
+    Args:
+        row: The row of a source.
+        question: What is asked where it has a caption only.
         size: The shorter side that larger pictures are resized to, in pixels.
+        images_path: The folder of the pictures that it names.
         folder: Where pictures are written.
+
+    Returns:
+        {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
     """
+    try:
+        turns, sources = conversation_of(row, question, images_path)
+        files = [prepared(source, size, images_path, folder) for source in sources]
+    except RowError as error:
+        return error
+    for name, content in files:
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return {"image": [name for name, _ in files], "conversations": turns}
 
-    question: str
-    size: int
-    folder: Path
 
-    def make(self, row: dict, images_path: Path) -> dict | RowError:
-        """Returns {"image": names in `folder`, "conversations"}; a RowError where the row cannot be learned from.
-
-        Args:
-            row: The row of a source.
-            images_path: The folder of the pictures that it names.
-        """
-        try:
-            turns, sources = conversation_of(row, self.question, images_path)
-            files = [self.prepared(source, images_path) for source in sources]
-        except RowError as error:
-            return error
-        for name, content in files:
-            if content is not None:
-                self.write(name, content)
-        return {"image": [name for name, _ in files], "conversations": turns}
-
-    def prepared(self, source: str | bytes, images_path: Path) -> tuple[str, bytes | None]:
-        """Returns the name that a picture gets, and its content if it is not written yet."""
-        name = source if isinstance(source, str) else "in the row"
-        try:
-            with decoding(name):
-                content = (images_path / source).read_bytes() if isinstance(source, str) else source
-            digest = hashlib.blake2b(content, digest_size=10).hexdigest()
-            for ending in ENDINGS.values():
-                if (self.folder / f"{digest}{ending}").is_file():
-                    return f"{digest}{ending}", None
-            kind, content = picture_file(content, name, self.size)
-        except PictureError as error:
-            raise RowError(f"broken picture: {error}") from error
-        return f"{digest}{ENDINGS[kind]}", content
-
-    def write(self, name: str, content: bytes):
-        part = self.folder / f".{name}.{threading.get_ident()}"
-        part.write_bytes(content)
-        os.replace(part, self.folder / name)
+def prepared(source: str | bytes, size: int, images_path: Path, folder: Path) -> tuple[str, bytes | None]:
+    """Returns the name that a picture gets, and its content if it is not written yet."""
+    name = source if isinstance(source, str) else "in the row"
+    try:
+        with decoding(name):
+            content = (images_path / source).read_bytes() if isinstance(source, str) else source
+        digest = hashlib.blake2b(content, digest_size=10).hexdigest()
+        for ending in ENDINGS.values():
+            if (folder / f"{digest}{ending}").is_file():
+                return f"{digest}{ending}", None
+        kind, content = picture_file(content, name, size)
+    except PictureError as error:
+        raise RowError(f"broken picture: {error}") from error
+    return f"{digest}{ENDINGS[kind]}", content
 
 
 def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
