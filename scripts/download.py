@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,9 +30,7 @@ from common import paths
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.paths import display_path
-from scripts.data.transfer import RemoteFile, fetch, has_checksum, human, list_hub, list_modelscope, unpack
-
-UNPACKED_PER_ZIP = 1.6  # a guess: JPEGs of 4 kB do not shrink in a zip, and fill whole blocks on disk
+from scripts.data.transfer import RemoteFile, fetch, has_checksum, human, list_hub, list_modelscope
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ TOKENIZER_FILES = (("tokenizer.json", "tokenizer_config.json"),)
 
 
 def data_part(name: str, about: str) -> Part:
-    """Returns one stage's data, newest form first: a parquet file with the pictures, or rows and a zip."""
-    choices = (f"{name}_i2t.parquet",), (f"{name}_data.jsonl", f"{name}_images.zip"), (f"{name}_data.parquet",)
+    """Returns one stage's data under its newest name, or its older one."""
+    choices = ((f"{name}_i2t.parquet",), (f"{name}_data.parquet",))
     return Part("jingyaogong/minimind-v_dataset", paths.DATASET_DIR, about, choices)
 
 
@@ -95,14 +93,12 @@ class Source:
     """A site that publishes the files.
 
     Attributes:
-        variable: The environment variable with its address.
         list_files: Lists a repository, by address, id and type ("model" or "dataset").
         owners: What the hub's owners are called there.
         advice: What else to try where it fails.
     """
 
     endpoint: str
-    variable: str
     list_files: Callable[[str, str, str], list[RemoteFile]]
     owners: dict[str, str]
     advice: str
@@ -115,7 +111,7 @@ class Source:
             _ = urlsplit(self.endpoint).port  # ValueError for one that is no number
             listed = self.list_files(self.endpoint, repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
-            raise UsageError(f"{self.endpoint} is no such site: check {self.variable}, or {self.advice}.") from error
+            raise UsageError(f"{self.endpoint} does not answer like such a site: {self.advice}.") from error
         published = {file.name: file for file in listed}
         size = hidden_size or part.hidden_size
         choices = [[name.format(hidden_size=size) for name in names] for names in part.choices]
@@ -132,14 +128,14 @@ class Source:
 def find_source(name: str) -> Source:
     """Returns the site that --source names."""
     if name == "hub":
-        advice = "set HF_ENDPOINT=https://MIRROR, or try --source modelscope"
-        return Source(constants.ENDPOINT, "HF_ENDPOINT", list_hub, {}, advice)
+        advice = "set HF_ENDPOINT=https://MIRROR or HF_TOKEN (your access token), or try --source modelscope"
+        return Source(constants.ENDPOINT, list_hub, {}, advice)
     # As ModelScope's own client reads it.
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     endpoint = (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/")
     owners = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
-    advice = "leave --source out (the hub has the same files)"
-    return Source(endpoint, "MODELSCOPE_ENDPOINT", list_modelscope, owners, advice)
+    advice = "check MODELSCOPE_ENDPOINT, or leave --source out (the hub has the same files)"
+    return Source(endpoint, list_modelscope, owners, advice)
 
 
 def plan(args: argparse.Namespace, source: Source) -> dict[str, dict[Path, RemoteFile]]:
@@ -153,16 +149,9 @@ def plan(args: argparse.Namespace, source: Source) -> dict[str, dict[Path, Remot
     return files
 
 
-def final_path(path: Path) -> Path:
-    """Returns where a file ends up: for a zip, the folder it is unpacked to."""
-    return path.with_suffix("") if path.suffix == ".zip" else path
-
-
 def is_in_place(path: Path, file: RemoteFile) -> bool:
-    """Tells whether nothing is left to do for a file; raises UsageError where the user's own file has its name."""
-    final, is_weights = final_path(path), path.suffix == ".pth"
-    if final.is_dir() and any(final.iterdir()):
-        return True
+    """Tells whether a file is here; raises UsageError where the user's own file has its name."""
+    is_weights = path.suffix == ".pth"
     is_own = is_weights and path.with_suffix(".json").exists()  # the sidecar of a training here
     if path.exists():
         # Weights trained here have the size of the published ones. Nobody makes the other files.
@@ -170,32 +159,27 @@ def is_in_place(path: Path, file: RemoteFile) -> bool:
     if is_own:
         reason = f"{path} is your own, or another version of the published file"
         raise UsageError(f"{reason}: move or delete it, or put the published files into another folder with --dest.")
-    return final.is_file()
+    return path.exists()
 
 
 def bytes_to_fetch(path: Path, file: RemoteFile) -> int:
     """Returns how much of a file is still to be downloaded."""
-    here = path if path.exists() else file.part(path)
-    return file.size - here.stat().st_size if here.exists() else file.size
+    part = file.part(path)
+    return file.size - (part.stat().st_size if part.exists() else 0)
 
 
 def check_disk(missing: dict[Path, RemoteFile]):
     """Prints how much is to be fetched; raises UsageError where a disk is too small for it."""
-    disks: dict[int, tuple[Path, list[Path]]] = {}
-    for path in missing:  # dataset/ is often a link to a larger disk
+    disks: dict[int, tuple[Path, list[int]]] = {}
+    for path, file in missing.items():  # dataset/ is often a link to a larger disk
         folder = next(folder for folder in path.parents if folder.is_dir())
-        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(path)
-    for folder, on_disk in disks.values():
-        fetched = sum(bytes_to_fetch(path, missing[path]) for path in on_disk)
-        unpacked = sum(round(missing[path].size * UNPACKED_PER_ZIP) for path in on_disk if path.suffix == ".zip")
-        free = shutil.disk_usage(folder).free
-        figures = f"{human(fetched)} to fetch" + (f" + about {human(unpacked)} of unpacked pictures" * (unpacked > 0))
-        if fetched + unpacked > free:
-            raise UsageError(
-                f"not enough disk under {folder}: {human(fetched + unpacked)} needed ({figures}), {human(free)} free. "
-                f"Make room, or fetch fewer parts ({', '.join(PARTS)})."
-            )
-        print(f"\n{figures}; {human(free)} free", flush=True)
+        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(bytes_to_fetch(path, file))
+    for folder, sizes in disks.values():
+        needed, free = human(sum(sizes)), shutil.disk_usage(folder).free
+        if sum(sizes) > free:
+            advice = f"make room, or fetch fewer parts ({', '.join(PARTS)})"
+            raise UsageError(f"not enough disk under {folder}: {needed} to fetch, {human(free)} free. {advice}.")
+        print(f"\n{needed} to fetch; {human(free)} free", flush=True)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -218,24 +202,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, source: Source):
-    """Asks the source, checks the disk, fetches, unpacks and prints what to type next."""
+    """Asks the source, checks the disk, fetches and prints what to type next."""
     print(f"Asking {source.endpoint} ...", flush=True)
     files, missing = plan(args, source), {}
     for part, published in files.items():
-        places = " + ".join(display_path(final_path(path)) for path in published)
+        places = " + ".join(map(display_path, published))
         wanted = {path: file for path, file in published.items() if not is_in_place(path, file)}
         size = human(sum(bytes_to_fetch(path, file) for path, file in wanted.items()))
         print(f"  {part:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})")
         missing |= wanted
     check_disk(missing)
     for path, file in missing.items():
-        if not path.exists():
-            fetch(file, path)
-            print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
-        if path.suffix == ".zip":
-            unpack(path, final_path(path))
-            print(f"  unpacked  {display_path(final_path(path))}", flush=True)
-            path.unlink()
+        fetch(file, path)
+        print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
     print("\n" + "\n".join(next_commands(args, files)))
 
 
@@ -269,18 +248,14 @@ def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFi
 
 def explain(error: HTTPError | OSError, source: Source) -> str:
     """Returns what is wrong, and what to do."""
-    if not isinstance(error, HTTPError):
-        return str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
-    if not isinstance(error, HfHubHTTPError):
-        reason = f"the connection to {source.endpoint} failed ({str(error) or type(error).__name__}): check the network"
-        return f"{reason}, or {source.advice}"
-    reason = "try again later"
-    if isinstance(error, GatedRepoError):
-        reason = "accept the terms on its page, then set HF_TOKEN"
-    elif error.response.status_code in (401, 403, 404):
-        reason = "not there, or private (HF_TOKEN holds your access token)"
-    url = str(error.response.url).split("?")[0]
-    return f"{url} answers {error.response.status_code}: {reason}, or {source.advice}"
+    if isinstance(error, HfHubHTTPError):
+        url, status = str(error.response.url).split("?")[0], error.response.status_code
+        reason = "not there, or private" if status in (401, 403, 404) else "try again later"
+        return f"{url} answers {status}: {reason}, or {source.advice}"
+    if isinstance(error, HTTPError):
+        reason = str(error) or type(error).__name__
+        return f"the connection to {source.endpoint} failed ({reason}): check the network, or {source.advice}"
+    return str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
 
 
 def main(argv: list[str] | None = None):

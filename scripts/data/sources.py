@@ -87,22 +87,16 @@ def read_table(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
         delimiter, names = foreign.table_header(file.readline())
         foreign.check_names(path, names)
-        reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
-        while True:
-            line = reader.line_num + 2  # the header was line 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if reader.line_num + 1 > line:  # it swallowed further lines
-                    raise UsageError(f"{display_path(path)}, line {line}: a quote is not closed ({error})") from error
-                yield f"line {line}", RowError(f"not a table's row: {error}")
-                continue
-            if len(fields) == len(names):
-                yield f"line {line}", dict(zip(names, fields, strict=True))
-            elif fields:  # not a blank line
-                yield f"line {line}", RowError(f"{len(fields)} fields, but the first line names {len(names)}")
+        reader, line = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True), 2
+        try:
+            for fields in reader:
+                if len(fields) == len(names):
+                    yield f"line {line}", dict(zip(names, fields, strict=True))
+                elif fields:  # not a blank line
+                    yield f"line {line}", RowError(f"{len(fields)} fields, but the first line names {len(names)}")
+                line = reader.line_num + 2  # the header was line 1
+        except csv.Error as error:  # where the row ends, nothing tells
+            raise UsageError(f"{display_path(path)}, line {line}: a quote is wrong or not closed ({error})") from error
 
 
 def read_lines(path: Path) -> Rows:

@@ -1,17 +1,13 @@
-"""List, download and unpack published files; a file or folder gets its final name only when it is complete.
+"""List and download published files; a file gets its final name only when it is complete.
 
 The range requests are our own: huggingface_hub's `hf_hub_download` starts over after an interruption (its pull request
 4228), and its `http_get` takes ModelScope's partial answers, which have the status 200, for whole files.
 """
 
 import hashlib
-import lzma
 import os
-import struct
 import sys
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +21,10 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from tqdm import tqdm
 
 from common.errors import UsageError
-from common.files import scratch_folder
 
 LONGEST_WAIT = 8  # seconds: without a new byte, it tries again after 1, 2, 4 and 8
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 REQUEST = {"timeout": HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
-# RuntimeError: an encrypted file or an unknown method. The last three: a file and a folder of one name.
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError)
-DAMAGED_ZIP += (FileExistsError, NotADirectoryError, IsADirectoryError)
 BAR = {"delay": 1, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}  # few lines in a log file
 human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
 
@@ -146,28 +138,3 @@ def has_checksum(path: Path, checksum: str) -> bool:
         while chunk := content.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest() == checksum
-
-
-def unpack(path: Path, folder: Path):
-    """Unpacks a zip into `folder`, without a top folder of the same name; starts over if it was interrupted.
-
-    zipfile drops drives, leading slashes and `..` from names and writes links as files, so nothing leaves the folder.
-
-    Raises:
-        UsageError: If the zip is damaged.
-    """
-    with scratch_folder(folder.parent) as scratch:
-        part = scratch / "part"
-        part.mkdir()
-        try:
-            with zipfile.ZipFile(path) as archive:
-                files = [info for info in archive.infolist() if not info.is_dir()]
-                files = [info for info in files if not info.filename.startswith("__MACOSX/")]
-                bar = tqdm(files, desc=f"  unpacking {path.name}", unit=" files", **BAR)
-                unpacked = {archive.extract(info, part) for info in bar}
-                if len(unpacked) < len(files):
-                    raise zipfile.BadZipFile("two files in it have the same name")
-        except DAMAGED_ZIP as error:
-            raise UsageError(f"{path} is damaged ({error}): delete it and run this again.") from error
-        top = part / folder.name
-        (top if list(part.iterdir()) == [top] else part).rename(folder)
