@@ -19,7 +19,7 @@ from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path
 from common.schema import SchemaError, read_json
-from dataset import foreign
+from dataset import foreign, forms
 from dataset.conversation import RowError
 from dataset.formats import with_plain_images
 
@@ -191,7 +191,7 @@ def read_object(path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{display_path(path)}: broken JSON, or the file is cut off ({error})") from error
     lists = [value for value in whole.values() if isinstance(value, list)]
-    rows = [whole] if foreign.form_of_row(whole) or len(lists) != 1 else lists[0]
+    rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         images = (image for image in whole["images"] if isinstance(image, dict))
         names = {str(image.get("id")): image.get("file_name") for image in images}
@@ -234,12 +234,12 @@ def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
     row = parsed(kinds[".json"][0]) if kinds[".json"] else {}
     if isinstance(row, RowError):
         return row
-    if kinds[".txt"] and foreign.field(row, ("conversations", "messages")) is None:
+    if kinds[".txt"] and forms.field(row, ("conversations", "messages")) is None:
         try:
             row = {"caption": kinds[".txt"][0].decode("utf-8-sig").strip()}
         except UnicodeDecodeError:
             return RowError("its .txt is not UTF-8")
-    return {name: value for name, value in row.items() if name not in foreign.PICTURE_FIELDS} | {"image": pictures}
+    return {name: value for name, value in row.items() if name not in forms.PICTURE_FIELDS} | {"image": pictures}
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
