@@ -4,21 +4,19 @@ import base64
 import binascii
 import hashlib
 import io
-import json
 import os
 from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import Image
 
-from dataset import foreign
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset import foreign, forms
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
 from dataset.formats import why_missing
 from dataset.metadata import turn_of
 from dataset.pictures import CLIP_FORMAT, PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
-ROLES = {"human": "user", "gpt": "assistant"}
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 QUALITY = 95
 
@@ -97,15 +95,12 @@ def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[d
     Raises:
         RowError: If it cannot be learned from, or a picture is missing.
     """
-    form = foreign.form_of_row(row)
-    if form is None:
-        raise RowError(f"no known form: it has the fields {', '.join(row):.80}")
-    pictures, inline = as_pictures(row.get(foreign.field(row, foreign.PICTURE_FIELDS)), images_path), []
-    if form in (foreign.QUESTION, foreign.CAPTION):
-        turns = question_and_answer(row, form, question, len(pictures))
-    else:
-        turns = parse_conversation([own_turn(turn, images_path, inline) for turn in turns_of(row)])
-    pictures = inline or pictures
+    named = forms.field(row, forms.PICTURE_FIELDS)
+    row = row | ({named: as_pictures(row[named], images_path)} if named else {})
+    if forms.form_of_row(row) == forms.CAPTION:
+        row["question"] = question
+    turns, pictures = forms.read_row(row)
+    pictures = as_pictures(pictures, images_path)
     has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
     if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
         return turns, []
@@ -119,60 +114,6 @@ def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[d
         if reason:
             raise RowError(reason)
     return turns, pictures
-
-
-def question_and_answer(row: dict, form: str, question: str, pictures: int) -> list[dict]:
-    name = "answer" if form == foreign.QUESTION else foreign.field(row, foreign.CAPTION_FIELDS)
-    asked, answer = row["question"] if form == foreign.QUESTION else question, row[name]
-    if not (isinstance(asked, str) and isinstance(answer, str)):
-        raise RowError(f"question or {name} is no text")
-    if not answer.strip():
-        raise RowError(f"the {name} is empty")
-    if not pictures:
-        raise RowError("no picture is named")
-    try:
-        asked = with_images(asked, pictures)
-    except ValueError as error:
-        raise RowError(str(error)) from error
-    return parse_conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
-
-
-def turns_of(row: dict) -> list:
-    value = row[foreign.field(row, ("conversations", "messages"))]
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-            # Columns of roles and of contents, as `datasets` once kept them.
-            value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"the conversation is broken: {error}") from error
-    if not isinstance(value, list):
-        raise RowError("the conversation is no list of turns")
-    return value
-
-
-def own_turn(turn, images_path: Path, pictures: list[str | bytes]):
-    """Returns a turn as {"role", "content", ...}, where it has such; appends the pictures that stand in its parts."""
-    if not isinstance(turn, dict):
-        return turn
-    role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
-                     for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
-    if isinstance(content, list):
-        content = NEWLINE.join(part_text(part, images_path, pictures) for part in content)
-    more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
-    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
-
-
-def part_text(part, images_path: Path, pictures: list[str | bytes]) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind not in ("image", "image_url"):
-        raise RowError(f"a part that is neither text nor picture: {kind}")
-    source = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name) is not None), None)
-    source = source["url"] if isinstance(source, dict) and source.get("url") is not None else source
-    pictures += as_pictures([source], images_path)
-    return IMAGE_TAG
 
 
 def as_pictures(value, images_path: Path) -> list[str | bytes]:

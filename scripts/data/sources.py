@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path
-from dataset import foreign
+from dataset import foreign, forms
 from dataset.conversation import RowError
 from dataset.formats import with_plain_images
 
@@ -155,7 +155,7 @@ def read_object(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise broken(path, error) from error
     lists = [value for value in whole.values() if isinstance(value, list)]
-    rows = [whole] if foreign.form_of_row(whole) or len(lists) != 1 else lists[0]
+    rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
         rows = [
@@ -194,11 +194,11 @@ def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
     if len(texts) > 1 or len(objects) > 1:
         return RowError("several texts of one name up to the first dot")
     row = parsed(objects[0]) if objects else {}
-    if texts and isinstance(row, dict) and foreign.field(row, ("conversations", "messages")) is None:
+    if texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
         row = with_caption({}, texts[0])
     if isinstance(row, RowError):
         return row
-    return {name: value for name, value in row.items() if name not in foreign.PICTURE_FIELDS} | {"image": pictures}
+    return {name: value for name, value in row.items() if name not in forms.PICTURE_FIELDS} | {"image": pictures}
 
 
 def read_parquet(path: Path) -> Rows:
