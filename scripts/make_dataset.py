@@ -5,7 +5,7 @@
     python scripts/make_dataset.py captions.csv --to my_data
         a table of image,caption or image,question,answer
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
-    python scripts/make_dataset.py shards/*.tar --to my_data --parquet
+    python scripts/make_dataset.py shards/*.tar --to my_data
 
 It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
 of it or nothing. A source may also be JSON lines, ShareGPT, OpenAI messages,
@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 import sys
 from array import array
 from collections.abc import Iterator
@@ -33,8 +32,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
@@ -51,8 +48,6 @@ from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
-PARQUET_ROWS = 100  # with their pictures in memory
-PARQUET_SCHEMA = pa.schema({"conversations": pa.string(), "image_bytes": pa.list_(pa.binary())})
 LEAST_ROWS = 20  # from here on at least one is held out
 SHOWN_PLACES = 5
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
@@ -172,24 +167,6 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     return made
 
 
-def write_split(part: Path, name: str, is_taken: np.ndarray, as_parquet: bool):
-    """Writes some of the rows as jsonl, or as parquet with the pictures inside."""
-    with open(part / ROWS, encoding="utf-8") as file:
-        lines = itertools.compress(file, is_taken)
-        if as_parquet:
-            with pq.ParquetWriter(part / f"{name}.parquet", PARQUET_SCHEMA) as writer:
-                while batch := [parquet_row(json.loads(line), part) for line in itertools.islice(lines, PARQUET_ROWS)]:
-                    writer.write_table(pa.Table.from_pylist(batch, PARQUET_SCHEMA))
-        else:
-            with open(part / f"{name}.jsonl", "w", encoding="utf-8") as out:
-                out.writelines(lines)
-
-
-def parquet_row(row: dict, part: Path) -> dict:
-    files = [(part / name).read_bytes() for name in row["image"].split(", ")] if "image" in row else []
-    return {"conversations": json.dumps(row["conversations"], ensure_ascii=False), "image_bytes": files}
-
-
 def write_dataset(args: argparse.Namespace) -> Made:
     """Writes the folder --to as the flags say, whole or not at all.
 
@@ -203,12 +180,11 @@ def write_dataset(args: argparse.Namespace) -> Made:
         made.held_out = int(is_held_out.sum())
         sizes = [picture.stat().st_size for picture in (part / IMAGES).iterdir()]
         made.pictures, made.picture_bytes = len(sizes), sum(sizes)
-        write_split(part, "train", ~is_held_out, args.parquet)
-        if made.held_out:
-            write_split(part, "heldout", is_held_out, args.parquet)
+        for split, is_taken in (("train", ~is_held_out), ("heldout", is_held_out)):
+            if is_taken.any():
+                with open(part / ROWS, "rb") as rows, open(part / f"{split}.jsonl", "wb") as out:
+                    out.writelines(itertools.compress(rows, is_taken))
         (part / ROWS).unlink()
-        if args.parquet:
-            shutil.rmtree(part / IMAGES)
     return made
 
 
@@ -259,7 +235,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     what = "share of the rows to hold out; 0: none"
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help=what)
-    add("--parquet", action="store_true", help="write parquet files with the pictures inside")
     what = "rows that may be left out without exit status 1 (default: 1 %% of the rows)"
     add("--max_bad_rows", type=number(int, 0), help=what)
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
@@ -272,11 +247,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
-    train, heldout = (args.to / f"{split}.{'parquet' if args.parquet else 'jsonl'}" for split in ("train", "heldout"))
     print("\n".join(report(made, args.to)))
     name = re.sub(r"\W+", "_", args.to.name)[:40] + "_sft"  # not the quick start's
-    flags = {"data_path": train, "eval_data": heldout if made.held_out else None, "save_weight": name}
-    shown = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items() if value]
+    train, heldout = args.to / "train.jsonl", args.to / "heldout.jsonl"
+    flags = {"data_path": train} | ({"eval_data": heldout} if made.held_out else {}) | {"save_weight": name}
+    shown = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items()]
     print("\n  python trainer/train_sft_vlm.py", " \\\n    ".join(shown), end="\n\n", flush=True)
     check.main([str(train), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows

@@ -120,32 +120,26 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
     if isinstance(value, str) and not value.startswith("data:") and not os.path.isfile(images_path / value):
         value = parse_picture_names(value)
-    found = [as_picture(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
-    return [on_this_system(one, images_path) for one in found]
+    values = value if isinstance(value, list) else [value]
+    return [as_picture(value, images_path) for value in values if value not in (None, "")]
 
 
-def on_this_system(picture: str | bytes, images_path: Path) -> str | bytes:
-    """Returns a name as it is; one written on Windows with slashes, where such a file is there."""
-    if isinstance(picture, bytes) or "\\" not in picture or os.path.isfile(images_path / picture):
-        return picture
-    slashed = picture.replace("\\", "/")
-    return slashed if os.path.isfile(images_path / slashed) else picture
-
-
-def as_picture(value) -> str | bytes:
+def as_picture(value, images_path: Path) -> str | bytes:
     if isinstance(value, dict):  # as `datasets` writes it
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
-    if foreign.is_base64(value):
-        value = f"data:,{''.join(value.split())}"
     if not isinstance(value, str) or not value:
         raise RowError("the picture is neither a name nor a file's bytes")
     if value.startswith(("http:", "https:")):
         raise RowError("a picture on the web is not fetched: download it, and name its file")
-    if value.startswith("data:"):
+    if value.startswith("data:") or foreign.is_base64(value):
         try:
-            return base64.b64decode(value.partition(",")[2], validate=True)
+            return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
         except binascii.Error as error:
             raise RowError(f"a data: URL that is no base64: {error}") from error
-    return unquote(value.removeprefix("file://")) if value.startswith("file:") else value
+    if value.startswith("file:"):
+        value = unquote(value.removeprefix("file://"))
+    slashed = value.replace("\\", "/")  # a name written on Windows
+    is_slashed = not os.path.isfile(images_path / value) and os.path.isfile(images_path / slashed)
+    return slashed if is_slashed else value

@@ -227,15 +227,14 @@ def test_every_form_reads_as_this_projects_own(pictures, tokenizer, form):
     if form == "folder":  # its files are taken in the order of their names
         expected = [expected[1], expected[0], expected[2]]
     source = build(pictures)
-    for kind, flag in (("jsonl", []), ("parquet", ["--parquet"])):
-        made, folder = make(source, "--images_path", pictures, "--question", ASKED, "--overwrite", *flag)
-        assert {path.name for path in folder.iterdir()} == {RECORD, f"train.{kind}", *["images"] * (not flag)}
-        assert (made.rows, made.bad_rows, made.pictures) == (3, 0, 3)
-        data = read(folder / f"train.{kind}", tokenizer)
-        assert not data.bad_rows
-        for sample, other in zip(data, expected, strict=True):
-            assert sample.keys() == other.keys()
-            assert all(torch.equal(sample[name], other[name]) for name in sample)
+    made, folder = make(source, "--images_path", pictures, "--question", ASKED)
+    assert {path.name for path in folder.iterdir()} == {RECORD, "train.jsonl", "images"}
+    assert (made.rows, made.bad_rows, made.pictures) == (3, 0, 3)
+    data = read(folder / "train.jsonl", tokenizer)
+    assert not data.bad_rows
+    for sample, other in zip(data, expected, strict=True):
+        assert sample.keys() == other.keys()
+        assert all(torch.equal(sample[name], other[name]) for name in sample)
 
 
 def test_several_pictures_of_a_row_and_rows_without_one(pictures, tokenizer):
@@ -246,12 +245,11 @@ def test_several_pictures_of_a_row_and_rows_without_one(pictures, tokenizer):
     source = as_lines(pictures, rows)
     rows[4]["conversations"][0]["content"] = "<image>\n<image>\nWhich?"
     expected = list(read(write_jsonl(pictures.with_name("own.jsonl"), rows), tokenizer, pictures))
-    for flags in ([], ["--parquet"]):
-        made, folder = make(source, "--images_path", pictures, "--overwrite", *flags)
-        data = read(next(folder.glob("train.*")), tokenizer)
-        assert (len(data), made.pictures) == (6, 3)
-        for sample, other in zip(data, expected, strict=True):
-            assert all(torch.equal(sample[name], other[name]) for name in sample)
+    made, folder = make(source, "--images_path", pictures)
+    data = read(folder / "train.jsonl", tokenizer)
+    assert (len(data), made.pictures) == (6, 3)
+    for sample, other in zip(data, expected, strict=True):
+        assert all(torch.equal(sample[name], other[name]) for name in sample)
 
 
 def test_several_sources_are_put_together_and_a_picture_of_both_stands_once(pictures):
