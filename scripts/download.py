@@ -1,6 +1,6 @@
-"""Fetch the published weights, tokenizer and data to where they are looked for.
+"""Download the published weights, tokenizer and data into the folders where training looks for them.
 
-    python scripts/download.py sft_vlm          a trained model, to talk to
+    python scripts/download.py sft_vlm          a trained model to talk to
     python scripts/download.py                  everything to train the small model
     python scripts/download.py tower pretrain   only these parts
     python scripts/download.py sft_vlm --hidden_size 768
@@ -8,7 +8,7 @@
     HF_ENDPOINT=https://MIRROR python scripts/download.py
 
 Weights bring the tower and tokenizer that they were trained with.
-The same command resumes after an interruption, and fetches nothing twice.
+The same command resumes after an interruption and downloads nothing twice.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Part:
     """What one word on the command line asks for.
 
     Attributes:
-        choices: The files of each form that it is published in; the first that is complete is fetched.
+        choices: The files of each form it is published in; the first complete form is downloaded.
         needs: For weights: the parts with the tower and the tokenizer that they were trained with.
         hidden_size: For weights: the default of --hidden_size.
     """
@@ -95,7 +95,7 @@ class Source:
     Attributes:
         list_files: Lists a repository, by address, id and type ("model" or "dataset").
         owners: What the hub's owners are called there.
-        advice: What else to try where it fails.
+        advice: What to try when it fails.
     """
 
     endpoint: str
@@ -111,7 +111,7 @@ class Source:
             _ = urlsplit(self.endpoint).port  # ValueError for one that is no number
             listed = self.list_files(self.endpoint, repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model")
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
-            raise UsageError(f"{self.endpoint} does not answer like such a site: {self.advice}.") from error
+            raise UsageError(f"{self.endpoint} does not answer like a model hub: {self.advice}.") from error
         published = {file.name: file for file in listed}
         size = hidden_size or part.hidden_size
         choices = [[name.format(hidden_size=size) for name in names] for names in part.choices]
@@ -154,7 +154,7 @@ def is_in_place(path: Path, file: RemoteFile) -> bool:
     is_weights = path.suffix == ".pth"
     is_own = is_weights and path.with_suffix(".json").exists()  # the sidecar of a training here
     if path.exists():
-        # Weights trained here have the size of the published ones. Nobody makes the other files.
+        # Weights trained here have the same size as the published ones. Training writes none of the other files.
         is_own |= path.stat().st_size != file.size or (is_weights and not has_checksum(path, file.checksum))
     if is_own:
         reason = f"{path} is your own, or another version of the published file"
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None):
     try:
         run(args, source)
     except (HTTPError, OSError) as error:
-        raise UsageError(f"{explain(error, source)}. What has arrived stays: the same command resumes.") from error
+        raise UsageError(f"{explain(error, source)}. Partial files stay: the same command resumes.") from error
 
 
 if __name__ == "__main__":

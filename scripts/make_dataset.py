@@ -1,4 +1,4 @@
-"""Make training data of what you have: pictures with texts in any usual form.
+"""Make training data from pictures with texts in any common form.
 
     python scripts/make_dataset.py my_photos --to my_data
         a folder with a .txt beside each picture
@@ -55,7 +55,7 @@ LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 @dataclass
 class Made:
-    """What has been written, and what has been left out.
+    """Counts of what was written and what was left out.
 
     Attributes:
         keys: For each row the hash of its first picture, 0 for none.
@@ -195,7 +195,7 @@ def check_folders(args: argparse.Namespace):
         if reason and not source.is_dir():
             raise UsageError(f"{display_path(source)} cannot be read: {reason}")
         if args.to.is_relative_to(source) or source.is_relative_to(args.to):
-            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} are one in the other")
+            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
     if args.images_path is not None and not args.images_path.is_dir():
         raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
     if args.images_path is not None and args.images_path.is_relative_to(args.to):
@@ -204,8 +204,8 @@ def check_folders(args: argparse.Namespace):
 
 def report(made: Made, folder: Path) -> list[str]:
     """Returns what was written, and what was left out and why."""
-    good, held = len(made.keys), made.held_out
-    lines = [display_path(folder), *check.fact("rows", f"{good:,}: {good - held:,} to train on, {held:,} held out")]
+    rows = f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"
+    lines = [display_path(folder), *check.fact("rows", rows)]
     lines += check.fact("pictures", f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB")
     if not made.left_out:
         return [*lines, *check.fact("left out", "nothing")]
@@ -227,10 +227,10 @@ def reasons(made: Made) -> list[str]:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("sources", metavar="SOURCE", nargs="+", type=file_path, help="what you have; several are put together")
+    add("sources", metavar="SOURCE", nargs="+", type=file_path, help="files or folders to convert into one data set")
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
-    add("--question", default=DESCRIBE, help="what is asked about a picture that has a caption only")
+    add("--question", default=DESCRIBE, help="question for pictures that have only a caption")
     what = "larger pictures are resized to this shorter side, in pixels"
     add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     what = "share of the rows to hold out; 0: none"

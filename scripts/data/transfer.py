@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.errors import UsageError
 
-LONGEST_WAIT = 8  # seconds: without a new byte, it tries again after 1, 2, 4 and 8
+LONGEST_WAIT = 8  # seconds; the waits between attempts that bring no new byte are 1, 2, 4 and 8
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 REQUEST = {"timeout": HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
 BAR = {"delay": 1, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 30}  # few lines in a log file
@@ -40,7 +40,7 @@ class RemoteFile:
     checksum: str | None
 
     def part(self, path: Path) -> Path:
-        """Returns where it grows; named after its content, so two versions are never joined."""
+        """Returns the partial file, named after the checksum so that two versions are never joined."""
         return path.with_name(f"{path.name}.{self.checksum[:12]}.part")
 
 

@@ -202,11 +202,11 @@ def test_an_unreachable_hub_is_one_line_and_status_1(tmp_path):
     ("flags", "endpoint", "words"),
     [
         ([], "mirror.example", "missing an 'http://' or 'https://' protocol"),
-        ([], "http://a:b", "http://a:b does not answer like such a site: set HF_ENDPOINT"),
+        ([], "http://a:b", "http://a:b does not answer like a model hub: set HF_ENDPOINT"),
         (
             ["--source", "modelscope"],
             "http://a:b",
-            "http://a:b does not answer like such a site: check MODELSCOPE_ENDPOINT",
+            "http://a:b does not answer like a model hub: check MODELSCOPE_ENDPOINT",
         ),
         (
             ["--source", "modelscope"],
@@ -255,7 +255,7 @@ def test_too_little_disk_is_refused_before_anything_is_fetched(hub, run, tmp_pat
 
 def test_an_answer_that_is_no_hubs(hub, run, monkeypatch):
     monkeypatch.setattr("hub_stand_in.describe", lambda *_: ["a login page"])
-    assert f"{hub.endpoint} does not answer like such a site: set HF_ENDPOINT" in run(hub.endpoint, "llm")[1]
+    assert f"{hub.endpoint} does not answer like a model hub: set HF_ENDPOINT" in run(hub.endpoint, "llm")[1]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_an_answer_that_is_not_modelscopes(modelscope, run, tmp_path, monkeypatc
     answer = json.dumps(listing).encode()
     monkeypatch.setattr(ModelScopeStandIn, "serve", lambda _, request: send(request, 200, answer))
     error = run(modelscope.endpoint, "llm", "--source", "modelscope")[1]
-    assert f"{modelscope.endpoint} does not answer like such a site: check MODELSCOPE_ENDPOINT" in error
+    assert f"{modelscope.endpoint} does not answer like a model hub: check MODELSCOPE_ENDPOINT" in error
     assert not (tmp_path / "d").exists()
 
 
@@ -299,4 +299,4 @@ def test_a_disk_that_fills_up_meanwhile(hub, run, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(download, "fetch", fill_up)
-    assert "No space left on device. What has arrived stays" in run(hub.endpoint, "llm")[1]
+    assert "No space left on device. Partial files stay" in run(hub.endpoint, "llm")[1]

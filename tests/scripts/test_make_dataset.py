@@ -364,7 +364,7 @@ def test_what_is_there_is_not_overwritten(pictures):
         with pytest.raises(UsageError, match="none of 3 rows can be used|would replace the pictures"):
             make(source, "--images_path", images_path, "--overwrite")
     for inside in (folder / "train.jsonl", pictures.parent):
-        with pytest.raises(UsageError, match="are one in the other"):
+        with pytest.raises(UsageError, match="must not contain each other"):
             write_dataset(parse_arguments([str(inside), "--to", str(folder), "--overwrite"]))
     assert (folder / "train.jsonl").read_bytes() == before
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.data", "made"}
