@@ -304,10 +304,12 @@ def test_many_rows_are_few_blocks_and_large_pictures_more(tmp_path, tokenizer, m
         assert kept[0]["pictures"] == [[number] for number in range(1000)]
 
 
-def test_several_processes_give_the_same_rows(tmp_path, tokenizer):
+def test_several_processes_give_the_same_rows(tmp_path, tokenizer, monkeypatch):
     _, data = published(tmp_path, tokenizer)
     path = tmp_path / "published.parquet"
-    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache", num_proc=2)
+    monkeypatch.setattr("dataset.rows.ROWS_PER_PROCESS", 150)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache")
     assert len(two.rows.cache_files) == 2
     assert two.rows.data.to_pylist() == data.rows.data.to_pylist()
 
