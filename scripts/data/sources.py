@@ -6,6 +6,7 @@ A reader yields (place, row): where the row stands, and its fields, or a RowErro
 import csv
 import itertools
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -218,6 +219,9 @@ def read_saved(path: Path) -> Rows:
             names = " or ".join(display_path(path / name) for name in saved)
             raise UsageError(f"{display_path(path)} holds {len(saved)} splits. Name the one to train on: {names}")
         [saved] = saved.values()
+    for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
+        if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
+            raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
     batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
     yield from numbered(row for batch in batches for row in batch.to_pylist())
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import datasets
@@ -192,6 +193,7 @@ SAVED = [
 @pytest.mark.parametrize(("name", "content"), SAVED, ids=lambda value: str(value)[:40])
 def test_a_saved_folder_that_is_damaged_or_leads_elsewhere_is_refused(tmp_path, name, content):
     datasets.Dataset.from_dict({"image": ["a.jpg"], "caption": ["a"]}).save_to_disk(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved/data-00000-of-00001.arrow", tmp_path / "outside.arrow")
     path = tmp_path / "saved" / name
     if name == "dataset_dict.json":  # of a folder with splits, which has none of the others
         (tmp_path / "saved/state.json").unlink()
