@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.files import flush, lock_of, scratch_folder
 from common.paths import display_path
-from dataset import foreign
+from dataset import foreign, forms
 from dataset.formats import DataError, changed_error, check_file, content_key, data_error, hash_63
 from dataset.pictures import is_blank
 
@@ -105,7 +105,7 @@ def image_column(path: Path, schema: pa.Schema) -> str:
     foreign.check_names(path, schema.names)
     name = "image" if "image" in schema.names and "image_bytes" not in schema.names else "image_bytes"
     if not {"conversations", name} <= set(schema.names):
-        is_known = foreign.form_of_row(dict.fromkeys(schema.names)) is not None
+        is_known = forms.form_of_row(dict.fromkeys(schema.names)) is not None
         cure = f". This makes training data of it:\n  {foreign.command(path)}" if is_known else ""
         needed = "the columns conversations and image_bytes (or image)"
         raise DataError(f"{path} needs {needed}, it has {schema.names}{cure}")
