@@ -89,10 +89,11 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def remove_leftovers(parent: Path):
     """Removes the scratch folders that killed processes left in `parent`."""
-    for mark in parent.glob(f"{SCRATCH}*{TEMPORARY}/{MARK}"):
+    for alive in parent.glob(f"{SCRATCH}*{TEMPORARY}/{ALIVE}"):
+        mark = alive.with_name(MARK)
         with contextlib.suppress(OSError, NotImplementedError):  # Timeout, an OSError: its process lives
             if mark.is_file() and mark.read_bytes() == MARKED and not mark.parent.is_symlink():
-                with FileLock(mark.with_name(ALIVE)).acquire(timeout=0):
+                with FileLock(alive).acquire(timeout=0):
                     pass  # it is free: the process has ended
                 discard(mark.parent)
 
