@@ -4,16 +4,20 @@ The `datasets` library keeps the result as memory-mapped Arrow, so neither start
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import ChatEncoder, EncodedChat
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
+from dataset.chat import ChatEncoder, EncodedChat, has_image_pad
+from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
 from dataset.forms import FORMS, read_row
 from dataset.tokenizer import tokenizer_hash
 
@@ -42,14 +46,117 @@ COLUMNS = datasets.Features(
 NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
-def tokenise_rows(
-    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
-) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it.
+# What is done with rows of a special kind, by the column that marks them: the kind, and what becomes of them.
+SPECIAL = {
+    "tag_added": ("no <image>", "the picture is put first"),
+    "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
+    "reasoning": ("reasoning", "the prompt has no place for reasoning_content: it is dropped, the answer learned"),
+    "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
+    "tool_calls": ("tool calls", "left out, as nothing here answers a call; not counted as bad"),
+}
+# The same for minimind-3v, whose every answer begins by thinking.
+SPECIAL_3V = SPECIAL | {
+    "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
+    "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
+}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is left out: its line in a jsonl or row in a parquet, from 1, and why."""
+
+    line: int
+    reason: str
+
+
+class TokenisedRows:
+    """The rows of a file, tokenised; those at `positions` are its samples, the others are left out.
 
     Args:
         raw: Lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
+        tokenizer: The tokenizer that belongs to the language model.
+        max_length: Tokens a sample is cut at.
+        image_tokens: Placeholders an image takes in the text.
     """
+
+    def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
+        self.max_length, self.image_tokens = max_length, image_tokens
+        self.special = SPECIAL_3V if has_image_pad(tokenizer) else SPECIAL
+        self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
+        reasons, lines = self.rows.data.column("reason"), self.column("line")
+        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
+        self.positions = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
+        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
+        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)}
+        self.bad_rows = [BadRow(int(lines[i]), reason) for i, reason in bad.items()]
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns (rows,) a column's values, of all rows."""
+        return self.rows.data.column(name).to_numpy()
+
+    def list_lengths(self, name: str) -> np.ndarray:
+        """Returns (rows,) lengths of a list column, of all rows."""
+        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
+
+    def read_rows(self, positions: list[int]) -> list[dict]:
+        """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
+        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
+
+    def at(self, positions: np.ndarray) -> "TokenisedRows":
+        """Returns a data set of only the rows at these positions among all rows."""
+        return self.changed(positions=positions)
+
+    def changed(self, **attributes) -> "TokenisedRows":
+        data = copy.copy(self)
+        vars(data).update(attributes)
+        return data
+
+    # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(samples,) tokens of each sample."""
+        return self.list_lengths("input_ids")[self.positions]
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(samples,) images of each sample."""
+        return self.list_lengths("image_starts")[self.positions]
+
+    @property
+    def learned_tokens(self) -> np.ndarray:
+        """(samples,) learned tokens of each sample."""
+        return self.column("learned_tokens")[self.positions]
+
+    @property
+    def picture_count(self) -> int:
+        """Images of all samples."""
+        return int(self.image_counts.sum())
+
+    @property
+    def cut_rows(self) -> int:
+        """Samples that lose tokens to max_length."""
+        return int((self.column("cut_tokens")[self.positions] > 0).sum())
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
+        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL if name != "tool_calls"}
+        counts = {name: count for name, count in (counts | {"tool_calls": self.tool_rows}).items() if count}
+        said = {name: f"in {count:,} row{'' if count == 1 else 's'}" for name, count in counts.items()}
+        return {self.special[name][0]: f"{text}: {self.special[name][1]}" for name, text in said.items()}
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Positions among all rows that are no samples: bad rows, blank lines, held-out rows."""
+        return np.delete(np.arange(len(self.rows)), self.positions)
+
+
+def tokenise_rows(
+    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
+) -> datasets.Dataset:
+    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
     forms = [(name, form.source) for name, form in FORMS.items()]
     key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)

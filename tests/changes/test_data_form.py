@@ -9,10 +9,9 @@ on like the others, and tokenised again when this file changes:
 
 import re
 
-import pytest
 from tiny import EVAL, ROOT, SFT, read_jsonl, write_jsonl
 
-from dataset.forms import FORMS, register
+from dataset.forms import register
 
 pytest_plugins = ["tiny"]
 HERE = ROOT / "tests/changes"
@@ -26,12 +25,6 @@ HERE = ROOT / "tests/changes"
 def read_photo(row: dict) -> tuple[list[dict], str]:
     asked, answer = f"<image>\n{row['question']}", row["answer"]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], row["photo"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _alone():
-    yield
-    del FORMS["a photo with question and answer"]  # other tests of this process know nothing of it
 
 
 def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import(world, tmp_path):

@@ -78,7 +78,7 @@ def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"photo": "a.png", "title": "A cat."}, "no known form: it has the fields photo, title"),
+        ({"file": "a.png", "title": "A cat."}, "no known form: it has the fields file, title"),
         ({"image": "", "caption": "A cat."}, "no picture is named"),
         ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
         ({"image": "a.png", "caption": 5}, "turn 2 has no text as content"),
