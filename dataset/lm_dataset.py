@@ -89,8 +89,9 @@ class VLMDataset(TokenisedRows, Dataset):
     @functools.cached_property
     def content_sha256(self) -> str:
         """SHA-256 (hex) of the rows' tokens and images' names or bytes, wherever and whenever the file was written."""
-        hashes = self.image_files.data.column("hash").to_numpy() if self.is_parquet else None
-        digest = hashlib.sha256(hashlib.sha256(hashes).hexdigest().encode() if self.is_parquet else b"")
+        digest = hashlib.sha256()
+        if self.is_parquet:
+            digest.update(hashlib.sha256(self.image_files.data.column("hash").to_numpy()).hexdigest().encode())
         for name in ("input_ids", "learned", "image_starts", "picture_numbers" if self.is_parquet else "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
@@ -175,10 +176,8 @@ class VLMDataset(TokenisedRows, Dataset):
         """Returns the path or bytes of each image of a tokenised row, and what errors call it."""
         if not self.is_parquet:
             return [(self.images_path / name, name) for name in row["pictures"]]
-        if not row["image_starts"]:
-            return []
-        files = self.image_files[row["picture_numbers"]]["content"]
-        return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+        sources = map(self.picture_source, row["picture_numbers"])
+        return [(content, f"row {row['line']}, picture {n}") for n, (content, _) in enumerate(sources, start=1)]
 
     def __len__(self) -> int:
         return len(self.positions)

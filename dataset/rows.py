@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -46,23 +46,22 @@ COLUMNS = datasets.Features(
 NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
-# What is done with rows of a special kind, by the column that marks them: the kind, and what becomes of them.
+# Rows of a special kind, by the column that marks them: the kind, and what becomes of them.
 SPECIAL = {
     "tag_added": ("no <image>", "the picture is put first"),
     "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
     "reasoning": ("reasoning", "the prompt has no place for reasoning_content: it is dropped, the answer learned"),
     "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
-    "tool_calls": ("tool calls", "left out, as nothing here answers a call; not counted as bad"),
 }
-# The same for minimind-3v, whose every answer begins by thinking.
-SPECIAL_3V = SPECIAL | {
+# Of minimind-3v, whose every answer begins by thinking.
+SPECIAL_3V = {
     "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
     "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
 }
+TOOL_RULE = ("tool calls", "left out, as nothing here answers a call; not counted as bad")
 
 
-@dataclass(frozen=True)
-class BadRow:
+class BadRow(NamedTuple):
     """A row that is left out: its line in a jsonl or row in a parquet, from 1, and why."""
 
     line: int
@@ -81,7 +80,7 @@ class TokenisedRows:
 
     def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
         self.max_length, self.image_tokens = max_length, image_tokens
-        self.special = SPECIAL_3V if has_image_pad(tokenizer) else SPECIAL
+        self.special = SPECIAL | (SPECIAL_3V if has_image_pad(tokenizer) else {})
         self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
         reasons, lines = self.rows.data.column("reason"), self.column("line")
         refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
@@ -142,10 +141,13 @@ class TokenisedRows:
     @property
     def rules(self) -> dict[str, str]:
         """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
-        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL if name != "tool_calls"}
-        counts = {name: count for name, count in (counts | {"tool_calls": self.tool_rows}).items() if count}
-        said = {name: f"in {count:,} row{'' if count == 1 else 's'}" for name, count in counts.items()}
-        return {self.special[name][0]: f"{text}: {self.special[name][1]}" for name, text in said.items()}
+        counts = {kind: self.column(name)[self.positions].sum() for name, kind in self.special.items()}
+        counts[TOOL_RULE] = self.tool_rows
+        return {
+            kind: f"in {count:,} row{'' if count == 1 else 's'}: {rule}"
+            for (kind, rule), count in counts.items()
+            if count
+        }
 
     @property
     def left_out(self) -> np.ndarray:
