@@ -26,11 +26,11 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
     if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
         count = wanted
     taken = np.sort(candidates[order[:count]])
-    kept, held_out = data.at(np.setdiff1d(data.positions, taken)), data.at(taken)
-    leaking = showing_the_same(kept, held_out)
+    training, held_out = data.at(np.setdiff1d(data.positions, taken)), data.at(taken)
+    leaking = showing_the_same(training, held_out)
     if len(leaking) <= len(data) // 5:
-        kept = data.at(np.setdiff1d(kept.positions, leaking))
-    return kept, held_out
+        training = data.at(np.setdiff1d(training.positions, leaking))
+    return training, held_out
 
 
 def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:

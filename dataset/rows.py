@@ -8,10 +8,12 @@ import copy
 import hashlib
 import json
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
@@ -35,10 +37,7 @@ COLUMNS = datasets.Features(
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "tag_added": datasets.Value("bool"),  # the text had no <image>, so the picture was put first
-        "text_only": datasets.Value("bool"),  # the text had no <image>, and the picture stands for none
-        "reasoning": datasets.Value("bool"),  # an answer has reasoning_content
-        "empty_thinking": datasets.Value("bool"),  # an answer began with an empty think block
+        "kinds": datasets.List(datasets.Value("string")),  # of KINDS, those that the row is of
         "learned_tokens": datasets.Value("int32"),
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
@@ -46,19 +45,19 @@ COLUMNS = datasets.Features(
 NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
-# Rows of a special kind, by the column that marks them: the kind, and what becomes of them.
-SPECIAL = {
-    "tag_added": ("no <image>", "the picture is put first"),
-    "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
-    "reasoning": ("reasoning", "the prompt has no place for reasoning_content: it is dropped, the answer learned"),
-    "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
+# What becomes of rows of a special kind.
+KINDS = {
+    "no <image>": "the picture is put first",
+    "text only": "no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
+    "reasoning": "the prompt has no place for reasoning_content: it is dropped, the answer learned",
+    "empty think": "the empty think block before an answer is dropped",
+    "tool calls": "left out, as nothing here answers a call; not counted as bad",
 }
 # Of minimind-3v, whose every answer begins by thinking.
-SPECIAL_3V = {
-    "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
-    "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
+KINDS_3V = KINDS | {
+    "reasoning": "reasoning_content is learned, in the answer's think block",
+    "empty think": "the answer keeps its empty think block, as every other has one",
 }
-TOOL_RULE = ("tool calls", "left out, as nothing here answers a call; not counted as bad")
 
 
 class BadRow(NamedTuple):
@@ -80,7 +79,7 @@ class TokenisedRows:
 
     def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
         self.max_length, self.image_tokens = max_length, image_tokens
-        self.special = SPECIAL | (SPECIAL_3V if has_image_pad(tokenizer) else {})
+        self.kinds = KINDS_3V if has_image_pad(tokenizer) else KINDS
         self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
         reasons, lines = self.rows.data.column("reason"), self.column("line")
         refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
@@ -141,13 +140,10 @@ class TokenisedRows:
     @property
     def rules(self) -> dict[str, str]:
         """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
-        counts = {kind: self.column(name)[self.positions].sum() for name, kind in self.special.items()}
-        counts[TOOL_RULE] = self.tool_rows
-        return {
-            kind: f"in {count:,} row{'' if count == 1 else 's'}: {rule}"
-            for (kind, rule), count in counts.items()
-            if count
-        }
+        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
+        counts["tool calls"] = self.tool_rows
+        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
+        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in self.kinds.items() if kind in in_rows}
 
     @property
     def left_out(self) -> np.ndarray:
@@ -198,12 +194,12 @@ class RowTokeniser:
         except RowError as error:
             return {"reason": str(error), "cut_tokens": whole_length}
         thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
+        kinds = ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
         return row | {
             "input_ids": chat.input_ids,
             "learned": [edge for span in chat.learned for edge in span],
             "image_starts": chat.image_starts,
-            "reasoning": any(thoughts),
-            "empty_thinking": "" in thoughts,
+            "kinds": row["kinds"] + kinds,
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
@@ -241,7 +237,8 @@ def parse_line(line: str) -> dict:
         cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {cure})") from error
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
-    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "tag_added": tag_added}
+    kinds = ["no <image>"] * tag_added
+    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "kinds": kinds}
 
 
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
@@ -252,8 +249,7 @@ def parse_parquet_row(conversations: str | None, pictures: list | None, picture_
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
     pictures = [] if text_only else pictures
-    tag_added = check_images(turns, len(pictures))
+    kinds = ["no <image>"] * check_images(turns, len(pictures)) + ["text only"] * text_only
     if not pictures:
         picture_hash = formats.hash_63(json.dumps(turns).encode())
-    images = {"picture_numbers": pictures, "picture_hash": picture_hash}
-    return images | {"turns": turns, "tag_added": tag_added, "text_only": text_only}
+    return {"turns": turns, "picture_numbers": pictures, "picture_hash": picture_hash, "kinds": kinds}
