@@ -200,17 +200,9 @@ class VLMDataset(TokenisedRows, Dataset):
         return stack_pictures(samples, self.picture_format)
 
     def _sample(self, position: int, row: dict) -> dict[str, torch.Tensor]:
-        input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-        labels = torch.full_like(input_ids, -100)
-        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-            labels[start:end] = input_ids[start:end]
-        starts = torch.tensor(row["image_starts"], dtype=torch.int64)
-        return {"input_ids": input_ids, "labels": labels, "image_starts": starts} | self._images(position, row)
-
-    def _images(self, position: int, row: dict) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        sources = self.picture_sources(row)
+        sample, sources = text_of(row), self.picture_sources(row)
         if self.features is None:
-            return {"pixel_values": self._pixels(sources)}
+            return sample | {"pixel_values": self._pixels(sources)}
         first = self.first_slots[position]
         keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
         encoded = [self.features.get(key) for key in keys.tolist()]
@@ -218,13 +210,23 @@ class VLMDataset(TokenisedRows, Dataset):
         features = np.zeros((len(encoded), *self.features.shape), np.float16)
         for image, of_image in enumerate(encoded):
             features[image] = 0 if of_image is None else of_image
-        images = {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+        sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
         if unencoded.any():  # of a broken picture, or their file was damaged or deleted since the start
-            images["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
-        return images
+            sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
+        return sample
 
     def _pixels(self, sources: Iterable[tuple[Path | bytes, str]]) -> list[torch.Tensor]:
         return [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
+
+
+def text_of(row: dict) -> dict[str, torch.Tensor]:
+    """Returns the input_ids, labels and image_starts of a tokenised row."""
+    input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
+        labels[start:end] = input_ids[start:end]
+    starts = torch.tensor(row["image_starts"], dtype=torch.int64)
+    return {"input_ids": input_ids, "labels": labels, "image_starts": starts}
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:

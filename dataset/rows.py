@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset import foreign, formats
 from dataset.chat import ChatEncoder, EncodedChat, has_image_pad
 from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
-from dataset.forms import FORMS, read_row
+from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
@@ -37,7 +37,9 @@ COLUMNS = datasets.Features(
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "kinds": datasets.List(datasets.Value("string")),  # of KINDS, those that the row is of
+        "kinds": datasets.List(
+            datasets.Value("string")
+        ),  # those of KINDS that it is of; its form, if it is no conversation
         "learned_tokens": datasets.Value("int32"),
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
@@ -143,7 +145,8 @@ class TokenisedRows:
         counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
         counts["tool calls"] = self.tool_rows
         in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
-        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in self.kinds.items() if kind in in_rows}
+        rules = dict.fromkeys(counts, "read as conversations") | self.kinds
+        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
 
     @property
     def left_out(self) -> np.ndarray:
@@ -237,7 +240,8 @@ def parse_line(line: str) -> dict:
         cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {cure})") from error
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
-    kinds = ["no <image>"] * tag_added
+    form = form_of_row(row)
+    kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
     return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "kinds": kinds}
 
 

@@ -36,7 +36,8 @@ def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import
     assert 'A good line looks like this:\n  {"image": "a.jpg", "conversations": [{"role": "user", ' in refused
 
     imported += "import test_data_form"
-    world.run(SFT, *flags, "--epochs", 1, hook=imported).passed()
+    started = world.run(SFT, *flags, "--epochs", 1, hook=imported).passed()
+    assert "a photo with question and answer: in 9 rows: read as conversations" in started.out
     assert "3 to go" in world.run(SFT, *flags, "--epochs", 2, "--from_resume", 1, hook=imported).passed().out
     assert [row["step"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl") if "step" in row][-1] == 6
     flags = [*world.eval_files(out), "--eval_data", data, "--images_path", world.images, "--weight", "sft_vlm"]

@@ -72,6 +72,8 @@ ASKED = {"image": "a.png", "question": "What?", "answer": "A cat."}
 def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, tokenizer, row, same):
     data = of_rows(folder, tokenizer, row, {"image": "a.png", "conversations": same})
     assert data.bad_rows == []
+    if "conversations" not in row:
+        assert list(data.rules.values()) == ["in 1 row: read as conversations"]
     assert all(torch.equal(data[0][name], data[1][name]) for name in data[0])
 
 
