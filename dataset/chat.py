@@ -32,8 +32,8 @@ class ChatEncoder:
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
     and ends nothing; the special tokens around each turn are added by their ids.
 
-    With minimind-3v's tokenizer, which has the special token `<|image_pad|>`, that token is an image's placeholder;
-    there is no default system turn, and every answer begins with a think block, its own or an empty one.
+    With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
+    turn, and every answer begins with a think block, its own or an empty one.
 
     Args:
         tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own), or 3v's.

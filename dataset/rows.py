@@ -72,11 +72,7 @@ class BadRow(NamedTuple):
 class TokenisedRows:
     """The rows of a file, tokenised; those at `positions` are its samples, the others are left out.
 
-    Args:
-        raw: Lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
-        tokenizer: The tokenizer that belongs to the language model.
-        max_length: Tokens a sample is cut at.
-        image_tokens: Placeholders an image takes in the text.
+    `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
     """
 
     def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):

@@ -18,11 +18,7 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     holds samples of similar length, and batches come in random order. Nothing here depends on batch size or ranks; a
     chunk is a power of two, so batches of the usual sizes do not straddle two of them.
 
-    Args:
-        lengths: (samples,) tokens of each sample.
-
-    Returns:
-        (samples,) every index once.
+    Takes (samples,) tokens of each sample; returns (samples,) every index once.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -61,8 +57,6 @@ class BatchSampler(Sampler):
         lengths: (samples,) tokens of each sample.
         batch_size: Samples of one rank in one forward pass.
         accumulation_steps: Forward passes of one optimizer step.
-        epochs: How many epochs there are in all.
-        seed, rank, world_size: As named.
     """
 
     def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):
