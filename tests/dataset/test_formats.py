@@ -72,13 +72,15 @@ ASKED = {"image": "a.png", "question": "What?", "answer": "A cat."}
 def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, tokenizer, row, same):
     data = of_rows(folder, tokenizer, row, {"image": "a.png", "conversations": same})
     assert data.bad_rows == []
+    if "conversations" not in row:
+        assert list(data.rules.values()) == ["in 1 row: read as conversations"]
     assert all(torch.equal(data[0][name], data[1][name]) for name in data[0])
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"photo": "a.png", "title": "A cat."}, "no known form: it has the fields photo, title"),
+        ({"file": "a.png", "title": "A cat."}, "no known form: it has the fields file, title"),
         ({"image": "", "caption": "A cat."}, "no picture is named"),
         ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
         ({"image": "a.png", "caption": 5}, "turn 2 has no text as content"),
