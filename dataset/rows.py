@@ -4,21 +4,27 @@ The `datasets` library keeps the result as memory-mapped Arrow, so neither start
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections import Counter
+from typing import NamedTuple
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from dataset import formats
-from dataset.chat import ChatEncoder
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset import foreign, formats
+from dataset.chat import ChatEncoder, EncodedChat, has_image_pad
+from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
+from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 7
+ENCODING_VERSION = 8
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(
@@ -31,43 +37,126 @@ COLUMNS = datasets.Features(
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "tag_added": datasets.Value("bool"),  # the text had no <image>, so the picture was put first
-        "text_only": datasets.Value("bool"),  # the text had no <image>, and the picture stands for none
-        "reasoning": datasets.Value("bool"),  # an answer has reasoning_content
-        "empty_thinking": datasets.Value("bool"),  # an answer began with an empty think block
+        "kinds": datasets.List(
+            datasets.Value("string")
+        ),  # those of KINDS that it is of; its form, if it is no conversation
         "learned_tokens": datasets.Value("int32"),
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
 )
+NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
-@dataclass
-class Row:
-    """A row that can be learned from: its turns, and what COLUMNS says of it before it is tokenised."""
+# What becomes of rows of a special kind.
+KINDS = {
+    "no <image>": "the picture is put first",
+    "text only": "no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
+    "reasoning": "the prompt has no place for reasoning_content: it is dropped, the answer learned",
+    "empty think": "the empty think block before an answer is dropped",
+    "tool calls": "left out, as nothing here answers a call; not counted as bad",
+}
+# Of minimind-3v, whose every answer begins by thinking.
+KINDS_3V = KINDS | {
+    "reasoning": "reasoning_content is learned, in the answer's think block",
+    "empty think": "the answer keeps its empty think block, as every other has one",
+}
 
-    turns: list[dict]
-    pictures: list[str] = field(default_factory=list)
-    picture_numbers: list[int] = field(default_factory=list)
-    picture_hash: int = 0
-    tag_added: bool = False
-    text_only: bool = False
 
-    def columns(self) -> dict:
-        thoughts = [turn["reasoning_content"] for turn in self.turns if "reasoning_content" in turn]
-        return vars(self) | {"reasoning": any(thoughts), "empty_thinking": "" in thoughts}
+class BadRow(NamedTuple):
+    """A row that is left out: its line in a jsonl or row in a parquet, from 1, and why."""
+
+    line: int
+    reason: str
+
+
+class TokenisedRows:
+    """The rows of a file, tokenised; those at `positions` are its samples, the others are left out.
+
+    `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
+    """
+
+    def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
+        self.max_length, self.image_tokens = max_length, image_tokens
+        self.kinds = KINDS_3V if has_image_pad(tokenizer) else KINDS
+        self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
+        reasons, lines = self.rows.data.column("reason"), self.column("line")
+        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
+        self.positions = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
+        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
+        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)}
+        self.bad_rows = [BadRow(int(lines[i]), reason) for i, reason in bad.items()]
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns (rows,) a column's values, of all rows."""
+        return self.rows.data.column(name).to_numpy()
+
+    def list_lengths(self, name: str) -> np.ndarray:
+        """Returns (rows,) lengths of a list column, of all rows."""
+        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
+
+    def read_rows(self, positions: list[int]) -> list[dict]:
+        """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
+        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
+
+    def at(self, positions: np.ndarray) -> "TokenisedRows":
+        """Returns a data set of only the rows at these positions among all rows."""
+        return self.changed(positions=positions)
+
+    def changed(self, **attributes) -> "TokenisedRows":
+        data = copy.copy(self)
+        vars(data).update(attributes)
+        return data
+
+    # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(samples,) tokens of each sample."""
+        return self.list_lengths("input_ids")[self.positions]
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(samples,) images of each sample."""
+        return self.list_lengths("image_starts")[self.positions]
+
+    @property
+    def learned_tokens(self) -> np.ndarray:
+        """(samples,) learned tokens of each sample."""
+        return self.column("learned_tokens")[self.positions]
+
+    @property
+    def picture_count(self) -> int:
+        """Images of all samples."""
+        return int(self.image_counts.sum())
+
+    @property
+    def cut_rows(self) -> int:
+        """Samples that lose tokens to max_length."""
+        return int((self.column("cut_tokens")[self.positions] > 0).sum())
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
+        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
+        counts["tool calls"] = self.tool_rows
+        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
+        rules = dict.fromkeys(counts, "read as conversations") | self.kinds
+        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Positions among all rows that are no samples: bad rows, blank lines, held-out rows."""
+        return np.delete(np.arange(len(self.rows)), self.positions)
 
 
 def tokenise_rows(
-    raw, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, num_proc: int | None
+    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
 ) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache where they are there.
-
-    Args:
-        raw: Lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
-        num_proc: Processes; by default one per 20,000 rows, as far as there are cores.
-    """
-    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION}"
-    processes = num_proc or min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
+    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
+    forms = [(name, form.source) for name, form in FORMS.items()]
+    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
+    processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
     with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
             RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
@@ -87,51 +176,43 @@ class RowTokeniser:
 
     def __init__(self, encoder: ChatEncoder, max_length: int):
         self.encoder, self.max_length = encoder, max_length
+        self.forms = FORMS  # a spawned process that unpickles them imports, and so registers, forms from outside
 
     def __call__(self, *columns: list) -> dict[str, list]:
-        *columns, indices = columns  # the last are the rows' numbers
-        parse = parse_line if len(columns) == 1 else parse_parquet_row
-        parsed = []
-        for values in zip(*columns, strict=True):
-            try:
-                parsed.append(parse(*values))
-            except RowError as error:
-                parsed.append(str(error))
-        chats = iter(self.encoder.encode([row.turns for row in parsed if isinstance(row, Row)]))
-        rows = [
-            self._row(index, next(chats), row) if isinstance(row, Row) else refused_row(index, row)
-            for index, row in zip(indices, parsed, strict=True)
-        ]
+        *columns, numbers = columns
+        parsed = [parse(*values) for values in zip(*columns, strict=True)]
+        chats = iter(self.encoder.encode([row["turns"] for row in parsed if "turns" in row]))
+        encoded = [self._encoded(row, next(chats)) if "turns" in row else row for row in parsed]
+        rows = [NOTHING | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
         return {name: [row[name] for row in rows] for name in COLUMNS}
 
-    def _row(self, index: int, chat, row: Row) -> dict:
+    def _encoded(self, row: dict, chat: EncodedChat) -> dict:
         whole_length = len(chat.input_ids)
         try:
             chat = self.encoder.truncate(chat, self.max_length)
         except RowError as error:
-            return refused_row(index, str(error)) | {"cut_tokens": whole_length}
-        return row.columns() | {
-            "line": index + 1,
-            "reason": "",
+            return {"reason": str(error), "cut_tokens": whole_length}
+        thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
+        kinds = ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
+        return row | {
             "input_ids": chat.input_ids,
             "learned": [edge for span in chat.learned for edge in span],
             "image_starts": chat.image_starts,
+            "kinds": row["kinds"] + kinds,
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
 
 
-def refused_row(index: int, reason: str) -> dict:
-    nothing = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()}
-    return nothing | {"line": index + 1, "reason": reason}
+def parse(*values) -> dict:
+    """Returns the `turns` of a raw row and what COLUMNS says of its images, or the `reason` why it is refused."""
+    try:
+        return parse_line(*values) if len(values) == 1 else parse_parquet_row(*values)
+    except RowError as error:
+        return {"reason": str(error)}
 
 
-def parse_line(line: str) -> Row:
-    """Returns the row of a jsonl line.
-
-    Raises:
-        RowError: If it cannot be learned from.
-    """
+def parse_line(line: str) -> dict:
     if not line.strip():
         raise RowError(BLANK_LINE)
     if "\ufffd" in line:
@@ -142,26 +223,33 @@ def parse_line(line: str) -> Row:
         raise RowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
-    formats.check_row(row)
-    turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
+    turns, images = read_row(row)
+    listed = images if isinstance(images, list) else [images]
+    if any(isinstance(one, str) and foreign.is_base64(one.rpartition(",")[2]) for one in listed):  # also a data: URL
+        raise RowError(f"its picture is base64 text; this makes training data of the file: {foreign.command('FILE')}")
+    names = parse_picture_names(images)
     try:
         tag_added = check_images(turns, len(names))
     except RowError as error:
-        if not isinstance(row.get("image"), str) or len(names) < 2:
+        if not isinstance(images, str) or len(names) < 2:
             raise
-        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.foreign.command("FILE")} writes it'
+        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {cure})") from error
-    return Row(turns, names, [], formats.hash_63(names[0].encode() if names else line.encode()), tag_added)
+    picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
+    form = form_of_row(row)
+    kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
+    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "kinds": kinds}
 
 
-def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> Row:
-    """Returns a parquet's row, given as `dataset.parquet` keeps it; raises RowError as `parse_line` does."""
-    turns = parse_conversation(conversations)
+def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
+    turns, inside = read_row({"conversations": conversations})
+    if inside:
+        raise RowError(f"its turns name pictures; this makes training data of the file: {foreign.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
     pictures = [] if text_only else pictures
-    tag_added = check_images(turns, len(pictures))
+    kinds = ["no <image>"] * check_images(turns, len(pictures)) + ["text only"] * text_only
     if not pictures:
         picture_hash = formats.hash_63(json.dumps(turns).encode())
-    return Row(turns, [], pictures, picture_hash, tag_added, text_only)
+    return {"turns": turns, "picture_numbers": pictures, "picture_hash": picture_hash, "kinds": kinds}
