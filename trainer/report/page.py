@@ -153,9 +153,8 @@ def verdict(record: Record) -> list[str]:
     if gap is not None and gap >= NO_GAP:
         sentences.append(f"It looks at the images: shuffled images raise the loss by {gap:.3f} nats per token.")
     elif gap is not None:
-        sentences.append(
-            "It ignores the images: shuffled images do not raise the loss. Do the images match their texts?"
-        )
+        ignores = "It ignores the images: shuffled images do not raise the loss."
+        sentences.append(f"{ignores} Do they match their texts, and was stage 1 done?")
     if last > OVERFITTED * best:
         lowest = f"The held-out loss was lowest at step {step:,} ({best:.3f}) and has risen since"
         sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")
