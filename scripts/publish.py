@@ -51,7 +51,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
         raise UsageError(
-            f"{args.repo} is no repository: use NAME/REPO, with your name (or an organisation's) on the hub"
+            f"{args.repo} is no repository: use NAME/REPO, with your (or an organisation's) name on the hub"
         )
     return args
 
@@ -66,11 +66,8 @@ def read_model(path: Path) -> Model:
         kind, name, sidecar_path = "weights", path.stem, path.with_suffix(".json")
         files = {file.name: file for file in (path, sidecar_path) if file.is_file()}
     else:
-        name, sidecar_path, files = (
-            re.sub(r"-(hf|gguf|f16|q8_0)$", "", path.name),
-            path / TRAINING,
-            exported_files(path),
-        )
+        files, sidecar_path = exported_files(path), path / TRAINING
+        name = re.sub(r"-(hf|gguf|f16|q8_0)$", "", path.name)
         kind = "gguf" if any(file.endswith(".gguf") for file in files) else "transformers"
     if kind == "gguf":
         sees_images, parameters = any(file.startswith("mmproj-") for file in files), None
@@ -117,11 +114,7 @@ def without_folders(value):
 
 
 def find_record(source: Path, run: Path | None, model: Model) -> tuple[Record, list[str]]:
-    """Reads the record of the model's run; returns it, empty where there is none, and what of it is missing.
-
-    Raises:
-        UsageError: If `run` names no run.
-    """
+    """Reads the record of the model's run; returns it, empty where there is none, and why parts of it are missing."""
     folder, name = (source.parent, model.name) if run is None else find_run(run)
     empty = Record(folder, name, [], [])
     try:
@@ -149,8 +142,7 @@ def show(args: argparse.Namespace, model: Model, made: dict[str, bytes], missing
     for line in missing:
         print(f"the card says less: {line}")
     if pictures := sum(name.startswith(f"{PICTURES}/") for name in made):
-        what = f"{pictures} images of the run's data go with the card"
-        print(f"{what}: may you publish them? --no_samples leaves them out")
+        print(f"{pictures} images of the run's data go with the card: may you publish them? --no_samples omits them")
 
 
 def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
