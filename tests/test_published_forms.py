@@ -26,8 +26,8 @@ from model.weights import Weights, read_weights
 from scripts.bench.check_parquet import write_published_form
 from scripts.demo.chat import Models
 from scripts.web_demo_vlm import parse_arguments
+from trainer import bundles
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.bundles import choose_assets
 
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
@@ -188,9 +188,8 @@ def test_the_data_is_checked_with_its_tokenizer(world, published):
 
 def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch):
     is_3v = published.weights.endswith("3v")
-    for module in ("trainer.answering.loaded_model", "trainer.bundles"):
-        for kind, folder in (("TOWER", published.tower), ("TOKENIZER", published.tokenizer)):
-            monkeypatch.setattr(f"{module}.{kind}{'_3V' * is_3v}_DIR", published.fetched / folder)
+    for part, folder in (("tower", published.tower), ("tokenizer", published.tokenizer)):
+        monkeypatch.setitem(vars(bundles.MINIMIND_3V if is_3v else bundles.MINIMIND2), part, published.fetched / folder)
     weights = published.fetched / published.weights
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
@@ -198,7 +197,7 @@ def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch)
     start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
     start["save_weight"] = "sft_vlm"
     data = {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None}
-    _, chosen = choose_assets(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
+    _, chosen = bundles.choose(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
     for tower, tokenizer in (
         (trained.tower_path, trained.tokenizer_path),
         (chosen["vision_model_path"], chosen["tokenizer_path"]),
