@@ -38,7 +38,7 @@ from common.errors import UsageError, run_script
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch
-from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.draw import draw, draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption, questions
 from model.answers import generate
@@ -142,7 +142,8 @@ def same_answers(ask: Ask, trained: LoadedModel, model, prompts: list[dict]) -> 
 @torch.inference_mode()
 def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, class_token: str) -> str:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
-    source = min((draw_builtin_dataset() / "heldout_images").iterdir())
+    source = folder / "scene.png"
+    draw(heldout_scenes()[0]).save(source)
     describe(ask, *write_pictures(trained, [source], folder))
     theirs = np.fromfile(folder / "features", dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
