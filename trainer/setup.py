@@ -20,7 +20,7 @@ from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from common.schema import SchemaError, check
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
-from dataset.formats import RIGHT_FORM
+from dataset.forms import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat

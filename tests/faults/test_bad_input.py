@@ -11,7 +11,7 @@ import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
-from dataset.formats import RIGHT_FORM
+from dataset.forms import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.tower_files import read_tower_settings
 from model.weights import read_weights
