@@ -294,7 +294,7 @@ TYPED = {
     "s0.jpg,s1.jpg：有什么不同？": ("有什么不同？", "s0.jpg", "s1.jpg"),
     "(“s0.jpg”) what?": ("what?", "s0.jpg"),
     r"my\ photo.jpg what?": ("what?", "my photo.jpg"),
-    "describe my photo.jpg, please": ("describe, please", "my photo.jpg"),
+    "describe my photo.jpg, please": ("describe please", "my photo.jpg"),
     "'my photo.jpg' what?": ("what?", "my photo.jpg"),
     "“my photo.jpg”是什么": ("是什么", "my photo.jpg"),
     r"it\'s.jpg": ("", "it's.jpg"),
@@ -304,7 +304,6 @@ TYPED = {
     "~/s0.jpg!": ("", "{here}/s0.jpg"),
     "see {here}/my dir/b.jpg?": ("see?", "{here}/my dir/b.jpg"),
     r"my\ dir/b.jpg?": ("", "my dir/b.jpg"),
-    "cafe\u0301.jpg": ("", "caf\u00e9.jpg"),
     "what is in noending": ("what is in noending",),
     "is 1/2 and/or 5 km/h a .jpg?": ("is 1/2 and/or 5 km/h a .jpg?",),
     "?!": ("?!",),
@@ -339,7 +338,6 @@ def files(tmp_path, monkeypatch):
         "noending",
     ):
         (tmp_path / name).touch()
-    (tmp_path / "caf\u00e9.jpg").touch()
     (tmp_path / "my dir").mkdir()
     (tmp_path / "my dir" / "b.jpg").touch()
     os.mkfifo(tmp_path / "pipe.jpg")

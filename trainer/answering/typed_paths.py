@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from bisect import bisect_left
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,23 +13,20 @@ from dataset.pictures import PICTURE_FORMATS
 
 # Chinese, Japanese and Korean text has no spaces: a path may start and end beside any of its characters.
 WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001f000-\U0003ffff"
-OPENING, CLOSING = "'\"`“‘«([{<", "'\"`”’»)]}>"
-BRACKETS = re.escape(OPENING + CLOSING)
-MARK = "\ufffc"  # stands for a picture in the line
+OPENING, CLOSING = re.escape("'\"`“‘«([{<（【《「『"), re.escape("'\"`”’»)]}>）】》」』")
 KINDS = (ending[1:] for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS)
 ENDING = rf"\.(?:{'|'.join(KINDS)}|heic|heif|jxl|jp2|svg|psd|ico|tga)"
-STARTS = re.compile(rf"(?<![^\s{WIDE}{BRACKETS},;:=|·—…])(?<!\\\s)(?=\S)(?!['\"]{{2}})")
+STARTS = re.compile(rf"(?<![^\s{WIDE}{OPENING}{CLOSING},;:=|·—…])(?<!\\\s)(?=\S)(?!['\"]{{2}})")
 MOST_STARTS = 64  # tried for a path: keeps the time in proportion to the line's length
 ENDS = re.compile(rf"(?<=[^/\\]){ENDING}(?![A-Za-z0-9]|\.\w)", re.IGNORECASE)  # in "a.jpg.bak" there is no a.jpg
 QUOTED = re.compile(rf"""(?<!\w)(?:"[^"]*{ENDING}"|'[^']*{ENDING}'|“[^“”]*{ENDING}”)(?!\w)""", re.IGNORECASE)
-WORD = re.compile(
-    rf"{QUOTED.pattern}|(?:\\\s|[^\s{BRACKETS},;|，。、；！？（）【】《》「」『』{MARK}])+", re.IGNORECASE
+MARK = "\ufffc"  # stands for a picture in the line
+WORD = re.compile(rf"{QUOTED.pattern}|(?:\\\s|[^\s{OPENING}{CLOSING},;|，。、；！？{MARK}])+", re.IGNORECASE)
+LOOKS_LIKE_PATH = re.compile(
+    rf"(?:~[\w.-]*/|\.\.?/|[a-z]:[\\/]|/[^/]+/)[^/]|.*[^/\\]{ENDING}(?![a-z0-9])", re.IGNORECASE
 )
-LOOKS = re.compile(rf"[^/\\]{ENDING}(?![A-Za-z0-9])", re.IGNORECASE)
-ROOTED = re.compile(r"(?:file:/|~[\w.-]*/|\.\.?/|[A-Za-z]:[\\/]|/[^/]+/)[^/]", re.IGNORECASE)
-PAIR = re.compile(rf"[{re.escape(OPENING)}（【《「『] ?{MARK} ?[{re.escape(CLOSING)}）】》」』]")
 SHELL = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.?)""")  # a shell's quotes
-FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
+AROUND = re.compile(rf"[\s{OPENING}]*{MARK}[\s{CLOSING}]*[,;，、；]?\s*")
 
 
 def find_pictures(line: str) -> tuple[str, list[Path]]:
@@ -57,43 +53,31 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
             paths.append(path)
             pieces += [line[done:start], MARK]
             done = end
-    rest = "".join([*pieces, line[done:]])
+    rest = " ".join("".join([*pieces, line[done:]]).split())
     words = [word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest)]
-    if missing := [f"{word}: {why_no_file(word)}" for word in words if LOOKS.search(word) or ROOTED.match(word)]:
+    if missing := [f"{word}: {why_no_file(word)}" for word in words if LOOKS_LIKE_PATH.match(word)]:
         raise ValueError("; ".join(missing))
-    return as_question(" ".join(rest.split())), paths
+    if not paths:
+        return rest, []
+    question = AROUND.sub(lambda found: " " * (" " in found[0]), rest)
+    question = re.sub(r" (?=[.,;:!?。，；：！？、])", "", question).strip(" ,;:，、；：")
+    return question if any(map(str.isalnum, question)) else "", paths
 
 
 def file_of(text: str) -> Path | None:
     """Returns the regular file that a text spells as a path; None where there is none."""
-    return next((Path(path) for path in spellings(text) if os.path.isfile(path)), None)
+    return next((path for path in spellings(text) if os.path.isfile(path)), None)
 
 
-def spellings(text: str) -> list[str]:
+def spellings(text: str) -> list[Path]:
     """Returns the paths that a text may mean: as it stands, without a shell's quotes, and of a file:// address."""
-    texts = [text]
-    if any(mark in text for mark in "'\"\\"):
-        texts.append(SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text))
-    texts += [unquote(text[match.end() :]) for text in texts if (match := FILE_URL.match(text))]
-    if not text.isascii():  # é is one character or two
-        texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
-    return [os.path.expanduser(text) for text in texts]
+    texts = [text, SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text)]
+    texts += [unquote(text.removeprefix("file://")) for text in texts if text.startswith("file:///")]
+    return [Path(os.path.expanduser(text)) for text in dict.fromkeys(texts)]
 
 
 def why_no_file(word: str) -> str:
-    if re.match(r"https?://|ftp://", word, re.IGNORECASE):
+    if re.match(r"(?!file:)\w+://", word):
         return "an address: download the file and name it here"
-    reasons = {not_a_file(Path(path)) for path in spellings(word)} - {None}
-    return min(reasons, key=lambda reason: reason == "no such file", default="no picture's ending")
-
-
-def as_question(rest: str) -> str:
-    """Returns a line without its pictures, and without the quotes, commas and spaces that were theirs."""
-    if MARK not in rest:
-        return rest
-    for _ in range(2):  # "(`a.jpg`)"
-        rest = PAIR.sub(MARK, rest)
-    rest = re.sub(rf"{MARK}(?: ?[,;，、；]? ?{MARK})+", MARK, rest)
-    rest = re.sub(rf" ?{MARK}(?=[.,;:!?。，；：！？、])", "", rest).replace(MARK, "")
-    rest = " ".join(rest.split()).lstrip(" .,;:，。、；：")
-    return rest if rest.strip(" .,;:!?…。，、；：！？") else ""
+    reasons = [not_a_file(path) for path in spellings(word)]
+    return "no picture's ending" if None in reasons else max(reasons, key=len)  # the longest knows of something there
