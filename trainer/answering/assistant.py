@@ -16,7 +16,8 @@ from model.answers import generate
 from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
 from model.word_maps import word_maps
-from trainer.answering.loaded_model import SAMPLING, SAMPLING_3V, LoadedModel
+from trainer.answering.loaded_model import LoadedModel
+from trainer.bundles import MINIMIND2, MINIMIND_3V
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -41,14 +42,14 @@ def add_generation_flags(group, max_new_tokens: int):
         ("top_p", number(float, 1e-3, 1), "sample from the likeliest tokens of this share"),
         ("top_k", number(int, 0), "sample from this many of the likeliest tokens; 0: from all"),
     ):
-        default, default_3v = SAMPLING[name], SAMPLING_3V[name]
+        default, default_3v = MINIMIND2.sampling[name], MINIMIND_3V.sampling[name]
         of_3v = f"; minimind-3v: {default_3v}" if default_3v != default else ""
         add(f"--{name}", type=kind, help=f"{what} (default: {default}{of_3v})")
 
 
 def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
     """Returns the sampling settings: those of the flags, else of the weights' recipe."""
-    return loaded.sampling | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    return loaded.sampling | {name: getattr(args, name) for name in loaded.sampling if getattr(args, name) is not None}
 
 
 def draw_heldout(folder: Path, count: int) -> list[Path]:
