@@ -332,20 +332,18 @@ def test_a_chat_keeps_its_history_and_takes_pictures(world, watched):
         *("你好", str(picture), str(missing), "图中有什么？", "在哪里？"),
         f"'{picture}' 这是什么？",  # a path and a question in one line
         f"{missing} 这是什么？",  # not asked without its image
-        *(f"/image {picture}", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
+        *(f"'{picture}'", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
     )
     assert said.count("tokens/s") == 6
     assert said.count("1 picture(s) added: ask about them") == 2
     assert said.count("not added, and nothing asked: ") == 2
     assert "a new conversation" in said
-    assert said.count("/image PATH") == 2  # at the start, and for /help
-    assert "no command /forget" in said
+    assert said.count("/new starts a new conversation") == 3  # at the start, for /help and for no command
 
 
-def test_a_chat_that_is_too_long_drops_its_oldest_turns(world, watched):
-    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "天" * 40_000, "你好")
-    assert said.count("(the conversation is too long: the oldest 1 question(s) and answer(s) are dropped)") == 1
-    assert "are more than the model's 32,768 positions" in said
+def test_a_question_that_makes_a_chat_too_long_is_refused(world, watched):
+    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "你好", "/new", "好" * 25_000)
+    assert said.count("are more than the model's 32,768 positions") == 1
     assert said.count("tokens/s") == 3
 
 
