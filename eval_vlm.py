@@ -31,7 +31,7 @@ from common.errors import UsageError, run_script
 from common.paths import EVAL_IMAGES_DIR, display_path, printable
 from dataset.conversation import IMAGE_TAG
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
 from dataset.scenes.draw import draw, heldout_scenes
 from dataset.scenes.language import DESCRIBE, LANGUAGES
@@ -41,6 +41,7 @@ from trainer.answering.loaded_model import SAMPLING, SAMPLING_3V, add_model_flag
 from trainer.answering.typed_paths import file_of, find_pictures
 from trainer.evaluate import Evaluator, exact_match, perplexity
 from trainer.report.scene_table import scene_table
+from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
 DRAWN_EVAL_IMAGES = 8
@@ -237,7 +238,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     if len(data) == 0:
         raise UsageError(f"{args.eval_data} has no row to measure on")
     shows, asked, right = processes.is_main and sys.stderr.isatty(), 0, 0
-    evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
+    collate = VLMCollator(assistant.model.config.pad_token_id)
+    evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure(shows)
     if held_out.loss is None:
         raise UsageError(f"nothing in {args.eval_data} could be measured on: none of its pictures can be read")

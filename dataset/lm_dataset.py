@@ -164,6 +164,16 @@ class VLMDataset(Dataset):
         return int((self.column("cut_tokens")[self.positions] > 0).sum())
 
     @property
+    def summary(self) -> str:
+        """What a run's header says of the samples."""
+        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
+        learned, longest = self.learned_tokens.sum(), self.lengths.max()
+        return (
+            f"{len(self):,} rows, {self.picture_count:,} pictures, {learned:,} learned tokens, longest row {longest} "
+            f"tokens{cut}"
+        )
+
+    @property
     def rules(self) -> dict[str, str]:
         """What is done with rows of a special kind, and in how many, by the kind; only of kinds that are there."""
         counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL} | {"tool_calls": self.tool_rows}
@@ -266,6 +276,14 @@ class VLMDataset(Dataset):
         name = self._names.dictionary[number].as_py()
         return self.images_path / name, name
 
+    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a sample's text without its images' placeholders."""
+        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+        for start in sample["image_starts"].tolist():
+            is_text[start : start + self.image_tokens] = False
+        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
+        return sample | texts | {"image_starts": sample["image_starts"][:0]}
+
     def __len__(self) -> int:
         return len(self.positions)
 
@@ -293,12 +311,7 @@ class VLMDataset(Dataset):
         return self.rows.with_format("arrow")[positions].to_pylist()
 
     def _sample(self, position: int, row: dict) -> dict[str, torch.Tensor]:
-        input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-        labels = torch.full_like(input_ids, -100)
-        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-            labels[start:end] = input_ids[start:end]
-        starts = torch.tensor(row["image_starts"], dtype=torch.int64)
-        sample = {"input_ids": input_ids, "labels": labels, "image_starts": starts}
+        sample = text_of(row)
         sources = self.picture_sources(row)
         if self.features is None:
             return sample | {"pixel_values": self._pixels(sources)}
@@ -324,6 +337,16 @@ class VLMDataset(Dataset):
             return []
         files = self.image_files[row["picture_numbers"]]["content"]
         return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+
+
+def text_of(row: dict) -> dict[str, torch.Tensor]:
+    """Returns the input_ids, labels and image_starts of a tokenised row."""
+    input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
+        labels[start:end] = input_ids[start:end]
+    starts = torch.tensor(row["image_starts"], dtype=torch.int64)
+    return {"input_ids": input_ids, "labels": labels, "image_starts": starts}
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
@@ -360,8 +383,8 @@ class VLMCollator:
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
         images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
-        learned; tokens: how many there are without padding; skipped: the PictureErrors of samples left out. Where
-        nothing is left, the images are missing too.
+        learned; units: N, which the loss is divided by; samples: B; tokens: how many there are without padding;
+        skipped: the PictureErrors of samples left out. Where nothing is left, the images are missing too.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -388,6 +411,7 @@ class VLMCollator:
             "image_starts": torch.cat(starts),
             "learned_positions": learned_positions,
             "units": len(learned_positions),
+            "samples": len(samples),
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }
