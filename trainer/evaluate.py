@@ -42,15 +42,12 @@ class HeldOut:
     @property
     def gap_shuffled(self) -> float | None:
         """The grounding gap: how much the loss rises with the images of other rows."""
-        return self._gap(self.loss_shuffled)
+        return None if self.loss_shuffled is None else self.loss_shuffled - self.loss
 
     @property
     def gap_blind(self) -> float | None:
         """How much it rises without images."""
-        return self._gap(self.loss_blind)
-
-    def _gap(self, other: float | None) -> float | None:
-        return None if other is None or self.loss is None else other - self.loss
+        return None if self.loss_blind is None else self.loss_blind - self.loss
 
     def as_dict(self) -> dict:
         """Returns the figures for metrics and wandb."""

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common.errors import Stopped, UsageError
+from common.errors import Stopped
 from common.paths import display_path
 from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import PictureError, VLMDataset
@@ -38,11 +38,6 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         UsageError: If it cannot continue, as where the last save fails.
     """
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
-    if data.picture_count == 0 and not any(weight.requires_grad for weight in model.model.parameters()):
-        raise UsageError(
-            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
-            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
-        )
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)

@@ -26,12 +26,11 @@ class TrainedRows:
     """What a checkpoint says of the rows that are trained on.
 
     Attributes:
-        content: Their number and a hash of their content; what a resumed run must find again.
-        sidecar: What goes into the sidecar: rows, pictures and the prompts' usual form.
-        picture_keys: (pictures,) int64 hashes of the pictures' content; the main rank's alone, which reads them all.
+        content: A hash of their content, which a resumed run must find again.
+        sidecar: Their number, that of their pictures, and their prompts' usual form.
+        picture_keys: (pictures,) hashes of the pictures' content; on the main rank, which reads them all.
     """
 
-    count: int
     content: str
     sidecar: dict
     picture_keys: np.ndarray | None
@@ -41,8 +40,7 @@ class TrainedRows:
         content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]
         sidecar = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
         sidecar["prompt_form"] = usual_form(data, run.tokenizer)
-        keys = data.picture_keys if run.processes.is_main else None
-        return cls(len(data), f"{len(data):,} rows, {content}", sidecar, keys)
+        return cls(content, sidecar, data.picture_keys if run.processes.is_main else None)
 
 
 class Checkpoints:
@@ -84,7 +82,7 @@ class Checkpoints:
             "max_seq_len": str(run.args.max_seq_len),
             "seed": str(run.args.seed),
             "tokenizer": run.tokenizer_sha256[:12],
-            "data": self.rows.content,
+            "data": f"{self.rows.sidecar['rows']:,} rows, {self.rows.content}",
             "vision tower": self.tower_sha256[:12],
             "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
         } | {name: files.sha256_of(frozen.state_dict())[:12] for name, frozen in companions.items()}
@@ -95,9 +93,9 @@ class Checkpoints:
             if (saved := state["fingerprint"].get(name)) != value:
                 raise UsageError(
                     f"{display_path(path)} is of a run with other {name} ({saved}; now {value}): repeat that run's "
-                    "flags, or leave --from_resume out to begin anew"
+                    "flags, or leave --from_resume out to start over"
                 )
-        check_place(state, self.rows.count, path)
+        check_place(state, self.rows.sidecar["rows"], path)
 
     def _weight_files(self, step: int) -> dict:
         run, config = self.run, self.model.config

@@ -8,10 +8,11 @@ import dataclasses
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EVAL, ROOT, read_jsonl, sft_row, turn, write_jsonl
+from tiny import EVAL, ROOT, language_model, read_jsonl, sft_row, turn, write_jsonl
 
 from common.errors import run_script
 from dataset.lm_dataset import VLMCollator, VLMDataset, text_of
@@ -20,15 +21,17 @@ from trainer.evaluate import Evaluator
 from trainer.stage import frozen_copy, model_inputs
 
 pytest_plugins = ["tiny"]
-STOP = "import os, trainer.loop as loop\nn = loop.count\nloop.count = lambda *a: (os.kill(os.getpid(), 2), n(*a))[1]"
 
 
 class Pairs(VLMDataset):
     def __init__(self, data_path, *how):
         super().__init__(data_path, *how)
-        rows = [row | {"conversations": [*row["conversations"][:-1], turn("assistant", row["rejected"])]}
-                for row in read_jsonl(data_path)]  # fmt: skip
+        rows = read_jsonl(data_path)
+        for row in rows:
+            row["conversations"][-1] = turn("assistant", row["rejected"])
         self.rejected = VLMDataset(write_jsonl(data_path.with_suffix(".rejected.jsonl"), rows), *how)
+        self.positions = np.intersect1d(self.positions, self.rejected.positions)
+        self.bad_rows += {*self.rejected.bad_rows} - {*self.bad_rows}
         self.content_sha256 += self.rejected.content_sha256
 
     def __getitems__(self, indices):
@@ -50,12 +53,20 @@ def log_likelihoods(model, batch):
     logits, places = model(**model_inputs(model, batch)).logits, batch["learned_positions"]
     losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[places], reduction="none")
     rows, length = batch["labels"].shape
-    return -losses.new_zeros(rows).index_add(0, places // length, losses).view(2, -1)
+    return -losses.new_zeros(rows).index_add(0, places // length, losses)
 
 
 def margins(model, batch, reference):
-    chosen, rejected = log_likelihoods(model, batch) - log_likelihoods(reference, batch)
+    chosen, rejected = (log_likelihoods(model, batch) - log_likelihoods(reference, batch)).view(2, -1)
     return chosen - rejected
+
+
+def dpo_loss(model, batch, reference):
+    return -F.logsigmoid(0.1 * margins(model, batch, reference)).sum(), None
+
+
+def wrong_order(model, batch, reference):
+    return (margins(model, batch, reference) <= 0).sum(), None
 
 
 STAGE = dataclasses.replace(
@@ -64,30 +75,23 @@ STAGE = dataclasses.replace(
     defaults=sft.STAGE.defaults | {"save_weight": "dpo_vlm"},
     dataset=Pairs,
     collator=PairCollator,
-    loss=lambda *inputs, **reference: (-F.logsigmoid(0.1 * margins(*inputs, **reference)).sum(), None),
+    loss=dpo_loss,
     companions=lambda args, model: {"reference": frozen_copy(model)},
-    evaluator=lambda data, model, loss, *how: Evaluator(data, model, partial(wrong, **loss.keywords), *how),
+    evaluator=lambda data, model, loss, *how: Evaluator(data, model, partial(wrong_order, **loss.keywords), *how),
     pad=None,
 )
 
 
-def wrong(*inputs, **reference):
-    return (margins(*inputs, **reference) <= 0).sum(), None
-
-
 def test_pairs_are_learned_resumed_measured_talked_to_and_exported(world, tmp_path):
-    pairs, weights = [sft_row(number) | {"rejected": "不知道。"} for number in range(12)], []
-    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    for name, hooks in (("whole", [""]), ("stopped", [STOP, ""])):
-        out = world.copy_of_out(tmp_path / name / "out")
-        flags = [*world.files("sft", out), "--data_path", data, "--eval_data", data, "--from_weight", "llm"]
-        flags += ["--batch_size", 4, "--epochs", 1, "--learning_rate", 1e-3, "--log_interval", 1]
-        done = [world.run(__file__, *flags, "--from_resume", n, hook=hook) for n, hook in enumerate(hooks)]
-        assert [result.code for result in done] == [130, 0][-len(hooks) :], done[-1].text
-        weights.append(torch.load(out / "dpo_vlm_32.pth", weights_only=True))
-    assert all(torch.equal(weight, weights[0][name]) for name, weight in weights[1].items())
-    rows = read_jsonl(out / "dpo_vlm_32.metrics.jsonl")
-    losses, wrong = ([row[key] for row in rows if key in row] for key in ("loss", "eval"))
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [sft_row(number) | {"rejected": "不知道。"} for number in range(12)])
+    out, metrics = world.copy_of_out(tmp_path / "out"), tmp_path / "out/dpo_vlm_32.metrics.jsonl"
+    command = [__file__, *world.files("sft", out), "--data_path", pairs, "--eval_data", pairs, "--batch_size", 4]
+    command += ["--learning_rate", 1e-3, "--log_interval", 1, "--from_weight"]
+    world.run(*command, "llm", "--epochs", 1).passed()
+    torch.save(language_model(steps=21), tmp_path / "other.pth")
+    world.run(*command, tmp_path / "other.pth", "--from_resume", 1).refused("other reference (")
+    assert "3 to go" in world.run(*command, "llm", "--epochs", 2, "--from_resume", 1).passed().out
+    losses, wrong = ([row[key] for row in read_jsonl(metrics) if key in row] for key in ("loss", "eval"))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.6
     assert wrong[-1]["tokens"] == 12 and wrong[-1]["loss"] < 0.2
     files = ["--weight", "dpo_vlm", "--save_dir", out]

@@ -353,10 +353,15 @@ def test_a_chat_keeps_its_history_and_takes_pictures(world, watched):
     assert "no command /forget" in said
 
 
-def test_a_chat_that_is_too_long_drops_its_oldest_turns(world, watched):
-    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "天" * 40_000, "你好")
+def test_a_chat_that_is_too_long_drops_its_oldest_turns(world, watched, tmp_path):
+    for ending in (".pth", ".json"):
+        shutil.copy(watched[1] / f"sft_vlm_32{ending}", tmp_path)
+    sidecar = json.loads((tmp_path / "sft_vlm_32.json").read_text())
+    sidecar["config"]["max_position_embeddings"] = 3_000
+    (tmp_path / "sft_vlm_32.json").write_text(json.dumps(sidecar))
+    said = talk(world, tmp_path, "你" * 1_800, "好" * 2_300, "天" * 4_000, "你好")
     assert said.count("(the conversation is too long: the oldest 1 question(s) and answer(s) are dropped)") == 1
-    assert "are more than the model's 32,768 positions" in said
+    assert "are more than the model's 3,000 positions" in said
     assert said.count("tokens/s") == 3
 
 

@@ -19,6 +19,8 @@ from trainer.support.prefetch import tensors_of
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
+# The fastest first: cuDNN's attention plans anew for each length, and sums in no fixed order.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CompiledVLM:
@@ -60,21 +62,17 @@ class CompiledVLM:
 
     def __call__(self, **inputs):
         """Does what `MiniMindVLM.forward` does, given features."""
-        self.rows = self.rows or len(inputs["input_ids"])  # of a full batch, which the warm-up's are
-        if (
-            len(inputs["input_ids"]) != self.rows
-            or len(inputs["image_starts"]) < 2
-            or len(inputs["learned_positions"]) < 2
-        ):
+        rows = len(inputs["input_ids"])
+        self.rows = self.rows or rows  # of a full batch, which the warm-up's are
+        if rows != self.rows or min(len(inputs.get(name, ())) for name in ("image_starts", "learned_positions")) < 2:
             return self.model(**inputs)
         mark_dynamic(inputs["learned_positions"], 0)
         return self.compiled(**inputs)
 
     def warm_up(self, loss: Callable, batches: list[dict], dtype: torch.dtype):
-        """Compiles forward and backward over these batches; leaves gradients and random state as they are.
+        """Compiles a stage's loss, forward and backward; leaves gradients and random state as they are.
 
         Args:
-            loss: The stage's.
             batches: Full batches on the model's device, among them the shortest and the longest: a compiled graph may
                 hold only for sizes on one side of a threshold.
 
@@ -82,26 +80,17 @@ class CompiledVLM:
             RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or a batch
                 does not fit in the device's memory.
         """
-        device = self.model.device
+        device, attention = self.model.device, contextlib.nullcontext()
+        if not torch.are_deterministic_algorithms_enabled():
+            attention = sdpa_kernel(ATTENTION, set_priority=True)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), attention:
                 for batch in batches:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         loss_sum, _ = loss(self, tensors_of(batch))
                     loss_sum.backward()
         finally:  # a run goes on where compiling failed
             self.model.zero_grad(set_to_none=True)
-
-
-def fastest_attention():
-    """Prefers cuDNN's attention for what is compiled inside: faster than flash, but it plans anew for each length.
-
-    It sums in no fixed order.
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        return contextlib.nullcontext()
-    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return sdpa_kernel(list(backends), set_priority=True)
 
 
 def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
