@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +71,9 @@ class Stage:
     Attributes:
         name: In the sidecar of its weights.
         title, story: What it is called, and what it does, in a line.
-        defaults: The published settings, by flag.
-        builtin: The settings that train the small built-in model.
+        defaults: The published settings, by flag; trainer/bundles.py has where a model needs others.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
         following: The command that comes next; {save_weight} and {sft_weight} are filled in.
-        minimind_3v: Where the defaults of minimind-3v differ, for runs that start from its weights.
         dataset: A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
         collator: (pad id, multiple of lengths) -> samples to a batch: tensors, and the numbers `units` (what the loss
             is divided by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).
@@ -94,10 +92,8 @@ class Stage:
     title: str
     story: str
     defaults: dict
-    builtin: dict
     data: str
     following: str
-    minimind_3v: dict = field(default_factory=dict)
     dataset: Callable = VLMDataset
     collator: Callable = VLMCollator
     loss: Callable = answer_loss
