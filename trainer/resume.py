@@ -46,12 +46,8 @@ class TrainedRows:
 class Checkpoints:
     """Saves a run; restores its model where it resumes (UsageError if the checkpoint is of another run).
 
-    Make it before the frozen weights are rounded: weight files hold them as they were loaded.
-
-    Args:
-        companions: The stage's frozen models beside this one, by name.
-        rows: What is trained on.
-        settings: The flags in effect, for sidecar and state.
+    Make it before the frozen weights are rounded: weight files hold them as they were loaded. `companions` are the
+    stage's, `settings` the flags in effect, for sidecar and state.
     """
 
     def __init__(self, run: Run, model: MiniMindVLM, companions: dict, rows: TrainedRows, settings: dict):
@@ -75,10 +71,10 @@ class Checkpoints:
     def _fingerprint(self, companions: dict) -> dict[str, str]:
         """Returns what must not change on resume: samples and model depend on it."""
         run, config = self.run, self.run.config
+        heads = f"{config.num_attention_heads} and {config.num_key_value_heads} heads"
         return {
-            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, "
-            f"{config.num_attention_heads} and {config.num_key_value_heads} heads, {config.vocab_size} tokens"
-            f"{', experts' if config.use_moe else ''}",
+            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {heads}, "
+            f"{config.vocab_size} tokens{', experts' if config.use_moe else ''}",
             "max_seq_len": str(run.args.max_seq_len),
             "seed": str(run.args.seed),
             "tokenizer": run.tokenizer_sha256[:12],

@@ -81,7 +81,8 @@ class Stage:
             experts or None).
         companions: (flags, model with its starting weights) -> frozen models that the loss takes by these names, such
             as a reference model (`frozen_copy`). They go to the device; a checkpoint resumes only beside the same ones.
-        evaluator: Called as `Evaluator` is: measures held-out rows.
+        evaluator: Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the
+            companions; has its attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
         pad: (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as
             a CUDA graph, or None; a stage without it takes ordinary steps.
         schedule: (flags, share of the run done) -> learning rate.

@@ -54,10 +54,7 @@ class Counts:
 class StageLoss(nn.Module):
     """A stage's loss as a module, for DistributedDataParallel: every batch reaches every trainable parameter.
 
-    Args:
-        model: Holds the parameters.
-        loss: The stage's, (model, the batch's tensors) -> (loss sum, balancing loss or None).
-        forward_model: The same model, possibly compiled.
+    `forward_model` is the model whose parameters are trained, possibly compiled.
     """
 
     def __init__(self, model: MiniMindVLM, loss: Callable, forward_model: Callable):
@@ -68,7 +65,7 @@ class StageLoss(nn.Module):
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
         if batch["units"] == 0:  # nothing to learn on this rank: zero gradients for its part of the sum
             return 0 * sum(weight.sum() for weight in self.model.parameters() if weight.requires_grad), None
-        # Only tensors: what a loss sums over is in them, and the step's counts are the step's to divide by.
+        # Tensors alone: the counts are for `train_step`, which divides by those of the whole step.
         return self.stage_loss(self.forward_model, tensors_of(batch))
 
 

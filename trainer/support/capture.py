@@ -53,14 +53,13 @@ class CapturedStep:
         shape = self.fill(tensors_of(padded))
         self.units.fill_(counts.units)
         self.rate.fill_(learning_rate)
+        is_full = False
         try:
             self.take(shape, counts)
         except torch.OutOfMemoryError:  # graphs hold memory of their own, beside that of steps that are not captured
-            if self.stream is None:
+            is_full = self.stream is not None
+            if not is_full:
                 raise
-            is_full = True
-        else:
-            is_full = False
         if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
             self.give_up()
             self.compute(shape, counts)
