@@ -22,6 +22,7 @@ from common.paths import (
     display_path,
     place_of,
 )
+from model.vision_tower import TowerError, TowerSettings, read_tower_settings
 from model.weights import find_weights, is_named, read_sidecar_or_empty, read_weights, weight_paths
 
 WEIGHT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors"}
@@ -46,6 +47,15 @@ class PublishedFile:
 
     def __str__(self):
         return f"{self.what}: {display_path(self.path)} ({self.command})"
+
+
+def read_tower(folder: Path) -> TowerSettings:
+    """Reads a tower's settings; its TowerError also says how to fetch the published one."""
+    part = "tower_3v" if folder == place_of(TOWER_3V_DIR) else "tower"
+    try:
+        return read_tower_settings(folder)
+    except TowerError as error:
+        raise TowerError(f"{error}. `python scripts/download.py {part}` fetches the published one") from error
 
 
 def published_data(data: str) -> tuple[Path, Path]:

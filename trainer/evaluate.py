@@ -176,7 +176,7 @@ class Evaluator:
         if len(inputs["learned_positions"]) == 0:
             return 0.0, 0
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(**inputs, image_features=features.to(device), num_items_in_batch=1)
+            output = self.model(**inputs, image_features=features.to(device), reduction="sum")
         return float(output.loss), len(inputs["learned_positions"])
 
 

@@ -14,7 +14,7 @@ MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 def answer_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the cross-entropy summed over the learned tokens, and the experts' balancing loss (None without)."""
     inputs = {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(model, batch)}
-    output = model(**inputs, num_items_in_batch=1)
+    output = model(**inputs, reduction="sum")
     return output.loss, output.aux_loss
 
 

@@ -33,7 +33,7 @@ def synthetic_batch(samples, length, images, learned) -> tuple[dict, torch.Tenso
 
 def step(forward, model, samples, size) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     batch, pixels = synthetic_batch(samples, *size)
-    loss = forward(**batch, image_features=forward.encode_images(pixels), num_items_in_batch=1).loss
+    loss = forward(**batch, image_features=forward.encode_images(pixels), reduction="sum").loss
     if loss.requires_grad:
         loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

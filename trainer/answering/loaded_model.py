@@ -27,8 +27,9 @@ from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import TowerSettings, read_tower_settings
+from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
+from trainer.bundles import read_tower
 
 # How the published models' own scripts draw an answer; top_k 0 draws from all tokens.
 SAMPLING = {"temperature": 0.65, "top_p": 0.85, "top_k": 0}
@@ -118,7 +119,7 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
     tokenizer = load_tokenizer(tokenizer_path)
     check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
-    tower = read_tower_settings(tower_path)
+    tower = read_tower(tower_path)
     try:
         config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
     except ValueError as error:

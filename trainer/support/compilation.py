@@ -63,7 +63,6 @@ class CompiledVLM:
         is_full = len(inputs["input_ids"]) == self.batch_size
         if not is_full or len(inputs["image_starts"]) < 2 or len(inputs["learned_positions"]) < 2:
             return self.model(**inputs)
-        mark_dynamic(inputs["learned_positions"], 0)
         return self.compiled(**inputs)
 
     def warm_up(self, shapes: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype):
@@ -89,7 +88,7 @@ class CompiledVLM:
                         "image_features": self.encode_images(pixel_values),
                     }
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss = self(**inputs, num_items_in_batch=1).loss
+                        loss = self(**inputs, reduction="sum").loss
                     loss.backward()
         finally:  # a run goes on where compiling failed
             self.model.zero_grad(set_to_none=True)
@@ -120,20 +119,22 @@ def compiled_loss(loss, **options):
     """Returns the compiled loss of any number of learned tokens."""
     compiled = torch.compile(loss, **options)
 
-    def call(logits, targets, num_items):
+    def call(logits, targets, reduction):
         for part in (logits, targets):
             mark_dynamic(part, 0)
-        return compiled(logits, targets, num_items)
+        return compiled(logits, targets, reduction)
 
     return call
 
 
 def mark_length(block: nn.Module, inputs: tuple):
-    """Tells the compiler that a block of the decoder gets any length."""
-    hidden_states, rotary, *_ = inputs
+    """Tells the compiler that a block of the decoder gets any length, and its last one any number of positions."""
+    hidden_states, rotary, *_, positions = inputs
     mark_dynamic(hidden_states, 1)
     for part in rotary:
         mark_dynamic(part, 2)
+    if positions is not None:
+        mark_dynamic(positions, 0)
 
 
 def mark_images(block: nn.Module, inputs: tuple):
