@@ -37,8 +37,9 @@ from dataset.scenes.draw import draw, heldout_scenes
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from dataset.tokenizer import quiet_libraries
 from trainer.answering.assistant import Assistant, add_speed_flags
-from trainer.answering.loaded_model import SAMPLING, SAMPLING_3V, add_model_flags, find_model
+from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import file_of, find_pictures
+from trainer.bundles import MINIMIND2, MINIMIND_3V
 from trainer.evaluate import Evaluator, exact_match, perplexity
 from trainer.report.scene_table import scene_table
 from trainer.support.processes import Processes
@@ -91,7 +92,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def recipe(name: str) -> str:
     """Says the default of a sampling flag."""
-    default, default_3v = SAMPLING[name], SAMPLING_3V[name]
+    default, default_3v = MINIMIND2.sampling[name], MINIMIND_3V.sampling[name]
     return f"(default: {default}{'' if default == default_3v else f'; minimind-3v: {default_3v}'})"
 
 

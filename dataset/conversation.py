@@ -1,6 +1,5 @@
-"""What a row may hold: its turns, checked, and the names of its pictures."""
+"""Checks of what a row may hold: its turns, and the names of its pictures."""
 
-import json
 import re
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -14,50 +13,28 @@ class RowError(ValueError):
     """A row that cannot be learned from; the message says why."""
 
 
-def parse_conversation(value: str | list) -> list[dict]:
-    """Returns the turns of a row's `conversations` (JSON text or a list).
+def parse_conversation(turns: list) -> list[dict]:
+    """Returns the turns of a row: at most one system turn, first, then user and assistant in turn.
+
+    An answer's `reasoning_content` is kept if there is any, and is empty for an empty think block.
 
     Raises:
         RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            raise RowError(f"conversations is not JSON: {error}") from error
-    if not isinstance(value, list) or not value:
+    if not turns:
         raise RowError("conversations is missing or not a list of turns")
-    for number, turn in enumerate(value, start=1):
+    for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} has no role")
-    if any(turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS for turn in value):
+    if any(turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS for turn in turns):
         raise RowError(TOOL_CALLS)
-    turns = [parse_turn(turn, number) for number, turn in enumerate(value, start=1)]
-    check_turns(turns)
-    return turns
-
-
-def parse_turn(turn: dict, number: int) -> dict:
-    """Returns a turn; an answer's `reasoning_content` is there if it has such, empty for an empty think block."""
-    role, content, reasoning = turn["role"], turn.get("content"), turn.get("reasoning_content")
-    content = "" if role == "system" and content is None else content
-    if not isinstance(content, str):
-        raise RowError(f"turn {number} has no text as content")
-    empty = EMPTY_THINKING.match(content) if role == "assistant" else None
-    parsed = {"role": role, "content": content[empty.end() :] if empty else content}
-    thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
-    return parsed | ({"reasoning_content": thought} if role == "assistant" and (thought or empty) else {})
-
-
-def check_turns(turns: list[dict]):
-    """Raises RowError unless there is at most one system turn, first, and then user and assistant alternate."""
-    spoken = turns[1:] if turns[0]["role"] == "system" else turns
-    offset = len(turns) - len(spoken) + 1
-    for index, turn in enumerate(spoken):
+    turns = [parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    offset = int(turns[0]["role"] == "system")
+    for index, turn in enumerate(turns[offset:]):
         expected = ("user", "assistant")[index % 2]
         if turn["role"] != expected:
-            raise RowError(f"turn {index + offset} is of role {turn['role']!r}, expected {expected!r}")
-    if len(spoken) < 2:
+            raise RowError(f"turn {index + offset + 1} is of role {turn['role']!r}, expected {expected!r}")
+    if len(turns) < offset + 2:
         raise RowError("nothing to learn: no assistant turn")
     for number, turn in enumerate(turns, start=1):
         if turn["role"] == "assistant" and not turn["content"].strip():
@@ -65,13 +42,26 @@ def check_turns(turns: list[dict]):
         if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
         check_characters(turn["content"] + turn.get("reasoning_content", ""), f"turn {number}")
+    return turns
+
+
+def parse_turn(turn: dict, number: int) -> dict:
+    role, content, reasoning = turn["role"], turn.get("content"), turn.get("reasoning_content")
+    content = "" if role == "system" and content is None else content
+    if not isinstance(content, str):
+        raise RowError(f"turn {number} has no text as content")
+    if role != "assistant":
+        return {"role": role, "content": content}
+    empty = EMPTY_THINKING.match(content)
+    thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
+    more = {"reasoning_content": thought} if thought or empty else {}
+    return {"role": role, "content": content[empty.end() :] if empty else content} | more
 
 
 def check_characters(text: str, what: str):
-    """Raises RowError if the text holds half a surrogate pair, which JSON can escape but no file can hold."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as error:  # JSON can escape it, but no file can hold it
         raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
 
 

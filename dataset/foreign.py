@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.errors import UsageError
 from common.paths import display_path, printable
+from dataset.forms import form_of_row
 from dataset.pictures import PICTURE_FORMATS
 
 FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
@@ -26,10 +27,6 @@ FOREIGN_FILES = (FOLDER, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
 COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
 BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
 
-LLAVA, MESSAGES, PARTS = 'LLaVA format ("from", "value")', '"messages" format', "OpenAI format (content in parts)"
-QUESTION, CAPTION, OWN = "a picture with question and answer", "a picture with its caption", "conversations"
-PICTURE_FIELDS = ("image_bytes", "image", "images", "image_path", "file_name")
-CAPTION_FIELDS = ("caption", "text", "description")
 # A JPEG of several pictures (MPO) is read as the first.
 PICTURE_SUFFIXES = {
     ending for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")
@@ -56,25 +53,6 @@ def shard_ending(folder: Path) -> str | None:
 def is_base64(value) -> bool:
     """Tells whether a text is a picture's file in base64."""
     return isinstance(value, str) and BASE64.fullmatch(value) is not None
-
-
-def field(row: dict, names: tuple[str, ...]) -> str | None:
-    """Returns the first of the names that the row has, None for none."""
-    return next((name for name in names if name in row), None)
-
-
-def form_of_row(row: dict) -> str | None:
-    """Names the form of a row by its fields, None for one that has no text, or none that is known."""
-    name = field(row, ("conversations", "messages"))
-    if name:
-        turns = row[name]
-        first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
-        if {"from", "value"} <= first.keys():
-            return LLAVA
-        return PARTS if isinstance(first.get("content"), list) else MESSAGES if name == "messages" else OWN
-    if field(row, PICTURE_FIELDS) is None:
-        return None
-    return QUESTION if {"question", "answer"} <= row.keys() else CAPTION if field(row, CAPTION_FIELDS) else None
 
 
 def form_of_file(path: Path) -> str | None:

@@ -16,13 +16,8 @@ from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import printable
 from dataset import foreign
-from dataset.conversation import RowError
 
 BLOCK_BYTES = 1 << 20  # of a file that are hashed at once
-RIGHT_FORM = (
-    '{"image": "a.jpg", "conversations": [{"role": "user", "content": "<image>\\nWhat is this?"}, '
-    '{"role": "assistant", "content": "A cat."}]}'
-)
 
 
 class DataError(UsageError):
@@ -138,17 +133,6 @@ def check_file(path: Path):
         raise DataError(f"{path} is neither .jsonl nor .parquet")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-
-
-def check_row(row: dict):
-    """Raises RowError where a jsonl row has a known form other than training takes."""
-    form, pictures = foreign.form_of_row(row), foreign.field(row, foreign.PICTURE_FIELDS)
-    if foreign.is_base64(row.get(pictures)):
-        form = "its picture is base64 text"
-    if form == foreign.OWN and pictures not in (None, "image"):
-        form = f'"{pictures}" in place of "image"'
-    if form not in (foreign.OWN, None):
-        raise RowError(f"{form}; this makes training data of the file: {foreign.command('FILE')}")
 
 
 def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:

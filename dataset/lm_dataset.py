@@ -1,6 +1,6 @@
 """The training data: rows of a jsonl or parquet file to tensors, and a list of samples to a batch.
 
-A row is tokenised once and kept memory-mapped, so a loader's worker only decodes images.
+A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
 """
 
 import copy
@@ -28,22 +28,19 @@ from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
 from dataset.rows import BLANK_LINE, ROWS_PER_PROCESS, tokenise_rows
 
-# Kinds of rows by the column that says which rows they are, and what is done with them.
+# What is done with rows of a special kind, by the column that marks them: the kind, and what becomes of them.
 SPECIAL = {
     "tag_added": ("no <image>", "the picture is put first"),
     "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
-    "reasoning": (
-        "reasoning",
-        "the prompt has no place for reasoning_content: it is dropped, the answer learned",
-    ),
+    "reasoning": ("reasoning", "the prompt has no place for reasoning_content: it is dropped, the answer learned"),
     "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
+    "tool_calls": ("tool calls", "left out, as nothing here answers a call; not counted as bad"),
 }
 # The same for minimind-3v, whose every answer begins by thinking.
-SPECIAL_3V = {
+SPECIAL_3V = SPECIAL | {
     "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
     "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
 }
-TOOL_RULE = ("tool calls", "left out, as nothing here answers a call; not counted as bad")
 
 
 @dataclass(frozen=True)
@@ -60,19 +57,17 @@ class VLMDataset(Dataset):
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
     (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; after
     `use_features`, "image_features": float16 (images, patches, width) in place of the pixels, and "unencoded": bool
-    (images,), which of them are only zeros, and come with pixels too. It raises `PictureError` where an image cannot
-    be decoded. Rows that cannot be learned from are not counted; they are in `bad_rows`.
+    (images,), which of them are only zeros and come with pixels too. It raises `PictureError` where an image cannot
+    be decoded. Rows that cannot be learned from are no samples; they are in `bad_rows`.
 
     Args:
-        data_path: A jsonl file (one {"conversations": [...], "image": "a.jpg, b.jpg"} a line) or a parquet file
-            (`conversations`, `image_bytes`).
+        data_path: A jsonl file of rows in a form of `dataset.forms`, or a parquet (`conversations`, `image_bytes`).
         images_path: The folder of the jsonl's images; by default the jsonl's own. Not needed for parquet.
         tokenizer: The tokenizer that belongs to the language model.
         max_length: Tokens a sample is cut at.
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
         picture_format: How images are resized.
         cache_dir: Where the tokenised rows are kept; by default the `datasets` library's own cache.
-        num_proc: Processes that tokenise; by default one per 20,000 rows, as far as there are cores.
 
     Raises:
         DataError: If a file or folder is missing, unreadable or empty.
@@ -87,33 +82,29 @@ class VLMDataset(Dataset):
         image_tokens: int,
         picture_format: PictureFormat = CLIP_FORMAT,
         cache_dir: str | Path | None = None,
-        num_proc: int | None = None,
     ):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
-        self.is_3v = has_image_pad(tokenizer)
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         if self.is_parquet:
             raw, self.image_files = load_parquet(self.data_path, image_tokens, cache_dir)
         else:
             raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
         with formats.keeping_rows_of(self.data_path):
-            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, num_proc)
+            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
         self.features = None  # a dataset.features.FeatureFolder, see use_features
         self.leaves_small = False
-        reasons = self.rows.data.column("reason")
-        lines, good = self.column("line"), pc.equal(reasons, "").to_numpy()
-        refused = [BadRow(int(lines[i]), reasons[i].as_py()) for i in np.flatnonzero(~good)]
-        self.bad_rows = [row for row in refused if row.reason not in (BLANK_LINE, TOOL_CALLS)]
-        self.tool_rows = sum(row.reason == TOOL_CALLS for row in refused)
-        self.row_count = len(self.rows) - sum(row.reason == BLANK_LINE for row in refused)
-        if not self.is_parquet:
-            missing = self._missing_pictures(good)
-            good[list(missing)] = False
-            self.bad_rows += [BadRow(int(lines[i]), reason) for i, reason in missing.items()]
-            self.bad_rows.sort(key=lambda row: row.line)
-        self.positions = np.flatnonzero(good)  # of each sample among all rows
+        self.special = SPECIAL_3V if has_image_pad(tokenizer) else SPECIAL
+        reasons, lines = self.rows.data.column("reason"), self.column("line")
+        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
+        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
+        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
+        good = np.delete(np.arange(len(self.rows)), list(refused))
+        missing = {} if self.is_parquet else self._missing_pictures(good)
+        self.positions = np.setdiff1d(good, list(missing))  # of each sample among all rows
+        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)} | missing
+        self.bad_rows = [BadRow(int(lines[i]), bad[i]) for i in sorted(bad)]
 
     def column(self, name: str) -> np.ndarray:
         """Returns (rows,) a column's values, of all rows."""
@@ -124,15 +115,14 @@ class VLMDataset(Dataset):
         return pc.list_value_length(self.rows.data.column(name)).to_numpy()
 
     def _missing_pictures(self, good: np.ndarray) -> dict[int, str]:
-        """Says of each row what its first image lacks. Not cached with the tokens: images come and go."""
+        """Returns what each row's first missing image lacks. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
-        named = np.flatnonzero(good & (self.list_lengths("pictures") > 0))
+        named = good[self.list_lengths("pictures")[good] > 0]
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
             reasons = (formats.why_missing(self.images_path, name) for name in names[index].as_py())
-            reason = next(filter(None, reasons), None)
-            if reason:
+            if reason := next(filter(None, reasons), None):
                 missing[int(index)] = reason
         return missing
 
@@ -165,14 +155,11 @@ class VLMDataset(Dataset):
 
     @property
     def rules(self) -> dict[str, str]:
-        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that are there."""
-        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL} | {"tool_calls": self.tool_rows}
-        kinds = SPECIAL | (SPECIAL_3V if self.is_3v else {}) | {"tool_calls": TOOL_RULE}
-        return {
-            kind: f"in {counts[name]:,} row{'' if counts[name] == 1 else 's'}: {rule}"
-            for name, (kind, rule) in kinds.items()
-            if counts[name]
-        }
+        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
+        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL if name != "tool_calls"}
+        counts = {name: count for name, count in (counts | {"tool_calls": self.tool_rows}).items() if count}
+        said = {name: f"in {count:,} row{'' if count == 1 else 's'}" for name, count in counts.items()}
+        return {self.special[name][0]: f"{text}: {self.special[name][1]}" for name, text in said.items()}
 
     @property
     def left_out(self) -> np.ndarray:
@@ -189,42 +176,54 @@ class VLMDataset(Dataset):
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
             for chunk in column.chunks:
                 values = chunk.flatten()
-                is_text = pa.types.is_string(values.type)
-                names = "".join(f"{value}\0" for value in values.to_pylist()) if is_text else ""
-                digest.update(names.encode() if is_text else values.to_numpy())
+                if pa.types.is_string(values.type):
+                    digest.update("".join(f"{value}\0" for value in values.to_pylist()).encode())
+                else:
+                    digest.update(values.to_numpy())
         return digest.hexdigest()
 
     def use_features(self, features):
         """Lets samples come with the tower's features (a `dataset.features.FeatureFolder`) in place of pixels."""
         self.features = features
 
+    def with_pixels(self) -> "VLMDataset":
+        """Returns the same rows, coming with pixels."""
+        return self._changed(features=None)
+
     def leaving_small_pictures(self) -> "VLMDataset":
         """Returns the same rows; where all pictures of a batch are squares of one smaller size, they come as they are.
 
         The model enlarges them to the same bytes, on its device.
         """
+        return self._changed(leaves_small=True)
+
+    def at(self, positions: np.ndarray) -> "VLMDataset":
+        """Returns a data set of only the rows at these positions among all rows."""
+        return self._changed(positions=positions)
+
+    def _changed(self, **attributes) -> "VLMDataset":
         data = copy.copy(self)
-        data.leaves_small = True
+        vars(data).update(attributes)
         return data
 
-    def with_pixels(self) -> "VLMDataset":
-        """Returns the same rows, coming with pixels."""
-        data = copy.copy(self)
-        data.features = None
-        return data
+    # Pictures have numbers, equal for the same name, or in a parquet for the same bytes.
 
     @functools.cached_property
-    def first_slots(self) -> np.ndarray:
-        """(rows,) the number of each row's first image among the images of all rows."""
-        counts = self.list_lengths("image_starts")
-        return np.cumsum(counts) - counts
+    def _names(self) -> pa.DictionaryArray:
+        return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
 
     @functools.cached_property
     def picture_numbers(self) -> np.ndarray:
-        """(images of all rows,) which picture each is: equal for the same name, or in a parquet for the same bytes."""
+        """(images of all rows,) which picture each is."""
         if self.is_parquet:
             return pc.list_flatten(self.rows.data.column("picture_numbers")).to_numpy()
         return self._names.indices.to_numpy()
+
+    @functools.cached_property
+    def first_slots(self) -> np.ndarray:
+        """(rows,) the place of each row's first image in `picture_numbers`."""
+        counts = self.list_lengths("image_starts")
+        return np.cumsum(counts) - counts
 
     @property
     def shown_pictures(self) -> np.ndarray:
@@ -240,24 +239,19 @@ class VLMDataset(Dataset):
         stamp would be faster, but tools that copy and edit may keep both.
         """
         shown = np.unique(self.shown_pictures)
-        keys = np.zeros(len(self.image_files if self.is_parquet else self._names.dictionary), dtype=np.int64)
-        keys[shown] = self.image_files.data.column("hash").to_numpy()[shown] if self.is_parquet else self._hash(shown)
+        if self.is_parquet:
+            return np.where(np.isin(np.arange(len(self.image_files)), shown), self.image_files.data["hash"], 0)
+        keys = np.zeros(len(self._names.dictionary), dtype=np.int64)
+        with ThreadPool() as pool:
+            hashes, is_quick = pool.imap(self._hash, shown.tolist(), 64), len(shown) < ROWS_PER_PROCESS
+            keys[shown] = list(tqdm(hashes, "reading pictures", len(shown), unit=" pictures", disable=is_quick))
         return keys
 
-    def _hash(self, numbers: np.ndarray) -> list[int]:
-        def hash_of(number: int) -> int:
-            try:
-                return formats.hash_63(self.picture_source(number)[0].read_bytes())
-            except (OSError, MemoryError):
-                return 0
-
-        with ThreadPool() as pool:
-            hashes, is_quick = pool.imap(hash_of, numbers.tolist(), 64), len(numbers) < ROWS_PER_PROCESS
-            return list(tqdm(hashes, "reading pictures", len(numbers), unit=" pictures", disable=is_quick))
-
-    @functools.cached_property
-    def _names(self) -> pa.DictionaryArray:
-        return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
+    def _hash(self, number: int) -> int:
+        try:
+            return formats.hash_63(self.picture_source(number)[0].read_bytes())
+        except (OSError, MemoryError):
+            return 0
 
     def picture_source(self, number: int) -> tuple[Path | bytes, str]:
         """Returns a picture's path or bytes, and what errors call it."""
@@ -266,20 +260,27 @@ class VLMDataset(Dataset):
         name = self._names.dictionary[number].as_py()
         return self.images_path / name, name
 
+    def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
+        """Returns the path or bytes of each image of a tokenised row, and what errors call it."""
+        if not self.is_parquet:
+            return [(self.images_path / name, name) for name in row["pictures"]]
+        if not row["image_starts"]:
+            return []
+        files = self.image_files[row["picture_numbers"]]["content"]
+        return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.__getitems__([index])[0]
+        [sample] = self.__getitems__([index])
         if isinstance(sample, PictureError):
             raise sample
         return sample
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
         """Returns samples for the collator: a PictureError in place of one with a broken image."""
-        if len(indices) == 0:
-            return []
-        positions = self.positions[indices].tolist()
+        positions = self.positions[indices].tolist() if len(indices) else []
         samples = []
         for position, row in zip(positions, self.read_rows(positions), strict=True):
             try:
@@ -289,8 +290,8 @@ class VLMDataset(Dataset):
         return stack_pictures(samples, self.picture_format)
 
     def read_rows(self, positions: list[int]) -> list[dict]:
-        """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
-        return self.rows.with_format("arrow")[positions].to_pylist()
+        """Returns the tokenised rows (`dataset.rows.COLUMNS`) at these positions among all rows."""
+        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
 
     def _sample(self, position: int, row: dict) -> dict[str, torch.Tensor]:
         input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
@@ -298,32 +299,26 @@ class VLMDataset(Dataset):
         for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
             labels[start:end] = input_ids[start:end]
         starts = torch.tensor(row["image_starts"], dtype=torch.int64)
-        sample = {"input_ids": input_ids, "labels": labels, "image_starts": starts}
+        return {"input_ids": input_ids, "labels": labels, "image_starts": starts} | self._images(position, row)
+
+    def _images(self, position: int, row: dict) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         sources = self.picture_sources(row)
         if self.features is None:
-            return sample | {"pixel_values": self._pixels(sources)}
+            return {"pixel_values": self._pixels(sources)}
         first = self.first_slots[position]
         keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
         encoded = [self.features.get(key) for key in keys.tolist()]
         unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)
-        zeros = np.zeros((1, *self.features.shape), np.float16)
-        features = np.concatenate([zeros[:0], *(zeros if of_image is None else of_image[None] for of_image in encoded)])
-        sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+        features = np.zeros((len(encoded), *self.features.shape), np.float16)
+        for image, of_image in enumerate(encoded):
+            features[image] = 0 if of_image is None else of_image
+        images = {"image_features": torch.from_numpy(features), "unencoded": unencoded}
         if unencoded.any():  # of a broken picture, or their file was damaged or deleted since the start
-            sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
-        return sample
+            images["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
+        return images
 
     def _pixels(self, sources: Iterable[tuple[Path | bytes, str]]) -> list[torch.Tensor]:
         return [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
-
-    def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
-        """Returns each image's path or bytes, and what errors call it."""
-        if not self.is_parquet:
-            return [(self.images_path / name, name) for name in row["pictures"]]
-        if not row["image_starts"]:
-            return []
-        files = self.image_files[row["picture_numbers"]]["content"]
-        return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
@@ -332,7 +327,7 @@ def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
 
 
 def stack_pictures(samples: list, picture_format: PictureFormat) -> list:
-    """Stacks each sample's list of pictures, which are enlarged to the tower's size unless all samples' have one."""
+    """Stacks each sample's list of pictures, enlarged to the tower's size unless all samples' have one size."""
     with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
     shapes = {picture.shape for sample in with_pixels for picture in sample["pixel_values"]}
     shape = shapes.pop() if len(shapes) == 1 else (3, picture_format.size, picture_format.size)
@@ -360,34 +355,33 @@ class VLMCollator:
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
         images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
-        learned; tokens: how many there are without padding; skipped: the PictureErrors of samples left out. Where
-        nothing is left, the images are missing too.
+        learned, units: how many; tokens: how many without padding; skipped: the PictureErrors of samples left out.
+        Where nothing is left, the images are missing too.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
-        longest = max((len(sample["input_ids"]) for sample in samples), default=0)
-        longest = -(-longest // self.multiple) * self.multiple
-        input_ids = torch.full((len(samples), longest), self.pad_token_id)
-        labels = torch.full((len(samples), longest), -100)
-        starts = [torch.zeros(0, 2, dtype=torch.int64)]
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            input_ids[row, :length] = sample["input_ids"]
-            labels[row, :length] = sample["labels"]
-            columns = sample["image_starts"]
-            starts.append(torch.stack((torch.full_like(columns, row), columns), dim=1))
+        labels = self.padded([sample["labels"] for sample in samples], -100)
+        learned_positions = (labels.flatten() != -100).nonzero()[:, 0]
+        starts = [(row, start) for row, sample in enumerate(samples) for start in sample["image_starts"].tolist()]
         images = {
             name: torch.cat([sample[name] for sample in samples if name in sample])
             for name in ("pixel_values", "image_features", "unencoded")
             if any(name in sample for sample in samples)
         }
-        learned_positions = (labels.flatten() != -100).nonzero()[:, 0]
         return images | {
-            "input_ids": input_ids,
+            "input_ids": self.padded([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": labels,
-            "image_starts": torch.cat(starts),
+            "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
             "learned_positions": learned_positions,
             "units": len(learned_positions),
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }
+
+    def padded(self, sequences: list[torch.Tensor], filling: int) -> torch.Tensor:
+        """Joins (L,) sequences to (B, longest L rounded up), filled at the right."""
+        longest = max(map(len, sequences), default=0)
+        batch = torch.full((len(sequences), -(-longest // self.multiple) * self.multiple), filling)
+        for row, sequence in enumerate(sequences):
+            batch[row, : len(sequence)] = sequence
+        return batch

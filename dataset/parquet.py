@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.files import flush_folder, lock, scratch_folder
 from common.paths import display_path
-from dataset import foreign
+from dataset import foreign, forms
 from dataset.conversation import RowError
 from dataset.formats import DataError, changed_error, check_file, content_key, data_error, hash_63
 from dataset.pictures import is_blank
@@ -205,7 +205,7 @@ def check_columns(path: Path, schema: pa.Schema, name: str):
     """Raises DataError unless the file has the required columns, once and of the right types."""
     foreign.check_names(path, schema.names)
     if not {"conversations", name} <= set(schema.names):
-        is_known = foreign.form_of_row(dict.fromkeys(schema.names)) is not None
+        is_known = forms.form_of_row(dict.fromkeys(schema.names)) is not None
         cure = f". This makes training data of it:\n  {foreign.command(path)}" if is_known else ""
         needed = "the columns conversations and image_bytes (or image)"
         raise DataError(f"{path} needs {needed}, it has {schema.names}{cure}")

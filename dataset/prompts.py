@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UsageError
 from dataset.chat import BROKEN, BROKEN_IMAGE, ChatEncoder
 from dataset.conversation import IMAGE_TAG
-from dataset.lm_dataset import VLMDataset
 from model.vlm_config import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
@@ -32,17 +31,17 @@ def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
     return form.replace(IMAGE_TAG, NEWLINE.join([IMAGE_TAG] * images)).replace(PROMPT, prompt)
 
 
-def usual_form(data: VLMDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the most common form among rows with one image; the default if that is at least half as common.
+def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the most common form among a VLMDataset's rows of one image; the default if that is half as common.
 
-    A model answers worse when asked in a form it was not trained on. Samples at most 256 rows, evenly spaced.
+    A model answers worse when asked in a form it was not trained on. Looks at 256 rows, evenly spaced.
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
-    rows = data.read_rows(data.positions[places].tolist()) if len(places) else []
+    rows = data.read_rows(data.positions[places].tolist())
     counts = Counter(form_of(row, data.image_tokens, tokenizer) for row in rows)
     del counts[None]
-    usual, count = max(counts.items(), key=lambda item: item[1], default=(DEFAULT_FORM, 0))
+    [(usual, count)] = counts.most_common(1) or [(DEFAULT_FORM, 0)]
     return DEFAULT_FORM if count < 2 * counts[DEFAULT_FORM] else usual
 
 

@@ -7,18 +7,18 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dataset import formats
-from dataset.chat import ChatEncoder
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_conversation, parse_picture_names
+from dataset import foreign, formats
+from dataset.chat import ChatEncoder, EncodedChat
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
+from dataset.forms import FORMS, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 7
+ENCODING_VERSION = 8
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(
@@ -39,35 +39,20 @@ COLUMNS = datasets.Features(
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
 )
-
-
-@dataclass
-class Row:
-    """A row that can be learned from: its turns, and what COLUMNS says of it before it is tokenised."""
-
-    turns: list[dict]
-    pictures: list[str] = field(default_factory=list)
-    picture_numbers: list[int] = field(default_factory=list)
-    picture_hash: int = 0
-    tag_added: bool = False
-    text_only: bool = False
-
-    def columns(self) -> dict:
-        thoughts = [turn["reasoning_content"] for turn in self.turns if "reasoning_content" in turn]
-        return vars(self) | {"reasoning": any(thoughts), "empty_thinking": "" in thoughts}
+NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
 def tokenise_rows(
-    raw, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, num_proc: int | None
+    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
 ) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache where they are there.
+    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it.
 
     Args:
         raw: Lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
-        num_proc: Processes; by default one per 20,000 rows, as far as there are cores.
     """
-    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION}"
-    processes = num_proc or min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
+    forms = [(name, form.source) for name, form in FORMS.items()]
+    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
+    processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
     with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
             RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
@@ -87,51 +72,43 @@ class RowTokeniser:
 
     def __init__(self, encoder: ChatEncoder, max_length: int):
         self.encoder, self.max_length = encoder, max_length
+        self.forms = FORMS  # a spawned process that unpickles them imports, and so registers, forms from outside
 
     def __call__(self, *columns: list) -> dict[str, list]:
-        *columns, indices = columns  # the last are the rows' numbers
-        parse = parse_line if len(columns) == 1 else parse_parquet_row
-        parsed = []
-        for values in zip(*columns, strict=True):
-            try:
-                parsed.append(parse(*values))
-            except RowError as error:
-                parsed.append(str(error))
-        chats = iter(self.encoder.encode([row.turns for row in parsed if isinstance(row, Row)]))
-        rows = [
-            self._row(index, next(chats), row) if isinstance(row, Row) else refused_row(index, row)
-            for index, row in zip(indices, parsed, strict=True)
-        ]
+        *columns, numbers = columns
+        parsed = [parse(*values) for values in zip(*columns, strict=True)]
+        chats = iter(self.encoder.encode([row["turns"] for row in parsed if "turns" in row]))
+        encoded = [self._encoded(row, next(chats)) if "turns" in row else row for row in parsed]
+        rows = [NOTHING | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
         return {name: [row[name] for row in rows] for name in COLUMNS}
 
-    def _row(self, index: int, chat, row: Row) -> dict:
+    def _encoded(self, row: dict, chat: EncodedChat) -> dict:
         whole_length = len(chat.input_ids)
         try:
             chat = self.encoder.truncate(chat, self.max_length)
         except RowError as error:
-            return refused_row(index, str(error)) | {"cut_tokens": whole_length}
-        return row.columns() | {
-            "line": index + 1,
-            "reason": "",
+            return {"reason": str(error), "cut_tokens": whole_length}
+        thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
+        return row | {
             "input_ids": chat.input_ids,
             "learned": [edge for span in chat.learned for edge in span],
             "image_starts": chat.image_starts,
+            "reasoning": any(thoughts),
+            "empty_thinking": "" in thoughts,
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
 
 
-def refused_row(index: int, reason: str) -> dict:
-    nothing = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()}
-    return nothing | {"line": index + 1, "reason": reason}
+def parse(*values) -> dict:
+    """Returns the `turns` of a raw row and what COLUMNS says of its images, or the `reason` why it is refused."""
+    try:
+        return parse_line(*values) if len(values) == 1 else parse_parquet_row(*values)
+    except RowError as error:
+        return {"reason": str(error)}
 
 
-def parse_line(line: str) -> Row:
-    """Returns the row of a jsonl line.
-
-    Raises:
-        RowError: If it cannot be learned from.
-    """
+def parse_line(line: str) -> dict:
     if not line.strip():
         raise RowError(BLANK_LINE)
     if "\ufffd" in line:
@@ -142,21 +119,26 @@ def parse_line(line: str) -> Row:
         raise RowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
-    formats.check_row(row)
-    turns, names = parse_conversation(row.get("conversations")), parse_picture_names(row.get("image"))
+    turns, images = read_row(row)
+    listed = images if isinstance(images, list) else [images]
+    if any(isinstance(one, str) and foreign.is_base64(one.rpartition(",")[2]) for one in listed):  # also a data: URL
+        raise RowError(f"its picture is base64 text; this makes training data of the file: {foreign.command('FILE')}")
+    names = parse_picture_names(images)
     try:
         tag_added = check_images(turns, len(names))
     except RowError as error:
-        if not isinstance(row.get("image"), str) or len(names) < 2:
+        if not isinstance(images, str) or len(names) < 2:
             raise
-        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.foreign.command("FILE")} writes it'
+        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {cure})") from error
-    return Row(turns, names, [], formats.hash_63(names[0].encode() if names else line.encode()), tag_added)
+    picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
+    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "tag_added": tag_added}
 
 
-def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> Row:
-    """Returns a parquet's row, given as `dataset.parquet` keeps it; raises RowError as `parse_line` does."""
-    turns = parse_conversation(conversations)
+def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
+    turns, inside = read_row({"conversations": conversations})
+    if inside:
+        raise RowError(f"its turns name pictures; this makes training data of the file: {foreign.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
@@ -164,4 +146,5 @@ def parse_parquet_row(conversations: str | None, pictures: list | None, picture_
     tag_added = check_images(turns, len(pictures))
     if not pictures:
         picture_hash = formats.hash_63(json.dumps(turns).encode())
-    return Row(turns, [], pictures, picture_hash, tag_added, text_only)
+    images = {"picture_numbers": pictures, "picture_hash": picture_hash}
+    return images | {"turns": turns, "tag_added": tag_added, "text_only": text_only}

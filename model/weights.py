@@ -20,7 +20,7 @@ from safetensors.torch import load_file as load_safetensors
 
 from common.errors import UsageError
 from common.files import FLOATS, load_tensors
-from common.paths import ROOT, SAVE_3V_DIR, WEIGHT_NAMES, display_path
+from common.paths import ROOT, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.projectors import read_projector
@@ -65,6 +65,7 @@ STATE = {
         **{"data_seconds": SECONDS, "seconds_before": SECONDS},
     },
 }
+NAME = re.compile(r"(.+)_(\d+)(_moe)?")  # of a weight file, see `weight_name`
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -86,62 +87,30 @@ def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
-def find_weights(
-    save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin: bool | None = None, log=print
-) -> Path:
-    """Finds the weight file of that name in `save_dir`, the newest of several. A name that ends in .pth is a path.
+def is_path(weight: str) -> bool:
+    return Path(weight).suffix == ".pth"
 
-    Args:
-        builtin: True takes only weights trained on the built-in set, False only others, None any.
-        log: Gets a line where there are several.
 
-    Raises:
-        UsageError: If there is none.
+def list_weights(save_dir: Path) -> dict[Path, tuple[str, int, bool]]:
+    """Returns (name, hidden_size, use_moe) of each weight file in a folder; no states, no files of earlier runs."""
+    named = {path: NAME.fullmatch(path.stem) for path in sorted(save_dir.glob("*.pth")) if path.is_file()}
+    return {path: (name[1], int(name[2]), bool(name[3])) for path, name in named.items() if name}
+
+
+def matching_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None) -> list[Path]:
+    """Returns the weight files of a name, size and kind, the best first: the exact name, then the newest.
+
+    A name that ends in .pth is a path.
     """
-    if Path(name).suffix == ".pth":
-        if not Path(name).is_file():
-            raise UsageError(f"no weight file {name}")
-        return Path(name)
-    files, found = (list(filter(Path.is_file, weight_paths(save_dir, *of))) for of in ((), (name,)))  # no dangling link
-    size, moe = hidden_size or r"\d+", {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
-    of_size = [path for path in found if re.fullmatch(rf".+_{size}{moe}", path.stem)]
-    fitting = [path for path in of_size if builtin in (None, read_sidecar_or_empty(path).get("assets") == "built-in")]
-    if not fitting:
-        wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
-        there = ", ".join(path.name for path in found or files) or "no weights"
-        if of_size:
-            there += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
-        raise UsageError(
-            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there}). {hint(name, save_dir)}".rstrip()
-        )
-    fitting = [path for path in fitting if path.name.startswith(f"{name}_")] or fitting
-    newest = max(fitting, key=lambda path: path.stat().st_mtime)
-    if len(fitting) > 1:
-        others = ", ".join(path.name for path in fitting if path != newest)
-        log(f"taking the newest weights, {newest.name} (also there: {others}; --hidden_size chooses)")
-    return newest
-
-
-def weight_paths(save_dir: Path, name: str | None = None) -> list[Path]:
-    """Returns the weight files in a folder, of that name or all; not states, nor what was kept of earlier runs."""
-    return [path for path in sorted(save_dir.glob("*.pth")) if is_named(path, name)]
-
-
-def is_named(path: Path, name: str | None) -> bool:
-    """Tells whether a file is weights of that name (any for None), or of another of the original's for it."""
-    names = ".+" if name is None else "|".join(map(re.escape, WEIGHT_NAMES.get(name, (name,))))
-    return path.suffix == ".pth" and re.fullmatch(rf"({names})_\d+(_moe)?", path.stem) is not None
-
-
-def hint(name: str, save_dir: Path) -> str:
-    """Returns how to get weights of that name: a stage's script is called after the weights it writes."""
-    script, parts = ROOT / "trainer" / f"train_{name}.py", {part: part for part in ("llm", "pretrain_vlm", "sft_vlm")}
-    if save_dir.absolute() == SAVE_3V_DIR:
-        parts = {"llm": "llm_3v", "sft_vlm": "minimind-3v"}
-    ways = [f"train it first: python {display_path(script)}"] if script.is_file() else []
-    ways += [f"fetch the published one: python scripts/download.py {parts[name]}"] if name in parts else []
-    text = ", or ".join(ways)
-    return text[:1].upper() + text[1:]
+    if is_path(name):
+        return [Path(name)] if Path(name).is_file() else []
+    names = WEIGHT_NAMES.get(name, (name,))
+    matching = {
+        path: its_name
+        for path, (its_name, size, moe) in list_weights(save_dir).items()
+        if its_name in names and hidden_size in (None, size) and use_moe in (None, moe)
+    }
+    return sorted(matching, key=lambda path: (matching[path] != name, -path.stat().st_mtime))
 
 
 def read_sidecar_or_empty(path: Path) -> dict:

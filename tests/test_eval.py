@@ -15,8 +15,9 @@ from common.errors import UsageError
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.pictures import PICTURE_FORMATS
 from eval_vlm import parse_arguments
-from model import weights as checkpoint
+from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer import bundles
 from trainer.answering import loaded_model as trained
 from trainer.answering.assistant import in_precision
 from trainer.answering.typed_paths import find_pictures
@@ -159,36 +160,36 @@ def test_weights_by_path_and_by_size(world, out, tmp_path):
     ],
 )
 def test_missing_published_weights_are_named_with_their_download(tmp_path, monkeypatch, name, folder, part):
-    monkeypatch.setattr(checkpoint, "SAVE_3V_DIR", tmp_path / "out/minimind-3v")
-    with pytest.raises(UsageError, match=f"etch the published one: python scripts/download.py {part}$"):
-        checkpoint.find_weights(tmp_path / folder, name)
+    monkeypatch.setitem(vars(bundles.MINIMIND_3V), "weights_dir", tmp_path / "out/minimind-3v")
+    with pytest.raises(UsageError, match=f"ownload the published one: python scripts/download.py {part}$"):
+        bundles.find_weights(tmp_path / folder, name)
     with pytest.raises(UsageError, match=r"\(there: no weights\)\.$"):
-        checkpoint.find_weights(tmp_path, "my_photos")
+        bundles.find_weights(tmp_path, "my_photos")
     for there in ("photos_512.pth", "photos_512_resume.pth", "scenes_768_moe.pth"):
         (tmp_path / there).touch()
     with pytest.raises(UsageError, match=r"\(there: photos_512.pth, scenes_768_moe.pth\)\.$"):
-        checkpoint.find_weights(tmp_path, "my_photos")
+        bundles.find_weights(tmp_path, "my_photos")
 
 
-@pytest.mark.parametrize("there", ["TOWER_DIR", "TOWER_3V_DIR"])
+@pytest.mark.parametrize("there", ["minimind2-v", "minimind-3v"])
 def test_the_built_in_language_model_stands_in_only_where_nothing_was_downloaded(tmp_path, monkeypatch, there):
-    for name in ("TOWER_DIR", "TOWER_3V_DIR"):
-        monkeypatch.setattr(trained, name, tmp_path / name)
+    for name in ("minimind2-v", "minimind-3v"):
+        monkeypatch.setitem(vars(bundles.BUNDLES[name]), "tower", tmp_path / name)
     args = parse_arguments(["--weight", "llm", "--save_dir", str(tmp_path)])
-    assert trained.find_weights(args).path.parent == BUILTIN_MODEL_DIR
+    assert trained.read_named_weights(args).path.parent == BUILTIN_MODEL_DIR
     (tmp_path / there).mkdir()
     with pytest.raises(UsageError, match="no weight file llm_"):
-        trained.find_weights(args)
+        trained.read_named_weights(args)
 
 
 @pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])
 def test_load_from_a_transformers_folder(world, out, tmp_path, form):
     """A folder name that begins with `model` is still taken as a folder."""
-    weights = checkpoint.read_weights(out / "sft_vlm_32.pth")
+    weights = weight_io.read_weights(out / "sft_vlm_32.pth")
     folder = tmp_path / "model_of_mine"
     if form == "saved":
         model = MiniMindVLM(VLMConfig(**weights.sidecar["config"]))
-        checkpoint.load_into(model, weights)
+        weight_io.load_into(model, weights)
         model.save_pretrained(folder)
     else:
         folder.mkdir()
@@ -213,7 +214,7 @@ def test_load_from_a_transformers_folder(world, out, tmp_path, form):
 def test_config_json_decides_what_the_tensors_do_not_tell(tmp_path):
     told = {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 0.1}
     MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=1, **told)).save_pretrained(tmp_path)
-    found = checkpoint.read_folder(tmp_path).config
+    found = weight_io.read_folder(tmp_path).config
     assert {name: getattr(found, name) for name in told} == told
 
 

@@ -14,6 +14,7 @@ import torch
 from downloads import command
 from hub_stand_in import HubStandIn
 from modelscope_stand_in import ModelScopeStandIn
+from published_parquet import write_published_form
 from tiny import EVAL, PRETRAIN, SFT, turn
 from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 
@@ -23,11 +24,10 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
 from model.weights import Weights, read_weights
-from scripts.bench.check_parquet import write_published_form
 from scripts.demo.chat import Models
 from scripts.web_demo_vlm import parse_arguments
+from trainer import bundles
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.bundles import choose_assets
 
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
@@ -145,8 +145,8 @@ def test_the_download_ends_with_the_lines_that_talk_to_it(world, published):
     assert len(lines) == len(list((published.fetched / published.weights).glob("*_vlm_*.pth")))  # llm is for training
     for line in lines:
         first, script, *flags = shlex.split(line)
-        assert (first, Path(script).resolve()) == ("python", EVAL)
-        said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4).passed().out
+        assert (first, ROOT / script) == ("python", EVAL)
+        said = world.run(EVAL, *flags, "--device", "cpu", "--max_new_tokens", 4, cwd=ROOT).passed().out
         assert f"{published.fetched / published.weights}" in said and "4 tokens" in said
     assert len(read_weights(published.fetched / published.weights / "sft_vlm_64.pth").tensors) == published.tensors
 
@@ -188,9 +188,8 @@ def test_the_data_is_checked_with_its_tokenizer(world, published):
 
 def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch):
     is_3v = published.weights.endswith("3v")
-    for module in ("trainer.answering.loaded_model", "trainer.bundles"):
-        for kind, folder in (("TOWER", published.tower), ("TOKENIZER", published.tokenizer)):
-            monkeypatch.setattr(f"{module}.{kind}{'_3V' * is_3v}_DIR", published.fetched / folder)
+    for part, folder in (("tower", published.tower), ("tokenizer", published.tokenizer)):
+        monkeypatch.setitem(vars(bundles.MINIMIND_3V if is_3v else bundles.MINIMIND2), part, published.fetched / folder)
     weights = published.fetched / published.weights
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
@@ -198,7 +197,7 @@ def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch)
     start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
     start["save_weight"] = "sft_vlm"
     data = {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None}
-    _, chosen = choose_assets(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
+    _, chosen = bundles.choose(argparse.Namespace(**start, **data, tokenizer_path=None, vision_model_path=None), "sft")
     for tower, tokenizer in (
         (trained.tower_path, trained.tokenizer_path),
         (chosen["vision_model_path"], chosen["tokenizer_path"]),

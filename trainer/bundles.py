@@ -1,29 +1,47 @@
-"""Which files a training command uses: your own, what the starting weights were trained with, published, built-in."""
+"""What belongs together: one record per generation of models, and which of them a command uses.
 
+A new generation is one more record in BUNDLES.
+"""
+
+import argparse
 import os
 import re
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.cli import file_path
 from common.errors import UsageError
 from common.paths import (
     BUILTIN_DATASET_DIR,
     BUILTIN_HIDDEN_SIZE,
+    BUILTIN_MODEL_DIR,
     BUILTIN_TOKENIZER_DIR,
     BUILTIN_TOWER_DIR,
     DATA_NAMES,
     DATASET_DIR,
     ROOT,
+    SAVE_3V_DIR,
+    SAVE_DIR,
     TOKENIZER_3V_DIR,
     TOKENIZER_DIR,
     TOWER_3V_DIR,
     TOWER_DIR,
+    WEIGHT_NAMES,
     display_path,
     place_of,
 )
 from model.vision_tower import TowerError, TowerSettings, read_tower_settings
-from model.weights import find_weights, is_named, read_sidecar_or_empty, read_weights, weight_paths
+from model.vlm_config import PROMPT_FORMS
+from model.weights import (
+    Weights,
+    is_path,
+    list_weights,
+    matching_weights,
+    read_sidecar_or_empty,
+    read_weights,
+    weight_name,
+)
 
 WEIGHT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors"}
 DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".zip", ".csv", ".tsv", ".tar", ".arrow"}
@@ -33,8 +51,83 @@ MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """A generation of models, and what was published with it.
+
+    Attributes:
+        name: In the sidecars of its weights ("assets").
+        tower, tokenizer: Their folders.
+        layers: Layers of the published sizes, by hidden_size; the first is the default.
+        fits: (VLMConfig) -> whether weights that no sidecar describes are of this generation.
+        weights_dir: Where its weights are downloaded to.
+        downloads: Parts of scripts/download.py, by what they hold: tower, tokenizer, a weight's name.
+        recipes: Where its settings differ from a stage's own, by stage and flag.
+        sampling: How its own scripts draw answers, by flag; top_k 0 draws from all tokens.
+        prompt_form: Where a prompt has its images, if the weights' sidecar does not say.
+    """
+
+    name: str
+    tower: Path
+    tokenizer: Path
+    layers: dict[int, int]
+    fits: Callable = lambda config: False
+    weights_dir: Path = SAVE_DIR
+    downloads: dict[str, str] = field(default_factory=dict)
+    recipes: dict[str, dict] = field(default_factory=dict)
+    sampling: dict = field(default_factory=lambda: {"temperature": 0.65, "top_p": 0.85, "top_k": 0})
+    prompt_form: str = PROMPT_FORMS[0]
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Tower and tokenizer, by flag."""
+        return {"vision_model_path": place_of(self.tower), "tokenizer_path": place_of(self.tokenizer)}
+
+    def recipe(self, stage) -> dict:
+        """Returns a stage's settings, by flag."""
+        return stage.defaults | self.recipes.get(stage.name, {})
+
+    def command(self, part: str) -> str:
+        """Returns the command that downloads a part; words where it is not published."""
+        name = self.downloads.get(part)
+        return f"python scripts/download.py {name}" if name else "not published: name it by its flag"
+
+
+BUILTIN = Bundle(
+    name="built-in",
+    tower=BUILTIN_TOWER_DIR,
+    tokenizer=BUILTIN_TOKENIZER_DIR,
+    layers={BUILTIN_HIDDEN_SIZE: 4},
+    weights_dir=BUILTIN_MODEL_DIR,
+    recipes={
+        "pretrain": {"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20, "compile": 0},
+        "sft": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50, "compile": 0},
+    },
+)
+MINIMIND2 = Bundle(
+    name="minimind2-v",
+    tower=TOWER_DIR,
+    tokenizer=TOKENIZER_DIR,
+    layers={512: 8, 768: 16},
+    fits=lambda config: not config.qk_norm,
+    downloads={name: name for name in ("tower", "tokenizer", "llm", "pretrain_vlm", "sft_vlm")},
+)
+MINIMIND_3V = Bundle(
+    name="minimind-3v",
+    tower=TOWER_3V_DIR,
+    tokenizer=TOKENIZER_3V_DIR,
+    layers={768: 8},
+    fits=lambda config: config.qk_norm,
+    weights_dir=SAVE_3V_DIR,
+    downloads={"tower": "tower_3v", "tokenizer": "tokenizer_3v", "llm": "llm_3v", "sft_vlm": "minimind-3v"},
+    recipes={"pretrain": {"epochs": 2, "max_seq_len": 450}, "sft": {"learning_rate": 5e-6, "max_seq_len": 768}},
+    sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
+)
+BUNDLES = {bundle.name: bundle for bundle in (BUILTIN, MINIMIND2, MINIMIND_3V)}
+
+
+@dataclass(frozen=True)
 class PublishedFile:
-    """A file or folder that training needs, where it lies by default, and the command that fetches it."""
+    """A file or folder that training needs, where it lies, and the command that downloads it."""
 
     what: str
     path: Path
@@ -45,146 +138,88 @@ class PublishedFile:
     def is_complete(self) -> bool:
         return any((self.path / name).is_file() for name in self.contains) if self.contains else self.path.exists()
 
-    def __str__(self):
-        return f"{self.what}: {display_path(self.path)} ({self.command})"
+
+def bundle_of(weights: Weights) -> Bundle:
+    """Returns the generation of weights: the one that their sidecar names, else the first that their shape fits."""
+    named = BUNDLES.get(weights.sidecar.get("assets"))
+    return named or next(bundle for bundle in BUNDLES.values() if bundle.fits(weights.config))
 
 
 def read_tower(folder: Path) -> TowerSettings:
-    """Reads a tower's settings; its TowerError also says how to fetch the published one."""
-    part = "tower_3v" if folder == place_of(TOWER_3V_DIR) else "tower"
+    """Reads a tower's settings; its TowerError also says how to download the published one."""
     try:
         return read_tower_settings(folder)
     except TowerError as error:
-        raise TowerError(f"{error}. `python scripts/download.py {part}` fetches the published one") from error
+        bundle = MINIMIND_3V if folder == place_of(MINIMIND_3V.tower) else MINIMIND2
+        raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
-def published_data(data: str) -> tuple[Path, Path]:
-    """Returns the data file (a parquet, the newer published form, where one is there) and its images' folder."""
-    files = [DATASET_DIR / name.format(data) for name in DATA_NAMES]
-    found = next((path for path in files if path.is_file()), DATASET_DIR / f"{data}_data.jsonl")
-    return found, DATASET_DIR / f"{data}_images"
+def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
+    """Chooses the generation, and the files that the flags leave open.
 
-
-def published_files(data: str, from_weight: str, hidden_size: int | None, save_dir: Path) -> dict[str, PublishedFile]:
-    """Returns the published files that are needed, by the flag that would name another."""
-    data_path, images_path = published_data(data)
-    files = {
-        "vision_model_path": PublishedFile(
-            "vision tower", place_of(TOWER_DIR), "python scripts/download.py tower", TOWER_WEIGHTS
-        ),
-        "tokenizer_path": PublishedFile(
-            "tokenizer", place_of(TOKENIZER_DIR), "python scripts/download.py tokenizer", ("tokenizer.json",)
-        ),
-        "data_path": PublishedFile("data", data_path, f"python scripts/download.py {data}"),
-        "images_path": PublishedFile("pictures", images_path, f"python scripts/download.py {data}"),
-    }
-    if data_path.suffix == ".parquet":
-        del files["images_path"]
-    if from_weight == "llm":
-        size = hidden_size or 512
-        command = f"python scripts/download.py llm --hidden_size {size}"
-        files["from_weight"] = PublishedFile("language model", save_dir / f"llm_{size}.pth", command)
-    return files
-
-
-def choose_assets(args, data: str) -> tuple[str, dict[str, Path | str]]:
-    """Chooses the files for the paths that were not given.
-
-    Data of one's own is learned by the starting weights, so tower and tokenizer are those they were trained with. Where
-    nothing was downloaded, the built-in model is the start, and the built-in set the data.
+    Without --data_path, what was downloaded is used; where nothing was, the built-in model learns the built-in set.
+    With it, the model is the one that --from_weight names, with the tower and tokenizer that it was trained with.
 
     Args:
         data: The data's name, see `Stage.data`.
 
     Returns:
-        Whose model it is, "built-in" or "published" (which may be the user's own by flags); and the paths by their
-        flags' names.
+        The generation, and paths by flag.
 
     Raises:
-        UsageError: If some of what is needed is there and some is not; it names what is missing and how to get it. Or
-            if the starting weights cannot be read.
+        UsageError: If some of what is needed is missing (it says how to get it), or the weights cannot be read.
     """
-    files = published_files(data, args.from_weight, args.hidden_size, Path(args.save_dir))
-    if starts_from_3v(args):
-        folders = {
-            "vision_model_path": (TOWER_3V_DIR, "tower_3v"),
-            "tokenizer_path": (TOKENIZER_3V_DIR, "tokenizer_3v"),
-        }
-        for flag, (folder, part) in folders.items():
-            files[flag] = replace(files[flag], path=place_of(folder), command=f"python scripts/download.py {part}")
-    given = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
-    asks_weights = args.data_path is not None or is_path(args.from_weight)
-    sidecar = starting_sidecar(args) if asks_weights else {}
-    if args.data_path is not None:  # the data is there, so the model alone is in question
-        files = {flag: file for flag, file in files.items() if flag not in DATA_FLAGS}
-    there = [flag for flag, file in files.items() if file.path.exists()]
-    if "from_weight" in files and has_any_weight(Path(args.save_dir), args.from_weight):
-        there.append("from_weight")  # of another size than the first guess
+    candidates = matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
+    published = [path for path in candidates if not is_builtin(path)]
+    bundle = bundle_of(read_weights(published[0])) if published else MINIMIND2
+    own_data, weights_decide = args.data_path is not None, args.data_path is not None or is_path(args.from_weight)
+    files = needed_files(bundle, args, data)
+    paths = {"images_path": args.data_path.parent} if own_data and args.data_path.suffix != ".parquet" else {}
+    typed = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
+    present = [flag for flag, file in files.items() if file.path.exists()]
     unknown = unknown_files(args)
-    paths = {}
-    if args.data_path is not None and args.data_path.suffix != ".parquet":
-        paths["images_path"] = args.data_path.parent
-    if is_builtin_model(args, sidecar, there + unknown, given):
-        paths |= {"vision_model_path": BUILTIN_TOWER_DIR, "tokenizer_path": BUILTIN_TOKENIZER_DIR}
-        return "built-in", paths | (builtin_data(args, data) if args.data_path is None else {})
-    sidecar = starting_sidecar(args, builtin=False) if asks_weights else {}
-    trained_with = {flag: sidecar.get("arguments", {}).get(flag) for flag in MODEL_FLAGS}
-    paths |= {flag: ROOT / path for flag, path in trained_with.items() if path and (ROOT / path).is_dir()}
-    if has_any_weight(Path(args.save_dir), args.from_weight):
-        files.pop("from_weight", None)  # whether one of them fits is said when it is looked for
-    missing = [file for flag, file in files.items() if flag not in (*given, *paths) and not file.is_complete]
+    sidecar = read_sidecar_or_empty(candidates[0]) if candidates and weights_decide else {}
+    may_be_builtin = not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
+    if may_be_builtin and args.hidden_size in (None, *BUILTIN.layers):
+        if sidecar.get("assets") == BUILTIN.name or not (sidecar or present or unknown or is_path(args.from_weight)):
+            return BUILTIN, paths | BUILTIN.folders | ({} if own_data else builtin_data(args, data))
+    if weights_decide and published:
+        recorded = recorded_folders(read_sidecar_or_empty(published[0]), published[0])
+        paths |= {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
+    missing = [file for flag, file in files.items() if flag not in (*typed, *paths) and not file.is_complete]
     if missing:
-        present = [display_path(files[flag].path) for flag in there if flag in files] + [f"--{flag}" for flag in given]
-        looked_for = [file.path for file in files.values()]
-        present += [f"{display_path(path)} (not what is looked for)" for path in unknown if path not in looked_for]
-        raise UsageError(missing_message(missing, present))
-    return "published", {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
+        found = [display_path(files[flag].path) for flag in present] + [f"--{flag}" for flag in typed]
+        expected = [file.path for file in files.values()]
+        found += [f"{display_path(path)} (not what is looked for)" for path in unknown if path not in expected]
+        raise UsageError(missing_message(missing, found))
+    return bundle, {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
 
 
-def is_path(from_weight: str) -> bool:
-    return Path(from_weight).suffix == ".pth"
-
-
-def starting_path(args, builtin: bool | None = None) -> Path | None:
-    """Returns the weights that --from_weight names, see `find_weights`; None where there are none."""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    name, size = args.from_weight, args.hidden_size
-    try:
-        return find_weights(Path(args.save_dir), name, size, use_moe, builtin, log=lambda line: None)
-    except UsageError:
-        return None
-
-
-def starting_sidecar(args, builtin: bool | None = None) -> dict:
-    """Returns the sidecar of the weights that --from_weight names; {} where there are none, or none beside them."""
-    path = starting_path(args, builtin)
-    return {} if path is None else read_sidecar_or_empty(path)
-
-
-def starts_from_3v(args) -> bool:
-    """Tells whether a run on published files starts from minimind-3v's weights, by their tensors."""
-    path = starting_path(args, builtin=False)
-    return path is not None and is_3v(path)
-
-
-@lru_cache
-def is_3v(path: Path) -> bool:
-    """Tells whether a weight file is minimind-3v's; reads it once."""
-    return read_weights(path).config.qk_norm
-
-
-def is_builtin_model(args, sidecar: dict, there: list[str], given: list[str]) -> bool:
-    """Tells whether the built-in tower and tokenizer are meant: the weights say so, or nothing else is there."""
-    is_given = any(flag in given for flag in MODEL_FLAGS) or (args.data_path is None and bool(given))
-    if is_given or args.hidden_size not in (None, BUILTIN_HIDDEN_SIZE):
-        return False
-    if sidecar:
-        return sidecar.get("assets") == "built-in"
-    return not there and not is_path(args.from_weight)
+def needed_files(bundle: Bundle, args, data: str) -> dict[str, PublishedFile]:
+    """Returns the published files that are needed, by the flag that would name another."""
+    folders, save_dir = bundle.folders, Path(args.save_dir)
+    tower, tokenizer = folders["vision_model_path"], folders["tokenizer_path"]
+    files = {
+        "vision_model_path": PublishedFile("vision tower", tower, bundle.command("tower"), TOWER_WEIGHTS),
+        "tokenizer_path": PublishedFile("tokenizer", tokenizer, bundle.command("tokenizer"), ("tokenizer.json",)),
+    }
+    if args.data_path is None:
+        names = [DATASET_DIR / name.format(data) for name in DATA_NAMES]  # parquet, the newer form, first
+        path = next(filter(Path.is_file, names), DATASET_DIR / f"{data}_data.jsonl")
+        files["data_path"] = PublishedFile("data", path, f"python scripts/download.py {data}")
+        if path.suffix != ".parquet":
+            images = DATASET_DIR / f"{data}_images"
+            files["images_path"] = PublishedFile("pictures", images, f"python scripts/download.py {data}")
+    if args.from_weight == "llm":
+        size = args.hidden_size or next(iter(bundle.layers))
+        # One of another size will do here: find_weights reports a missing size.
+        path = next(iter(matching_weights(save_dir, "llm")), save_dir / f"llm_{size}.pth")
+        files["from_weight"] = PublishedFile("language model", path, f"{bundle.command('llm')} --hidden_size {size}")
+    return files
 
 
 def builtin_data(args, data: str) -> dict[str, Path | str]:
-    """Returns the drawn scenes' files; measured is on scenes that are in no training set."""
+    """Returns the drawn scenes' files; evaluates on held-out scenes."""
     paths = {"data_path": BUILTIN_DATASET_DIR / f"{data}.jsonl", "images_path": BUILTIN_DATASET_DIR / "images"}
     if args.eval_data is None:
         paths["eval_data"] = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
@@ -192,18 +227,75 @@ def builtin_data(args, data: str) -> dict[str, Path | str]:
     return paths
 
 
-def missing_message(missing: list[PublishedFile], present: list[str]) -> str:
+def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
+    """Returns tower and tokenizer that the weights at `path` were trained with, by flag, as their sidecar says.
+
+    Raises:
+        UsageError: If no folder can have such a name.
+    """
+    arguments = sidecar.get("arguments", {})
+    try:
+        return {flag: ROOT / file_path(arguments[flag]) for flag in MODEL_FLAGS if arguments.get(flag)}
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"the sidecar of {display_path(path)} names a folder that cannot be one: {error}") from error
+
+
+def missing_message(missing: list[PublishedFile], found: list[str]) -> str:
     flags = ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
-    return (
-        "some of the files are there and some are not. Missing:\n"
-        + "".join(f"  {file}\n" for file in missing)
-        + f"Fetch them, or name your own with {flags}. (With none of these files and none of these flags, the small "
-        f"built-in set is used; there now: {', '.join(present) or 'nothing'}.)"
+    lines = [f"  {file.what}: {display_path(file.path)} ({file.command})" for file in missing]
+    return "\n".join(
+        [
+            "some of the files are there and some are not. Missing:",
+            *lines,
+            f"Download them, or name your own with {flags}. (With none of these files and none of these flags, the "
+            f"small built-in set is used; found: {', '.join(found) or 'nothing'}.)",
+        ]
     )
 
 
-def has_any_weight(save_dir: Path, name: str) -> bool:
-    return bool(weight_paths(save_dir, name))
+def is_builtin(path: Path) -> bool:
+    return read_sidecar_or_empty(path).get("assets") == BUILTIN.name
+
+
+def find_weights(
+    save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin: bool | None = None, log=print
+) -> Path:
+    """Returns the best of `matching_weights`.
+
+    Args:
+        builtin: True takes only weights trained on the built-in set, False only others, None any.
+        log: Gets a line where there are several.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    of_size = matching_weights(save_dir, name, hidden_size, use_moe)
+    if is_path(name) and not of_size:
+        raise UsageError(f"no weight file {name}")
+    matching = [path for path in of_size if is_path(name) or builtin in (None, is_builtin(path))]
+    if not matching:
+        wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
+        found = ", ".join(path.name for path in matching_weights(save_dir, name) or list_weights(save_dir))
+        if of_size:
+            found += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
+        raise UsageError(
+            f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {found or 'no weights'}). "
+            f"{hint(name, save_dir)}".rstrip()
+        )
+    others = ", ".join(path.name for path in matching[1:] if path.name.startswith(f"{name}_"))
+    if others:
+        log(f"taking the newest weights, {matching[0].name} (also there: {others}; --hidden_size chooses)")
+    return matching[0]
+
+
+def hint(name: str, save_dir: Path) -> str:
+    """Returns how to get weights of a name: a stage's script is called after the weights it writes."""
+    script = ROOT / "trainer" / f"train_{name}.py"
+    ways = [f"train it first: python {display_path(script)}"] if script.is_file() else []
+    bundle = MINIMIND_3V if save_dir.absolute() == MINIMIND_3V.weights_dir else MINIMIND2
+    ways += [f"download the published one: {bundle.command(name)}"] if name in bundle.downloads else []
+    text = ", or ".join(ways)
+    return text[:1].upper() + text[1:]
 
 
 def unknown_files(args) -> list[Path]:
@@ -212,25 +304,27 @@ def unknown_files(args) -> list[Path]:
     Where such a file lies, the built-in set is not taken: somebody meant it to be used. Weights with a sidecar are of
     runs here, as is what the run starts from or writes.
     """
-    names, save_dir, model = (args.from_weight, args.save_weight), Path(args.save_dir), TOWER_DIR.parents[1]
+    save_dir, model = Path(args.save_dir), TOWER_DIR.parents[1]
+    names = (*WEIGHT_NAMES.get(args.from_weight, (args.from_weight,)), args.save_weight)
+    expected = [path for path, (name, *_) in list_weights(save_dir).items() if name in names]
     found = [
         path
         for path in sorted((*save_dir.glob("*"), *save_dir.glob("*/*.pth")))
-        if kind_of(path) in WEIGHT_SUFFIXES
+        if ending(path) in WEIGHT_SUFFIXES
+        and path not in expected
         and not path.stem.endswith("_resume")
         and not path.with_suffix(".json").exists()
-        and not (path.parent == save_dir and any(is_named(path, name) for name in names))
     ]
     marks = ("config.json", "tokenizer.json", *TOWER_WEIGHTS)
     for folder in (model, *sorted(model.glob("*")), *sorted(model.glob("vision_model/*"))):
         is_ours = folder.name in (BUILTIN_TOKENIZER_DIR.name, BUILTIN_TOWER_DIR.parent.name)
         found += [folder] if not is_ours and any((folder / mark).is_file() for mark in marks) else []
     if args.data_path is None:
-        found += [path for path in sorted(DATASET_DIR.glob("*")) if kind_of(path) in DATA_SUFFIXES]
+        found += [path for path in sorted(DATASET_DIR.glob("*")) if ending(path) in DATA_SUFFIXES]
     return found
 
 
-def kind_of(path: Path) -> str:
+def ending(path: Path) -> str:
     """Returns a file's ending in small letters; of a download that was interrupted, that of the whole file."""
     name = re.sub(r"(\.[0-9a-f]{12})?\.part$", "", path.name)
     return os.path.splitext(name)[1].lower()

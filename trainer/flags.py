@@ -4,24 +4,25 @@ import argparse
 import math
 import os
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
-from trainer.bundles import choose_assets, starts_from_3v
+from trainer.bundles import MINIMIND_3V, choose
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
 LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
+COUNT = number(int, 1)
 FREEZE = ("none", "ends", "all")
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
     """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
     epilog = "Nothing downloaded and no path given: the small built-in set is used, with settings of its own."
-    if stage.minimind_3v:
-        settings = ", ".join(f"{flag} {value:g}" for flag, value in stage.minimind_3v.items())
+    if recipe := MINIMIND_3V.recipes.get(stage.name):
+        settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
         epilog += f"\nFrom minimind-3v's weights the defaults are: {settings}."
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
     add_model_flags(parser.add_argument_group("model").add_argument, stage.defaults)
@@ -40,16 +41,16 @@ def add_model_flags(add, default: dict):
         "none: projection and decoder learn; ends: projection, the decoder's first and last layer; all: the projection"
     )
     add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
-    add("--hidden_size", type=int, help="width of the decoder (default: what the weights say)")
-    add("--num_hidden_layers", type=int, help="layers of the decoder (default: what the weights say)")
+    add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
+    add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
     add(
         "--projector", choices=tuple(PROJECTORS), help="kind of projection (default: what the weights say, else linear)"
     )
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
-    add("--pixel_shuffle", type=int, metavar="N", help=what)
+    add("--pixel_shuffle", type=COUNT, metavar="N", help=what)
     what = "tokens a sample is cut at, its images' included"
-    add("--max_seq_len", type=int, help=f"{what} (default: {default['max_seq_len']})")
+    add("--max_seq_len", type=number(int, 8), help=f"{what} (default: {default['max_seq_len']})")
 
 
 def freeze_word(text: str) -> str:
@@ -60,6 +61,30 @@ def freeze_word(text: str) -> str:
             "last layer learn) or all (the projection alone learns)"
         )
     return {"0": "none", "1": "all"}.get(text, text)
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return float(text)
+
+
+def not_empty(text: str) -> str:
+    """An argparse type: a path that is resolved later, or a word in its place."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return text
+
+
+def run_name(text: str) -> str:
+    """An argparse type: what files of a run are called."""
+    is_printable = bool(text.strip()) and text.isprintable()
+    if not is_printable or len(os.fsencode(text)) > LONGEST_NAME or {*text} & {*"/\\"}:
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
+        )
+    return text
 
 
 def add_file_flags(add, stage: Stage):
@@ -73,26 +98,35 @@ def add_file_flags(add, stage: Stage):
     add("--vision_model_path", type=file_path, help=f"{what} (default: {display_path(TOWER_DIR)})")
     what = "where weights, checkpoints and metrics are written"
     add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
-    add("--save_weight", default=stage.defaults["save_weight"], help="the weights' name")
+    add("--save_weight", type=run_name, default=stage.defaults["save_weight"], help="the weights' name")
     what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
-    add("--cache_vision", metavar="DIR", help=f"{what} (default: {tenth})")
+    add("--cache_vision", type=not_empty, metavar="DIR", help=f"{what} (default: {tenth})")
     what = "held-out rows to measure on, jsonl or parquet, or: none"
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
-    add("--eval_data", metavar="FILE", help=f"{what} (default: {held_out})")
+    add("--eval_data", type=not_empty, metavar="FILE", help=f"{what} (default: {held_out})")
     add("--eval_images_path", type=file_path, help="folder of their images (default: --images_path)")
     what = "leave out up to this many rows that cannot be learned from"
-    add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
+    add("--max_bad_rows", type=number(int, 0), help=f"{what} (default: 1 %% of the rows)")
 
 
 def add_optimisation_flags(add, default: dict):
-    add("--epochs", type=int, help=f"passes over the data (default: {default['epochs']})")
-    add("--batch_size", type=int, help=f"samples per process and forward pass (default: {default['batch_size']})")
-    add("--accumulation_steps", type=int, default=1, help="forward passes (micro-batches) per optimizer step")
+    add("--epochs", type=COUNT, help=f"passes over the data (default: {default['epochs']})")
+    add(
+        "--batch_size",
+        type=COUNT,
+        help=f"samples per process and forward pass (default: {default['batch_size']})",
+    )
+    add("--accumulation_steps", type=COUNT, default=1, help="forward passes (micro-batches) per optimizer step")
     what = "peak; cosine decay to 10 %%"
-    add("--learning_rate", type=float, help=f"{what} (default: {default['learning_rate']:g})")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add("--seed", type=int, default=42, help="of the projection's first weights and the samples' order")
+    add("--learning_rate", type=positive, help=f"{what} (default: {default['learning_rate']:g})")
+    add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=42,
+        help="of the projection's first weights and the samples' order",
+    )
 
 
 def add_device_flags(add):
@@ -100,7 +134,7 @@ def add_device_flags(add):
     what = "of matrix products (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
     what += "that and heads are at least 32 wide, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
-    add("--timeout_minutes", type=float, default=10, help="a rank that does not answer for this long ends the run")
+    add("--timeout_minutes", type=positive, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
@@ -108,18 +142,18 @@ def add_device_flags(add):
     what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
     add("--deterministic", type=int, choices=(0, 1), help=f"{what} (default: 1 on a CPU)")
     what = "processes that decode images"
-    add("--num_workers", type=int, help=f"{what} (default: one per core, two fewer on CUDA, at most 16)")
+    add("--num_workers", type=number(int, 0), help=f"{what} (default: one per core, two fewer on CUDA, at most 16)")
 
 
 def add_saving_flags(add):
-    add("--save_interval", type=int, default=100, help="optimizer steps between checkpoints")
-    add("--save_minutes", type=float, default=10, help="minutes after which one is saved in any case")
+    add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
+    add("--save_minutes", type=positive, default=10, help="minutes after which one is saved in any case")
     what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
     what = "optimizer steps between log lines; the first comes after step 1"
-    add("--log_interval", type=int, help=f"{what} (default: {LOG_INTERVAL})")
+    add("--log_interval", type=COUNT, help=f"{what} (default: {LOG_INTERVAL})")
     what = "optimizer steps between measurements on held-out rows"
-    add("--eval_interval", type=int, help=f"{what} (default: a tenth of the run)")
+    add("--eval_interval", type=COUNT, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
     add("--wandb_project", default="MiniMind-V", help="its project there")
     what = "train even if the first loss suggests that weights and tokenizer do not belong together"
@@ -130,27 +164,19 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     """Reads the flags and fills in what was not given: files, the stage's or the built-in settings, the device.
 
     Returns:
-        The flags, none of them changed later, and `assets` ("built-in" or "published").
+        The flags, none of them changed later, and `assets`, the name of the model's bundle.
 
     Raises:
-        UsageError: With everything that is wrong with the flags in one message.
+        UsageError: If files are missing, or a flag does not fit this machine.
     """
     args = build_parser(stage, description).parse_args(argv)
     for name in ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "save_dir"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).resolve())
     args.from_weight = os.path.expanduser(args.from_weight)
-    problems = []
-    try:
-        args.assets, paths = choose_assets(args, stage.data)
-        settings = recipe(stage, args)
-    except UsageError as error:  # reported together with what is wrong with the flags
-        args.assets, paths, settings, problems = "published", {}, stage.defaults, [str(error)]
-    fill_in(args, paths)
-    fill_in(args, {"log_interval": LOG_INTERVAL} | settings)
-    problems = flag_problems(args) + problems
-    if problems:
-        raise UsageError("\n".join(problems))
+    bundle, paths = choose(args, stage.data)
+    args.assets = bundle.name
+    fill_in(args, {"log_interval": LOG_INTERVAL} | bundle.recipe(stage) | paths)
     _, world_size, local_rank, _ = ranks()
     device = pick_device(args.device, local_rank, world_size)
     args.device, dtype = str(device), pick_dtype(args.dtype, device)
@@ -166,46 +192,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     return args
 
 
-def recipe(stage: Stage, args) -> dict:
-    """Returns the settings, by flag, that suit the starting weights."""
-    if args.assets == "built-in":
-        return stage.defaults | stage.builtin
-    return stage.defaults | (stage.minimind_3v if starts_from_3v(args) else {})
-
-
 def fill_in(args, values: dict):
     """Sets the flags that were not given."""
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-
-
-LEAST = {
-    **dict.fromkeys(
-        ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "eval_interval"), 1
-    ),
-    **dict.fromkeys(("num_workers", "max_bad_rows", "grad_clip", "seed"), 0),
-    **{"max_seq_len": 8, "hidden_size": 8, "num_hidden_layers": 1, "pixel_shuffle": 1},
-}
-
-
-def flag_problems(args) -> list[str]:
-    """Returns what is wrong with the flags' values."""
-    values = {name: getattr(args, name) for name in LEAST}
-    problems = [
-        f"--{name} {value}: must be at least {LEAST[name]}"
-        for name, value in values.items()
-        if value is not None and not value >= LEAST[name]  # so that NaN is refused too
-    ]
-    for name in ("learning_rate", "save_minutes", "timeout_minutes"):
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value > 0):
-            problems.append(f"--{name} {value}: must be above 0")
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: must be below 2**63")
-    problems += [f"--{name}: an empty path" for name in ("cache_vision", "eval_data") if getattr(args, name) == ""]
-    name = args.save_weight
-    if not (name.strip() and name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME) or {*name} & {*"/\\"}:
-        what = f"must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
-        problems.append(f"--save_weight {name[:60]!r}: {what}")
-    return problems

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import RankError, UsageError
 from common.files import load_file, lock, scratch_folder
-from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, BUILTIN_MODEL_DIR, display_path
+from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from common.schema import SchemaError, check
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
-from dataset.formats import RIGHT_FORM
+from dataset.forms import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
@@ -30,7 +30,7 @@ from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import read_tower
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
@@ -110,9 +110,14 @@ class Run:
         return getattr(torch, self.args.dtype)
 
     @property
+    def bundle(self) -> Bundle:
+        """The generation of the model."""
+        return BUNDLES[self.args.assets]
+
+    @property
     def is_builtin(self) -> bool:
         """Whether the model is the built-in one."""
-        return self.args.assets == "built-in"
+        return self.bundle is BUILTIN
 
     @property
     def learns_scenes(self) -> bool:
@@ -185,13 +190,13 @@ def find_starting_weights(args, log) -> weight_io.Weights | None:
     """Reads the weights that --from_weight names, None for `none`."""
     if args.from_weight == "none":
         return None
-    is_builtin = args.assets == "built-in"
-    save_dir = BUILTIN_MODEL_DIR if is_builtin and args.from_weight == "llm" else args.save_dir
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    is_builtin = BUNDLES[args.assets] is BUILTIN
+    save_dir = BUILTIN.weights_dir if is_builtin and args.from_weight == "llm" else args.save_dir
     hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
-    path = weight_io.find_weights(save_dir, args.from_weight, hidden_size, use_moe, is_builtin, log)
-    weights = weight_io.read_weights(path)
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
+    weights = weight_io.read_weights(
+        find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
+    )
+    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
     return weights
 
 
@@ -201,28 +206,26 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     Raises:
         UsageError: If no model has such a shape, or the flags contradict the weights.
     """
-    hidden_size = args.hidden_size or 512
-    projector = {
-        name: getattr(args, name) for name in ("projector", "pixel_shuffle") if getattr(args, name) is not None
-    }
+    hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
+    projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
+    projector = {flag: value for flag, value in projector.items() if value is not None}
     try:
         if weights is None:
-            layers = args.num_hidden_layers or (16 if hidden_size == 768 else 8)
+            layers = args.num_hidden_layers or MINIMIND2.layers.get(hidden_size, 8)
             shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": bool(args.use_moe)}
-            config = VLMConfig(**shape, vocab_size=len(tokenizer), **projector)
+            of_tower = {"vision_hidden_size": tower.hidden_size, "vision_patches": tower.patches}
+            config = VLMConfig(**shape, **of_tower, **projector, vocab_size=len(tokenizer))
         else:
-            config = weights.config
-        from_tensors = weights is not None and weights.has_projection and not weights.sidecar
-        config = fit_config_to_tower(config, tower, from_tensors)
+            config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
         if weights is not None and not weights.has_projection:  # a language model: the projection is yet to be made
             config = VLMConfig(**weight_io.config_fields(config) | projector)
     except ValueError as error:
-        flag = f"--hidden_size {hidden_size}" if weights is None else "--pixel_shuffle or --vision_model_path"
-        raise UsageError(f"{flag}: {error}") from error
-    for name, value in projector.items():
-        if getattr(config, name) != value:
+        tower_flag = f"--vision_model_path {display_path(args.vision_model_path)}"
+        raise UsageError(f"no model has --hidden_size {hidden_size} and {tower_flag}: {error}") from error
+    for flag, value in projector.items():
+        if getattr(config, flag) != value:
             raise UsageError(
-                f"--{name} {value} contradicts {display_path(weights.path)}, which has {getattr(config, name)}: "
+                f"--{flag} {value} contradicts {display_path(weights.path)}, which has {getattr(config, flag)}: "
                 "leave it out"
             )
     config.image_token_id = image_token_id(tokenizer)
@@ -232,7 +235,7 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
 
 
 def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
-    """Reads the checkpoint to resume from; None to start anew.
+    """Reads the checkpoint to resume from; None to start over.
 
     Raises:
         UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
@@ -241,7 +244,7 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
         if args.from_resume is None and is_unfinished(files.state):
             raise UsageError(
                 f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
-                "--from_resume 0 begins anew and keeps its files beside, under a name with the date"
+                "--from_resume 0 starts over; the old files get a timestamp"
             )
         return None
     if not files.state.is_file():
@@ -253,7 +256,7 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
     except SchemaError as error:
         raise UsageError(
             f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
-            "begins anew"
+            "starts over"
         ) from error
     return state
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -41,11 +41,9 @@ class Stage:
     Attributes:
         name: In the sidecar of its weights.
         title, story: What it is called, and what it does, in a line.
-        defaults: The published settings, by flag.
-        builtin: The settings that teach the small built-in model.
+        defaults: The published settings, by flag; trainer/bundles.py has where a model needs others.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
         following: The command that comes next; {save_weight} and {sft_weight} are filled in.
-        minimind_3v: Where the defaults of minimind-3v differ, for runs that start from its weights.
         loss: (model, batch) -> (loss sum, balancing loss of experts or None).
         dataset, collator: A data file to samples, samples to a batch, whose `units` the loss is divided by.
         schedule: (flags, share of the run done) -> learning rate.
@@ -56,10 +54,8 @@ class Stage:
     title: str
     story: str
     defaults: dict
-    builtin: dict
     data: str
     following: str
-    minimind_3v: dict = field(default_factory=dict)
     loss: Callable = answer_loss
     dataset: Callable = VLMDataset
     collator: Callable = VLMCollator

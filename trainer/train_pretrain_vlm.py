@@ -32,8 +32,6 @@ STAGE = Stage(
         "learning_rate": 4e-4,
         "max_seq_len": 640,
     },
-    minimind_3v={"epochs": 2, "max_seq_len": 450},
-    builtin={"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20, "compile": 0},
     data="pretrain",
     following="python trainer/train_sft_vlm.py --from_weight {save_weight} --save_weight {sft_weight}",
     loss=answer_loss,

@@ -32,8 +32,6 @@ STAGE = Stage(
         "learning_rate": 1e-6,
         "max_seq_len": 1536,
     },
-    minimind_3v={"learning_rate": 5e-6, "max_seq_len": 768},
-    builtin={"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50, "compile": 0},
     data="sft",
     following="python eval_vlm.py --weight {save_weight}",
     loss=answer_loss,

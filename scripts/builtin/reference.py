@@ -23,6 +23,7 @@ from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR
 from dataset.scenes.draw import draw_builtin_dataset
+from trainer.bundles import BUILTIN
 from trainer.stage import Stage
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN
 from trainer.train_sft_vlm import STAGE as SFT
@@ -77,7 +78,7 @@ def quick_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list
     few = folder / f"{stage.data}.jsonl"
     write_atomically(few, lambda file: file.write("".join(lines).encode("utf-8")))
     data = draw_builtin_dataset()
-    settings = stage.builtin | {
+    settings = BUILTIN.recipes[stage.name] | {
         "epochs": 1,
         "from_weight": BUILTIN_MODEL_DIR / "llm_128.pth",
         "data_path": few,

@@ -15,10 +15,11 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import run_script
 from common.paths import SAVE_DIR
 from scripts.builtin.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage
+from trainer.bundles import BUILTIN
 from trainer.stage import Stage
 
 FEW_ROWS, MANY_EPOCHS = 64, 40
-RATE = SFT.builtin["learning_rate"]
+RATE = BUILTIN.recipes["sft"]["learning_rate"]
 BUILTIN_SHAPE = {"hidden_size": 128, "num_hidden_layers": 4}
 
 

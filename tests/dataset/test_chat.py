@@ -16,6 +16,7 @@ from common.errors import UsageError
 from common.paths import ROOT
 from dataset.chat import SYSTEM_PROMPT, ChatEncoder
 from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
+from dataset.forms import read_row
 from dataset.prompts import prompt_batch, with_images
 from dataset.rows import RowTokeniser
 from dataset.tokenizer import load_tokenizer
@@ -189,10 +190,10 @@ def test_truncated(encoder):
         encoder.truncate(chat, chat.learned[0][0])
 
 
-def test_parse_conversation_accepts_json_and_lists():
+def test_conversations_are_json_or_lists():
     turns = [{"role": "system", "content": ""}, *said("<image>", "b", "", "d")]
-    assert parse_conversation(json.dumps(turns)) == parse_conversation(turns) == turns
-    assert parse_conversation([{**turn, "from": 1} for turn in turns]) == turns
+    for value in (json.dumps(turns), turns, [{**turn, "from": 1} for turn in turns]):
+        assert read_row({"conversations": value, "image": "a.jpg"}) == (turns, "a.jpg")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_parse_conversation_accepts_json_and_lists():
         ([{"content": "a"}], "turn 1 has no role"),
         ([{"role": 1, "content": "a"}], "turn 1 has no role"),
         (said("a", None), "turn 2 has no text"),
-        (said(["a"], "b"), "turn 1 has no text"),
+        (said({"a": 1}, "b"), "turn 1 has no text"),
         (said("a"), "no assistant turn"),
         ([{"role": "system", "content": "a"}], "no assistant turn"),
         (said("a", "b")[::-1], "turn 1 is of role 'assistant', expected 'user'"),
@@ -225,9 +226,9 @@ def test_parse_conversation_accepts_json_and_lists():
         (said("a", "b\udfff"), "turn 2 holds half a surrogate pair"),
     ],
 )
-def test_parse_conversation_refuses(value, reason):
+def test_conversations_that_cannot_be_learned_from(value, reason):
     with pytest.raises(RowError, match=reason) as error:
-        parse_conversation(value)
+        read_row({"conversations": value})
     str(error.value).encode("utf-8")  # reports are UTF-8 files
 
 

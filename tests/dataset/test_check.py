@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +21,7 @@ from tiny_models import save_tokenizer_3v
 from transformers import AutoTokenizer
 
 from dataset.chat import SYSTEM_PROMPT
-from dataset.check import BAR, histogram, kind_of
+from dataset.check import kind_of
 
 pytest_plugins = ["tiny"]
 CHECK = ROOT / "dataset/check.py"
@@ -118,7 +117,7 @@ def test_bad_rows_by_reason(check):
     done = check(BAD_LINES)
     report = words(done.out)
     assert "rows 21: 3 good, 18 bad (85.7 %), and 1 blank line " in report
-    groups = report[report.index("bad rows ") + len("bad rows ") : report.index(" tokens per row")]
+    groups = report[report.index("bad rows ") + len("bad rows ") : report.index(" A good line")]
     assert groups.startswith(
         "11 rows 2 <image> in the text, but 1 picture(s) lines 7, 13, 14, 15, 16, 17, 18, 19, ... "
         "2 rows no such picture: gone.jpg lines 4, 8 1 row "
@@ -226,11 +225,11 @@ def test_a_parquet(check, world, tmp_path):
     done = check(tmp_path / "rows.parquet", "--pictures", "--max_bad_rows", 1).passed()
     report = words(done.out)
     assert "rows 6: 5 good, 1 bad" in report
-    assert "pictures 6 of 4 files, 1 of them in several rows tokens" in report
+    assert "pictures 6 of 4 files, 1 of them in several rows; by row: 1 in 4, 2 in 1 tokens" in report
     assert "duplicates 1 row seen before: row 3 (as 1) " in report
     assert "1 row 2 <image> in the text, but 0 picture(s) row 6 " in report
-    assert "broken pictures: 2 of 4; training skips 2 rows row 4, picture 1: not a picture" in report
-    assert " row 5, picture 2: not a picture" in report
+    assert "broken pictures: 2 of 4; training skips 2 rows picture 3: not a picture" in report
+    assert " (row 4) picture 4: not a picture" in report
 
 
 def test_broken_pictures(check, tmp_path, world):
@@ -261,36 +260,11 @@ def test_mistakes_end_in_one_message(check, world, tmp_path):
     check([row()], "--tokenizer_path", tmp_path).refused("no tokenizer in", "tokenizer.json is missing")
 
 
-def bars(lines: list[str]) -> list[tuple[str, int, int]]:
-    """Each line's (range, length of the bar, count)."""
-    found = [re.fullmatch(r" *([\d, to]*\d) \|(#*) +([\d,]+)", line).groups() for line in lines]
-    return [(label, len(bar), int(count.replace(",", ""))) for label, bar, count in found]
-
-
-def test_histogram():
-    assert bars(histogram(np.array([1, 1, 1, 3]))) == [("1", BAR, 3), ("2", 0, 0), ("3", -(-BAR // 3), 1)]
-    assert bars(histogram(np.array([7]))) == [("7", BAR, 1)]
-    rng = np.random.default_rng(0)
-    for high in (9, 10, 11, 99, 640, 1536, 32768, 10**6):
-        values = rng.integers(0, high, 2000, endpoint=True)
-        lines = histogram(values)
-        assert all(len(line) <= 80 for line in lines)
-        found = bars(lines)
-        assert 4 <= len(found) <= 11
-        for label, _, count in found:
-            start, _, end = label.replace(",", "").partition(" to ")
-            assert count == ((values >= int(start)) & (values <= int(end or start))).sum()
-        assert sum(count for _, _, count in found) == len(values)
-
-
-def test_histograms_of_a_file(check, world):
-    rows = read_jsonl(world.root / "sft.jsonl")
-    out = check(world.root / "sft.jsonl").passed().out
-    tokens, pictures = re.search(r"tokens per row \(.*\)\n(.*)\n\npictures per row\n(.*)\n\n", out, re.DOTALL).groups()
-    counts = [len(one["image"].split(",")) if "image" in one else 0 for one in rows]
-    expected = [(str(number), counts.count(number)) for number in (0, 1, 2)]
-    assert [(label, count) for label, _, count in bars(pictures.split("\n"))] == expected
-    assert sum(count for _, _, count in bars(tokens.split("\n"))) == len(rows)
+def test_lengths_and_pictures_by_row(check, world):
+    report = words(check(world.root / "sft.jsonl").passed().out)
+    assert re.search(r"per row half have up to \d+ tokens, 95 % up to \d+, the longest \d+ ", report)
+    counts = [len(one["image"].split(",")) if "image" in one else 0 for one in read_jsonl(world.root / "sft.jsonl")]
+    assert "by row: " + ", ".join(f"{number} in {counts.count(number)}" for number in (0, 1, 2)) in report
 
 
 def test_many_rows_are_shown_as_a_few(check):

@@ -12,18 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from tiny import turn
 
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import formats, parquet
-from dataset.formats import RIGHT_FORM, DataError, load_lines
+from dataset.formats import DataError, load_lines
+from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset
 from dataset.parquet import load_parquet
+from dataset.scenes.language import DESCRIBE
 from dataset.tokenizer import load_tokenizer
 
-TURNS = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+TURNS = [turn("user", "<image>\nWhat?"), turn("assistant", "A cat.")]
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-PARTS = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]
+PARTS = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}]
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +54,45 @@ def of_rows(folder, tokenizer, *rows, images_path="photos") -> VLMDataset:
     return opened(folder, tokenizer, "rows.jsonl", images_path)
 
 
+ASKED = {"image": "a.png", "question": "What?", "answer": "A cat."}
+
+
 @pytest.mark.parametrize(
-    ("row", "form"),
+    ("row", "same"),
     [
-        ({"image": "a.png", "conversations": LLAVA}, 'LLaVA format ("from", "value")'),
-        ({"image": "a.png", "messages": TURNS}, '"messages" format'),
-        ({"messages": PARTS}, "OpenAI format (content in parts)"),
-        ({"image": "a.png", "caption": "A cat."}, "a picture with its caption"),
-        ({"image": "a.png", "text": "A cat."}, "a picture with its caption"),
-        ({"image": "a.png", "question": "What?", "answer": "A cat."}, "a picture with question and answer"),
-        ({"images": ["a.png"], "conversations": TURNS}, '"images" in place of "image"'),
+        ({"image": "a.png", "conversations": LLAVA}, TURNS),
+        ({"image": ["a.png"], "messages": TURNS}, TURNS),
+        ({"images": ["a.png"], "conversations": json.dumps(TURNS)}, TURNS),
+        ({"messages": [{"role": "user", "content": PARTS}, TURNS[1]]}, TURNS),
+        (ASKED, [turn("user", "What?\n<image>"), TURNS[1]]),
+        (ASKED | {"question": "<image>\nWhat?"}, TURNS),
+        ({"image": "a.png", "text": "A cat."}, [turn("user", f"{DESCRIBE}\n<image>"), TURNS[1]]),
     ],
 )
-def test_a_row_of_a_known_form_is_told_its_name_and_the_command_that_converts_it(folder, tokenizer, row, form):
+def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, tokenizer, row, same):
+    data = of_rows(folder, tokenizer, row, {"image": "a.png", "conversations": same})
+    assert data.bad_rows == []
+    assert all(torch.equal(data[0][name], data[1][name]) for name in data[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"photo": "a.png", "title": "A cat."}, "no known form: it has the fields photo, title"),
+        ({"image": "", "caption": "A cat."}, "no picture is named"),
+        ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
+        ({"image": "a.png", "caption": 5}, "turn 2 has no text as content"),
+        (ASKED | {"question": "<image><image>"}, "not read as a picture with question and answer: ValueError"),
+        (
+            ASKED | {"image": "data:image/png;base64," + "iVBORw0KGgo" + "A" * 80},
+            "base64 text; this makes training data",
+        ),
+        ({"messages": [turn("user", [{"type": "audio"}]), TURNS[1]]}, "a part that is neither text nor picture"),
+    ],
+)
+def test_a_row_of_no_form_or_a_broken_one_is_told_so(folder, tokenizer, row, reason):
     [bad] = of_rows(folder, tokenizer, row).bad_rows
-    cure = "this makes training data of the file: python scripts/make_dataset.py FILE --to my_data"
-    assert bad.reason == f"{form}; {cure}"
+    assert reason in bad.reason
 
 
 def test_the_right_form_that_errors_show_is_right(folder, tokenizer):

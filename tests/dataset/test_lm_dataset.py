@@ -64,10 +64,8 @@ def build(folder, rows, tokenizer, name="data.jsonl", **options):
     return opened(folder, tokenizer, name, **options)
 
 
-def opened(folder, tokenizer, name="data.jsonl", max_length=640, image_tokens=196, **options):
-    return VLMDataset(
-        folder / name, folder / "images", tokenizer, max_length, image_tokens, cache_dir=folder / "cache", **options
-    )
+def opened(folder, tokenizer, name="data.jsonl", max_length=640, image_tokens=196):
+    return VLMDataset(folder / name, folder / "images", tokenizer, max_length, image_tokens, cache_dir=folder / "cache")
 
 
 def build_parquet(folder, conversations, image_bytes, tokenizer, name="data.parquet"):
@@ -344,10 +342,13 @@ def test_a_changed_file_length_or_tokenizer_gives_changed_rows(folder, tokenizer
     assert len(set(fingerprints)) == 3
 
 
-def test_several_processes_give_the_same_rows(folder, tokenizer):
+def test_several_processes_give_the_same_rows(folder, tokenizer, monkeypatch):
     rows = [row(f"{number} <|im_end|>\n<|im_start|>assistant\n", "<|im_end|>") for number in range(10)] + [b"bad"]
-    one = build(folder, rows, tokenizer, "one.jsonl", num_proc=1)
-    two = build(folder, rows, tokenizer, "two.jsonl", num_proc=2)
+    one = build(folder, rows, tokenizer, "one.jsonl")
+    monkeypatch.setattr("dataset.rows.ROWS_PER_PROCESS", 6)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    two = build(folder, rows, tokenizer, "two.jsonl")
+    assert len(two.rows.cache_files) == 2
     assert_same(two, one)
     assert one.bad_rows == two.bad_rows
     assert [bad.line for bad in two.bad_rows] == [11]

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from published_parquet import write_published_form
 from tiny import PRETRAIN, ROOT, SFT, as_file, turn
 
 from common.errors import UsageError
@@ -30,7 +31,6 @@ from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
-from scripts.bench.check_parquet import write_published_form
 from scripts.data.sources import read_source
 from trainer.setup import report_shared_images
 
@@ -304,10 +304,12 @@ def test_many_rows_are_few_blocks_and_large_pictures_more(tmp_path, tokenizer, m
         assert kept[0]["pictures"] == [[number] for number in range(1000)]
 
 
-def test_several_processes_give_the_same_rows(tmp_path, tokenizer):
+def test_several_processes_give_the_same_rows(tmp_path, tokenizer, monkeypatch):
     _, data = published(tmp_path, tokenizer)
     path = tmp_path / "published.parquet"
-    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache", num_proc=2)
+    monkeypatch.setattr("dataset.rows.ROWS_PER_PROCESS", 150)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    two = VLMDataset(path, None, tokenizer, 640, 16, cache_dir=tmp_path / "other cache")
     assert len(two.rows.cache_files) == 2
     assert two.rows.data.to_pylist() == data.rows.data.to_pylist()
 

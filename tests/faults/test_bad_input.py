@@ -5,19 +5,20 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, write_jsonl
 
 from common.errors import UsageError
-from dataset.formats import RIGHT_FORM
+from dataset.forms import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
-from model.weights import find_weights, read_weights
+from model.weights import read_weights
 from scripts.builtin.train_tokenizer import read_texts
-from trainer import bundles as assets
-from trainer.bundles import TOWER_WEIGHTS, choose_assets
-from trainer.flags import build_parser, fill_in, parse_arguments, recipe
+from trainer import bundles
+from trainer.bundles import BUNDLES, MINIMIND2, MINIMIND_3V, TOWER_WEIGHTS, find_weights
+from trainer.flags import build_parser, fill_in, parse_arguments
 from trainer.setup import find_starting_weights
 from trainer.support.processes import pick_device, pick_dtype
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN_STAGE
@@ -78,23 +79,21 @@ def test_a_flag_with_an_unusable_value(world, out, tmp_path, flag, value, parts)
         assert part in message, message
 
 
-def test_all_wrong_flags_are_reported_at_once(world, out):
-    wrong = "--epochs 0 --batch_size -1 --accumulation_steps 0 --learning_rate nan --grad_clip -1 --num_workers -1"
-    wrong += " --save_interval 0 --log_interval 0 --save_weight a/b --max_seq_len 1"
-    wrong = wrong.split()
-    message = refused(world, out, *wrong)
-    for flag in wrong[::2]:
-        assert f"\n{flag} " in message.replace("error: ", "\n"), (flag, message)
-    # Together with missing files.
-    missing = world.run(PRETRAIN, "--data_path", "rows.jsonl", "--epochs", 0, "--save_dir", out).refused()
-    assert "--epochs 0" in missing
-    assert "download.py" in missing
+WRONG = "--epochs 0 --batch_size -1 --accumulation_steps 0 --learning_rate nan --grad_clip -1 --num_workers -1"
+WRONG += " --save_interval 0 --log_interval 0 --save_weight a/b --max_seq_len 1 --save_minutes inf"
+WRONG += " --seed 9223372036854775808"
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "字" * 60, "\x1b[31mred", "a\nb", " ", ""])
-def test_a_name_that_no_file_or_terminal_takes(world, out, name):
-    message = refused(world, out, "--save_weight", name)
-    assert "--save_weight" in message and "\x1b" not in message
+WRONG = list(zip(WRONG.split()[::2], WRONG.split()[1::2], strict=True))
+NAMES = ("n" * 300, "字" * 60, "\x1b[31mred", "a\nb", " ", "")
+
+
+@pytest.mark.parametrize(("flag", "value"), [*WRONG, *(("--save_weight", name) for name in NAMES)])
+def test_a_value_that_a_flag_cannot_have(flag, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build_parser(SFT_STAGE, "").parse_args([flag, value])
+    message = capsys.readouterr().err
+    assert f"argument {flag}: " in message and "\x1b" not in message
 
 
 def test_rows_without_a_picture_do_not_pretrain(world, out, tmp_path):
@@ -222,11 +221,11 @@ def test_devices_that_are_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [PRETRAIN_STAGE, SFT_STAGE])
-@pytest.mark.parametrize(("kind", "compiles"), [("built-in", 0), ("published", 1)])
+@pytest.mark.parametrize(("kind", "compiles"), [("built-in", 0), ("minimind2-v", 1)])
 def test_only_long_runs_compile(stage, kind, compiles, monkeypatch):
     """On a GPU, compiling takes as long as all of the built-in set."""
     monkeypatch.setattr("trainer.flags.pick_device", lambda *args: torch.device("cuda", 0))
-    monkeypatch.setattr("trainer.flags.choose_assets", lambda args, data: (kind, {}))
+    monkeypatch.setattr("trainer.flags.choose", lambda args, data: (BUNDLES[kind], {}))
     assert parse_arguments(stage, "", ["--dtype", "float32"]).compile == compiles
 
 
@@ -235,8 +234,11 @@ class Place:
 
     def __init__(self, root, monkeypatch):
         self.root = root
-        for name in ("TOWER_DIR", "TOKENIZER_DIR", "TOWER_3V_DIR", "TOKENIZER_3V_DIR", "DATASET_DIR"):
-            monkeypatch.setattr(assets, name, root / getattr(assets, name).relative_to(ROOT))
+        for name in ("TOWER_DIR", "DATASET_DIR"):
+            monkeypatch.setattr(bundles, name, root / getattr(bundles, name).relative_to(ROOT))
+        for bundle in (bundles.MINIMIND2, bundles.MINIMIND_3V):
+            for part in ("tower", "tokenizer"):
+                monkeypatch.setitem(vars(bundle), part, root / getattr(bundle, part).relative_to(ROOT))
 
     def has(self, *names: str) -> "Place":
         for name in names:
@@ -255,7 +257,8 @@ class Place:
         args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe"))
         args["save_weight"] = f"{stage}_vlm"
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
-        args.assets, paths = choose_assets(args, stage)
+        bundle, paths = bundles.choose(args, stage)
+        args.assets = bundle.name
         fill_in(args, paths)
         return args
 
@@ -273,9 +276,9 @@ DATA = ("dataset/pretrain_data.jsonl", "dataset/pretrain_images")
 def test_without_published_files_the_built_in_set_is_used(place):
     args = place.choose()
     assert args.assets == "built-in"
-    assert args.vision_model_path == assets.BUILTIN_TOWER_DIR
-    assert args.tokenizer_path == assets.BUILTIN_TOKENIZER_DIR
-    assert args.data_path == assets.BUILTIN_DATASET_DIR / "pretrain.jsonl"
+    assert args.vision_model_path == bundles.BUILTIN_TOWER_DIR
+    assert args.tokenizer_path == bundles.BUILTIN_TOKENIZER_DIR
+    assert args.data_path == bundles.BUILTIN_DATASET_DIR / "pretrain.jsonl"
     assert place.choose("sft", "pretrain_vlm").data_path.name == "sft.jsonl"
     # Weights of an earlier run on the built-in set do not count as published files.
     assert place.has("out/pretrain_vlm_128.pth").choose("sft", "pretrain_vlm").assets == "built-in"
@@ -283,7 +286,7 @@ def test_without_published_files_the_built_in_set_is_used(place):
 
 def test_published_files_are_used_if_complete(place):
     args = place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_768.pth").choose()
-    assert args.assets == "published"
+    assert args.assets == "minimind2-v"
     assert args.vision_model_path == (place.root / TOWER).parent
     assert args.tokenizer_path == (place.root / PUBLISHED_TOKENIZER).parent
     assert (args.data_path, args.images_path) == tuple(place.root / name for name in DATA)
@@ -297,11 +300,11 @@ def test_parquet_needs_no_folder_of_pictures(place):
 
 
 def test_missing_folders_of_each_generation_are_named_with_their_download(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.bundles.TOWER_3V_DIR", tmp_path / "3v")
+    monkeypatch.setattr(bundles, "MINIMIND_3V", replace(MINIMIND_3V, tower=tmp_path / "3v"))
     monkeypatch.setattr("dataset.tokenizer.TOKENIZER_3V_DIR", tmp_path / "3v")
     for folder, end in (("3v", "_3v"), ("other", "")):
         with pytest.raises(UsageError, match=rf"download\.py tower{end}`"):
-            assets.read_tower(tmp_path / folder)
+            bundles.read_tower(tmp_path / folder)
         with pytest.raises(UsageError, match=rf"download\.py tokenizer{end}\)"):
             load_tokenizer(tmp_path / folder)
 
@@ -368,7 +371,8 @@ def test_the_originals_own_names_and_places_are_taken(place, names):
     for mark in TOWER_WEIGHTS:
         ((place.root / tower).parent / mark).touch()
     args = place.choose()
-    assert (args.assets, args.vision_model_path) == ("published", (place.root / tower).parent)
+    bundle = MINIMIND_3V if is_3v else MINIMIND2
+    assert (args.assets, args.vision_model_path) == (bundle.name, (place.root / tower).parent)
     assert args.tokenizer_path == (place.root / tokenizer).parent
     assert args.data_path == place.root / data
     assert find_starting_weights(args, print).path == place.root / weights
@@ -414,15 +418,15 @@ def test_the_built_in_set_is_not_mixed_with_own_paths(place):
 def test_own_data_trains_whichever_model_is_there(place):
     mine = place.root / "mine" / "rows.jsonl"
     args = place.choose(data_path=mine)  # nothing downloaded
-    assert (args.assets, args.vision_model_path) == ("built-in", assets.BUILTIN_TOWER_DIR)
+    assert (args.assets, args.vision_model_path) == ("built-in", bundles.BUILTIN_TOWER_DIR)
     assert (args.data_path, args.images_path, args.eval_data) == (mine, mine.parent, None)
     # The newest weights of that name decide on tower and tokenizer, whatever was downloaded.
     place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_512.pth", "out/sft_vlm_128.pth")
     shape = {"config": {"hidden_size": 32, "num_hidden_layers": 2}}
     (place.root / "out/sft_vlm_128.json").write_text(json.dumps(shape | {"assets": "built-in"}))
-    assert place.choose(data_path=mine).assets == "published"
+    assert place.choose(data_path=mine).assets == "minimind2-v"
     args = place.choose("sft", "sft_vlm", data_path=mine)
-    assert (args.assets, args.tokenizer_path) == ("built-in", assets.BUILTIN_TOKENIZER_DIR)
+    assert (args.assets, args.tokenizer_path) == ("built-in", bundles.BUILTIN_TOKENIZER_DIR)
     path = str(place.root / "out/sft_vlm_128.pth")
     assert place.choose("sft", path, data_path=mine).assets == "built-in"
     tower = place.root / "my_tower"
@@ -430,7 +434,7 @@ def test_own_data_trains_whichever_model_is_there(place):
     sidecar = shape | {"assets": "published", "arguments": {"vision_model_path": str(tower), "tokenizer_path": "gone"}}
     (place.root / "out/sft_vlm_128.json").write_text(json.dumps(sidecar))
     args = place.choose("sft", "sft_vlm", data_path=mine)
-    assert (args.assets, args.vision_model_path) == ("published", tower)
+    assert (args.assets, args.vision_model_path) == ("minimind2-v", tower)
     assert args.tokenizer_path == (place.root / PUBLISHED_TOKENIZER).parent
 
 
@@ -445,22 +449,37 @@ def test_the_generation_is_that_of_the_weights_that_the_run_takes(place):
     place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors")
     place.has("model/tokenizer_minimind3v/tokenizer.json")
     args = place.choose("sft", "pretrain_vlm")
-    assert (args.assets, args.vision_model_path) == ("published", assets.TOWER_3V_DIR)
-    assert recipe(SFT_STAGE, args)["learning_rate"] == 5e-6
+    assert (args.assets, args.vision_model_path) == ("minimind-3v", MINIMIND_3V.tower)
+    assert BUNDLES[args.assets].recipe(SFT_STAGE)["learning_rate"] == 5e-6
     assert find_starting_weights(args, print).path.name == "pretrain_vlm_768.pth"
     args = place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
     assert args.assets == "built-in"
     assert find_starting_weights(args, print).path.name == "pretrain_vlm_128.pth"
 
 
+def test_another_generation_is_one_more_record(place, monkeypatch):
+    folders = {"tower": place.root / "model/my_tower", "tokenizer": place.root / "model/my_tokenizer"}
+    mine = bundles.Bundle("mine", layers={64: 2}, recipes={"sft": {"epochs": 9}}, **folders)
+    monkeypatch.setitem(BUNDLES, "mine", mine)
+    place.has("model/my_tower/model.safetensors", "model/my_tokenizer/tokenizer.json", "out/pretrain_vlm_64.pth")
+    sidecar = {"config": {"hidden_size": 32, "num_hidden_layers": 2}, "assets": "mine"}
+    (place.root / "out/pretrain_vlm_64.json").write_text(json.dumps(sidecar))
+    args = place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
+    assert (args.assets, args.vision_model_path, args.tokenizer_path) == ("mine", *folders.values())
+    assert mine.recipe(SFT_STAGE)["epochs"] == 9
+    mine_gone = place.root / "model/my_tower/model.safetensors"
+    mine_gone.unlink()
+    with pytest.raises(UsageError, match="vision tower: .*my_tower"):
+        place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
+
+
 @pytest.mark.parametrize("shape", [(768, 3072), (3072,)])
 def test_weights_of_an_earlier_minimind_3v_are_named_not_what_the_older_generation_lacks(place, shape):
-    """Together with what is wrong with the flags."""
     place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors", "out/llm_768.pth")
     path = place.root / "out/llm_768.pth"
     torch.save(language_model(steps=0, qk_norm=True) | {"vision_proj.mlp.0.weight": torch.zeros(shape)}, path)
-    with pytest.raises(UsageError, match=r"(?s)--epochs 0.*llm_768.pth is of an earlier minimind-3v") as error:
-        parse_arguments(PRETRAIN_STAGE, "", ["--from_weight", str(path), "--epochs", "0"])
+    with pytest.raises(UsageError, match=r"llm_768.pth is of an earlier minimind-3v") as error:
+        parse_arguments(PRETRAIN_STAGE, "", ["--from_weight", str(path)])
     assert "Missing" not in str(error.value)
     path.write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"llm_768.pth"):
@@ -473,16 +492,17 @@ def test_weights_of_an_earlier_minimind_3v_are_named_not_what_the_older_generati
     ids=["pretrain", "sft"],
 )
 def test_the_recipe_of_minimind_3v(place, stage, expected):
-    place.has("out/old_512.pth")
+    place.has(TOWER, PUBLISHED_TOKENIZER, "model/tokenizer_minimind3v/tokenizer.json", "dataset/mine.parquet")
+    place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors", "out/old_512.pth")
     torch.save(language_model(steps=0, qk_norm=True), place.root / "out/new_768.pth")
-    names = ("epochs", "batch_size", "learning_rate", "max_seq_len")
 
     def settings(from_weight: str) -> tuple:
-        args = {"assets": "published", "save_dir": place.root / "out", "hidden_size": None, "use_moe": None}
-        found = recipe(stage, argparse.Namespace(**args, from_weight=from_weight))
-        return tuple(found[name] for name in names)
+        files = ["--data_path", str(place.root / "dataset/mine.parquet"), "--save_dir", str(place.root / "out")]
+        args = parse_arguments(stage, "", [*files, "--from_weight", from_weight])
+        return args.epochs, args.batch_size, args.learning_rate, args.max_seq_len
 
     assert settings("new") == settings(str(place.root / "out/new_768.pth")) == expected
+    names = ("epochs", "batch_size", "learning_rate", "max_seq_len")
     assert settings("old") == tuple(stage.defaults[name] for name in names) != expected
 
 
@@ -502,8 +522,8 @@ def test_freeze_llm_asks_for_a_word_else(typed, word, capsys):
 
 def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):
     place.has(TOWER, PUBLISHED_TOKENIZER, *DATA)
-    assert place.choose(from_weight="/some/where/llm_512.pth").assets == "published"
-    assert place.choose(from_weight="none").assets == "published"
+    assert place.choose(from_weight="/some/where/llm_512.pth").assets == "minimind2-v"
+    assert place.choose(from_weight="none").assets == "minimind2-v"
     with pytest.raises(UsageError, match="language model"):
         place.choose()
 

@@ -10,7 +10,7 @@ from tiny import as_file, turn
 
 from dataset.conversation import RowError
 from dataset.pictures import PictureError, load_picture
-from scripts.data.rows import RowMaker, picture_file
+from scripts.data.rows import make_row, picture_file
 
 ANSWER = {"from": "gpt", "value": "A cat."}
 PICTURE = as_file(Image.new("RGB", (8, 8), "red"), "PNG")
@@ -24,8 +24,7 @@ def make(tmp_path):
     for name in ("a.png", "a, b.png"):
         (tmp_path / "from" / name).write_bytes(PICTURE)
     (tmp_path / "from" / "broken.jpg").write_bytes(b"no picture")
-    maker = RowMaker("Describe it.", 256, tmp_path / "to")
-    return lambda **row: maker.make(row, tmp_path / "from")
+    return lambda **row: make_row(row, "Describe it.", 256, tmp_path / "from", tmp_path / "to")
 
 
 def noise(width, height, mode="RGB"):
@@ -144,15 +143,18 @@ def test_parts_without_a_source_take_the_row_s_pictures(make):
         ({"image": "http://host/a.png", "caption": "a"}, "a picture on the web is not fetched"),
         ({"image": "data:image/png;base64,?", "caption": "a"}, "a data: URL that is no base64"),
         ({"image": 3, "caption": "a"}, "the picture is neither a name nor a file's bytes"),
-        ({"image": "a.png", "caption": " "}, "the caption is empty"),
-        ({"image": "a.png", "caption": None}, "question or caption is no text"),
+        ({"image": "a.png", "caption": " "}, "the answer is empty"),
+        ({"image": "a.png", "caption": None}, "turn 2 has no text as content"),
         ({"image": "a.png", "question": "What?", "answer": ""}, "the answer is empty"),
         ({"image": "", "caption": "a"}, "no picture is named"),
         ({"image": "a.png", "question": "<image><image>", "answer": "a"}, "has 2 <image> for 1 picture"),
         ({"image": "a.png", "label": 3}, "no known form: it has the fields image, label"),
-        ({"image": "a.png", "conversations": "["}, "the conversation is broken"),
-        ({"image": "a.png", "conversations": {"from": ["human"], "value": []}}, "the conversation is broken"),
-        ({"image": "a.png", "conversations": None}, "the conversation is no list of turns"),
+        ({"image": "a.png", "conversations": "["}, "conversations is not JSON"),
+        (
+            {"image": "a.png", "conversations": {"from": ["human"], "value": []}},
+            "not read as conversations: ValueError",
+        ),
+        ({"image": "a.png", "conversations": None}, "not a list of turns"),
         ({"image": "a.png", "conversations": [ANSWER]}, "expected 'user'"),
         ({"image": "a.png", "conversations": ["Hi", ANSWER]}, "turn 1 has no role"),
         ({"conversations": [{"from": "human", "value": "<image>?"}, ANSWER]}, "1 <image> in the text, but 0 picture"),

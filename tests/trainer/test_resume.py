@@ -15,7 +15,7 @@ from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jso
 from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
-from model.weights import describe, load_learned, weight_paths
+from model.weights import describe, list_weights, load_learned
 from trainer.resume import check_place, restore_random_state
 from trainer.setup import ENDINGS, read_state
 
@@ -442,7 +442,7 @@ def test_an_unfinished_run_is_not_overwritten_without_a_word(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     BASE.run(world, out, hook=KILLED_AT_FORWARD.format(call=5))
     before = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
-    BASE.run(world, out).refused("did not finish", "--from_resume 1 resumes it", "--from_resume 0 begins anew")
+    BASE.run(world, out).refused("did not finish", "--from_resume 1 resumes it", "--from_resume 0 starts over")
     assert before == {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     result = BASE.run(world, out, "--from_resume", 0).passed()
     assert "kept the unfinished run as " in result.out
@@ -483,8 +483,7 @@ def test_a_finished_run_is_kept_under_another_name_and_no_weights_are_taken_ther
     assert {".pth", ".json", ".bad_rows.txt", "_samples.md", "_samples/0.jpg"} <= runs[0][1].keys()
     for name, before in runs:
         assert contents(out, name) == before
-    assert weight_paths(out, "sft_vlm") == [out / "sft_vlm_32.pth"]
-    assert weight_paths(out) == [out / "llm_32.pth", out / "sft_vlm_32.pth"]
+    assert list(list_weights(out)) == [out / "llm_32.pth", out / "sft_vlm_32.pth"]
     kept = ["--from_weight", out / f"{names[1]}.pth"]
     BASE.run(world, out, *flags, *kept, "--save_weight", "more").passed()  # a name like any other
 

@@ -1,6 +1,7 @@
 """A trained model, found by the flags that eval_vlm.py and the scripts share."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,32 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 from common.cli import file_path
 from common.errors import UsageError
-from common.paths import (
-    BUILTIN_DATASET_DIR,
-    BUILTIN_MODEL_DIR,
-    BUILTIN_TOKENIZER_DIR,
-    BUILTIN_TOWER_DIR,
-    ROOT,
-    SAVE_DIR,
-    TOKENIZER_3V_DIR,
-    TOKENIZER_DIR,
-    TOWER_3V_DIR,
-    TOWER_DIR,
-    display_path,
-    place_of,
-)
+from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
-from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import read_tower
-
-# How the published models' own scripts draw an answer; top_k 0 draws from all tokens.
-SAMPLING = {"temperature": 0.65, "top_p": 0.85, "top_k": 0}
-SAMPLING_3V = SAMPLING | {"temperature": 0.7, "top_k": 50}
+from trainer.bundles import (
+    BUILTIN,
+    MINIMIND2,
+    MINIMIND_3V,
+    Bundle,
+    bundle_of,
+    find_weights,
+    read_tower,
+    recorded_folders,
+)
 
 
 @dataclass(frozen=True)
@@ -56,21 +48,24 @@ class LoadedModel:
 
     @property
     def prompt_form(self) -> str:
-        """Where most rows that it learned had their image."""
-        return self.weights.sidecar.get("prompt_form", DEFAULT_FORM)
+        """Image position in most training rows."""
+        return self.weights.sidecar.get("prompt_form", self.bundle.prompt_form)
 
     @property
     def sampling(self) -> dict:
         """The recipe's settings for drawing answers, by flag."""
-        return SAMPLING_3V if self.config.qk_norm else SAMPLING
+        return self.bundle.sampling
+
+    @property
+    def bundle(self) -> Bundle:
+        """The generation that it belongs to."""
+        return bundle_of(self.weights)
 
     @property
     def knows_only_scenes(self) -> bool:
         """Whether it was trained on the built-in set and nothing else."""
-        sidecar = self.weights.sidecar
-        data = sidecar.get("arguments", {}).get("data_path")
-        builtin = [BUILTIN_DATASET_DIR / name for name in ("pretrain.jsonl", "sft.jsonl")]
-        return sidecar.get("assets") == "built-in" and (data is None or ROOT / str(data) in builtin)
+        data = self.weights.sidecar.get("arguments", {}).get("data_path")
+        return self.bundle is BUILTIN and (data is None or (ROOT / str(data)).parent == BUILTIN_DATASET_DIR)
 
     def load_model(self) -> MiniMindVLM:
         """Builds the model on the CPU in float32; a projection that the weights lack is drawn at random."""
@@ -106,17 +101,19 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     Raises:
         UsageError: If something is missing, unreadable, or does not belong to the rest.
     """
-    weights = find_weights(args)
-    folder = weights.path.parent if args.load_from != "model" else None
-    tokenizer_path, tower_path = args.tokenizer_path, args.vision_model_path
-    if folder and (folder / "tokenizer.json").is_file():
-        tokenizer_path = tokenizer_path or folder
-    if folder and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
-        tower_path = tower_path or folder
-    published = (TOKENIZER_3V_DIR, TOWER_3V_DIR) if weights.config.qk_norm else (TOKENIZER_DIR, TOWER_DIR)
-    published = tuple(map(place_of, published))
-    tokenizer_path = choose_path(tokenizer_path, weights, "tokenizer_path", BUILTIN_TOKENIZER_DIR, published[0])
-    tower_path = choose_path(tower_path, weights, "vision_model_path", BUILTIN_TOWER_DIR, published[1])
+    weights = read_named_weights(args)
+    folder = weights.path.parent
+    usual = bundle_of(weights).folders
+    if bundle_of(weights) is not BUILTIN:
+        usual |= recorded_folders(weights.sidecar, weights.path)
+    if args.load_from != "model" and (folder / "tokenizer.json").is_file():
+        usual["tokenizer_path"] = folder
+    if args.load_from != "model" and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
+        usual["vision_model_path"] = folder
+    tokenizer_path, tower_path = (
+        usual[flag] if getattr(args, flag) is None else getattr(args, flag).resolve()
+        for flag in ("tokenizer_path", "vision_model_path")
+    )
     tokenizer = load_tokenizer(tokenizer_path)
     check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower(tower_path)
@@ -127,30 +124,16 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     return LoadedModel(weights, config, tokenizer, tokenizer_path, tower, tower_path)
 
 
-def find_weights(args: argparse.Namespace) -> weight_io.Weights:
-    """Reads the weights that the flags name."""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
+def read_named_weights(args: argparse.Namespace) -> weight_io.Weights:
+    """Reads the weights that the flags name; the built-in language model where no other was downloaded."""
     if args.load_from != "model":
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
         save_dir = args.save_dir or SAVE_DIR
-        is_downloaded = place_of(TOWER_DIR).exists() or place_of(TOWER_3V_DIR).exists()
-        if args.weight == "llm" and not weight_io.weight_paths(save_dir, "llm") and not is_downloaded:
-            save_dir = BUILTIN_MODEL_DIR
-        name = str(Path(args.weight).expanduser()) if args.weight.startswith("~") else args.weight
-        weights = weight_io.read_weights(weight_io.find_weights(save_dir, name, args.hidden_size, use_moe))
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, use_moe)
+        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in (MINIMIND2, MINIMIND_3V))
+        if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
+            save_dir = BUILTIN.weights_dir
+        name = os.path.expanduser(args.weight)
+        weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
+    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
     return weights
-
-
-def choose_path(flag: Path | None, weights: weight_io.Weights, name: str, builtin: Path, published: Path) -> Path:
-    """Returns a folder: as typed, else the one the weights were trained with, else the published one."""
-    if flag is not None:
-        return flag.expanduser().resolve()
-    if weights.sidecar.get("assets") == "built-in":
-        return builtin
-    trained_with = weights.sidecar.get("arguments", {}).get(name)
-    try:
-        return ROOT / file_path(trained_with) if trained_with else published
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"what describes {display_path(weights.path)} has the {name} {error}") from error

@@ -1,0 +1,155 @@
+"""The table of data forms: how a row of each is recognised, and how it becomes a conversation with its images.
+
+Another form is a function with `@register(...)`, here or in a file of your own: tests/changes/test_data_form.py.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.conversation import IMAGE_TAG, RowError, parse_conversation
+from dataset.prompts import NEWLINE, with_images
+from dataset.scenes.language import DESCRIBE
+
+PICTURE_FIELDS = ("image_bytes", "image", "images", "image_path", "file_name")
+CAPTION_FIELDS = ("caption", "text", "description")
+CAPTION = "a picture with its caption"
+ROLES = {"human": "user", "gpt": "assistant"}
+CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of rows.
+
+    Attributes:
+        fits: Tells whether a row is of this form. Values are None where only a table's columns are known.
+        read: Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name,
+            several with commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
+        example: A good row, which errors show.
+        source: A hash of the file that defines `read`: rows are tokenised again when it changes.
+    """
+
+    fits: Callable[[dict], bool]
+    read: Callable[[dict], tuple[list, object]]
+    example: dict
+    source: str
+
+
+FORMS: dict[str, Form] = {}
+
+
+def register(name: str, fits: Callable[[dict], bool], example: dict):
+    """Returns a decorator that puts a function into the table as `Form.read`; later forms are tried first."""
+
+    def put(read: Callable) -> Callable:
+        FORMS.pop(name, None)
+        source = hashlib.sha256(Path(inspect.getfile(read)).read_bytes()).hexdigest()
+        FORMS[name] = Form(fits, read, example, source)
+        return read
+
+    return put
+
+
+def field(row: dict, names: tuple[str, ...]) -> str | None:
+    """Returns the first of the names that the row has, None for none."""
+    return next((name for name in names if name in row), None)
+
+
+def form_of_row(row: dict) -> str | None:
+    """Names the form of a row, None for no known one."""
+    return next((name for name, form in reversed(FORMS.items()) if form.fits(row)), None)
+
+
+def read_row(row: dict) -> tuple[list[dict], object]:
+    """Returns a row's turns, checked, and its images as `Form.read` says.
+
+    Raises:
+        RowError: If it is of no known form, or cannot be learned from.
+    """
+    name = form_of_row(row)
+    if name is None:
+        raise RowError(f"conversations is missing, and it is no known form: it has the fields {', '.join(row):.80}")
+    try:
+        turns, images = FORMS[name].read(row)
+    except RowError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        example = json.dumps(FORMS[name].example, ensure_ascii=False)
+        raise RowError(f"not read as {name}: {error!r}. A good row is {example}") from error
+    return parse_conversation(turns), images
+
+
+@register(
+    CAPTION,
+    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, CAPTION_FIELDS) is not None,
+    example={"image": "a.jpg", "caption": "A cat."},
+)
+def read_caption(row: dict) -> tuple[list, object]:
+    return asked_about(row, row.get("question", DESCRIBE), row[field(row, CAPTION_FIELDS)])
+
+
+@register(
+    "a picture with question and answer",
+    fits=lambda row: field(row, PICTURE_FIELDS) is not None and {"question", "answer"} <= row.keys(),
+    example={"image": "a.jpg", "question": "What is this?", "answer": "A cat."},
+)
+def read_question(row: dict) -> tuple[list, object]:
+    return asked_about(row, row["question"], row["answer"])
+
+
+def asked_about(row: dict, question: str, answer: str) -> tuple[list, object]:
+    images = row[field(row, PICTURE_FIELDS)]
+    if not images:
+        raise RowError("no picture is named")
+    if not isinstance(question, str):
+        raise RowError("the question is no text")
+    asked = with_images(question, len(images) if isinstance(images, list) else 1)
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images
+
+
+@register("conversations", fits=lambda row: "conversations" in row, example={"image": "a.jpg", "conversations": CAT})
+@register("messages", fits=lambda row: "messages" in row, example={"images": ["a.jpg"], "messages": CAT})
+def read_turns(row: dict) -> tuple[list, object]:
+    """Reads this project's turns, LLaVA's and ShareGPT's ("from", "value"), and OpenAI's (content in parts)."""
+    turns = row["conversations"] if "conversations" in row else row["messages"]
+    try:
+        turns = json.loads(turns) if isinstance(turns, str) else turns
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise RowError(f"conversations is not JSON: {error}") from error
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        # Columns of roles and of contents, as `datasets` once kept them.
+        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+    if not isinstance(turns, list):
+        raise RowError("conversations is missing or not a list of turns")
+    inside = []
+    turns = [read_turn(turn, inside) if isinstance(turn, dict) else turn for turn in turns]
+    return turns, inside or row.get(field(row, PICTURE_FIELDS))
+
+
+def read_turn(turn: dict, images: list) -> dict:
+    """Returns a turn as {"role", "content", ...}; appends the images that stand in its parts."""
+    role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
+                     for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
+    if isinstance(content, list):
+        content = NEWLINE.join(read_part(part, images) for part in content)
+    more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
+    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
+
+
+def read_part(part, images: list) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind not in ("image", "image_url"):
+        raise RowError(f"a part that is neither text nor picture: {kind}")
+    source = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name) is not None), None)
+    source = source["url"] if isinstance(source, dict) and source.get("url") is not None else source
+    images += [] if source in (None, "") else [source]
+    return IMAGE_TAG
+
+
+RIGHT_FORM = json.dumps(FORMS["conversations"].example)
