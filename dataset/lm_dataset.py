@@ -62,7 +62,7 @@ class VLMDataset(TokenisedRows, Dataset):
         self.picture_format = picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         if self.is_parquet:
-            raw, self.image_files = load_parquet(self.data_path, image_tokens, cache_dir)
+            raw, self.image_files = load_parquet(self.data_path, cache_dir)
         else:
             raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
         with formats.keeping_rows_of(self.data_path):

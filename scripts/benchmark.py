@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from scripts.bench.checks import CHECKS, check
@@ -78,27 +78,27 @@ def measure(what: str, args: Namespace) -> dict[str, dict]:
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="WHAT", help=f"gpu, {', '.join(MEASUREMENTS)} (default: all but gpu)")
+    choices = ["all", "gpu", *MEASUREMENTS]
+    add("what", nargs="*", choices=choices, default="all", help="what to measure; all does without gpu")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
-    add("--batch_size", type=int, help="samples a step (default: 16 in pretraining, 4 in SFT)")
-    add("--max_seq_len", type=int, help="what the plain loop pads to (default: the stage's)")
-    add("--steps", type=int, help="timed steps of each line (default: 3; 50 on CUDA)")
-    add("--repeats", type=int, default=3, help="rounds through all lines; medians are shown")
-    add("--num_workers", type=int, help="of the loader (default: one per core, two fewer on CUDA, at most 16)")
+    add("--batch_size", type=number(int, 1), help="samples a step (default: 16 in pretraining, 4 in SFT)")
+    add("--max_seq_len", type=number(int, 1), help="what the plain loop pads to (default: the stage's)")
+    add("--steps", type=number(int, 1), help="timed steps of each line (default: 3; 50 on CUDA)")
+    add("--repeats", type=number(int, 1), default=3, help="rounds through all lines; medians are shown")
+    add(
+        "--num_workers",
+        type=number(int, 0),
+        help="of the loader (default: one per core, two fewer on CUDA, at most 16)",
+    )
     add("--json", type=file_path, help="write the figures there")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_seq_len", "steps", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     args.device = str(pick_device(args.device, 0, 1))
     is_cuda = args.device.startswith("cuda")
     args.steps = args.steps or (50 if is_cuda else 3)
     if args.num_workers is None:
         args.num_workers = min(16, max(1, cores() - 2 * is_cuda))
-    args.what = args.what or [*MEASUREMENTS]
-    if unknown := set(args.what) - MEASUREMENTS.keys() - {"gpu"}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from gpu, {', '.join(MEASUREMENTS)}")
+    args.what = [*MEASUREMENTS] if "all" in args.what else args.what
     return args
 
 

@@ -1,11 +1,11 @@
-"""Make training data of what you have: pictures with texts in any usual form.
+"""Make training data from pictures with texts in any common form.
 
     python scripts/make_dataset.py my_photos --to my_data
         a folder with a .txt beside each picture
     python scripts/make_dataset.py captions.csv --to my_data
         a table of image,caption or image,question,answer
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
-    python scripts/make_dataset.py shards/*.tar --to my_data --parquet
+    python scripts/make_dataset.py shards/*.tar --to my_data
 
 It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
 of it or nothing. A source may also be JSON lines, ShareGPT, OpenAI messages,
@@ -18,15 +18,13 @@ would refuse such a file (--max_bad_rows); the data are written all the same.
 """
 
 import argparse
+import itertools
 import json
-import os
 import re
 import shlex
-import shutil
 import sys
 from array import array
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,26 +32,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import not_a_file, whole_folder
 from common.paths import display_path, printable
 from dataset import check
 from dataset.conversation import RowError
 from dataset.scenes.language import DESCRIBE
-from scripts.data.rows import RowMaker
-from scripts.data.sources import Row, read_source
+from scripts.data.rows import make_row
+from scripts.data.sources import read_source
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
-SPLITS = ("train", "heldout")
-AHEAD, MOST_THREADS = 4, 8  # rows per thread that are read before the first of them is written
-PARQUET_ROWS = 100  # with their pictures in memory
+AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
 LEAST_ROWS = 20  # from here on at least one is held out
 SHOWN_PLACES = 5
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
@@ -61,29 +55,27 @@ LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 @dataclass
 class Made:
-    """What has been written, and what has been left out.
+    """Counts of what was written and what was left out.
 
     Attributes:
         keys: For each row the hash of its first picture, 0 for none.
         linked: Leads from a picture's hash to that of another in the same row, see `root`.
-        left_out: For each kind of reason how many rows, the first one's reason, and the first few places.
-        most_pictures: Of a row.
+        left_out: For each kind of reason the first row's reason, and the places of all its rows.
         held_out: Rows held out.
         pictures: Distinct pictures.
-        picture_bytes: Their files' size.
+        picture_bytes: Total size of their files.
     """
 
     keys: array = field(default_factory=lambda: array("Q"))
     linked: dict[int, int] = field(default_factory=dict)
-    left_out: dict[str, list] = field(default_factory=lambda: defaultdict(lambda: [0, "", []]))
-    most_pictures: int = 0
+    left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     held_out: int = 0
     pictures: int = 0
     picture_bytes: int = 0
 
     @property
     def bad_rows(self) -> int:
-        return sum(count for count, *_ in self.left_out.values())
+        return sum(len(places) for _, places in self.left_out.values())
 
     @property
     def rows(self) -> int:
@@ -91,17 +83,11 @@ class Made:
         return len(self.keys) + self.bad_rows
 
     def add(self, names: list[str]):
-        """Counts a row by its pictures' names, which are their hashes."""
+        """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
         hashes = [int(name[:16], 16) for name in names]
-        link(self.linked, hashes)
+        first, *others = sorted({root(self.linked, key) for key in hashes}) or [0]
+        self.linked.update(dict.fromkeys(others, first))
         self.keys.append(hashes[0] if hashes else 0)
-        self.most_pictures = max(self.most_pictures, len(names))
-
-    def leave_out(self, place: str, reason: str):
-        kind = self.left_out[check.kind_of(reason)]
-        kind[0] += 1
-        kind[1] = kind[1] or reason
-        kind[2] += [place] * (len(kind[2]) < SHOWN_PLACES)
 
 
 def root(linked: dict[int, int], key: int) -> int:
@@ -112,17 +98,11 @@ def root(linked: dict[int, int], key: int) -> int:
     return key
 
 
-def link(linked: dict[int, int], keys: list[int]):
-    """Links the pictures of a row."""
-    first, *others = sorted({root(linked, key) for key in keys}) or [0]
-    linked.update(dict.fromkeys(others, first))
-
-
 def held_out(made: Made, share: float) -> np.ndarray:
-    """Chooses the rows to measure on: those whose pictures have the smallest hashes, whatever their order.
+    """Chooses the held-out rows: those whose pictures have the smallest hashes, whatever their order.
 
     Rows that share a picture, directly or through other rows, go together, so no held-out picture is trained on. Rows
-    without a picture are not taken.
+    without a picture are never held out.
 
     Returns:
         bool (rows,): at least one row of 20 or more, unless `share` is 0; never more than half.
@@ -133,36 +113,10 @@ def held_out(made: Made, share: float) -> np.ndarray:
     most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
     taken, rows = [], 0
     for group, size in zip(groups, sizes, strict=True):
-        if rows >= wanted:
-            break
-        if rows + size <= most:
+        if rows < wanted and rows + size <= most:
             taken.append(group)
             rows += size
     return np.isin(roots, np.array(taken, dtype=np.uint64))
-
-
-def in_order(do: Callable, items: Iterable, threads: int) -> Iterator:
-    """Yields do(item) for each item in order, from several threads; items are taken only a little ahead."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(do, item))
-                if len(waiting) == AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def rows_of(sources: list[Path]) -> Iterator[tuple[Path, Row]]:
-    """Yields the rows of all sources, each with its source; places and shares are of them all."""
-    for number, source in enumerate(sources):
-        for row in read_source(source):
-            place = row.place if len(sources) == 1 else f"{source.name} {row.place}"
-            yield source, row._replace(place=place, share=(number + row.share) / len(sources))
 
 
 def write_rows(args: argparse.Namespace, part: Path) -> Made:
@@ -172,74 +126,45 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
         UsageError: If a source cannot be read, or no row can be used.
     """
     (part / IMAGES).mkdir()
-    maker, made = RowMaker(args.question, args.size, part / IMAGES), Made()
+    made, threads = Made(), min(cores(), MOST_THREADS)
 
-    def make(item: tuple[Path, Row]) -> tuple[Row, dict | RowError]:
-        source, row = item
-        if isinstance(row.value, RowError):
-            return row, row.value
-        return row, maker.make(row.value, args.images_path or (source if source.is_dir() else source.parent))
+    def read() -> Iterator[tuple[Path, str, dict | RowError]]:
+        for source in args.sources:
+            for place, row in read_source(source):
+                yield source, place if len(args.sources) == 1 else f"{source.name} {place}", row
+
+    def make(item: tuple[Path, str, dict | RowError]) -> tuple[str, dict | RowError]:
+        source, place, row = item
+        images_path = args.images_path or (source if source.is_dir() else source.parent)
+        if not isinstance(row, RowError):
+            row = make_row(row, args.question, args.size, images_path, part / IMAGES)
+        return place, row
 
     with (
         open(part / ROWS, "w", encoding="utf-8") as rows,
         open(part / LEFT_OUT, "w", encoding="utf-8") as left_out,
         tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
+        ThreadPoolExecutor(threads) as pool,
     ):
-        for row, result in in_order(make, rows_of(args.sources), min(cores(), MOST_THREADS)):
-            if isinstance(result, RowError):
-                left_out.write(f"{printable(row.place)}: {printable(result)}\n")
-                made.leave_out(printable(row.place), printable(result))
-            else:
-                made.add(result["image"])
-                rows.write(json_line(result))
-            bar.total = round(made.rows / row.share) if row.share else None
-            bar.update()
+        items = read()
+        while batch := list(itertools.islice(items, AHEAD * threads)):
+            for place, row in pool.map(make, batch):
+                if isinstance(row, RowError):
+                    place, reason = printable(place), printable(row)
+                    left_out.write(f"{place}: {reason}\n")
+                    made.left_out.setdefault(check.kind_of(reason), (reason, []))[1].append(place)
+                else:
+                    names = row.pop("image")
+                    made.add(names)
+                    image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
+                    rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
+                bar.update()
     if not made.keys:
-        given = ", ".join(map(display_path, args.sources))
-        raise UsageError("\n".join([f"{given}: none of {made.rows:,} rows can be used", *reasons(made)]))
+        sources = ", ".join(map(display_path, args.sources))
+        raise UsageError("\n".join([f"{sources}: none of {made.rows:,} rows can be used", *reasons(made)]))
     if not made.left_out:
         (part / LEFT_OUT).unlink()
     return made
-
-
-def json_line(row: dict) -> str:
-    """Returns a row as a line of the jsonl: one picture as its name, several as a list, none left out."""
-    names = [f"{IMAGES}/{name}" for name in row["image"]]
-    image = {"image": names[0] if len(names) == 1 else names} if names else {}
-    return json.dumps(image | {"conversations": row["conversations"]}, ensure_ascii=False) + "\n"
-
-
-def split_rows(part: Path, is_held_out: np.ndarray):
-    """Divides the rows between the two files; that of held-out rows is left away where there are none."""
-    with (
-        open(part / ROWS, encoding="utf-8") as rows,
-        open(part / "train.jsonl", "w", encoding="utf-8") as train,
-        open(part / "heldout.jsonl", "w", encoding="utf-8") as heldout,
-    ):
-        for row, held in zip(rows, is_held_out, strict=True):
-            (heldout if held else train).write(row)
-    (part / ROWS).unlink()
-    if not is_held_out.any():
-        (part / "heldout.jsonl").unlink()
-
-
-def to_parquet(part: Path, most_pictures: int):
-    """Replaces jsonl and images by parquet files with the pictures inside, a list of them where a row has several."""
-    column = pa.binary() if most_pictures <= 1 else pa.list_(pa.binary())
-    schema = pa.schema({"conversations": pa.string(), "image_bytes": column})
-    for path in (part / f"{split}.jsonl" for split in SPLITS if (part / f"{split}.jsonl").exists()):
-        with open(path, encoding="utf-8") as lines, pq.ParquetWriter(path.with_suffix(".parquet"), schema) as writer:
-            while batch := [json.loads(line) for _, line in zip(range(PARQUET_ROWS), lines, strict=False)]:
-                writer.write_table(pa.Table.from_pylist([parquet_row(row, part, column) for row in batch], schema))
-        path.unlink()
-    shutil.rmtree(part / IMAGES)
-
-
-def parquet_row(row: dict, part: Path, column: pa.DataType) -> dict:
-    names = row.get("image", [])
-    files = [(part / name).read_bytes() for name in ([names] if isinstance(names, str) else names)]
-    image = files if column != pa.binary() else files[0] if files else None
-    return {"conversations": json.dumps(row["conversations"], ensure_ascii=False), "image_bytes": image}
 
 
 def write_dataset(args: argparse.Namespace) -> Made:
@@ -252,64 +177,15 @@ def write_dataset(args: argparse.Namespace) -> Made:
     with whole_folder(args.to, {"dataset_by": "scripts/make_dataset.py"}, args.overwrite, "--to") as part:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
-        split_rows(part, is_held_out)
         made.held_out = int(is_held_out.sum())
-        for picture in os.scandir(part / IMAGES):
-            made.pictures += 1
-            made.picture_bytes += picture.stat().st_size
-        if args.parquet:
-            to_parquet(part, made.most_pictures)
+        sizes = [picture.stat().st_size for picture in (part / IMAGES).iterdir()]
+        made.pictures, made.picture_bytes = len(sizes), sum(sizes)
+        for split, is_taken in (("train", ~is_held_out), ("heldout", is_held_out)):
+            if is_taken.any():
+                with open(part / ROWS, "rb") as rows, open(part / f"{split}.jsonl", "wb") as out:
+                    out.writelines(itertools.compress(rows, is_taken))
+        (part / ROWS).unlink()
     return made
-
-
-def report(made: Made, folder: Path) -> list[str]:
-    """Returns what was written, and what was left out and why."""
-    good, held = len(made.keys), made.held_out
-    lines = [display_path(folder), *check.fact("rows", f"{good:,}: {good - held:,} to train on, {held:,} held out")]
-    lines += check.fact("pictures", f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB")
-    if not made.left_out:
-        return [*lines, *check.fact("left out", "nothing")]
-    share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-    lines += check.fact("left out", f"{share}, all listed in {LEFT_OUT} there")
-    return [*lines, *reasons(made)]
-
-
-def reasons(made: Made) -> list[str]:
-    lines = []
-    for count, reason, places in sorted(made.left_out.values(), reverse=True):
-        lines += check.fact(check.counted(count, "row"), reason)
-        lines += check.fact("", ", ".join(places) + (", ..." if count > len(places) else ""))
-        if reason.startswith(("no such picture", "the picture's path leaves")):
-            lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
-    return lines
-
-
-def parse_arguments(argv=None) -> argparse.Namespace:
-    """Reads the flags; raises UsageError for a number that makes no sense."""
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("sources", metavar="SOURCE", nargs="*", type=file_path, help="what you have; several are put together")
-    add("--to", metavar="FOLDER", type=file_path, help="the folder to write")
-    add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
-    add("--question", default=DESCRIBE, help="what is asked about a picture that has a caption only")
-    add("--size", type=int, default=256, help="larger pictures are resized to this shorter side, in pixels")
-    add("--heldout", metavar="SHARE", type=float, default=0.02, help="share of the rows to measure on; 0: none")
-    add("--parquet", action="store_true", help="write parquet files with the pictures inside")
-    what = "rows that may be left out without exit status 1"
-    add("--max_bad_rows", type=int, help=f"{what} (default: 1 %% of the rows)")
-    add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
-    args = parser.parse_args(argv)
-    if not args.sources or args.to is None:
-        raise UsageError("name what you have, and the folder to write: make_dataset.py SOURCE --to FOLDER")
-    if not 1 <= args.size <= LARGEST_SIZE:
-        raise UsageError(f"--size {args.size}: must be from 1 to {LARGEST_SIZE}")
-    if not 0 <= args.heldout <= 0.5:
-        raise UsageError(f"--heldout {args.heldout:g}: a share of the rows, from 0 to 0.5")
-    if args.max_bad_rows is not None and args.max_bad_rows < 0:
-        raise UsageError(f"--max_bad_rows {args.max_bad_rows}: must be at least 0")
-    args.sources, args.to = [path.resolve() for path in args.sources], args.to.resolve()
-    args.images_path = args.images_path and args.images_path.resolve()
-    return args
 
 
 def check_folders(args: argparse.Namespace):
@@ -319,28 +195,70 @@ def check_folders(args: argparse.Namespace):
         if reason and not source.is_dir():
             raise UsageError(f"{display_path(source)} cannot be read: {reason}")
         if args.to.is_relative_to(source) or source.is_relative_to(args.to):
-            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} are one in the other")
+            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
     if args.images_path is not None and not args.images_path.is_dir():
         raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
     if args.images_path is not None and args.images_path.is_relative_to(args.to):
         raise UsageError(f"--to {display_path(args.to)} would replace the pictures in {display_path(args.images_path)}")
 
 
-def main():
-    args = parse_arguments()
+def report(made: Made, folder: Path) -> list[str]:
+    """Returns what was written, and what was left out and why."""
+    rows = f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"
+    lines = [display_path(folder), *check.fact("rows", rows)]
+    lines += check.fact("pictures", f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB")
+    if not made.left_out:
+        return [*lines, *check.fact("left out", "nothing")]
+    share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
+    return [*lines, *check.fact("left out", f"{share}, all listed in {LEFT_OUT} there"), *reasons(made)]
+
+
+def reasons(made: Made) -> list[str]:
+    """Lists the kinds of reasons, the most common first."""
+    lines = []
+    for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
+        lines += check.fact(check.counted(len(places), "row"), reason)
+        lines += check.fact("", ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(places) > SHOWN_PLACES else ""))
+        if reason.startswith(("no such picture", "the picture's path leaves")):
+            lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
+    return lines
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("sources", metavar="SOURCE", nargs="+", type=file_path, help="files or folders to convert into one data set")
+    add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
+    add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
+    add("--question", default=DESCRIBE, help="question for pictures that have only a caption")
+    what = "larger pictures are resized to this shorter side, in pixels"
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
+    what = "share of the rows to hold out; 0: none"
+    add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help=what)
+    what = "rows that may be left out without exit status 1 (default: 1 %% of the rows)"
+    add("--max_bad_rows", type=number(int, 0), help=what)
+    add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
+    args = parser.parse_args(argv)
+    args.sources, args.to = [path.resolve() for path in args.sources], args.to.resolve()
+    args.images_path = args.images_path and args.images_path.resolve()
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     made = write_dataset(args)
-    train, heldout = (args.to / f"{split}.{'parquet' if args.parquet else 'jsonl'}" for split in SPLITS)
     print("\n".join(report(made, args.to)))
     name = re.sub(r"\W+", "_", args.to.name)[:40] + "_sft"  # not the quick start's
-    flags = {"data_path": train, "eval_data": heldout if made.held_out else None, "save_weight": name}
-    given = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items() if value]
-    print("\n  python trainer/train_sft_vlm.py", " \\\n    ".join(given), end="\n\n", flush=True)
+    train, heldout = args.to / "train.jsonl", args.to / "heldout.jsonl"
+    flags = {"data_path": train} | ({"eval_data": heldout} if made.held_out else {}) | {"save_weight": name}
+    shown = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items()]
+    print("\n  python trainer/train_sft_vlm.py", " \\\n    ".join(shown), end="\n\n", flush=True)
     check.main([str(train), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
     if made.bad_rows > limit:
-        given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
+        most = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
         raise UsageError(
-            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {given}. The others are written; look "
+            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {most}. The others are written; look "
             f"at the reasons in {display_path(args.to / LEFT_OUT)}, or accept them with --max_bad_rows {made.bad_rows}"
         )
 

@@ -1,11 +1,8 @@
 """Small published files for the stand-ins, and scripts/download.py run as a process against them."""
 
-import io
-import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from common.paths import ROOT
@@ -16,18 +13,8 @@ WEIGHTS = bytes(range(256)) * 1200  # 307,200 bytes: enough for several reads of
 TOWER_FOLDER = "model/vision_model/clip-vit-base-patch16"
 
 
-def make_zip(members: dict[str, bytes]) -> bytes:
-    """A zip of these members, names taken as they are."""
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return memory.getvalue()
-
-
 def repos() -> dict[str, dict[str, bytes]]:
     """The four repositories with a few bytes in each file, and files that nobody asked for."""
-    row = json.dumps({"conversations": [], "image": "a.jpg"}).encode()
     return {
         TOWER: {
             "config.json": b"{}",
@@ -41,10 +28,9 @@ def repos() -> dict[str, dict[str, bytes]]:
         TOKENIZER: {"tokenizer.json": b'{"v": 6400}', "tokenizer_config.json": b"{ }", "model.safetensors": b"x"},
         DATA: {
             "README.md": b"read me",
-            "pretrain_data.jsonl": row,
-            "pretrain_images.zip": make_zip({"pretrain_images/": b"", "pretrain_images/a.jpg": b"A" * 5000}),
-            "sft_data.jsonl": row * 2,
-            "sft_images.zip": make_zip({"a.jpg": b"S", "more/b.jpg": b"B", "__MACOSX/._a.jpg": b"junk"}),
+            "pretrain_i2t.parquet": b"PAR1" + WEIGHTS,
+            "pretrain_data.parquet": b"an older form",
+            "sft_data.parquet": b"PAR1",
         },
     }
 
@@ -65,18 +51,6 @@ def command(endpoint: str, dest: Path, *arguments: str) -> dict:
     }
 
 
-def run(endpoint: str, dest: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The script, to its end."""
-    return subprocess.run(**command(endpoint, dest, *arguments), timeout=60, check=False)
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     """All files under a folder with their contents."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    """One line that says what is wrong, no traceback, status 1."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert all(word in lines[0] for word in words), lines[0]

@@ -31,6 +31,7 @@ from common.paths import (
     display_path,
     place_of,
 )
+from model.vlm_config import PROMPT_FORMS
 from model.weights import (
     Weights,
     is_path,
@@ -61,6 +62,7 @@ class Bundle:
         downloads: Parts of scripts/download.py, by what they hold: tower, tokenizer, a weight's name.
         recipes: Where its settings differ from a stage's own, by stage and flag.
         sampling: How its own scripts draw answers, by flag; top_k 0 draws from all tokens.
+        prompt_form: Where a prompt has its images, if the weights' sidecar does not say.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Bundle:
     downloads: dict[str, str] = field(default_factory=dict)
     recipes: dict[str, dict] = field(default_factory=dict)
     sampling: dict = field(default_factory=lambda: {"temperature": 0.65, "top_p": 0.85, "top_k": 0})
+    prompt_form: str = PROMPT_FORMS[0]
 
     @property
     def folders(self) -> dict[str, Path]:

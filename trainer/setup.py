@@ -12,10 +12,11 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import RankError, UsageError
-from common.files import load_file, lock, scratch_folder
+from common.files import load_file, lock_of, scratch_folder
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from common.schema import SchemaError, check
 from dataset.chat import image_token_id
@@ -283,10 +284,11 @@ def prepare_save_dir(files: RunFiles, processes: Processes):
     """
     try:
         with scratch_folder(files.save_dir):  # it can be written to
-            return lock(files.save_dir / files.name) if processes.is_main else None
-    except BlockingIOError as error:
+            # A killed run's workers may hold the lock for 5 seconds more.
+            return lock_of(files.save_dir / files.name).acquire(timeout=6) if processes.is_main else None
+    except Timeout as error:
         raise RankError(
-            f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
+            f"another process is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
             "run another --save_weight or --save_dir"
         ) from error
     except OSError as error:

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import not_a_file, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
@@ -39,7 +39,7 @@ VOCAB_SIZE = 6400
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MAX_TOKEN_BYTES = 12  # four Chinese characters; longer tokens would be phrases, too rare for a small model to learn
-SUMMARY_SAMPLES = {
+SAMPLES = {
     "Chinese": "图中左上角有一个红色的圆形，右边有两个小的三角形，今天的天气很好。",
     "English": "There is a red circle in the upper left corner of the image, and the sky is blue.",
 }
@@ -117,9 +117,8 @@ def chinese_words() -> Iterator[str]:
 
 
 def english_docstrings() -> Iterator[str]:
-    """Yields the docstrings of the standard library's modules, classes and functions, without code examples."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    seen = set()
+    """Yields the docstrings of the standard library, without code examples."""
+    library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     for path in sorted(library.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
             continue
@@ -172,35 +171,20 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
+def save(tokenizer: Tokenizer, folder: Path):
     """Writes tokenizer.json, and the shipped tokenizer_config.json: special tokens and chat template are the same."""
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"
     write_atomically(folder / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
     write_atomically(folder / config.name, lambda file: file.write(config.read_bytes()))
 
 
-def print_summary(tokenizer: Tokenizer, folder: Path) -> None:
-    """Prints the number of entries, the compression of a sentence in each language, and what to do next."""
-    merges = [token for token, index in tokenizer.get_vocab().items() if index >= MIN_VOCAB_SIZE]
-    english = sum(token.lstrip("Ġ").isascii() for token in merges)
-    total = MIN_VOCAB_SIZE + len(merges)
-    print(f"vocabulary: {total} = {len(SPECIAL_TOKENS)} special + 256 bytes + {len(merges)} merges")
-    print(f"merges: {len(merges) - english} Chinese and other, {english} English")
-    for language, sample in SUMMARY_SAMPLES.items():
-        tokens = len(tokenizer.encode(sample).ids)
-        print(f"{language}: {len(sample.encode()) / tokens:.2f} bytes per token, {tokens} tokens for: {sample}")
-    print(f"saved: {folder}")
-    print(f"next: train a language model with it, then pass --tokenizer_path {folder}")
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Train a byte-level BPE tokenizer.", formatter_class=HelpFormatter)
-    parser.add_argument("--data_path", type=file_path, nargs="+", help=".txt or .jsonl; default: the built-in corpus")
-    parser.add_argument("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
-    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="number of entries")
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--data_path", type=file_path, nargs="+", help=".txt or .jsonl (default: the built-in corpus)")
+    add("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
+    add("--vocab_size", type=number(int, MIN_VOCAB_SIZE), default=VOCAB_SIZE, help="number of entries")
     args = parser.parse_args()
-    if args.vocab_size < MIN_VOCAB_SIZE:
-        parser.error(f"--vocab_size must be at least {MIN_VOCAB_SIZE} (special tokens and bytes)")
     if args.save_dir.exists() and not args.save_dir.is_dir():
         parser.error(f"--save_dir {args.save_dir} is a file, not a folder")
     if (args.save_dir / "tokenizer.json").exists():
@@ -210,7 +194,11 @@ def main() -> None:
             parser.error(f"--data_path takes .txt and .jsonl files, not {path}")
     tokenizer = train(read_texts(args.data_path) if args.data_path else built_in_corpus(), args.vocab_size)
     save(tokenizer, args.save_dir)
-    print_summary(tokenizer, args.save_dir)
+    for language, sample in SAMPLES.items():
+        tokens = len(tokenizer.encode(sample).ids)
+        print(f"{language}: {len(sample.encode()) / tokens:.2f} bytes per token, {tokens} tokens for: {sample}")
+    print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {args.save_dir}")
+    print(f"next: train a language model with it, then pass --tokenizer_path {args.save_dir}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""A row of any known form to this project's: its conversation, and its pictures as files of a folder."""
+"""Makes a row of any known form one of this project: its conversation, and its pictures as files of a folder."""
 
 import base64
 import binascii
 import hashlib
 import io
 import os
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,66 +13,63 @@ from PIL import Image
 from dataset import foreign, forms
 from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
 from dataset.formats import why_missing
-from dataset.metadata import turn_of
-from dataset.pictures import CLIP_FORMAT, PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
+from dataset.pictures import (
+    CLIP_FORMAT,
+    PictureError,
+    decoding,
+    is_blank,
+    open_picture,
+    resized_to,
+    to_rgb,
+    turn_of,
+    upright,
+)
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 QUALITY = 95
 
 
-@dataclass(frozen=True)
-class RowMaker:
-    """Makes rows of this project, and writes each distinct picture once, under the hash of its content.
+def make_row(row: dict, question: str, size: int, images_path: Path, folder: Path) -> dict | RowError:
+    """Makes a row of this project, and writes each distinct picture once, under the hash of its content.
 
-    Several threads may call it at once.
+    Several threads may call it at once: they write the same content under the same name.
 
-    Attributes:
-        question: What is asked where a row has a caption only.
+    Args:
+        row: The row of a source.
+        question: What is asked where it has a caption only.
         size: The shorter side that larger pictures are resized to, in pixels.
+        images_path: The folder of the pictures that it names.
         folder: Where pictures are written.
+
+    Returns:
+        {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
     """
+    try:
+        turns, sources = conversation_of(row, question, images_path)
+        files = [prepared(source, size, images_path, folder) for source in sources]
+    except RowError as error:
+        return error
+    for name, content in files:
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return {"image": [name for name, _ in files], "conversations": turns}
 
-    question: str
-    size: int
-    folder: Path
 
-    def make(self, row: dict, images_path: Path) -> dict | RowError:
-        """Returns {"image": names in `folder`, "conversations"}; a RowError where the row cannot be learned from.
-
-        Args:
-            row: The row of a source.
-            images_path: The folder of the pictures that it names.
-        """
-        try:
-            turns, sources = conversation_of(row, self.question, images_path)
-            files = [self.prepared(source, images_path) for source in sources]
-        except RowError as error:
-            return error
-        for name, content in files:
-            if content is not None:
-                self.write(name, content)
-        return {"image": [name for name, _ in files], "conversations": turns}
-
-    def prepared(self, source: str | bytes, images_path: Path) -> tuple[str, bytes | None]:
-        """Returns the name that a picture gets, and its content if it is not written yet."""
-        name = source if isinstance(source, str) else "in the row"
-        try:
-            with decoding(name):
-                content = (images_path / source).read_bytes() if isinstance(source, str) else source
-            digest = hashlib.blake2b(content, digest_size=10).hexdigest()
-            for ending in ENDINGS.values():
-                if (self.folder / f"{digest}{ending}").is_file():
-                    return f"{digest}{ending}", None
-            kind, content = picture_file(content, name, self.size)
-        except PictureError as error:
-            raise RowError(f"broken picture: {error}") from error
-        return f"{digest}{ENDINGS[kind]}", content
-
-    def write(self, name: str, content: bytes):
-        part = self.folder / f".{name}.{threading.get_ident()}"
-        part.write_bytes(content)
-        os.replace(part, self.folder / name)
+def prepared(source: str | bytes, size: int, images_path: Path, folder: Path) -> tuple[str, bytes | None]:
+    """Returns the name that a picture gets, and its content if it is not written yet."""
+    name = source if isinstance(source, str) else "in the row"
+    try:
+        with decoding(name):
+            content = (images_path / source).read_bytes() if isinstance(source, str) else source
+        digest = hashlib.blake2b(content, digest_size=10).hexdigest()
+        for ending in ENDINGS.values():
+            if (folder / f"{digest}{ending}").is_file():
+                return f"{digest}{ending}", None
+        kind, content = picture_file(content, name, size)
+    except PictureError as error:
+        raise RowError(f"broken picture: {error}") from error
+    return f"{digest}{ENDINGS[kind]}", content
 
 
 def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
@@ -87,7 +82,7 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         PictureError: If it cannot be decoded.
     """
 
-    def converted(image: Image.Image) -> tuple[str, bytes]:
+    with open_picture(content, name) as image:
         kind, is_small = image.format, min(image.size) <= size
         is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
         picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
@@ -99,8 +94,6 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         picture.info.clear()
         picture.save(file, kind, quality=QUALITY)
         return kind, file.getvalue()
-
-    return read_picture(content, name, converted)
 
 
 def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
@@ -134,32 +127,26 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
     if isinstance(value, str) and not value.startswith("data:") and not os.path.isfile(images_path / value):
         value = parse_picture_names(value)
-    found = [as_picture(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
-    return [on_this_system(one, images_path) for one in found]
+    values = value if isinstance(value, list) else [value]
+    return [as_picture(value, images_path) for value in values if value not in (None, "")]
 
 
-def on_this_system(picture: str | bytes, images_path: Path) -> str | bytes:
-    """Returns a name as it is; one written on Windows with slashes, where such a file is there."""
-    if isinstance(picture, bytes) or "\\" not in picture or os.path.isfile(images_path / picture):
-        return picture
-    slashed = picture.replace("\\", "/")
-    return slashed if os.path.isfile(images_path / slashed) else picture
-
-
-def as_picture(value) -> str | bytes:
+def as_picture(value, images_path: Path) -> str | bytes:
     if isinstance(value, dict):  # as `datasets` writes it
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
-    if foreign.is_base64(value):
-        value = f"data:,{''.join(value.split())}"
     if not isinstance(value, str) or not value:
         raise RowError("the picture is neither a name nor a file's bytes")
     if value.startswith(("http:", "https:")):
         raise RowError("a picture on the web is not fetched: download it, and name its file")
-    if value.startswith("data:"):
+    if value.startswith("data:") or foreign.is_base64(value):
         try:
-            return base64.b64decode(value.partition(",")[2], validate=True)
+            return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
         except binascii.Error as error:
             raise RowError(f"a data: URL that is no base64: {error}") from error
-    return unquote(value.removeprefix("file://")) if value.startswith("file:") else value
+    if value.startswith("file:"):
+        value = unquote(value.removeprefix("file://"))
+    slashed = value.replace("\\", "/")  # a name written on Windows
+    is_slashed = not os.path.isfile(images_path / value) and os.path.isfile(images_path / slashed)
+    return slashed if is_slashed else value

@@ -205,7 +205,7 @@ def test_a_correction_in_place_is_seen_wherever_it_is_though_size_and_time_stay(
             pq.write_table(table, path, compression=form.split(".")[0], use_dictionary=False)
         if time is not None:
             os.utime(path, ns=(time, time))
-        return load_lines(path, cache) if form == "jsonl" else load_parquet(path, 4, cache)[0]
+        return load_lines(path, cache) if form == "jsonl" else load_parquet(path, cache)[0]
 
     fingerprints = [written_and_read()._fingerprint]
     size, time = path.stat().st_size, path.stat().st_mtime_ns

@@ -13,7 +13,7 @@ import torch
 from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl, write_jsonl
 
 from common.errors import RankError
-from common.files import MARK, SCRATCH, TEMPORARY, lock, scratch_folder
+from common.files import MARK, SCRATCH, TEMPORARY, lock_of, scratch_folder
 from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
@@ -365,16 +365,17 @@ def test_ranks_that_do_not_meet_end_in_words_within_the_timeout(world, tmp_path,
 
 def test_a_second_run_of_the_same_name_is_refused(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    held = lock(out / "sft_vlm_32")
-    run(world, out).refused(f"process {os.getpid()} is training sft_vlm_32", "--save_weight or --save_dir")
+    held = lock_of(out / "sft_vlm_32")
+    held.acquire()
+    run(world, out).refused("another process is training sft_vlm_32", "--save_weight or --save_dir")
     run(world, out, "--save_weight", "other").passed()
-    held.close()
+    held.release()
     run(world, out).passed()
 
 
 def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    dies = "import common.files, os\ncommon.files.flush_folder = lambda _: os.kill(os.getpid(), 9)"
+    dies = "import common.files, os\ncommon.files.flush = lambda _: os.kill(os.getpid(), 9)"
     assert run(world, out, hook=dies).code == -9
     [left] = out.glob(".*")
     mine = [".sft_vlm_32.pth.1.tmp", ".writable.0", f"{SCRATCH}mine{TEMPORARY}", f"{SCRATCH}link{TEMPORARY}"]

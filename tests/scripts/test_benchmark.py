@@ -127,9 +127,9 @@ def test_figures_are_medians_of_all_rounds(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["training"], "unknown: training; choose from gpu, pretrain, sft, data"),
-        (["sft", "--repeats", "0"], "--repeats 0: must be at least 1"),
-        (["sft", "--batch_size", "-1"], "--batch_size -1: must be at least 1"),
+        (["training"], "invalid choice: 'training'"),
+        (["sft", "--repeats", "0"], "argument --repeats: 0: must be at least 1"),
+        (["sft", "--batch_size", "-1"], "argument --batch_size: -1: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, message, capsys):

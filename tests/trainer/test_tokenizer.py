@@ -140,7 +140,7 @@ def test_script_says_what_is_wrong_with_a_file(tmp_path, name, content, words):
 
 def test_script_says_what_is_wrong_with_a_flag(tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_line_error(run_script("--vocab_size", 258), "--vocab_size must be at least 259")
+    assert_one_line_error(run_script("--vocab_size", 258), "--vocab_size: 258: must be at least 259")
     assert_one_line_error(run_script("--save_dir", tmp_path / "file"), "--save_dir", "not a folder")
 
 

@@ -11,7 +11,6 @@ from common.cli import file_path
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
-from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -41,7 +40,7 @@ class LoadedModel:
     @property
     def prompt_form(self) -> str:
         """Image position in most training rows."""
-        return self.weights.sidecar.get("prompt_form", DEFAULT_FORM)
+        return self.weights.sidecar.get("prompt_form", self.bundle.prompt_form)
 
     @property
     def sampling(self) -> dict:

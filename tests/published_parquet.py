@@ -1,49 +1,22 @@
-"""Measure what training data of the published form takes: disk, memory, and the time until training can start.
+"""Writes a parquet file like the published ones: each picture once, in huge row groups, for several rows."""
 
-    python scripts/bench/check_parquet.py
-    python scripts/bench/check_parquet.py --rows 3000 --folder my_folder
-
-It writes a parquet file like the published one, then opens it for the first and the second time and reads samples in
-random order, each in a process of its own. Memory is the peak without mapped files (Linux only).
-"""
-
-import argparse
 import contextlib
 import io
 import json
-import os
 import re
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
-from common.errors import UsageError, run_script
-from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.lm_dataset import VLMDataset
-from dataset.tokenizer import load_tokenizer
-from scripts.bench.measuring import alone, print_table
-
 ROWS_PER_PICTURE = 2_900_000 / 650_000
 TEXT_ONLY = 230_000 / 2_900_000
 PICTURE_BYTES = 6_600
 GROUP_ROWS = 1_000_000
 DRAWN = 64
-MAX_LENGTH, IMAGE_TOKENS = 1536, 196
 WORDS = "一只红色的猫坐在桌上看着窗外蓝天白云下有两个人走过街道"
-READ = 4000  # samples, in random order
-MEMORY_INTERVAL = 0.1  # seconds
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -121,88 +94,3 @@ def memory_in_use(process: int) -> int:
         children = " ".join(file.read_text() for file in (folder / "task").glob("*/children")).split()
         return int(anonymous[1]) * 1024 + sum(memory_in_use(int(child)) for child in children)
     return 0
-
-
-def with_memory(function: Callable, *arguments) -> dict:
-    """Returns a function's figures with its seconds and the most memory that this process has during the call."""
-    done = threading.Event()
-
-    def sample() -> int:
-        most = 0
-        while True:
-            most = max(most, memory_in_use(os.getpid()))
-            if done.wait(MEMORY_INTERVAL):
-                return most
-
-    with ThreadPoolExecutor(1) as pool:
-        memory, started = pool.submit(sample), time.perf_counter()
-        try:
-            found = function(*arguments)
-            seconds = time.perf_counter() - started
-        finally:
-            done.set()
-    return {"s": seconds, "memory GB": memory.result() / 1e9} | found
-
-
-def open_data(path: Path, cache: Path) -> VLMDataset:
-    """Does with a data file what a run does before its first step."""
-    data = VLMDataset(path, None, load_tokenizer(BUILTIN_TOKENIZER_DIR), MAX_LENGTH, IMAGE_TOKENS, cache_dir=cache)
-    data.content_sha256  # noqa: B018 (the checkpoint's key)
-    return data
-
-
-def open_and_read(path: Path, cache: Path, count: int) -> dict:
-    """Opens a data file and reads samples in random order, pictures decoded."""
-    data = open_data(path, cache)
-    order = np.random.default_rng(1).integers(0, len(data), count).tolist()
-    started = time.perf_counter()
-    for start in range(0, count, 16):
-        data.__getitems__(order[start : start + 16])
-    speed = {"samples/s": count / (time.perf_counter() - started)} if count else {}
-    return {"samples": len(data)} | speed
-
-
-def measure_file(rows: int, folder: Path) -> dict[str, dict]:
-    """Writes a data file and opens it, each time in a process of its own.
-
-    Returns:
-        Rows of a table: gigabytes on disk; seconds, peak memory and samples of each process.
-    """
-    path, cache = folder / "published_form.parquet", folder / "cache"
-    counts = write_published_form(path, rows)
-    table = {"imports alone": alone(with_memory, dict)}
-    for line, read in (("opened first", 0), ("opened again", 0), ("read in random order", min(rows, READ))):
-        table[line] = alone(with_memory, open_and_read, path, cache, read)
-    disk = path.stat().st_size, counts["bytes of all rows"], folder_bytes(cache)
-    lines = "the file", "a copy row by row", "the cache"
-    return {line: {"disk GB": size / 1e9} for line, size in zip(lines, disk, strict=True)} | table
-
-
-def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--rows", type=int, default=300_000, help="rows of the file")
-    parser.add_argument("--folder", type=file_path, help="where file and cache are written (default: removed after)")
-    args = parser.parse_args(argv)
-    if args.rows < 100:
-        raise UsageError(f"--rows {args.rows}: must be at least 100")
-    return args
-
-
-def main():
-    args = parse_arguments()
-    with contextlib.ExitStack() as stack:
-        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            print_table(f"{args.rows:,} rows", measure_file(args.rows, folder.resolve()))
-        except OSError as error:
-            raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-if __name__ == "__main__":
-    run_script(main)
