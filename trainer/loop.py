@@ -61,6 +61,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         evaluator = stage.evaluator(heldout, model, loss, collate, processes, run.dtype, args.batch_size)
     watch = Watch(run, model, evaluator, heldout or data.with_pixels(), eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
+    an_epoch = math.ceil(len(data) / sampler.group)
     print_header(
         run,
         model,
@@ -68,7 +69,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         data=data.summary,
         held_out=watch.plan,
         features=describe_features(features, data),
-        steps=f"{total_steps:,} of {sampler.group} samples ({sampler.steps_per_epoch:,} an epoch)",
+        steps=f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)",
     )
     if run.state is not None:
         context.load_state_dict(run.state)
