@@ -68,7 +68,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         data=data.summary,
         held_out=watch.plan,
         features=describe_features(features, data),
-        steps=f"{total_steps:,} of {sampler.group} samples ({sampler.steps_per_epoch:,} an epoch)",
+        steps=f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)",
     )
     if run.state is not None:
         context.load_state_dict(run.state)
