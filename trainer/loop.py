@@ -19,7 +19,7 @@ from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.report.header import describe_features, print_header
 from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.report.progress import Progress, clock, open_progress
+from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
 from trainer.resume import Checkpoints, TrainedRows, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
@@ -61,6 +61,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         evaluator = stage.evaluator(heldout, model, loss, collate, processes, run.dtype, args.batch_size)
     watch = Watch(run, model, evaluator, heldout or data.with_pixels(), eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
+    an_epoch = math.ceil(len(data) / sampler.group)
     print_header(
         run,
         model,
@@ -68,7 +69,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         data=data.summary,
         held_out=watch.plan,
         features=describe_features(features, data),
-        steps=f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)",
+        steps=f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)",
     )
     if run.state is not None:
         context.load_state_dict(run.state)
@@ -78,7 +79,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     seed_dropout(run)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
-        contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress,
+        contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
         contextlib.closing(batches),
     ):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
@@ -92,7 +93,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 unreadable.note(micro_batches)
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
-                    check_first_loss(run, model, losses)
+                    check_first_loss(run, losses)
                     keep_earlier_run(run)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)

@@ -29,9 +29,9 @@ from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import TowerSettings, read_tower_settings
+from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
@@ -161,7 +161,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
         check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
-    tower = read_tower_settings(args.vision_model_path)
+    tower = read_tower(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
     if args.compile and config.use_moe:

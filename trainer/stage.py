@@ -17,7 +17,7 @@ MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 def answer_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the cross-entropy summed over the learned tokens, and the experts' balancing loss (None without)."""
-    output = model(**model_inputs(model, batch), num_items_in_batch=1)
+    output = model(**model_inputs(model, batch), reduction="sum")
     return output.loss, output.aux_loss
 
 

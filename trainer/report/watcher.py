@@ -55,10 +55,7 @@ class Watch:
             torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
         started = time.perf_counter()
         held_out = self.evaluator.measure()
-        values = held_out.as_dict()
-        gap = values.get("gap_shuffled")
-        figures = {} if gap is None else {"gap": f"{gap:.3f}"}
-        progress.report_heldout(step, epoch, values, figures, f"step {step}  {held_out}")
+        progress.report_heldout(step, epoch, held_out.as_dict(), f"step {step}  {held_out}")
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
         self.evaluator.skipped.clear()

@@ -66,7 +66,6 @@ class CompiledVLM:
         self.rows = self.rows or rows  # of a full batch, which the warm-up's are
         if rows != self.rows or min(len(inputs.get(name, ())) for name in ("image_starts", "learned_positions")) < 2:
             return self.model(**inputs)
-        mark_dynamic(inputs["learned_positions"], 0)
         return self.compiled(**inputs)
 
     def warm_up(self, loss: Callable, batches: list[dict], dtype: torch.dtype):
@@ -107,20 +106,22 @@ def compiled_loss(loss, **options):
     """Returns the compiled loss of any number of learned tokens."""
     compiled = torch.compile(loss, **options)
 
-    def call(logits, targets, num_items):
+    def call(logits, targets, reduction):
         for part in (logits, targets):
             mark_dynamic(part, 0)
-        return compiled(logits, targets, num_items)
+        return compiled(logits, targets, reduction)
 
     return call
 
 
 def mark_length(block: nn.Module, inputs: tuple):
-    """Tells the compiler that a block of the decoder gets any length."""
-    hidden_states, rotary, *_ = inputs
+    """Tells the compiler that a block of the decoder gets any length, and its last one any number of positions."""
+    hidden_states, rotary, *_, positions = inputs
     mark_dynamic(hidden_states, 1)
     for part in rotary:
         mark_dynamic(part, 2)
+    if positions is not None:
+        mark_dynamic(positions, 0)
 
 
 def mark_images(block: nn.Module, inputs: tuple):
