@@ -172,6 +172,14 @@ class VLMDataset(TokenisedRows, Dataset):
         name = self._names.dictionary[number].as_py()
         return self.images_path / name, name
 
+    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a sample's text without its images' placeholders."""
+        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+        for start in sample["image_starts"].tolist():
+            is_text[start : start + self.image_tokens] = False
+        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
+        return sample | texts | {"image_starts": sample["image_starts"][:0]}
+
     def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
         """Returns the path or bytes of each image of a tokenised row, and what errors call it."""
         if not self.is_parquet:
@@ -263,8 +271,8 @@ class VLMCollator:
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
         images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
-        learned, units: how many; tokens: how many without padding; skipped: the PictureErrors of samples left out.
-        Where nothing is left, the images are missing too.
+        learned; units: N, which the loss is divided by; samples: B; tokens: how many there are without padding;
+        skipped: the PictureErrors of samples left out. Where nothing is left, the images are missing too.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -282,6 +290,7 @@ class VLMCollator:
             "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
             "learned_positions": learned_positions,
             "units": len(learned_positions),
+            "samples": len(samples),
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }

@@ -136,6 +136,13 @@ class TokenisedRows:
         return int((self.column("cut_tokens")[self.positions] > 0).sum())
 
     @property
+    def summary(self) -> str:
+        """What a run's header says of the samples."""
+        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
+        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
+        return f"{len(self.positions):,} rows, {self.picture_count:,} pictures, {learned}"
+
+    @property
     def rules(self) -> dict[str, str]:
         """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
         counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())

@@ -8,11 +8,11 @@ import json
 import re
 import shlex
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
 from common.paths import TOWER_DIR, display_path
@@ -23,22 +23,25 @@ from trainer.report import charts, page
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
-TAGS = {"transformers": ("llava",), "gguf": ("llama.cpp", "llava"), "weights": ()}
-LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
-LOSSES["gap_shuffled"] = "grounding gap"
+TAGS = {"transformers": ["llava"], "gguf": ["llama.cpp", "llava"], "weights": []}
+LOSSES = {
+    "loss": "loss, right images",
+    "loss_shuffled": "loss, images of other rows",
+    "loss_blind": "loss, no images",
+    "gap_shuffled": "grounding gap",
+}
 SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
 INK, GRID, COLOURS = "#626b76", "#e4e7eb", {"c1": "#2b6cb0", "c2": "#c05621"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is published, as far as its files tell.
+    """A model to publish.
 
     Attributes:
         kind: "transformers", "gguf" or "weights" (the original's format).
-        name: The run's.
-        files: Path or content of each of its files, by name on the hub.
-        left_out: Names of the files beside them that are not published.
+        name: Its run's name.
+        files: Path or content of each file by its name on the hub.
         sees_images: Whether it has a projection.
         sidecar: How it was made; "arguments", "config" and "versions" may be empty.
         parameters: Of decoder and projection; None where the files do not tell.
@@ -47,14 +50,13 @@ class Model:
     kind: str
     name: str
     files: dict[str, Path | bytes]
-    left_out: list[str]
     sees_images: bool
     sidecar: dict
     parameters: int | None
 
     @property
     def tower(self) -> str | None:
-        """The hub's name of its vision tower, where that is the published one."""
+        """The name of its vision tower on the hub if that is the published one."""
         path = self.sidecar["arguments"].get("vision_model_path")
         width = self.sidecar["config"].get("vision_hidden_size")
         is_published = path == display_path(TOWER_DIR) if path else width == TOWER_WIDTH
@@ -65,16 +67,7 @@ class Model:
 def card_files(
     model: Model, record: page.Record, repo: str, licence: str, languages: list[str], with_samples: bool
 ) -> dict[str, bytes]:
-    """Returns the card, and the images that it shows, by name on the hub.
-
-    Args:
-        model: What is published.
-        record: Of its run; without metrics the card says less.
-        repo: NAME/REPO.
-        licence: The hub's id of a licence.
-        languages: ISO codes.
-        with_samples: Whether sample images go with it.
-    """
+    """Returns the card and its images by name on the hub; without metrics in the record the card says less."""
     task = "image-text-to-text" if model.sees_images else "text-generation"
     results = eval_results(record, task)
     metadata = ModelCardData(
@@ -88,7 +81,7 @@ def card_files(
         eval_results=results or None,
     )
     images = [image for image in page.descriptions(record) if image["data"] is not None] if with_samples else []
-    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]  # one may have several questions
+    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]
     files = {path: b64decode(image["data"]) for path, image in samples}
     if curve := loss_curve(record):
         files[CURVE] = curve
@@ -96,7 +89,7 @@ def card_files(
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"number": page.number, "text": lambda value: as_text(str(value)), "quote": shlex.quote}
     environment.filters |= {"literal": lambda text: json.dumps(text, ensure_ascii=False)}
-    shown = page.Record(record.folder, record.name, record.training, record.evaluations, model.sidecar)
+    shown = replace(record, sidecar=model.sidecar)
     text = environment.get_template("model_card.md.jinja").render(
         model=model,
         name=record.name,
@@ -110,11 +103,11 @@ def card_files(
         knows_scenes=shown.learns_scenes,
         **page.settings(shown),
     )
-    return {CARD: str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")).encode("utf-8")} | files
+    return {CARD: f"---\n{metadata.to_yaml()}\n---\n\n{text}".encode()} | files
 
 
 def eval_results(record: page.Record, task: str) -> list[EvalResult]:
-    """Returns the last held-out losses (nats per token), and the grades on drawn scenes, as the hub shows them."""
+    """Returns the last held-out losses (nats per token) and the accuracy on drawn scenes."""
     last, scenes = record.evaluations[-1] if record.evaluations else {}, record.scenes.get("rows", [])
     samples = f"{page.number(last.get('samples'))} held-out samples"
     rows = [(samples, "loss", name, last.get(key)) for key, name in LOSSES.items()]

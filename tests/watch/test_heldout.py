@@ -11,14 +11,15 @@ import pytest
 import torch
 from tiny import EVAL, PRETRAIN, SFT, pretrain_row, read_jsonl, write_jsonl
 
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.prompts import first_answer
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import evaluate as evaluation
-from trainer.evaluate import Evaluator, perplexity, without_images
+from trainer.evaluate import Evaluator, perplexity
 from trainer.report.progress import Progress
 from trainer.report.watcher import Watch
+from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
@@ -43,8 +44,12 @@ def model(world):
     return MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=2), vision_model_path=world.tower).train()
 
 
-def measured(data, model, batch_size=4):
-    return Evaluator(data, model, CPU, torch.float32, batch_size).measure()
+def evaluator_of(data, model, batch_size=4):
+    return Evaluator(data, model, answer_loss, VLMCollator(), CPU, torch.float32, batch_size)
+
+
+def measured(data, model):
+    return evaluator_of(data, model).measure()
 
 
 # ---- the measured losses
@@ -72,7 +77,7 @@ def test_the_three_losses_are_those_of_each_row_alone(world, tokenizer, model):
         own = sample["pixel_values"]
         other = others.get(id(sample), own)
         other = torch.cat([other, other])[: len(own)]
-        for way, (row, pixels) in enumerate(((sample, own), (sample, other), (without_images(sample, 196), own[:0]))):
+        for way, (row, pixels) in enumerate(((sample, own), (sample, other), (data.without_images(sample), own[:0]))):
             loss, learned = summed_loss(model, row, pixels)
             sums[way] += loss
         tokens += learned
@@ -120,10 +125,10 @@ def test_a_loss_that_cannot_be_measured_is_none(world, tokenizer, model, tmp_pat
 def test_more_pictures_than_are_cached_give_the_same(world, tokenizer, model, monkeypatch):
     data = rows_of(world, tokenizer)
     kept = measured(data, model)
-    monkeypatch.setattr(evaluation, "KEPT_PICTURES", 3)
-    evaluator = Evaluator(data, model, CPU, torch.float32, 4)
+    monkeypatch.setattr(evaluation, "CACHED_PICTURES", 3)
+    evaluator = evaluator_of(data, model)
     again = evaluator.measure()
-    assert not evaluator.seen
+    assert not evaluator.samples
     for name in ("loss", "loss_shuffled", "loss_blind"):
         assert getattr(again, name) == pytest.approx(getattr(kept, name), rel=1e-4)
 
@@ -132,7 +137,7 @@ def test_a_broken_picture_is_skipped_and_named(world, tokenizer, model, tmp_path
     images = shutil.copytree(world.images, tmp_path / "images")
     (images / "3.jpg").write_bytes(b"no picture")
     data = rows_of(world, tokenizer, "pretrain", images)
-    evaluator = Evaluator(data, model, CPU, torch.float32, 4)
+    evaluator = evaluator_of(data, model)
     for _ in range(2):
         assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
     assert {error.name for error in evaluator.skipped} == {"3.jpg"}
@@ -312,7 +317,7 @@ def test_exact_match_counts_short_answers_only(world, tokenizer, model, monkeypa
         "generate_answers",
         lambda model, tokenizer, inputs, longest: [next(said) for _ in inputs["input_ids"]],
     )
-    evaluator = Evaluator(data, model, CPU, torch.float32, 2)
+    evaluator = evaluator_of(data, model, 2)
     assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
     assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)
 
@@ -332,20 +337,18 @@ def test_a_chat_keeps_its_history_and_takes_pictures(world, watched):
         *("你好", str(picture), str(missing), "图中有什么？", "在哪里？"),
         f"'{picture}' 这是什么？",  # a path and a question in one line
         f"{missing} 这是什么？",  # not asked without its image
-        *(f"/image {picture}", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
+        *(f"'{picture}'", "它呢？", "/new", "/help", "/forget it", "\udcff\udcfe", "/quit", "not read"),
     )
     assert said.count("tokens/s") == 6
     assert said.count("1 picture(s) added: ask about them") == 2
     assert said.count("not added, and nothing asked: ") == 2
     assert "a new conversation" in said
-    assert said.count("/image PATH") == 2  # at the start, and for /help
-    assert "no command /forget" in said
+    assert said.count("/new starts a new conversation") == 3  # at the start, for /help and for no command
 
 
-def test_a_chat_that_is_too_long_drops_its_oldest_turns(world, watched):
-    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "天" * 40_000, "你好")
-    assert said.count("(the conversation is too long: the oldest 1 question(s) and answer(s) are dropped)") == 1
-    assert "are more than the model's 32,768 positions" in said
+def test_a_question_that_makes_a_chat_too_long_is_refused(world, watched):
+    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "你好", "/new", "好" * 25_000)
+    assert said.count("are more than the model's 32,768 positions") == 1
     assert said.count("tokens/s") == 3
 
 
