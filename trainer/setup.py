@@ -1,23 +1,17 @@
 """What comes before training: functions that find, check and load what a run needs, and return it."""
 
-import argparse
-import glob
 import hashlib
 import os
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, count
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import RankError, UsageError
-from common.files import load_file, lock, scratch_folder
+from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
-from common.schema import SchemaError, check
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.forms import RIGHT_FORM
@@ -28,48 +22,14 @@ from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import TowerSettings, read_tower_settings
+from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
+from trainer.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
 SHOWN_BAD_ROWS = 20
-# Of the files a run writes, after its name.
-SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
-REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
-ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """The files a run writes: {save_dir}/{name}, with these endings."""
-
-    save_dir: Path
-    name: str
-
-    def __post_init__(self):
-        endings = {"weights": ".pth", "state": "_resume.pth", "metrics": ".metrics.jsonl", "samples": "_samples"}
-        for field, ending in (endings | {"bad_rows": BAD_ROWS}).items():
-            object.__setattr__(self, field, self.save_dir / f"{self.name}{ending}")
-
-    @cached_property
-    def aside(self) -> Path:
-        """What an earlier run of this name is kept as: no file begins with it, and no weights are looked for there."""
-        now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
-        names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
-        return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
-
-    def keep_aside(self, *endings: str) -> bool:
-        """Renames what an earlier run wrote; tells whether there was anything. UsageError where that fails."""
-        paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
-        there = [path for path in paths if os.path.lexists(path)]
-        for path in there:
-            try:
-                path.rename(paths[path])
-            except OSError as error:
-                raise UsageError(f"{display_path(path)} cannot get another name: {error.strerror}") from error
-        return bool(there)
 
 
 @dataclass(frozen=True)
@@ -84,6 +44,7 @@ class Run:
         tower: What the vision tower's own files say.
         files: Where everything is written.
         state: The checkpoint to resume from, or None.
+        dtype: Of matrix products.
         started: `time.perf_counter()` at the start.
         lock: Keeps another process from writing the same files.
     """
@@ -98,6 +59,7 @@ class Run:
     tower: TowerSettings
     files: RunFiles
     state: dict | None
+    dtype: torch.dtype
     started: float
     lock: object
 
@@ -106,8 +68,9 @@ class Run:
         return self.processes.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.args.dtype)
+    def settings(self) -> dict:
+        """The flags in effect, for sidecar, checkpoint and wandb."""
+        return vars(self.args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
 
     @property
     def bundle(self) -> Bundle:
@@ -115,14 +78,9 @@ class Run:
         return BUNDLES[self.args.assets]
 
     @property
-    def is_builtin(self) -> bool:
-        """Whether the model is the built-in one."""
-        return self.bundle is BUILTIN
-
-    @property
     def learns_scenes(self) -> bool:
         """Whether the data is the built-in set."""
-        return self.is_builtin and self.args.data_path.parent == BUILTIN_DATASET_DIR
+        return self.args.data_path.parent == BUILTIN_DATASET_DIR
 
     @property
     def compiles(self) -> bool:
@@ -160,7 +118,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
         check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
-    tower = read_tower_settings(args.vision_model_path)
+    tower = read_tower(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
     if args.compile and config.use_moe:
@@ -170,12 +128,12 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
             "from: give it another name"
         )
-    held = prepare_save_dir(files, processes)
+    run_lock = prepare_save_dir(files, processes)
     state = read_state(args, files, processes)
-    kept = args.dtype or (state and state["arguments"].get("dtype"))
-    dtype = kept or str(pick_dtype(None, processes.device, config.head_dim)).removeprefix("torch.")
-    args = argparse.Namespace(**vars(args) | {"dtype": dtype})
-    return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
+    dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
+    dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
+    models = tokenizer, sha256, weights, config, tower
+    return Run(stage, args, processes, *models, files, state, dtype, started, run_lock)
 
 
 def be_deterministic():
@@ -234,70 +192,11 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     return config
 
 
-def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
-    """Reads the checkpoint to resume from; None to start over.
-
-    Raises:
-        UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
-    """
-    if not args.from_resume:
-        if args.from_resume is None and is_unfinished(files.state):
-            raise UsageError(
-                f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
-                "--from_resume 0 starts over; the old files get a timestamp"
-            )
-        return None
-    if not files.state.is_file():
-        processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
-        return None
-    state = load_file(files.state)
-    try:
-        check(state, weight_io.STATE)
-    except SchemaError as error:
-        raise UsageError(
-            f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
-            "starts over"
-        ) from error
-    return state
-
-
-def is_unfinished(path: Path) -> bool:
-    """Tells whether a checkpoint is of a run with epochs left; one that cannot be read is of no use to anybody."""
-    if not path.is_file():
-        return False
-    try:
-        state = load_file(path)
-        return state["epoch"] < int(state["arguments"]["epochs"])
-    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
-        return False
-
-
-def prepare_save_dir(files: RunFiles, processes: Processes):
-    """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
-
-    Returns:
-        The lock on the run's name, held by the main rank.
-
-    Raises:
-        UsageError: If it cannot be written to, or another process writes the same files now.
-    """
-    try:
-        with scratch_folder(files.save_dir):  # it can be written to
-            return lock(files.save_dir / files.name) if processes.is_main else None
-    except BlockingIOError as error:
-        raise RankError(
-            f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
-            "run another --save_weight or --save_dir"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"--save_dir {files.save_dir} cannot be written to: {error.strerror}") from error
-
-
 def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     """Loads the tokenised rows; prints the report on bad ones.
 
     Returns:
-        The rows to learn from and the rows to measure on: those of --eval_data, or some held out; None for none.
+        The rows to train on, and the rows to measure on: those of --eval_data, or some held out; None for none.
 
     Raises:
         UsageError: If there are more bad rows than --max_bad_rows, or nothing is left.
@@ -305,40 +204,47 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
-    for name, rule in data.rules.items():
-        run.log(f"{name}: {rule}")
+    for kind, rule in data.rules.items():
+        run.log(f"{kind}: {rule}")
     if len(data) == 0:
         raise DataError(f"{data.data_path} has no row to learn from")
+    if data.picture_count == 0 and args.freeze_llm == "all":
+        raise UsageError(
+            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
+            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
+        )
     if args.eval_data == "none":
         return data, None
-    if args.eval_data is None:
-        kept, heldout = hold_out(data)
-        report_shared_images(run, data, kept, heldout)
-        return kept, heldout
-    path = Path(args.eval_data).expanduser().resolve()
-    heldout = open_data(run, path, args.eval_images_path or args.images_path)
+    if args.eval_data is not None:
+        return data, load_eval_data(run, data)
+    training, heldout = hold_out(data)
+    if heldout is not None:
+        report_shared_images(run, data, training, heldout)
+    return training, heldout
+
+
+def load_eval_data(run: Run, data: VLMDataset) -> VLMDataset:
+    """Loads the rows of --eval_data; reports those that cannot be used, and those that are trained on too."""
+    path = Path(run.args.eval_data).expanduser().resolve()
+    flag = f"--eval_data {display_path(path)}"
+    heldout = open_data(run, path, run.args.eval_images_path or run.args.images_path)
     if heldout.bad_rows:
-        first = heldout.bad_rows[0]
-        run.log(
-            f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, "
-            f"the first is {first.line}: {first.reason}"
-        )
+        count, first = len(heldout.bad_rows), heldout.bad_rows[0]
+        reason = f"the first is {first.line}: {first.reason}"
+        run.log(f"{flag}: {count} rows cannot be measured on and are left out, {reason}")
     if len(heldout) == 0:
-        raise UsageError(f"--eval_data {display_path(path)} has no row to measure on")
-    both = rows_in_both(data, heldout)
-    if both:
+        raise UsageError(f"{flag} has no row to measure on")
+    if both := rows_in_both(data, heldout):
         run.log(
-            f"warning: {both:,} of the {len(heldout):,} rows of --eval_data {display_path(path)} are trained on too, "
-            "so the held-out loss says less than it seems to"
+            f"warning: {both:,} of the {len(heldout):,} rows of {flag} are trained on too, so the held-out loss says "
+            "less than it seems to"
         )
-    return data, heldout
+    return heldout
 
 
-def report_shared_images(run: Run, data: VLMDataset, kept: VLMDataset, heldout: VLMDataset | None):
+def report_shared_images(run: Run, data: VLMDataset, training: VLMDataset, heldout: VLMDataset):
     """Says how many rows are left out, or trained on, although they show a held-out image."""
-    if heldout is None:
-        return
-    left_out, trained_on = len(data) - len(kept) - len(heldout), len(showing_the_same(kept, heldout))
+    left_out, trained_on = len(data) - len(training) - len(heldout), len(showing_the_same(training, heldout))
     if left_out:
         run.log(f"{left_out:,} rows show a held-out image beside others: neither learned nor measured on")
     if trained_on:
@@ -356,39 +262,37 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 def report_bad_rows(run: Run, data: VLMDataset):
     """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; UsageError if they are too many."""
-    args, path = run.args, run.files.bad_rows
+    path, bad = run.files.bad_rows, data.bad_rows
     if run.processes.is_main and run.state is None and run.files.weights.is_file():
         run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
-    if not data.bad_rows:
+    if not bad:
         if run.processes.is_main:
             path.unlink(missing_ok=True)
         return
-    place = "row" if data.is_parquet else "line"
-    report = [f"{data.data_path}: {len(data.bad_rows)} of {data.row_count} rows cannot be learned from"]
-    if any(row.reason.startswith("no such picture") for row in data.bad_rows):
-        report[0] += f" (pictures are looked for in {display_path(data.images_path)})"
-    report += [f"  {place} {row.line}: {row.reason}" for row in data.bad_rows]
+    title = f"{data.data_path}: {len(bad)} of {data.row_count} rows cannot be learned from"
+    if any(row.reason.startswith("no such picture") for row in bad):
+        title += f" (pictures are looked for in {display_path(data.images_path)})"
+    report = [title, *(f"  {'row' if data.is_parquet else 'line'} {row.line}: {row.reason}" for row in bad)]
     if run.processes.is_main:
         try:
             path.write_text("\n".join(report) + "\n", encoding="utf-8")
         except OSError as error:
             run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
-    lines = report[: SHOWN_BAD_ROWS + 1]
-    if len(report) > len(lines):
-        lines.append(f"  ... and {len(report) - len(lines)} more, all in {display_path(path)}")
-    limit = bad_rows_limit(data, args.max_bad_rows)
-    if len(data.bad_rows) > limit:
-        given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
-        if not data.is_parquet:
-            lines.append(f"A good line looks like this:\n  {RIGHT_FORM}")
-        cut = data.column("cut_tokens")[data.left_out]
-        if cut.any():
-            lines.append(
-                f"{(cut > 0).sum()} of them are cut by --max_seq_len {args.max_seq_len}; {cut.max()} cuts none."
-            )
-        lines.append(f"More than {given}: training does not start. Fix them, or raise --max_bad_rows.")
-        raise UsageError("\n".join(lines))
-    run.log("\n".join([*lines, "They are left out."]))
+    if len(bad) > SHOWN_BAD_ROWS:
+        report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
+    limit = bad_rows_limit(data, run.args.max_bad_rows)
+    if len(bad) <= limit:
+        run.log("\n".join([*report, "They are left out."]))
+        return
+    if not data.is_parquet:
+        report.append(f"A good line looks like this:\n  {RIGHT_FORM}")
+    cut = data.column("cut_tokens")[data.left_out]
+    if cut.any():
+        too_long = f"{(cut > 0).sum()} of them are cut by --max_seq_len {run.args.max_seq_len}"
+        report.append(f"{too_long}; {cut.max()} cuts none.")
+    share = "1 % of the rows" if run.args.max_bad_rows is None else f"--max_bad_rows {limit}"
+    report.append(f"More than {share}: training does not start. Fix them, or raise --max_bad_rows.")
+    raise UsageError("\n".join(report))
 
 
 def load_model(run: Run) -> MiniMindVLM:
@@ -406,10 +310,7 @@ def load_model(run: Run) -> MiniMindVLM:
 
 
 def freeze(model: MiniMindVLM, frozen: str):
-    """Sets what learns beside the projection: the decoder's layers ("none" is frozen), its "ends", or nothing ("all").
-
-    The tower is frozen in every mode.
-    """
+    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection learns, the tower never."""
     model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
     if frozen == "ends":
@@ -428,26 +329,26 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 
 
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
-    """Opens the folder that keeps the tower's features, where --cache_vision or its default says so, for all ranks.
+    """Opens the cache of the tower's features, where --cache_vision or its default says so, for all ranks.
 
     Raises:
         FeatureCacheError: If a folder was named, and has no room for it.
     """
-    wish, save_dir = run.args.cache_vision, run.files.save_dir
-    folder = save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
-    if wish == "off" or data.picture_count == 0 or (wish is None and run.device.type == "cuda"):
+    flag = run.args.cache_vision
+    folder = run.files.save_dir / "vision_features" if flag is None else Path(flag).expanduser().resolve()
+    if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
     # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))
     try:
         needed = features.make_room(data.picture_keys)
-        is_kept = wish is not None or needed <= shutil.disk_usage(folder).free / 10
+        has_room = flag is not None or needed <= shutil.disk_usage(folder).free / 10
     except FeatureCacheError as error:
-        if wish is not None:
+        if flag is not None:
             raise
         run.log(f"warning: {error}")
-        is_kept = False
+        has_room = False
     run.processes.barrier(patient=True)  # each has read all pictures
     # What is free may change while ranks look, but all of them must decide the same.
-    return features if run.processes.sum(not is_kept) == [0] else None
+    return features if run.processes.sum(not has_room) == [0] else None

@@ -5,6 +5,7 @@ model_card.md.jinja is the card's template. Text from the run's files is escaped
 
 import io
 import json
+import re
 import shlex
 from base64 import b64decode
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.report import charts, page
-from trainer.report.samples import as_text
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
@@ -31,7 +31,7 @@ LOSSES = {
     "gap_shuffled": "grounding gap",
 }
 SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
-INK, GRID, COLOURS = "#626b76", "#e4e7eb", ("#2b6cb0", "#c05621")
+INK, GRID, COLOURS = "#626b76", "#e4e7eb", {"c1": "#2b6cb0", "c2": "#c05621"}
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,20 @@ def loss_curve(record: page.Record) -> bytes | None:
     def at(x: float, y: float) -> tuple[float, float]:
         return x * SCALE, (y + HEAD) * SCALE
 
-    draw.text(at(8, -HEAD / 2), f"loss, {chart['unit']}", INK, font, "lm")
-    for value in chart["marks"]:
-        y = chart["y"](value)
-        draw.line([at(charts.LEFT, y), at(charts.RIGHT, y)], GRID, 2)
-        draw.text(at(charts.LEFT - 7, y), charts.tick_label(value), INK, font, "rm")
-    for step in chart["steps"]:
-        draw.text(at(chart["x"](step), charts.BOTTOM + 16), charts.tick_label(step), INK, font, "mm")
-    for number, (curve, colour) in enumerate(zip(chart["curves"], COLOURS, strict=False)):
-        draw.text(at(charts.WIDTH - 160 + 80 * number, -HEAD / 2), curve["series"].name, colour, font, "lm")
-        draw.text(at(charts.RIGHT + 6, curve["label_y"]), charts.value_label(curve["last"]), colour, font, "lm")
-        for stretch in curve["stretches"]:
-            points = [at(chart["x"](step), chart["y"](value)) for step, value in stretch]
-            draw.line(points, colour, 3, joint="curve")
-            draw.circle(points[-1], 6, colour)  # a stretch of one point has no line
+    draw.text(at(8, -HEAD / 2), f"loss, {chart.unit}", INK, font, "lm")
+    for number, ((name, last), colour) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
+        draw.text(at(charts.WIDTH / 2 + 105 * number, -HEAD / 2), f"{name} {last}", colour, font, "lm")
+    for style, points in chart.lines:
+        draw.line([at(*point) for point in points], COLOURS.get(style.removeprefix("curve "), GRID), 3, joint="curve")
+    for style, x, y, _ in chart.dots:
+        draw.circle(at(x, y), 6, COLOURS[style])
+    for x, y, anchor, text in chart.texts:
+        draw.text(at(x, y), text, INK, font, {"middle": "mm", "end": "rm"}[anchor])
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def as_text(text: str) -> str:
+    """Escapes text for a cell of a Markdown table: one line, no markup."""
+    return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", text).split())
