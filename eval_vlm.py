@@ -155,7 +155,7 @@ class Chat:
             started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
             each = [[picture] for picture in pictures for _ in turns]
             answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            total = f"{len(answers)} answers at once: {speed(sum(map(len, answers)), started)}"
+            total = f"{len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}"
             questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
             for question, ids in zip(questions, answers, strict=True):
                 print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
