@@ -204,7 +204,9 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure(shows_progress)
     if held_out.loss is None:
-        raise UsageError(f"no row of {args.eval_data} can be evaluated: there is none, or no picture can be read")
+        raise UsageError(
+            f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
+        )
     short = args.short_answer
     right, asked = exact_match(evaluator, assistant.tokenizer, short, shows_progress) if short else (0, 0)
     for error in dict.fromkeys(map(str, evaluator.skipped)):
