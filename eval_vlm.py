@@ -31,7 +31,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.paths import EVAL_IMAGES_DIR, display_path, printable
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
 from dataset.scenes.draw import heldout_scenes
 from dataset.scenes.language import DESCRIBE, LANGUAGES
@@ -41,6 +41,7 @@ from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
 from trainer.evaluate import Evaluator, exact_match, perplexity
 from trainer.report.scene_table import scene_table
+from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
 DRAWN_EVAL_IMAGES = 8
@@ -201,7 +202,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     with processes.main_first():
         data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, *form)
     shows_progress = processes.is_main and sys.stderr.isatty()
-    evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
+    collate = VLMCollator(assistant.model.config.pad_token_id)
+    evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure(shows_progress)
     if held_out.loss is None:
         raise UsageError(

@@ -31,6 +31,7 @@ from common.paths import (
     display_path,
     place_of,
 )
+from model.vision_tower import TowerError, TowerSettings, read_tower_settings
 from model.vlm_config import PROMPT_FORMS
 from model.weights import (
     Weights,
@@ -142,6 +143,15 @@ def bundle_of(weights: Weights) -> Bundle:
     """Returns the generation of weights: the one that their sidecar names, else the first that their shape fits."""
     named = BUNDLES.get(weights.sidecar.get("assets"))
     return named or next(bundle for bundle in BUNDLES.values() if bundle.fits(weights.config))
+
+
+def read_tower(folder: Path) -> TowerSettings:
+    """Reads a tower's settings; its TowerError also says how to download the published one."""
+    try:
+        return read_tower_settings(folder)
+    except TowerError as error:
+        bundle = MINIMIND_3V if folder == place_of(MINIMIND_3V.tower) else MINIMIND2
+        raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
 def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:

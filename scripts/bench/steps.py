@@ -8,9 +8,9 @@ import torch
 from dataset.lm_dataset import VLMCollator
 from dataset.sampler import BatchSampler
 from scripts.bench.synthetic import load_data, load_model
-from trainer.loop import load_batches
+from trainer.loop import extreme_batches, load_batches
 from trainer.setup import round_frozen_weights
-from trainer.stage import answer_loss
+from trainer.stage import answer_loss, pad_answers
 from trainer.step import count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
@@ -40,15 +40,16 @@ class Steps:
         dtype = dtype or pick_dtype(None, self.device, self.model.config.head_dim)
         round_frozen_weights(self.model, dtype)
         forward = self.model.to(self.device)
+        self.collate = VLMCollator(0, LENGTH_MULTIPLE if "compiled" in how else 1)
         if "compiled" in how:
-            forward = compile_or_not(self.model, self.data, self.batch_size, self.device, dtype, print)
+            extremes = extreme_batches(self.data, self.batch_size, self.collate, self.device)
+            forward = compile_or_not(self.model, answer_loss, extremes, dtype, print)
             if forward is self.model:
                 raise RuntimeError("torch.compile does not work here")
-        self.length_multiple = LENGTH_MULTIPLE if "compiled" in how else 1
         self.context = make_context(self.model, answer_loss, self.processes, dtype, grad_clip, forward)
         self.step = partial(train_step, self.context)
         if "captured" in how:
-            self.step = CapturedStep(train_step, self.context, self.batch_size)
+            self.step = CapturedStep(train_step, self.context, partial(pad_answers, batch_size=self.batch_size))
 
     def sampler(self) -> BatchSampler:
         return BatchSampler(self.data.lengths, self.batch_size, epochs=100)
@@ -56,7 +57,7 @@ class Steps:
     def batches(self, sampler: Iterable | None = None) -> Iterator[dict]:
         """Yields batches on the device, as the training loop gets them."""
         sampler = sampler or self.sampler()
-        return load_batches(self.data, sampler, VLMCollator(0, self.length_multiple), self.device, self.workers)
+        return load_batches(self.data, sampler, self.collate, self.device, self.workers)
 
     def take(self, batch: dict) -> torch.Tensor:
         """Takes a step; returns (2,) its summed loss and learned tokens, without a sync."""
