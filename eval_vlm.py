@@ -16,6 +16,7 @@ With weights of the built-in set it also prints how many of 200 held-out scenes
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -26,30 +27,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from transformers import TextStreamer
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number, temperature
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.paths import EVAL_IMAGES_DIR, display_path, printable
-from dataset.conversation import IMAGE_TAG
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
-from dataset.scenes.draw import draw, heldout_scenes
+from dataset.scenes.draw import heldout_scenes
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from dataset.tokenizer import quiet_libraries
-from trainer.answering.assistant import Assistant, add_speed_flags
+from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.answering.typed_paths import file_of, find_pictures
-from trainer.bundles import MINIMIND2, MINIMIND_3V
+from trainer.answering.typed_paths import find_pictures
 from trainer.evaluate import Evaluator, exact_match, perplexity
 from trainer.report.scene_table import scene_table
+from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
 DRAWN_EVAL_IMAGES = 8
-CHAT_HELP = """Type a question; name a picture in it by its path, or add one before:
-  /image PATH   adds a picture to the next question (a line of paths only does so too)
-  /new          forgets the conversation
-  /help         shows this
-  /quit         ends, as an empty line does
+CHAT_HELP = """Type a question, with the paths of its pictures in it or in a line before.
+/new starts a new conversation, /help shows this, /quit or an empty line ends.
 """
 
 
@@ -72,33 +69,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_seq_len", type=number(int, 8), default=1536, help="tokens a row is cut at")
     what = "also generate answers of at most this many tokens, and compare them word for word; 0: none"
     add("--short_answer", type=number(int, 0), default=16, help=what)
-    add("--json", type=file_path, help="also write the results to this file")
-    add = parser.add_argument_group("generation").add_argument
-    add("--max_new_tokens", type=number(int, 1), default=512, help="longest answer in tokens")
-    add("--temperature", type=temperature, help=f"0: always the likeliest token {recipe('temperature')}")
-    add(
-        "--top_p", type=number(float, 1e-3, 1), help=f"sample from the likeliest tokens of this share {recipe('top_p')}"
-    )
-    what = f"sample from this many of the likeliest tokens; 0: from all {recipe('top_k')}"
-    add("--top_k", type=number(int, 0), help=what)
-    add("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
+    add("--json", type=new_file, help="also write the results to this file")
+    group = parser.add_argument_group("generation")
+    add_generation_flags(group, max_new_tokens=512)
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
     args = parser.parse_args(argv)
     if args.json and not args.eval_data:
-        parser.error("argument --json: there is something to write with --eval_data only")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        parser.error(f"argument --json: {args.json}: there is no such folder, or it is a folder itself")
+        parser.error("argument --json: needs --eval_data")
     return args
 
 
-def recipe(name: str) -> str:
-    """Says the default of a sampling flag."""
-    default, default_3v = MINIMIND2.sampling[name], MINIMIND_3V.sampling[name]
-    return f"(default: {default}{'' if default == default_3v else f'; minimind-3v: {default_3v}'})"
-
-
 def utf8_text(text: str) -> str:
-    """An argparse type: a text as it is typed in a shell; raises ValueError if it is not UTF-8."""
+    """Parses a text as it is typed in a shell, for argparse; raises ValueError if it is not UTF-8."""
     return text.encode().decode().replace("\\n", "\n")
+
+
+def new_file(text: str) -> Path:
+    """Parses the path of a file to write, for argparse."""
+    path = file_path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder, or it is a folder itself")
+    return path
 
 
 class Chat:
@@ -106,8 +97,7 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
         loaded, self.max_new_tokens = find_model(args), args.max_new_tokens
-        typed = {name: getattr(args, name) for name in loaded.sampling if getattr(args, name) is not None}
-        self.sampling = loaded.sampling | typed
+        self.sampling = sampling_of(args, loaded)
         torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
         self.assistant = Assistant(loaded, processes.device, args.dtype, args.compile)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
@@ -116,16 +106,19 @@ class Chat:
             f"{weights}: {parameters / 1e6:.3f} M parameters, {loaded.config.num_hidden_layers} layers; "
             f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
-        if loaded.knows_only_scenes and (args.image or args.image_dir or args.chat):
+        if loaded.knows_only_scenes and not args.eval_data:
             processes.log("These weights know only the drawn shapes of the built-in set.")
         if not loaded.weights.has_projection:
             untrained = "the projection is untrained, so it cannot see the pictures yet."
             processes.log(f"These weights are a language model's: {untrained}")
 
-    def turn(self, question: str, images: int) -> dict:
-        """Returns a question's turn; raises ValueError if the model has no room for it."""
-        turn = self.assistant.turn(question, images)
-        self.assistant.check_length([turn], self.max_new_tokens)
+    def turn(self, question: str, images: int, before: list[dict] | None = None) -> dict:
+        """Returns a question's turn; raises UsageError if it cannot be asked, after the turns before."""
+        try:
+            turn = self.assistant.turn(question, images)
+            self.assistant.check_length([*(before or []), turn], self.max_new_tokens)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         return turn
 
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
@@ -138,9 +131,11 @@ class Chat:
 
     def ask(self, question: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
+        print(f"{', '.join(map(printable, paths))}: {question}")
+        turn = self.turn(question, len(paths))
         try:
-            turn, pictures = self.turn(question, len(paths)), list(map(self.assistant.load_picture, paths))
-        except ValueError as error:
+            pictures = list(map(self.assistant.load_picture, paths))
+        except PictureError as error:
             raise UsageError(str(error)) from error
         self.answer([turn], pictures)
 
@@ -150,42 +145,23 @@ class Chat:
         Returns:
             How many pictures could not be read.
         """
-        try:
-            turns = [self.turn(prompt, 1) for prompt in prompts]
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        pictures = {}
+        turns, names, pictures = [self.turn(prompt, 1) for prompt in prompts], [], []
         for path in paths:
             try:
-                pictures[path] = self.assistant.load_picture(path)
+                pictures.append(self.assistant.load_picture(path))
+                names.append(printable(path.name))
             except PictureError as error:
                 print(f"{printable(path.name)}: skipped: {error}\n")
-        names = [f"{printable(path.name)}: {prompt}" for path in pictures for prompt in prompts]
-        if names:
+        if pictures:
             started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
-            each = [[picture] for picture in pictures.values() for _ in turns]
+            each = [[picture] for picture in pictures for _ in turns]
             answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            speed_of_all = speed(sum(map(len, answers)), started)
-            texts = self.assistant.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for name, text in zip(names, texts, strict=True):
-                print(f"{name}\n{text}\n")
-            count = "1 answer" if len(names) == 1 else f"{len(names)} answers at once"
-            print(f"    {count}: {speed_of_all}\n", flush=True)
+            total = f"{len(answers)} answers at once: {speed(sum(map(len, answers)), started)}"
+            questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
+            for question, ids in zip(questions, answers, strict=True):
+                print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
+            print(f"    {total}\n", flush=True)
         return len(paths) - len(pictures)
-
-    def drop_oldest(self, turns: list[dict], pictures: list) -> tuple[list[dict], list]:
-        """Drops the oldest questions and answers, with their pictures, until the rest fits; says how many."""
-        dropped = 0
-        while len(turns) > 1:
-            try:
-                self.assistant.check_length(turns, self.max_new_tokens)
-                break
-            except ValueError:
-                pictures = pictures[turns[0]["content"].count(IMAGE_TAG) :]
-                turns, dropped = turns[2:], dropped + 1
-        if dropped:
-            print(f"    (the conversation is too long: the oldest {dropped} question(s) and answer(s) are dropped)")
-        return turns, pictures
 
     def talk(self):
         """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
@@ -194,26 +170,17 @@ class Chat:
         print(CHAT_HELP)
         turns, pictures, added = [], [], []
         while (line := input("you> ").strip()) and line != "/quit":
-            command, _, rest = line.partition(" ")
-            question, paths, missing = find_pictures(rest if command == "/image" else line)
             if line == "/new":
                 turns, pictures, added = [], [], []
-                print("    a new conversation")
-                continue
-            if command == "/image" and (path := file_of(rest.strip())):
-                question, paths, missing = "", [path], []
-            elif command == "/image" and not paths and not missing:
-                missing = [f"{rest}: no such file" if rest else "/image PATH: name a picture"]
-            elif command.startswith("/") and not paths and not missing:
-                print(CHAT_HELP if line == "/help" else f"    no command {printable(command)}; /help names them all")
+            if re.match(r"/\w*(\s|$)", line):  # a command, not a path
+                print("    a new conversation" if line == "/new" else CHAT_HELP)
                 continue
             try:  # a line that is refused changes nothing
-                if missing:
-                    raise ValueError("; ".join(map(printable, missing)))
-                self.turn(question or "?", len(added) + len(paths))
+                question, paths = find_pictures(line)
                 asked = [*added, *map(self.assistant.load_picture, paths)]
-            except ValueError as error:
-                print(f"    not added, and nothing asked: {error}")
+                turn = self.turn(question or "?", len(asked), turns)
+            except (ValueError, UsageError) as error:
+                print(f"    not added, and nothing asked: {printable(error)}")
                 continue
             if paths:
                 print(f"    with {', '.join(map(printable, paths))}")
@@ -221,9 +188,8 @@ class Chat:
                 added = asked
                 print(f"    {len(added)} picture(s) added: ask about them")
                 continue
-            turn = self.assistant.turn(question, len(asked))
-            turns, pictures = self.drop_oldest([*turns, turn], [*pictures, *asked])
-            turns, added = [*turns, {"role": "assistant", "content": self.answer(turns, pictures)}], []
+            turns, pictures, added = [*turns, turn], [*pictures, *asked], []
+            turns.append({"role": "assistant", "content": self.answer(turns, pictures)})
 
 
 def speed(tokens: int, started: float) -> str:
@@ -235,15 +201,14 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     form = assistant.model.config.image_tokens, assistant.picture_format
     with processes.main_first():
         data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, *form)
-    if len(data) == 0:
-        raise UsageError(f"{args.eval_data} has no row to measure on")
-    shows, asked, right = processes.is_main and sys.stderr.isatty(), 0, 0
-    evaluator = Evaluator(data, assistant.model, processes, torch.float32, args.batch_size)
-    held_out = evaluator.measure(shows)
+    shows_progress = processes.is_main and sys.stderr.isatty()
+    collate = VLMCollator(assistant.model.config.pad_token_id)
+    evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
+    held_out = evaluator.measure(shows_progress)
     if held_out.loss is None:
-        raise UsageError(f"nothing in {args.eval_data} could be measured on: none of its pictures can be read")
-    if args.short_answer:
-        right, asked = exact_match(evaluator, assistant.tokenizer, args.short_answer, shows)
+        raise UsageError(f"no row of {args.eval_data} can be evaluated: there is none, or no picture can be read")
+    short = args.short_answer
+    right, asked = exact_match(evaluator, assistant.tokenizer, short, shows_progress) if short else (0, 0)
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
@@ -251,29 +216,19 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     result = held_out.as_dict() | {"perplexity": perplexity(held_out.loss)}
     result |= {"short_answers": asked, "exact_match": right / asked if asked else None}
     result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
-    lines = {
-        "rows": f"{held_out.samples:,} with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s",
-        "loss": f"{held_out.loss:.4f} nats per token (perplexity {result['perplexity']:.3f})",
-        "shuffled images": as_gap(held_out.loss_shuffled, held_out.gap_shuffled),
-        "no images": as_gap(held_out.loss_blind, held_out.gap_blind),
-        "short answers": f"{right / asked:.1%} of {asked:,} to the letter" if asked else "none asked",
-    }
+    print(f"{held_out.samples:,} rows with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s")
+    print(f"{held_out} (perplexity {result['perplexity']:.3f})")
+    if asked:
+        print(f"short answers: {right / asked:.1%} of {asked:,} to the letter")
     if data.bad_rows:
-        lines["left out"] = f"{len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)"
-    for name, value in lines.items():
-        print(f"  {name:<26} {value}")
+        print(f"left out: {len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def as_gap(loss: float | None, gap: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}: a grounding gap of {gap:.4f}"
-
-
 def print_scene_table(assistant: Assistant):
     """Prints the share of right attributes and captions of the held-out scenes, beside shuffled images and chance."""
-    started = time.perf_counter()
-    rows = scene_table(assistant.model, assistant.tokenizer)
+    started, rows = time.perf_counter(), scene_table(assistant.model, assistant.tokenizer)
     scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
     print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
     print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
@@ -282,24 +237,17 @@ def print_scene_table(assistant: Assistant):
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Returns the pictures of a folder; prints what else is there.
-
-    Raises:
-        UsageError: If there are none.
-    """
-    if not folder.is_dir():
-        raise UsageError(
-            f"no folder {display_path(folder)}: put pictures there, or name some with --image or --image_dir"
-        )
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    """Returns the pictures of a folder, and prints what else it holds; raises UsageError if there are none."""
+    files = sorted(path for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
+    files = [path for path in files if not path.name.startswith(".")]
     paths = [path for path in files if is_picture(path.name) and path.is_file()]
-    endings = Counter((path.suffix.lower() or "no ending") for path in files if path not in paths)
-    others = f"{endings.total()} not read ({', '.join(f'{count} {name}' for name, count in endings.most_common())})"
+    endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
+    others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
     if not paths:
-        others = f"; {others}" if endings else ""
+        known = " ".join(sorted(PICTURE_SUFFIXES))
         raise UsageError(
-            f"no pictures in {display_path(folder)} (endings: {' '.join(sorted(PICTURE_SUFFIXES))}){others}"
+            f"no pictures ({known}) in {display_path(folder)}: put some there, or name some with --image; {others}"
         )
     if endings:
         print(f"{display_path(folder)}: {printable(others)}\n")
@@ -308,17 +256,14 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def describe_folder(chat: Chat, args: argparse.Namespace):
     """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
-    folder, is_builtin = args.image_dir or EVAL_IMAGES_DIR, chat.assistant.trained.knows_only_scenes
-    prompts = [language.requests[0] for language in (LANGUAGES if is_builtin else LANGUAGES[:1])]
-    is_builtin = is_builtin and args.image_dir is None
-    if is_builtin and not folder.is_dir():
-        folder.mkdir(parents=True)
-        for index, scene in enumerate(heldout_scenes()[:DRAWN_EVAL_IMAGES]):
-            draw(scene).save(folder / f"scene_{index}.jpg", quality=92)
-    paths = pictures_in(folder)
+    folder, only_scenes = args.image_dir or EVAL_IMAGES_DIR, chat.assistant.loaded.knows_only_scenes
+    if only_scenes and not args.image_dir and not folder.is_dir():
+        draw_heldout(folder, DRAWN_EVAL_IMAGES)
+    prompts = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE]
+    paths, prompts = pictures_in(folder), [args.prompt] if args.prompt else prompts
     batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
-    unreadable = sum(chat.describe([args.prompt] if args.prompt else prompts, batch) for batch in batches)
-    if is_builtin:
+    unreadable = sum(chat.describe(prompts, batch) for batch in batches)
+    if only_scenes and not args.image_dir:
         print_scene_table(chat.assistant)
     if unreadable:
         raise UsageError(f"{unreadable} picture(s) could not be read")
@@ -337,9 +282,7 @@ def main():
             with contextlib.suppress(EOFError):
                 chat.talk()
         elif args.image:
-            question = args.prompt or DESCRIBE
-            print(f"{', '.join(map(printable, args.image))}: {question}")
-            chat.ask(question, args.image)
+            chat.ask(args.prompt or DESCRIBE, args.image)
         else:
             describe_folder(chat, args)
 

@@ -1,4 +1,4 @@
-"""What every command line here shares."""
+"""The argument parser and argument types of every command line here."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from common.paths import printable
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks, and appends a flag's default to its help where it has one to name."""
+    """Keeps the description's line breaks, and appends a flag's default to its help where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         is_empty = action.default is None or action.default is False or action.default is argparse.SUPPRESS
@@ -21,7 +21,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong in a line, without the list of all flags, and which known flag an unknown one is like."""
+    """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one."""
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -36,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def file_path(text: str) -> Path:
-    """Returns what was typed as a path, ~ expanded; of a kind that argparse reports where no file can be there."""
+    """Converts a command line's text to a path, ~ expanded; raises ArgumentTypeError if no file can have that path."""
     try:
         path = Path(text).expanduser()
         os.path.lexists(path)  # raises for a NUL character
@@ -66,5 +66,5 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
 
 
 def temperature(text: str) -> float:
-    """An argparse type: 0, or a temperature that logits can be divided by without an overflow."""
+    """Converts a command line's text to 0 or a temperature that logits can be divided by without an overflow."""
     return float(text) and number(float, 1e-3)(text)

@@ -10,7 +10,7 @@ from common.paths import printable
 
 
 class UsageError(Exception):
-    """Something the person who typed the command can fix; the message says what is wrong and what to do."""
+    """A mistake that the person who typed the command can fix; the message says what is wrong and what to do."""
 
 
 class RankError(UsageError):
@@ -25,9 +25,9 @@ class Stopped(Exception):
         super().__init__(self.name)
 
 
-def shown(error: UsageError) -> str:
-    """Returns the message as a terminal may get it: what was typed or read may hold escape codes."""
-    return "\n".join(map(printable, str(error).split("\n")))
+def report(error: UsageError, who: str = ""):
+    lines = map(printable, str(error).split("\n"))  # what was typed or read may hold a terminal's escape codes
+    print(f"error{who}: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 def run_script(main: Callable[[], None], outlives_output: bool = False):
@@ -38,7 +38,7 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # an output of ASCII only, as with LC_ALL=C, ends no program
+            stream.reconfigure(errors="backslashreplace")  # don't crash on an ASCII terminal (LC_ALL=C)
     try:
         if outlives_output:
             outlive_output()
@@ -48,13 +48,13 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
             report_lost_output()
     except RankError as error:
         rank = os.environ.get("RANK", "")
-        print(f"error{f' (process {rank})' if rank.isdecimal() else ''}: {shown(error)}", file=sys.stderr, flush=True)
+        report(error, f" (process {rank})" if rank.isdecimal() else "")
         sys.stdout.flush()
         os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
     except UsageError as error:
         # Under torchrun every rank sees the same mistake; one per machine reports it.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {shown(error)}", file=sys.stderr, flush=True)
+            report(error)
         sys.exit(1)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)

@@ -1,7 +1,6 @@
 """Files written whole or not at all, and read without running code from them."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,18 +16,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock
 
 from common.errors import UsageError
 from common.paths import display_path, printable
 
-TEMPORARY = ".tmp"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may be
-SCRATCH, MARK, MARKED, REPLACED = ".minimind-v-", "mark", b"a temporary folder of MiniMind-V\n", "replaced"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that weights may have
+# A scratch folder's name, the file that says this program made it, and the lock held while its process lives.
+SCRATCH, TEMPORARY, MARK, MARKED, ALIVE = ".minimind-v-", ".tmp", "mark", b"a temporary folder of MiniMind-V\n", "lock"
+REPLACED = "replaced"
 RECORD = "complete.json"  # in a folder that was written as a whole: by what, and every file with its hash
 # What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
 LOADING_ERRORS = (
@@ -47,28 +43,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for several files: all are on disk before the first is renamed, in order.
+    """Does what `write_atomically` does for files of one folder: all are on disk before the first is renamed, in order.
 
     Args:
         files: What writes each.
         then: Called once all are on disk, before they are renamed.
-
-    Raises:
-        UsageError: If that fails; all files are then as they were before.
     """
     path = next(iter(files))
     try:
-        with contextlib.ExitStack() as stack:
-            scratch = {parent: stack.enter_context(scratch_folder(parent)) for parent in {p.parent for p in files}}
+        with scratch_folder(path.parent) as scratch:
             for path, write in files.items():
-                with open(scratch[path.parent] / path.name, "wb") as file:
+                with open(scratch / path.name, "wb") as file:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
             then()
             for path in files:
-                os.replace(scratch[path.parent] / path.name, path)
-                flush_folder(path.parent)
+                os.replace(scratch / path.name, path)
+                flush(path.parent)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error names no cause
         if not isinstance(reason, OSError):
@@ -78,36 +70,32 @@ def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yields an empty folder on `parent`'s disk under a name nobody has; at the end it goes, with what is left in it.
-
-    Those of killed processes go first. The mark in each says that this program made it, and is locked while its process
-    lives.
-    """
+    """Yields an empty folder in `parent`, on the same disk; removes it at the end, and those of killed processes."""
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent)
     own = Path(tempfile.mkdtemp(TEMPORARY, SCRATCH, parent))
+    alive = FileLock(own / ALIVE)
     try:
-        with open(own / MARK, "wb") as mark:
-            with contextlib.suppress(OSError):  # not every folder knows locks
-                if fcntl is not None:
-                    fcntl.flock(mark, fcntl.LOCK_EX)
-            mark.write(MARKED)
-            mark.flush()
-            work = own / "work"
-            work.mkdir()
-            yield work
+        with contextlib.suppress(OSError, NotImplementedError):  # some network disks know no locks
+            alive.acquire()
+        work = own / "work"
+        work.mkdir()
+        (own / MARK).write_bytes(MARKED)  # from now on others may remove it once the lock is free
+        yield work
     finally:
+        alive.release()
         discard(own)
 
 
 def remove_leftovers(parent: Path):
     """Removes the scratch folders that killed processes left in `parent`."""
-    for mark in parent.glob(f"{SCRATCH}*{TEMPORARY}/{MARK}") if fcntl is not None else ():
-        if mark.is_file() and not mark.parent.is_symlink():
-            with contextlib.suppress(OSError), open(mark, "rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if file.read() == MARKED:
-                    discard(mark.parent)
+    for alive in parent.glob(f"{SCRATCH}*{TEMPORARY}/{ALIVE}"):
+        mark = alive.with_name(MARK)
+        with contextlib.suppress(OSError, NotImplementedError):  # Timeout, an OSError: its process lives
+            if mark.is_file() and mark.read_bytes() == MARKED and not mark.parent.is_symlink():
+                with FileLock(alive).acquire(timeout=0):
+                    pass  # it is free: the process has ended
+                discard(mark.parent)
 
 
 def discard(scratch: Path):
@@ -123,28 +111,28 @@ def discard(scratch: Path):
 def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, flag: str = "") -> Iterator[Path]:
     """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
 
-    An old one is replaced only if everything in it is as the same program wrote it, which its record tells.
+    An old one is replaced only if its record shows that the same program wrote everything in it.
 
     Args:
         made_by: What writes it, by a key that no other program has.
         overwrite: Whether an old one may be replaced.
-        flag: The flag that names the folder.
+        flag: The flag that names the folder, for messages.
 
     Raises:
         UsageError: If something cannot be written, or the old one has to stay.
     """
     folder = Path(os.path.realpath(folder))
     try:
-        refuse_to_lose(folder, made_by, None, overwrite, flag)
+        refuse_to_lose(folder, made_by, overwrite, flag)
         with scratch_folder(folder.parent) as scratch:
             new, former = scratch / "new", scratch / REPLACED / folder.name
             new.mkdir()
             yield new
             hashes = {name: hash_of(path) for name, path in entries(new)}
             (new / RECORD).write_text(json.dumps(made_by | {"files": hashes}, indent=0) + "\n", encoding="utf-8")
-            refuse_to_lose(folder, made_by, hashes, overwrite, flag)
+            refuse_to_lose(folder, made_by, overwrite, flag)
             if hash_of(folder / RECORD) == hash_of(new / RECORD) and all((folder / name).exists() for name in hashes):
-                return  # it is the same: another process was faster
+                return  # another process wrote the same meanwhile
             if os.path.lexists(folder):
                 former.parent.mkdir()
                 folder.rename(former)
@@ -153,20 +141,16 @@ def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, 
         raise UsageError(f"{display_path(folder)} cannot be written: {error.strerror or error}") from error
 
 
-def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: bool, flag: str):
-    """Raises UsageError if a folder is there and may not be replaced (by `new`, where that is known)."""
+def refuse_to_lose(folder: Path, made_by: dict, overwrite: bool, flag: str):
+    """Raises UsageError if a folder exists and may not be replaced."""
     if not os.path.lexists(folder):
         return
     if not overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
     record = read_record(folder)
-    own = record.get("files") if made_by.keys() <= record.keys() else {}
+    hashes = record.get("files") if made_by.keys() <= record.keys() else None
     for name, path in entries(folder):
-        if made_by.keys() <= record.keys() and "files" not in record:  # an earlier version's, which named no files
-            is_own = new is None or name in new
-        else:
-            is_own = isinstance(own, dict) and name in own and own[name] == hash_of(path)
-        if not is_own:
+        if not isinstance(hashes, dict) or name not in hashes or hashes[name] != hash_of(path):
             raise UsageError(
                 f"{display_path(folder)} is not replaced: it holds {printable(name)}, which this program did not write "
                 f"(or it was changed). Move that away{f', or name another folder with {flag}' if flag else ''}"
@@ -174,7 +158,7 @@ def refuse_to_lose(folder: Path, made_by: dict, new: dict | None, overwrite: boo
 
 
 def read_record(folder: Path) -> dict:
-    """Returns what says how a folder was written, {} where nothing does."""
+    """Returns the record of how a folder was written; {} where there is none."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -196,82 +180,48 @@ def fail(error: OSError):
 
 
 def hash_of(path: Path) -> str:
-    """Returns a file's SHA-256 (hex); "" for what is no file."""
-    digest = hashlib.sha256()
+    """Returns a file's SHA-256 (hex); "" for anything else."""
     if not path.is_file():
         return ""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def flush_folder(folder: Path):
-    """Syncs a folder, so that a renamed file is there after a power cut."""
+def flush(path: Path):
+    """Syncs a file, or a folder so that what was renamed in it is there after a power cut."""
     if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
         finally:
             os.close(number)
 
 
-def lock(name: Path):
-    """Locks a name on this machine for as long as this process lives; the system releases it, however that ends.
+def lock_of(name: Path) -> FileLock:
+    """Returns this machine's lock of a path; the system releases it when the process that holds it ends.
 
-    The lock is a file in the system's temporary folder: not every folder knows locks, and none is left among the files.
-
-    Returns:
-        What holds the lock; None where the system knows no locks.
-
-    Raises:
-        BlockingIOError: If another process holds it; its number is the message.
+    Its file lies in the system's temporary folder: not every disk knows locks, and the user's folders stay clean.
     """
-    if fcntl is None:
-        return None
-    digest = hashlib.sha256(str(name.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    try:
-        file = open(Path(tempfile.gettempdir()) / f"minimind-v-{digest}.lock", "a+")  # noqa: SIM115 (it stays open)
-    except OSError:  # another user's
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(holder or "unknown") from error
-        return None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+    user = getattr(os, "getuid", int)()  # a lock file of another user cannot be opened
+    digest = hashlib.sha256(os.fsencode(name.resolve())).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"minimind-v-{user}-{digest}.lock")
 
 
 def not_a_file(path: Path) -> str | None:
     """Says why a path cannot be read as a file: opening a pipe or a device waits for ever. None for a regular file."""
     try:
         mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
     except (OSError, ValueError) as error:
-        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        return "no such file" if is_missing else getattr(error, "strerror", None) or str(error)
-    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
-    kind = next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "a device")
-    return None if stat.S_ISREG(mode) else f"it is {kind}, not a file"
-
-
-def check_checksums(path: Path):
-    """Raises BadZipFile unless a file's checksums are right, which torch.load does not check."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return  # of a torch before 1.6, whose files hold no checksums
-    if not zipfile.is_zipfile(path):
-        raise zipfile.BadZipFile("it is damaged, most likely cut off")
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"it is damaged: {damaged} in it does not fit its checksum")
+        return getattr(error, "strerror", None) or str(error)
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file"
 
 
 def load_file(path: Path) -> dict:
@@ -292,6 +242,17 @@ def load_file(path: Path) -> dict:
         raise UsageError(
             f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
         ) from error
+
+
+def check_checksums(path: Path):
+    """Raises BadZipFile if a checksum of the file is wrong, which torch.load does not check."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # of a torch before 1.6, whose files hold no checksums
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"it is damaged: {damaged} in it does not fit its checksum")
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

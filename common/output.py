@@ -4,7 +4,7 @@ import sys
 
 
 class SteadyStream:
-    """A text stream whose failing writes are dropped and remembered; everything else is the stream's own."""
+    """A text stream that drops what cannot be written and remembers the first error."""
 
     def __init__(self, stream):
         self.stream, self.error = stream, None
@@ -20,10 +20,9 @@ class SteadyStream:
         self._try(self.stream.flush)
 
     def _try(self, do, *arguments):
-        if self.error is not None:
-            return
         try:
-            do(*arguments)
+            if self.error is None:
+                do(*arguments)
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self.error = error
 
@@ -31,17 +30,18 @@ class SteadyStream:
 def outlive_output():
     """Lets the program go on where standard output or error fails."""
     for name in ("stdout", "stderr"):
-        if not isinstance(getattr(sys, name), SteadyStream) and getattr(sys, name) is not None:
-            setattr(sys, name, SteadyStream(getattr(sys, name)))
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, SteadyStream):
+            setattr(sys, name, SteadyStream(stream))
 
 
 def report_lost_output():
-    """Says on what is left of standard output and error that the other failed; keeps Python from failing at its end."""
-    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    for name, stream in streams.items():
+    """Reports on the other stream that one failed; keeps Python from failing at its end."""
+    for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
+        stream = getattr(sys, name)
         if isinstance(stream, SteadyStream):
             stream.flush()
             if stream.error is not None:
-                left = streams["stderr" if name == "stdout" else "stdout"]
-                print(f"note: {name} could not be written ({stream.error}); the program went on", file=left)
+                note = f"note: {name} could not be written ({stream.error}); the program went on"
+                print(note, file=getattr(sys, other))
                 setattr(sys, name, None)  # its buffer holds what cannot be flushed

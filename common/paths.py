@@ -20,27 +20,18 @@ BUILTIN_TOKENIZER_DIR = ROOT / "model" / "tokenizer"
 BUILTIN_DATASET_DIR = DATASET_DIR / "builtin"
 BUILTIN_HIDDEN_SIZE = 128
 
-# The original's own names and places for the same, of all its generations; the first that is there is taken.
-MODEL_PLACES = {  # in model/
-    "vision_model/clip-vit-base-patch16": ("clip-vit-base-patch16",),
-    "vision_model/siglip2-base-p32-256-ve": ("siglip2-base-p32-256-ve",),
-    "tokenizer_minimind2": ("minimind_tokenizer", "."),
-    "tokenizer_minimind3v": ("minimind_tokenizer", "."),
-}
+# The original's own names for the same, of all its generations; the first that exists is taken.
 WEIGHT_NAMES = {"llm": ("llm", "lm", "full_sft")}
 DATA_NAMES = ("{}_data.parquet", "{}_i2t.parquet", "{}_data.jsonl", "{}_vlm_data.jsonl")
 
 
 def place_of(folder: Path) -> Path:
-    """Returns where a published tower or tokenizer lies: its folder here, or one of the original's (MODEL_PLACES)."""
-    if folder.exists():
-        return folder
-    needed = "tokenizer.json" if folder.name.startswith("tokenizer") else "config.json"
-    for usual, others in MODEL_PLACES.items():
-        if folder.match(usual):
-            model = folder.parents[usual.count("/")]
-            return next((model / other for other in others if (model / other / needed).is_file()), folder)
-    return folder
+    """Returns where a published tower or tokenizer lies: its folder here, or where the original puts it, in model/."""
+    is_tokenizer = folder.name.startswith("tokenizer")
+    model = folder.parent if is_tokenizer else folder.parents[1]
+    others = (model / "minimind_tokenizer", model) if is_tokenizer else (model / folder.name,)
+    needed = "tokenizer.json" if is_tokenizer else "config.json"
+    return folder if folder.exists() else next((other for other in others if (other / needed).is_file()), folder)
 
 
 def display_path(path: str | Path) -> str:

@@ -10,15 +10,9 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST, DEEPEST = 1 << 22, 32  # bytes of a file, and lists and objects in each other
-WORDS = {
-    str: "text",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-    int: "a whole number",
-    float: "a number",
-}
+LONGEST, DEEPEST = 1 << 22, 32  # bytes of a file, and levels of nested lists and objects
+WORDS = {str: "text", bool: "true or false", dict: "an object", list: "a list", int: "a whole number"}
+WORDS |= {float: "a number", type(None): "null"}
 
 
 class SchemaError(ValueError):
@@ -37,27 +31,27 @@ class Range:
 def matches(value, schema) -> tuple[bool, str]:
     """Tells whether a value is of a schema's kind, without what is in a list or dict, and names that kind."""
     if isinstance(schema, Range):
-        is_number = type(value) is int or (type(value) is schema.kind is float)
-        words = f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
-        return is_number and schema.low <= value <= schema.high, words
+        is_number = type(value) in (int, schema.kind) and schema.low <= value <= schema.high
+        return is_number, f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
     if isinstance(schema, frozenset):
         words = "one of " + ", ".join(sorted(map(str, schema))[:12]) if schema else "nothing of this name"
         return any(type(value) is type(choice) and value == choice for choice in schema), words
     if isinstance(schema, list):
         words = "a list" if len(schema) == 1 else f"a list of {len(schema)}"
         return isinstance(value, list | tuple) and len(schema) in (1, len(value)), words
-    kind = dict if isinstance(schema, dict) else type(None) if schema is None else schema
-    is_kind = type(value) is kind if kind in (int, float, bool) else isinstance(value, kind)  # True is an int
-    return is_kind, WORDS.get(kind, "null" if schema is None else kind.__name__)
+    kind = dict if isinstance(schema, dict) else schema or type(None)
+    is_kind = type(value) is kind if kind in (int, float) else isinstance(value, kind)  # True is an int
+    return is_kind, WORDS.get(kind, kind.__name__)
 
 
 def check(value, schema, where: str = ""):
     """Raises SchemaError unless a value fits a schema."""
     options = schema if isinstance(schema, tuple) else (schema,)
-    schema = next((option for option in options if matches(value, option)[0]), options)
-    if schema is options:
+    fitting = [option for option in options if matches(value, option)[0]]
+    if not fitting:
         words = " or ".join(matches(value, option)[1] for option in options)
         raise SchemaError(f"{where or 'it'} is {reprlib.repr(value)[:60]}, {words} is needed")
+    schema = fitting[0]
     if isinstance(schema, list):
         for index, item in enumerate(value):
             check(item, schema[index % len(schema)], f"{where}[{index}]")
@@ -74,20 +68,17 @@ def parse_json(text: str | bytes, schema):
     """Returns what JSON text holds; raises SchemaError if it is none, is nested too deeply, or does not fit."""
     try:
         content = json.loads(text)
-        level, depth = [content], 0
-        while level := [item for value in level if isinstance(value, dict | list) for item in items_of(value)]:
-            depth += 1
-            if depth > DEEPEST:
-                raise SchemaError(f"more than {DEEPEST} lists and objects are nested in each other")
+        level = [content]
+        for _ in range(DEEPEST + 1):
+            nested = [value for value in level if isinstance(value, dict | list)]
+            level = [item for value in nested for item in (value.values() if isinstance(value, dict) else value)]
+        if level:
+            raise SchemaError(f"more than {DEEPEST} lists and objects are nested in each other")
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"not JSON: {error}") from error
     check(content, schema)
     return content
-
-
-def items_of(value: dict | list):
-    return value.values() if isinstance(value, dict) else value
 
 
 def read_json(path: Path, schema):

@@ -32,12 +32,11 @@ class ChatEncoder:
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
     and ends nothing; the special tokens around each turn are added by their ids.
 
-    A tokenizer with the special token `<|image_pad|>` is minimind-3v's. That token is then an image's placeholder,
-    added by its id; there is no default system turn, and every answer begins with a think block, its own or empty.
+    With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
+    turn, and every answer begins with a think block, its own or an empty one.
 
     Args:
-        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own) or of
-            minimind-3v's.
+        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own), or 3v's.
         image_tokens: Placeholders that stand for one image (`VLMConfig.image_tokens`).
 
     Raises:
@@ -50,13 +49,10 @@ class ChatEncoder:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()  # a tokenizer saved with truncation on would cut texts silently
         self.backend.no_padding()
-        self.image_tokens, self.placeholders = image_tokens, IMAGE_CHARACTER * image_tokens
-        self.is_3v = has_image_pad(tokenizer)
-        self.image_token_id = image_token_id(tokenizer)
-        self.placeholder_ids = [self.image_token_id] * image_tokens
+        self.is_3v, self.image_token_id = has_image_pad(tokenizer), image_token_id(tokenizer)
+        self.image_tokens, self.image_ids = image_tokens, [self.image_token_id] * image_tokens
         self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
-        special_ids = self.begin_id, self.end_id, self.pad_id
-        if None in special_ids or not self.keeps_placeholders():
+        if None in (self.begin_id, self.end_id, self.pad_id) or not self.keeps_placeholders():
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
                 f"tokens, and `@` as a token of its own that is part of no other, or a special token {IMAGE_PAD}"
@@ -75,7 +71,8 @@ class ChatEncoder:
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
         """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted."""
         if not self.is_3v:
-            conversations = [with_system_turn(turns) for turns in conversations]
+            system = [{"role": "system", "content": SYSTEM_PROMPT}]
+            conversations = [turns if turns[0]["role"] == "system" else system + turns for turns in conversations]
         texts = [text for turns in conversations for turn in turns for text in self._texts(turn)]
         # One call for all of them: the tokenizer works on many texts in parallel.
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
@@ -111,7 +108,7 @@ class ChatEncoder:
         text = f"{turn['role']}\n{turn['content']}"
         if turn["role"] != "user":
             return [text]
-        return text.split(IMAGE_TAG) if self.is_3v else [text.replace(IMAGE_TAG, self.placeholders)]
+        return text.split(IMAGE_TAG) if self.is_3v else [text.replace(IMAGE_TAG, IMAGE_CHARACTER * self.image_tokens)]
 
     def _join(self, turns: list[dict], encodings) -> EncodedChat:
         chat = EncodedChat([], [], [])
@@ -122,19 +119,19 @@ class ChatEncoder:
                 encoding = next(encodings)
                 if index and turn["role"] == "user":  # minimind-3v's: an image between two texts
                     chat.image_starts.append(len(ids))
-                    ids += [self.image_token_id] * self.image_tokens
+                    ids += self.image_ids
                 elif index:  # the answer, its <|im_end|> and the newline after it
                     chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
                 for character in self._image_characters(turn):
                     start = encoding.char_to_token(character)
-                    is_whole = start is not None and encoding.ids[start:][: self.image_tokens] == self.placeholder_ids
+                    is_whole = start is not None and encoding.ids[start : start + self.image_tokens] == self.image_ids
                     chat.image_starts.append(len(ids) + start if is_whole else BROKEN)
                 ids += encoding.ids
             ids += [self.end_id, *self.newline_ids]
         return chat
 
     def _image_characters(self, turn: dict) -> list[int]:
-        """Where each image begins in the turn's expanded text; a user's own `@` beside it is not part of it."""
+        """Returns where each image begins in the turn's expanded text; a user's own `@` beside it is no part of it."""
         if turn["role"] != "user" or self.is_3v:
             return []
         positions, position = [], len("user\n")
@@ -167,8 +164,3 @@ def with_thinking(turn: dict) -> str:
     before, _, _ = answer.partition(END_OF_THINKING)
     reasoning = before.split(THINK)[-1] if END_OF_THINKING in answer else ""
     return thinking(reasoning.strip("\n")) + answer.split(END_OF_THINKING)[-1].lstrip("\n")
-
-
-def with_system_turn(turns: list[dict]) -> list[dict]:
-    """Returns the turns, with the default system turn first where they have none."""
-    return turns if turns[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *turns]

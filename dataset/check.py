@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
-from common.errors import UsageError, run_script
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
 from dataset.chat import has_image_pad
 from dataset.formats import hash_63
@@ -44,33 +44,26 @@ IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_pa
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """Reads the flags; raises UsageError if a number is too small."""
     parser = ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    add, tokenizers = parser.add_argument, ", ".join(map(display_path, TOKENIZERS))
     add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
-    default = f"the first that exists of {', '.join(map(display_path, TOKENIZERS))}"
-    add("--tokenizer_path", type=file_path, help=f"the tokenizer that training will use (default: {default})")
+    add("--tokenizer_path", type=file_path, help=f"training's (default: the first that exists of {tokenizers})")
     what = "tokens a sample is cut at; training's defaults are 640, fine-tuning 1536 (minimind-3v: 450, 768)"
-    add("--max_seq_len", type=int, default=640, help=what)
-    what = f"tokens a picture takes (default: {IMAGE_TOKENS}; minimind-3v: {IMAGE_TOKENS_3V})"
-    add("--image_tokens", type=int, help=what)
-    add("--max_bad_rows", type=int, help="rows that may be left out (default: 1 %% of the rows)")
+    add("--max_seq_len", type=number(int, 8), default=640, help=what)
+    what = f"tokens of a picture (default: {IMAGE_TOKENS}; minimind-3v: {IMAGE_TOKENS_3V})"
+    add("--image_tokens", type=number(int, 1), help=what)
+    add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
     add("--pictures", action="store_true", help="decode every picture too, and name the broken ones")
-    args = parser.parse_args(argv)
-    for name, least in {"max_seq_len": 8, "image_tokens": 1, "max_bad_rows": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value}: must be at least {least}")
-    return args
+    return parser.parse_args(argv)
 
 
 def overview(data: VLMDataset) -> list[str]:
     """Returns the counts: rows, pictures, tokens, lengths, what is cut, duplicates."""
     bad, blank = len(data.bad_rows), len(data.rows) - data.row_count
-    rows = f"{data.row_count:,}: {len(data):,} good, {bad:,} bad"
-    rows += f" ({percent(bad, data.row_count)})" if bad else ""
-    facts = {"rows": rows + (f", and {counted(blank, 'blank line')}" if blank else "")}
+    facts = {"rows": f"{data.row_count:,}: {len(data):,} good, {bad:,} bad"}
+    facts["rows"] += f" ({percent(bad, data.row_count)})" if bad else ""
+    facts["rows"] += f", and {counted(blank, 'blank line')}" if blank else ""
     if len(data):
         lengths, learned = data.lengths, int(data.learned_tokens.sum())
         total, (half, most) = int(lengths.sum()), np.percentile(lengths, (50, 95))
@@ -85,14 +78,11 @@ def overview(data: VLMDataset) -> list[str]:
 
 
 def pictures(data: VLMDataset) -> str:
-    shown, counts = data.shown_pictures, data.image_counts
-    if len(shown) == 0:
+    if data.picture_count == 0:
         return "none"
-    pairs = np.unique(np.stack((np.repeat(np.arange(len(data)), counts), shown)), axis=1)  # a row may show one twice
-    files, shared = len(np.unique(shown)), int((np.bincount(pairs[1]) > 1).sum())
-    several = f"{shared:,} of them in several rows" if shared else "none in several rows"
-    per_row = ", ".join(f"{number} in {rows:,}" for number, rows in sorted(Counter(counts.tolist()).items())[:5])
-    return f"{len(shown):,} of {counted(files, 'file')}, {several}; by row: {per_row}"
+    by_row = ", ".join(f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items()))
+    files = counted(len(np.unique(data.shown_pictures)), "file")
+    return f"{data.picture_count:,} of {files}; pictures by row: {by_row}"
 
 
 def cut(data: VLMDataset) -> str:
@@ -113,8 +103,7 @@ def duplicates(data: VLMDataset) -> str:
         for row in data.read_rows(data.positions[start : start + BATCH].tolist()):
             content = row["input_ids"], row["pictures"], row["picture_numbers"]
             original = first.setdefault(hash_63(repr(content).encode()), row["line"])
-            if original != row["line"]:
-                copies.append(f"{row['line']} (as {original})")
+            copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
     return f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
 
 
@@ -145,25 +134,25 @@ def kind_of(reason: str) -> str:
 def broken_pictures(data: VLMDataset) -> list[str]:
     """Decodes every picture, each once, and names the broken ones; training only skips their rows."""
 
-    def decode(number: int) -> str | None:
+    def decode(picture: int) -> str | None:
         try:
-            load_picture(*data.picture_source(number), data.picture_format)
+            load_picture(*data.picture_source(picture), data.picture_format)
         except PictureError as error:
             return str(error)
 
     shown = data.shown_pictures
-    numbers = np.unique(shown)
+    pictures = np.unique(shown).tolist()
     with ThreadPool() as pool:  # Pillow releases the GIL while it decodes
-        decoded = pool.imap(decode, numbers.tolist(), 16)
-        bar = tqdm(decoded, "decoding", len(numbers), unit=" pictures", leave=False, disable=None)
-        errors = {number: error for number, error in zip(numbers.tolist(), bar, strict=True) if error}
+        decoded = pool.imap(decode, pictures, 16)
+        bar = tqdm(decoded, "decoding", len(pictures), unit=" pictures", leave=False, disable=None)
+        errors = {picture: error for picture, error in zip(pictures, bar, strict=True) if error}
     if not errors:
-        return [f"broken pictures: none of {len(numbers):,}"]
+        return [f"broken pictures: none of {len(pictures):,}"]
     lines = np.repeat(data.column("line")[data.positions], data.image_counts)
     skipped = counted(len(np.unique(lines[np.isin(shown, list(errors))])), "row")
-    report = [f"broken pictures: {len(errors):,} of {len(numbers):,}; training skips {skipped}"]
-    for number, error in list(errors.items())[:SHOWN_PICTURES]:
-        text = f"{error} ({places(data, np.unique(lines[shown == number]).tolist())})"
+    report = [f"broken pictures: {len(errors):,} of {len(pictures):,}; training skips {skipped}"]
+    for picture, error in list(errors.items())[:SHOWN_PICTURES]:
+        text = f"{error} ({places(data, np.unique(lines[shown == picture]).tolist())})"
         report += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
     more = len(errors) - SHOWN_PICTURES
     return [*report, f"  ... and {more:,} more"] if more > 0 else report

@@ -1,8 +1,8 @@
 """The frozen tower's features of every picture, computed once before the first step and kept, a file for each picture.
 
 A file is named by the picture's content: pictures that change are encoded, the others are not, whatever files or data
-sets they are in. No file is ever written to again: each is renamed when it is complete, so runs and ranks may share a
-folder. Its checksum is compared whenever it is read; damaged or cut off, it counts as missing and is made again.
+sets they are in. Each is renamed when it is complete, so runs and ranks may share a folder. Its checksum is compared
+whenever it is read; damaged or cut off, it counts as missing and is made again.
 """
 
 import contextlib
@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from xxhash import xxh3_128
 
 from common.errors import UsageError
-from common.files import TEMPORARY
+from common.files import scratch_folder
 from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, decoding, load_picture
@@ -32,7 +30,7 @@ from dataset.workers import load_in_workers
 
 VERSION = 1  # part of the checksum: raise it when the same picture must give other features
 CHECKSUM_BYTES = 16
-ABANDONED_SECONDS = 3600  # writing a file takes milliseconds, so one that is older was left by a killed process
+BATCH = 64  # pictures that are decoded and written together, and on CUDA encoded
 
 
 class FeatureCacheError(UsageError):
@@ -40,10 +38,9 @@ class FeatureCacheError(UsageError):
 
 
 class FeatureFolder:
-    """Features by a picture's content (`VLMDataset.picture_keys`).
+    """Features by a picture's content (`VLMDataset.picture_keys`): files of a checksum and float16 (patches, width).
 
-    Each file holds a checksum of all that it is for and holds, and float16 (patches, width): 301 kB at CLIP's width of
-    768. They are read, not mapped: a mapped file that another process cuts off would end this one without a word.
+    They are read, not mapped: a mapped file that another process cuts off would end this one without a word.
 
     Args:
         folder: Where such folders lie.
@@ -53,7 +50,7 @@ class FeatureFolder:
 
     def __init__(self, folder: Path, made_by: str, shape: tuple[int, int]):
         self.path, self.made_by, self.shape = Path(folder) / made_by[:12], made_by, shape
-        self.file_bytes = CHECKSUM_BYTES + 2 * shape[0] * shape[1]
+        self.file_bytes = CHECKSUM_BYTES + 2 * shape[0] * shape[1]  # 301 kB for CLIP
 
     def make_room(self, keys: np.ndarray) -> int:
         """Makes the folder, and returns the bytes that the features of these pictures will still take in it.
@@ -62,17 +59,8 @@ class FeatureFolder:
             FeatureCacheError: If it cannot be written to, or its disk has no room for them.
         """
         needed = self.file_bytes * sum(not os.path.isfile(self._file(key)) for key in {*keys.tolist()} - {0})
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process removes it, too
-                for path in self.path.glob(f"*{TEMPORARY}"):
-                    if path.stat().st_mtime < time.time() - ABANDONED_SECONDS:
-                        path.unlink()
-            self._write(self.path / "writable", b"")
-            (self.path / "writable").unlink(missing_ok=True)
+        with self._explained(), scratch_folder(self.path):  # it can be written to
             free = shutil.disk_usage(self.path).free
-        except OSError as error:
-            raise self._error(error) from error
         if free < needed:
             raise FeatureCacheError(
                 f"the features of the pictures take {needed / 1e9:.1f} GB more, and {self.path} has {free / 1e9:.1f} "
@@ -91,18 +79,18 @@ class FeatureFolder:
             return None
         return features.view(np.float16).reshape(self.shape)
 
-    def write(self, key: int, features: np.ndarray):
-        """Writes a picture's features: float16 (patches, width).
+    def write(self, features: dict[int, np.ndarray]):
+        """Writes pictures' features, float16 (patches, width), by key.
 
         Raises:
             FeatureCacheError: If that fails (the disk is full).
         """
-        path = self._file(key)
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._write(path, self._checksum(key, features) + features.tobytes())
-        except OSError as error:
-            raise self._error(error) from error
+        with self._explained(), scratch_folder(self.path) as scratch:
+            for key, of_image in features.items():
+                path, new = self._file(key), scratch / f"{key}"
+                new.write_bytes(self._checksum(key, of_image) + of_image.tobytes())
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                os.replace(new, path)
 
     def _file(self, key: int) -> str:
         digits = f"{key:016x}"
@@ -113,19 +101,15 @@ class FeatureFolder:
         digest.update(np.ascontiguousarray(features))
         return digest.digest()
 
-    def _write(self, path: str | Path, content: bytes):
-        temporary = self.path / f"{uuid.uuid4().hex}{TEMPORARY}"  # no process of any machine has this name
+    @contextlib.contextmanager
+    def _explained(self):
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _error(self, error: OSError) -> FeatureCacheError:
-        return FeatureCacheError(
-            f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder with "
-            "--cache_vision, or say --cache_vision off"
-        )
+            yield
+        except OSError as error:
+            raise FeatureCacheError(
+                f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder "
+                "with --cache_vision, or say --cache_vision off"
+            ) from error
 
 
 def compute_features(
@@ -137,13 +121,7 @@ def compute_features(
     rank: int = 0,
     ranks: int = 1,
 ):
-    """Fills this rank's share of what `folder` lacks for the samples of `data`; a run that was interrupted continues.
-
-    What is there is read, to compare its checksums: 5,000 pictures, 0.25 GB, take 0.4 seconds.
-
-    A picture in several rows is encoded once, and so is one that several files hold. Off CUDA each is encoded by
-    itself: pictures encoded together change each other's last bits, and the features shall not depend on how the work
-    was divided. There, threads encode a picture each, which wastes less than all threads on one picture.
+    """Fills this rank's share of what `folder` lacks for the samples of `data`; each picture is encoded once.
 
     Args:
         encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
@@ -154,29 +132,29 @@ def compute_features(
     keys, first = np.unique(data.picture_keys, return_index=True)
     numbers = np.sort(first[keys != 0])[rank::ranks]  # of all, not of what is missing: other ranks are changing that
     numbers = [number for number in numbers.tolist() if folder.get(data.picture_keys[number]) is None]
-    if len(numbers) == 0:
+    if not numbers:
         return
-    loaded = load_in_workers(Images(data, numbers), num_workers, batch_size=64, collate_fn=list, prefetch_factor=8)
+    batches = load_in_workers(Images(data, numbers), num_workers, batch_size=BATCH, collate_fn=list, prefetch_factor=8)
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every, is_cuda = 0.2 if sys.stderr.isatty() else 30.0, device.type == "cuda"
     with (
         tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar,
         a_thread_each() as pool,
     ):
-        for images in loaded:  # of (content's hash, pixels or None)
-            pixels = [of_image for _, of_image in images if of_image is not None]
-            groups = torch.stack(pixels).split(len(pixels) if is_cuda else 1) if pixels else ()
-            encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)
-            features = (of_image for group in encoded for of_image in group)
-            for key, of_image in images:
-                if of_image is not None:
-                    folder.write(key, next(features).to("cpu", torch.float16).numpy())
-                bar.update()
+        for batch in batches:
+            images = dict(image for image in batch if image is not None)
+            if images:
+                # Pictures encoded together change each other's last bits, so off CUDA each is encoded by itself.
+                groups = torch.stack([*images.values()]).split(len(images) if is_cuda else 1)
+                encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)
+                features = torch.cat([*encoded]).to("cpu", torch.float16).numpy()
+                folder.write(dict(zip(images, features, strict=True)))
+            bar.update(len(batch))
 
 
 @contextlib.contextmanager
 def a_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yields as many threads as torch would use for one operation, each of which computes alone meanwhile."""
+    """Yields as many threads as torch would use for one operation; each computes alone, which wastes less."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads)
@@ -188,7 +166,7 @@ def a_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 class Images(Dataset):
-    """The images of these numbers, decoded: (hash of the content, pixels), pixels None where one cannot be read."""
+    """The images of these numbers: (hash of the content, pixels), or None for one that cannot be read."""
 
     def __init__(self, data: VLMDataset, numbers: list[int]):
         self.data, self.numbers = data, numbers
@@ -196,14 +174,14 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None]:
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor] | None:
         source, name = self.data.picture_source(self.numbers[index])
         try:
             with decoding(name):
                 content = source if isinstance(source, bytes) else source.read_bytes()
             return hash_63(content), load_picture(content, name, self.data.picture_format)
         except PictureError:
-            return 0, None
+            return None
 
 
 def tower_sha256(tower: torch.nn.Module) -> str:

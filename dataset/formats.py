@@ -50,7 +50,7 @@ def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
 
 
 def content_key(path: Path) -> str:
-    """Hashes a whole file as its cache key, 3 to 10 GB/s where memory holds it, else as fast as the disk reads.
+    """Hashes a whole file as its cache key, at 3 to 10 GB/s where memory holds it.
 
     Sizes, time stamps and samples of a file stay the same when a few letters are corrected in place.
     """
@@ -62,7 +62,6 @@ def content_key(path: Path) -> str:
 
 
 def changed_error(path: Path) -> DataError:
-    """Explains that a file is no longer the one whose hash names what was read from it."""
     return DataError(f"{path} changed while it was read: start again when it is complete")
 
 
@@ -101,34 +100,34 @@ def keeping_rows_of(data_path: Path):
 
 def data_error(data_path: Path, error: BaseException) -> DataError:
     """Explains an error of `datasets`: the file is unreadable, or the cache cannot be written."""
-    cache = datasets.config.HF_DATASETS_CACHE
     named = str(getattr(error, "filename", None) or "")
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if is_full or (named and named != str(data_path)):
-        reason = f"{error.strerror} ({named})" if named else error.strerror
-        return DataError(
-            f"the rows of {data_path} cannot be kept in {cache}: {reason}. Make room, or set HF_HOME to another folder"
-        )
-    return DataError(f"{data_path} cannot be read: {error}")
+    if not is_full and named in ("", str(data_path)):
+        return DataError(f"{data_path} cannot be read: {error}")
+    cache, where = datasets.config.HF_DATASETS_CACHE, f" ({named})" if named else ""
+    return DataError(
+        f"the rows of {data_path} cannot be kept in {cache}: {error.strerror}{where}. Make room, or set HF_HOME to "
+        "another folder"
+    )
 
 
 def check_file(path: Path):
     """Raises DataError unless this is a jsonl or parquet file that is not empty."""
     reason = not_a_file(path)
-    if reason and not path.is_dir():
-        raise DataError(
-            f"no such data file: {path}" if reason == "no such file" else f"{path} cannot be read: {reason}"
-        )
-    if "::" in path.name:
-        raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
+    if reason == "no such file":
+        raise DataError(f"no such data file: {path}")
     try:
-        form = foreign.form_of_file(path)
+        form = None if reason and not path.is_dir() else foreign.form_of_file(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        reason, form = error.strerror, None
     if form in foreign.FOREIGN_FILES:
         raise DataError(f"{path} is {form}. This makes training data of it:\n  {foreign.command(path)}")
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a data file")
+    if reason:
+        raise DataError(f"{path} cannot be read: {reason}")
+    if "::" in path.name:
+        raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
     if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
         raise DataError(f"{path} is neither .jsonl nor .parquet")
     if path.stat().st_size == 0:

@@ -1,43 +1,36 @@
 """Splitting off rows to measure on."""
 
-import copy
-
 import numpy as np
 
 from dataset.lm_dataset import VLMDataset
 
 
 def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
-    """Holds out the rows whose image's hash is smallest, whatever the file's order; rows about an image go together.
+    """Holds out the rows whose first image's hash is smallest, whatever the file's order; equal images go together.
 
-    Where there are images, rows without one are not taken; of three images or more, at least one is held out.
-
-    A row of several images goes by its first. Rows to learn from that show a held-out image beside others are left out,
-    unless they are more than a fifth of all.
+    Where there are images, rows without one are not taken; of three images or more, at least one is held out. Rows to
+    learn from that show a held-out image beside others are left out, unless they are more than a fifth of all.
 
     Returns:
         The rows to learn from, and the rows held out: `share` of all and at most about `most`, None for none.
     """
     candidates = data.positions[data.image_counts > 0] if data.picture_count else data.positions
-    images = len(np.unique(data.column("picture_hash")[candidates])) if data.picture_count else 0
+    hashes = data.column("picture_hash")[candidates]
+    images = len(np.unique(hashes)) if data.picture_count else 0
     share_of_all = int(share * len(data))
     wanted = min(most, max(share_of_all, int(images >= 3)))
     if wanted == 0 or wanted >= len(candidates):
         return data, None
-    hashes = data.column("picture_hash")[candidates]
     order = np.argsort(hashes, kind="stable")
     count = int(np.searchsorted(hashes[order], hashes[order[wanted - 1]], side="right"))
-    if count > (
-        2 * wanted if share_of_all else len(candidates) // 2
-    ):  # an image in so many rows that they cannot all be spared
+    if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
         count = wanted
     taken = np.sort(candidates[order[:count]])
-    kept, held_out = copy.copy(data), copy.copy(data)
-    kept.positions, held_out.positions = np.setdiff1d(data.positions, taken), taken
-    leaking = showing_the_same(kept, held_out)
+    training, held_out = data.at(np.setdiff1d(data.positions, taken)), data.at(taken)
+    leaking = showing_the_same(training, held_out)
     if len(leaking) <= len(data) // 5:
-        kept.positions = np.setdiff1d(kept.positions, leaking)
-    return kept, held_out
+        training = data.at(np.setdiff1d(training.positions, leaking))
+    return training, held_out
 
 
 def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
@@ -52,7 +45,7 @@ def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
     hashes = [rows.column("picture_hash")[rows.positions] for rows in (data, heldout)]
     suspects = [np.flatnonzero(np.isin(of_these, of_those)) for of_these, of_those in (hashes, hashes[::-1])]
     tokens = [
-        [tuple(row["input_ids"]) for row in rows.read_rows(rows.positions[places].tolist())] if len(places) else []
+        [tuple(row["input_ids"]) for row in rows.read_rows(rows.positions[places].tolist())]
         for rows, places in zip((data, heldout), suspects, strict=True)
     ]
     learned = set(tokens[0])

@@ -3,12 +3,10 @@
 A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
 """
 
-import copy
 import functools
 import hashlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -21,37 +19,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.chat import has_image_pad
-from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
 from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
-from dataset.rows import BLANK_LINE, ROWS_PER_PROCESS, tokenise_rows
-
-# What is done with rows of a special kind, by the column that marks them: the kind, and what becomes of them.
-SPECIAL = {
-    "tag_added": ("no <image>", "the picture is put first"),
-    "text_only": ("text only", "no <image>, and a black picture of 8 x 8 that stands for none; learned as text"),
-    "reasoning": ("reasoning", "the prompt has no place for reasoning_content: it is dropped, the answer learned"),
-    "empty_thinking": ("empty think", "the empty think block before an answer is dropped"),
-    "tool_calls": ("tool calls", "left out, as nothing here answers a call; not counted as bad"),
-}
-# The same for minimind-3v, whose every answer begins by thinking.
-SPECIAL_3V = SPECIAL | {
-    "reasoning": ("reasoning", "reasoning_content is learned, in the answer's think block"),
-    "empty_thinking": ("empty think", "the answer keeps its empty think block, as every other has one"),
-}
+from dataset.rows import ROWS_PER_PROCESS, BadRow, TokenisedRows
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that is left out: its line in a jsonl or row in a parquet, from 1, and why."""
-
-    line: int
-    reason: str
-
-
-class VLMDataset(Dataset):
+class VLMDataset(TokenisedRows, Dataset):
     """Conversations about images, tokenised.
 
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
@@ -85,39 +59,25 @@ class VLMDataset(Dataset):
     ):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
-        self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
+        self.picture_format = picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         if self.is_parquet:
-            raw, self.image_files = load_parquet(self.data_path, image_tokens, cache_dir)
+            raw, self.image_files = load_parquet(self.data_path, cache_dir)
         else:
             raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
         with formats.keeping_rows_of(self.data_path):
-            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
+            super().__init__(raw, tokenizer, max_length, image_tokens)
         self.features = None  # a dataset.features.FeatureFolder, see use_features
         self.leaves_small = False
-        self.special = SPECIAL_3V if has_image_pad(tokenizer) else SPECIAL
-        reasons, lines = self.rows.data.column("reason"), self.column("line")
-        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
-        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
-        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
-        good = np.delete(np.arange(len(self.rows)), list(refused))
-        missing = {} if self.is_parquet else self._missing_pictures(good)
-        self.positions = np.setdiff1d(good, list(missing))  # of each sample among all rows
-        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)} | missing
-        self.bad_rows = [BadRow(int(lines[i]), bad[i]) for i in sorted(bad)]
+        missing = {} if self.is_parquet else self._missing_pictures()
+        self.positions = np.setdiff1d(self.positions, list(missing))
+        self.bad_rows += [BadRow(int(self.column("line")[i]), reason) for i, reason in missing.items()]
+        self.bad_rows.sort(key=lambda row: row.line)
 
-    def column(self, name: str) -> np.ndarray:
-        """Returns (rows,) a column's values, of all rows."""
-        return self.rows.data.column(name).to_numpy()
-
-    def list_lengths(self, name: str) -> np.ndarray:
-        """Returns (rows,) lengths of a list column, of all rows."""
-        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
-
-    def _missing_pictures(self, good: np.ndarray) -> dict[int, str]:
+    def _missing_pictures(self) -> dict[int, str]:
         """Returns what each row's first missing image lacks. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
-        named = good[self.list_lengths("pictures")[good] > 0]
+        named = self.positions[self.image_counts > 0]
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
@@ -126,51 +86,12 @@ class VLMDataset(Dataset):
                 missing[int(index)] = reason
         return missing
 
-    # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(samples,) tokens of each sample."""
-        return self.list_lengths("input_ids")[self.positions]
-
-    @property
-    def image_counts(self) -> np.ndarray:
-        """(samples,) images of each sample."""
-        return self.list_lengths("image_starts")[self.positions]
-
-    @property
-    def learned_tokens(self) -> np.ndarray:
-        """(samples,) learned tokens of each sample."""
-        return self.column("learned_tokens")[self.positions]
-
-    @property
-    def picture_count(self) -> int:
-        """Images of all samples."""
-        return int(self.image_counts.sum())
-
-    @property
-    def cut_rows(self) -> int:
-        """Samples that lose tokens to max_length."""
-        return int((self.column("cut_tokens")[self.positions] > 0).sum())
-
-    @property
-    def rules(self) -> dict[str, str]:
-        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
-        counts = {name: self.column(name)[self.positions].sum() for name in SPECIAL if name != "tool_calls"}
-        counts = {name: count for name, count in (counts | {"tool_calls": self.tool_rows}).items() if count}
-        said = {name: f"in {count:,} row{'' if count == 1 else 's'}" for name, count in counts.items()}
-        return {self.special[name][0]: f"{text}: {self.special[name][1]}" for name, text in said.items()}
-
-    @property
-    def left_out(self) -> np.ndarray:
-        """Positions among all rows that are no samples: bad rows, blank lines, held-out rows."""
-        return np.delete(np.arange(len(self.rows)), self.positions)
-
     @functools.cached_property
     def content_sha256(self) -> str:
         """SHA-256 (hex) of the rows' tokens and images' names or bytes, wherever and whenever the file was written."""
-        hashes = self.image_files.data.column("hash").to_numpy() if self.is_parquet else None
-        digest = hashlib.sha256(hashlib.sha256(hashes).hexdigest().encode() if self.is_parquet else b"")
+        digest = hashlib.sha256()
+        if self.is_parquet:
+            digest.update(hashlib.sha256(self.image_files.data.column("hash").to_numpy()).hexdigest().encode())
         for name in ("input_ids", "learned", "image_starts", "picture_numbers" if self.is_parquet else "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
@@ -188,23 +109,14 @@ class VLMDataset(Dataset):
 
     def with_pixels(self) -> "VLMDataset":
         """Returns the same rows, coming with pixels."""
-        return self._changed(features=None)
+        return self.changed(features=None)
 
     def leaving_small_pictures(self) -> "VLMDataset":
         """Returns the same rows; where all pictures of a batch are squares of one smaller size, they come as they are.
 
         The model enlarges them to the same bytes, on its device.
         """
-        return self._changed(leaves_small=True)
-
-    def at(self, positions: np.ndarray) -> "VLMDataset":
-        """Returns a data set of only the rows at these positions among all rows."""
-        return self._changed(positions=positions)
-
-    def _changed(self, **attributes) -> "VLMDataset":
-        data = copy.copy(self)
-        vars(data).update(attributes)
-        return data
+        return self.changed(leaves_small=True)
 
     # Pictures have numbers, equal for the same name, or in a parquet for the same bytes.
 
@@ -260,14 +172,20 @@ class VLMDataset(Dataset):
         name = self._names.dictionary[number].as_py()
         return self.images_path / name, name
 
+    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a sample's text without its images' placeholders."""
+        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+        for start in sample["image_starts"].tolist():
+            is_text[start : start + self.image_tokens] = False
+        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
+        return sample | texts | {"image_starts": sample["image_starts"][:0]}
+
     def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
         """Returns the path or bytes of each image of a tokenised row, and what errors call it."""
         if not self.is_parquet:
             return [(self.images_path / name, name) for name in row["pictures"]]
-        if not row["image_starts"]:
-            return []
-        files = self.image_files[row["picture_numbers"]]["content"]
-        return [(file, f"row {row['line']}, picture {n}") for n, file in enumerate(files, start=1)]
+        sources = map(self.picture_source, row["picture_numbers"])
+        return [(content, f"row {row['line']}, picture {n}") for n, (content, _) in enumerate(sources, start=1)]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -289,22 +207,10 @@ class VLMDataset(Dataset):
                 samples.append(error)
         return stack_pictures(samples, self.picture_format)
 
-    def read_rows(self, positions: list[int]) -> list[dict]:
-        """Returns the tokenised rows (`dataset.rows.COLUMNS`) at these positions among all rows."""
-        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
-
     def _sample(self, position: int, row: dict) -> dict[str, torch.Tensor]:
-        input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-        labels = torch.full_like(input_ids, -100)
-        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-            labels[start:end] = input_ids[start:end]
-        starts = torch.tensor(row["image_starts"], dtype=torch.int64)
-        return {"input_ids": input_ids, "labels": labels, "image_starts": starts} | self._images(position, row)
-
-    def _images(self, position: int, row: dict) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        sources = self.picture_sources(row)
+        sample, sources = text_of(row), self.picture_sources(row)
         if self.features is None:
-            return {"pixel_values": self._pixels(sources)}
+            return sample | {"pixel_values": self._pixels(sources)}
         first = self.first_slots[position]
         keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
         encoded = [self.features.get(key) for key in keys.tolist()]
@@ -312,13 +218,23 @@ class VLMDataset(Dataset):
         features = np.zeros((len(encoded), *self.features.shape), np.float16)
         for image, of_image in enumerate(encoded):
             features[image] = 0 if of_image is None else of_image
-        images = {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+        sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
         if unencoded.any():  # of a broken picture, or their file was damaged or deleted since the start
-            images["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
-        return images
+            sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
+        return sample
 
     def _pixels(self, sources: Iterable[tuple[Path | bytes, str]]) -> list[torch.Tensor]:
         return [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
+
+
+def text_of(row: dict) -> dict[str, torch.Tensor]:
+    """Returns the input_ids, labels and image_starts of a tokenised row."""
+    input_ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
+        labels[start:end] = input_ids[start:end]
+    starts = torch.tensor(row["image_starts"], dtype=torch.int64)
+    return {"input_ids": input_ids, "labels": labels, "image_starts": starts}
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
@@ -355,8 +271,8 @@ class VLMCollator:
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
         images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
-        learned, units: how many; tokens: how many without padding; skipped: the PictureErrors of samples left out.
-        Where nothing is left, the images are missing too.
+        learned; units: N, which the loss is divided by; samples: B; tokens: how many there are without padding;
+        skipped: the PictureErrors of samples left out. Where nothing is left, the images are missing too.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
@@ -374,6 +290,7 @@ class VLMCollator:
             "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
             "learned_positions": learned_positions,
             "units": len(learned_positions),
+            "samples": len(samples),
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }

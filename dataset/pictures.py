@@ -2,18 +2,17 @@
 
 import contextlib
 import io
+import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common.paths import printable
-from dataset.metadata import turn_of, without_metadata
 
 # A picture so long and thin that resizing its short edge makes it larger than this is refused.
 MAX_RESIZED_PIXELS = 50_000_000
@@ -23,7 +22,15 @@ PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PP
 HEIC_CURE = "HEIC is not read: convert it to JPEG, as with `magick a.heic a.jpg` or `sips -s format jpeg a.heic`"
 BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
-Value = TypeVar("Value")
+TURNS = {  # by EXIF orientation: what makes a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_8_bits(image: Image.Image, kind: str) -> Image.Image:
     """Converts grey of more than 8 bits to 8, where Pillow would clip everything above 255; returns others unchanged.
 
-    16 bits are divided by 256; 32-bit integers and floats, whose range nothing tells, are scaled by the image's own.
-
-    Raises:
-        ValueError: If a float image holds NaN or infinity.
+    16 bits are divided by 256; 32-bit integers and floats have no fixed range and are scaled by the image's own.
+    Raises ValueError if a float image holds NaN or infinity.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -100,10 +105,6 @@ def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
     """Does the tower's preprocessing up to normalisation, which is left to the device.
 
-    Args:
-        image: A Pillow image of any mode and size.
-        picture_format: How it is resized.
-
     Returns:
         uint8 (3, size, size): the same bytes as transformers' image processor (Pillow backend) before it rescales and
         normalises.
@@ -120,15 +121,10 @@ def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FO
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def is_blank(content: bytes) -> bool:
-    """Tells whether a picture's file is the black one of 8 x 8 pixels that stands for none in published rows."""
-    if len(content) > BLANK_BYTES:
-        return False
-    try:
-        with decoding("a small picture"), Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
-            return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
-    except PictureError:
-        return False
+def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.Tensor:
+    """Resizes a decoded picture, uint8 (3, H, W), as `preprocess_image` does."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.ascontiguousarray(preprocess_image(image, picture_format)))
 
 
 @contextlib.contextmanager
@@ -144,6 +140,26 @@ def decoding(name: str):
         raise PictureError(name, reason) from error
 
 
+@contextlib.contextmanager
+def open_picture(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
+    """Yields a picture's file as Pillow opens it; raises PictureError for whatever Pillow raises inside the block."""
+    with decoding(name):
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=PICTURE_FORMATS) as image:
+            yield image
+
+
+def is_blank(content: bytes) -> bool:
+    """Tells whether a picture's file is the black one of 8 x 8 pixels that stands for none in published rows."""
+    if len(content) > BLANK_BYTES:
+        return False
+    try:
+        with open_picture(content, "a small picture") as image:
+            return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
+    except PictureError:
+        return False
+
+
 def upright(image: Image.Image, size: int) -> Image.Image:
     """Decodes an opened image, turned by its EXIF orientation and in 8 bits; a large JPEG only to twice `size`."""
     if min(image.size) >= 4 * size:
@@ -156,30 +172,28 @@ def upright(image: Image.Image, size: int) -> Image.Image:
     return to_8_bits(image if turn is None else image.transpose(turn), image.format)
 
 
-def read_picture(source: str | Path | bytes, name: str, read: Callable[[Image.Image], Value]) -> Value:
-    """Returns `read(image)` of a picture's file as Pillow opens it; where that fails, of the file without its metadata.
-
-    Raises:
-        PictureError: For whatever Pillow raises.
-    """
-    with decoding(name):
-        try:
-            with Image.open(
-                io.BytesIO(source) if isinstance(source, bytes) else source, formats=PICTURE_FORMATS
-            ) as image:
-                return read(image)
-        except Exception:
-            bare = without_metadata(source if isinstance(source, bytes) else Path(source).read_bytes())
-            if bare is None:
-                raise
-        with Image.open(io.BytesIO(bare), formats=PICTURE_FORMATS) as image:
-            return read(image)
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Returns what makes a decoded image upright by its EXIF orientation; None if nothing does, or EXIF is damaged."""
+    try:
+        orientation = orientation_of(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+        return TURNS.get(orientation or image.getexif().get(ExifTags.Base.Orientation))  # of a TIFF, or in XMP
+    except Exception:  # metadata never decides whether a picture can be read
+        return None
 
 
-def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.Tensor:
-    """Resizes a decoded picture, uint8 (3, H, W), as `preprocess_image` does."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return torch.from_numpy(np.ascontiguousarray(preprocess_image(image, picture_format)))
+def orientation_of(exif: bytes) -> int | None:
+    # Pillow's own reader stops at the first field that breaks the specification; cameras and editors write many.
+    order = "<" if exif.startswith(b"I") else ">"
+    try:
+        start = struct.unpack_from(f"{order}I", exif, 4)[0]
+        count = struct.unpack_from(f"{order}H", exif, start)[0]
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values = struct.unpack_from(f"{order}HHI", exif, at)
+            if tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1:  # one integer of 16 or 32 bits
+                return struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", exif, at + 8)[0]
+    except struct.error:  # it is cut off, or there is none
+        pass
+    return None
 
 
 def load_picture(
@@ -202,12 +216,11 @@ def load_picture(
     Raises:
         PictureError: If it is missing or cannot be decoded.
     """
-
-    def read(image: Image.Image) -> np.ndarray:
-        image = to_rgb(upright(image, picture_format.size))
+    with open_picture(source, str(name or source)) as file:
+        image = to_rgb(upright(file, picture_format.size))
         is_small = image.width == image.height < picture_format.size and picture_format.shortest_edge is None
         if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
-            return np.asarray(image).transpose(2, 0, 1)
-        return preprocess_image(image, picture_format)
-
-    return torch.from_numpy(np.ascontiguousarray(read_picture(source, str(name or source), read)))
+            pixels = np.asarray(image).transpose(2, 0, 1)
+        else:
+            pixels = preprocess_image(image, picture_format)
+        return torch.from_numpy(np.ascontiguousarray(pixels))

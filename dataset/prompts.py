@@ -57,23 +57,21 @@ def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """Returns the inputs of `generate` for conversations that the assistant is to answer.
+    """Returns the inputs of `generate` for conversations that end with the user's turn: `left_padded`, with pixels.
 
     Args:
-        conversations: Lists of turns that end with the user's.
         pictures: Each conversation's images in order, uint8 (3, size, size).
 
     Returns:
-        input_ids and attention_mask (B, L), left-padded; image_starts (all images, 2), and pixel_values (all images,
-        3, size, size) or None if there is no image.
+        As `left_padded`, and pixel_values (all images, 3, size, size) or None if there is no image.
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
-    for row, chat in enumerate(chats):
+    for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):
         if BROKEN in chat.image_starts:
             raise UsageError(f"{BROKEN_IMAGE}: put a line break between image and text")
-        tags, given = len(chat.image_starts), len(pictures[row])
-        if tags != given:
-            raise ValueError(f"conversation {row + 1} has {tags} {IMAGE_TAG}, but {given} picture(s) were given")
+        if len(chat.image_starts) != len(of_chat):
+            tags = f"{len(chat.image_starts)} {IMAGE_TAG}"
+            raise ValueError(f"conversation {number} has {tags}, but {len(of_chat)} picture(s) were given")
     batch = left_padded([chat.input_ids for chat in chats], [chat.image_starts for chat in chats], encoder.pad_id)
     flat = list(chain.from_iterable(pictures))
     return batch | {"pixel_values": torch.stack(flat) if flat else None}
@@ -92,26 +90,18 @@ def first_answer(labels: torch.Tensor) -> tuple[int, int]:
     """Returns the first learned span [start, end) of (L,) labels."""
     learned = labels != -100
     start = int(learned.int().argmax())
-    rest = (~learned[start:]).nonzero()
-    return start, start + int(rest[0]) if len(rest) else len(labels)
+    return start, start + int(learned[start:].int().cumprod(0).sum())
 
 
 def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
-    """Left-pads prompts (token ids) into a batch, with the first position of each of their images.
-
-    Returns:
-        input_ids and attention_mask (B, L), and image_starts (all images, 2).
-    """
-    longest = max(len(prompt) for prompt in prompts)
+    """Returns prompts (token ids) as input_ids and attention_mask (B, L), and image_starts (all images, 2)."""
+    longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), pad_token_id)
     attention_mask, starts = torch.zeros_like(input_ids), []
     for row, prompt in enumerate(prompts):
         left = longest - len(prompt)
         input_ids[row, left:], attention_mask[row, left:] = torch.as_tensor(prompt), 1
         starts += [[row, left + start] for start in image_starts[row]]
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        # Never None, which would have the model search: a user's own `@` are text, however many there are.
-        "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
-    }
+    # Never None, which would have the model search: a user's own `@` are text, however many there are.
+    starts = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "image_starts": starts}

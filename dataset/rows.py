@@ -4,17 +4,23 @@ The `datasets` library keeps the result as memory-mapped Arrow, so neither start
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
+from collections import Counter
+from typing import NamedTuple
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import ChatEncoder, EncodedChat
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
-from dataset.forms import FORMS, read_row
+from dataset.chat import ChatEncoder, EncodedChat, has_image_pad
+from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
+from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
@@ -31,10 +37,9 @@ COLUMNS = datasets.Features(
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "tag_added": datasets.Value("bool"),  # the text had no <image>, so the picture was put first
-        "text_only": datasets.Value("bool"),  # the text had no <image>, and the picture stands for none
-        "reasoning": datasets.Value("bool"),  # an answer has reasoning_content
-        "empty_thinking": datasets.Value("bool"),  # an answer began with an empty think block
+        "kinds": datasets.List(
+            datasets.Value("string")
+        ),  # those of KINDS that it is of; its form, if it is no conversation
         "learned_tokens": datasets.Value("int32"),
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
     }
@@ -42,14 +47,120 @@ COLUMNS = datasets.Features(
 NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
+# What becomes of rows of a special kind.
+KINDS = {
+    "no <image>": "the picture is put first",
+    "text only": "no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
+    "reasoning": "the prompt has no place for reasoning_content: it is dropped, the answer learned",
+    "empty think": "the empty think block before an answer is dropped",
+    "tool calls": "left out, as nothing here answers a call; not counted as bad",
+}
+# Of minimind-3v, whose every answer begins by thinking.
+KINDS_3V = KINDS | {
+    "reasoning": "reasoning_content is learned, in the answer's think block",
+    "empty think": "the answer keeps its empty think block, as every other has one",
+}
+
+
+class BadRow(NamedTuple):
+    """A row that is left out: its line in a jsonl or row in a parquet, from 1, and why."""
+
+    line: int
+    reason: str
+
+
+class TokenisedRows:
+    """The rows of a file, tokenised; those at `positions` are its samples, the others are left out.
+
+    `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
+    """
+
+    def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
+        self.max_length, self.image_tokens = max_length, image_tokens
+        self.kinds = KINDS_3V if has_image_pad(tokenizer) else KINDS
+        self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
+        reasons, lines = self.rows.data.column("reason"), self.column("line")
+        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
+        self.positions = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
+        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
+        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)}
+        self.bad_rows = [BadRow(int(lines[i]), reason) for i, reason in bad.items()]
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns (rows,) a column's values, of all rows."""
+        return self.rows.data.column(name).to_numpy()
+
+    def list_lengths(self, name: str) -> np.ndarray:
+        """Returns (rows,) lengths of a list column, of all rows."""
+        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
+
+    def read_rows(self, positions: list[int]) -> list[dict]:
+        """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
+        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
+
+    def at(self, positions: np.ndarray) -> "TokenisedRows":
+        """Returns a data set of only the rows at these positions among all rows."""
+        return self.changed(positions=positions)
+
+    def changed(self, **attributes) -> "TokenisedRows":
+        data = copy.copy(self)
+        vars(data).update(attributes)
+        return data
+
+    # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(samples,) tokens of each sample."""
+        return self.list_lengths("input_ids")[self.positions]
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(samples,) images of each sample."""
+        return self.list_lengths("image_starts")[self.positions]
+
+    @property
+    def learned_tokens(self) -> np.ndarray:
+        """(samples,) learned tokens of each sample."""
+        return self.column("learned_tokens")[self.positions]
+
+    @property
+    def picture_count(self) -> int:
+        """Images of all samples."""
+        return int(self.image_counts.sum())
+
+    @property
+    def cut_rows(self) -> int:
+        """Samples that lose tokens to max_length."""
+        return int((self.column("cut_tokens")[self.positions] > 0).sum())
+
+    @property
+    def summary(self) -> str:
+        """What a run's header says of the samples."""
+        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
+        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
+        return f"{len(self.positions):,} rows, {self.picture_count:,} pictures, {learned}"
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
+        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
+        counts["tool calls"] = self.tool_rows
+        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
+        rules = dict.fromkeys(counts, "read as conversations") | self.kinds
+        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Positions among all rows that are no samples: bad rows, blank lines, held-out rows."""
+        return np.delete(np.arange(len(self.rows)), self.positions)
+
+
 def tokenise_rows(
     raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
 ) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it.
-
-    Args:
-        raw: Lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
-    """
+    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
     forms = [(name, form.source) for name, form in FORMS.items()]
     key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
@@ -89,12 +200,12 @@ class RowTokeniser:
         except RowError as error:
             return {"reason": str(error), "cut_tokens": whole_length}
         thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
+        kinds = ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
         return row | {
             "input_ids": chat.input_ids,
             "learned": [edge for span in chat.learned for edge in span],
             "image_starts": chat.image_starts,
-            "reasoning": any(thoughts),
-            "empty_thinking": "" in thoughts,
+            "kinds": row["kinds"] + kinds,
             "learned_tokens": sum(end - start for start, end in chat.learned),
             "cut_tokens": whole_length - len(chat.input_ids),
         }
@@ -132,7 +243,9 @@ def parse_line(line: str) -> dict:
         cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {cure})") from error
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
-    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "tag_added": tag_added}
+    form = form_of_row(row)
+    kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
+    return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "kinds": kinds}
 
 
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
@@ -143,8 +256,7 @@ def parse_parquet_row(conversations: str | None, pictures: list | None, picture_
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
     pictures = [] if text_only else pictures
-    tag_added = check_images(turns, len(pictures))
+    kinds = ["no <image>"] * check_images(turns, len(pictures)) + ["text only"] * text_only
     if not pictures:
         picture_hash = formats.hash_63(json.dumps(turns).encode())
-    images = {"picture_numbers": pictures, "picture_hash": picture_hash}
-    return images | {"turns": turns, "tag_added": tag_added, "text_only": text_only}
+    return {"turns": turns, "picture_numbers": pictures, "picture_hash": picture_hash, "kinds": kinds}

@@ -18,11 +18,7 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     holds samples of similar length, and batches come in random order. Nothing here depends on batch size or ranks; a
     chunk is a power of two, so batches of the usual sizes do not straddle two of them.
 
-    Args:
-        lengths: (samples,) tokens of each sample.
-
-    Returns:
-        (samples,) every index once.
+    Takes (samples,) tokens of each sample; returns (samples,) every index once.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -61,8 +57,6 @@ class BatchSampler(Sampler):
         lengths: (samples,) tokens of each sample.
         batch_size: Samples of one rank in one forward pass.
         accumulation_steps: Forward passes of one optimizer step.
-        epochs: How many epochs there are in all.
-        seed, rank, world_size: As named.
     """
 
     def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):
@@ -72,10 +66,16 @@ class BatchSampler(Sampler):
         self.group = batch_size * accumulation_steps * world_size
         self.start_epoch = self.start_sample = 0
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of a whole epoch."""
-        return -(-len(self.lengths) // self.group)
+    def start_at(self, epoch: int, sample: int):
+        """Begins with this sample of this epoch's order."""
+        self.start_epoch, self.start_sample = epoch, sample
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """Yields (epoch, first sample) of each optimizer step that is left."""
+        for epoch in range(self.start_epoch, self.epochs):
+            start = self.start_sample if epoch == self.start_epoch else 0
+            for first in range(start, len(self.lengths), self.group):
+                yield epoch, first
 
     def after(self, epoch: int, first: int) -> tuple[int, int]:
         """Returns epoch and first sample of the step that follows the one at `first`."""
@@ -84,37 +84,19 @@ class BatchSampler(Sampler):
 
     def done(self, epoch: int, first: int) -> float:
         """Returns how much of the run lies before this step: 0 at its first, 1 at its last."""
-        samples, last = len(self.lengths), (self.steps_per_epoch - 1) * self.group
+        samples = len(self.lengths)
+        last = (samples - 1) // self.group * self.group
         return (epoch * samples + first) / max(1, (self.epochs - 1) * samples + last)
-
-    def start_at(self, epoch: int, sample: int):
-        """Begins with the given sample of the given epoch's order."""
-        self.start_epoch, self.start_sample = epoch, sample
 
     def __len__(self) -> int:
         """Batches of this process that are left."""
-        if self.start_epoch >= self.epochs:
-            return 0
-        left = (self.epochs - self.start_epoch - 1) * self.steps_per_epoch
-        left += -(-max(0, len(self.lengths) - self.start_sample) // self.group)
-        return left * self.accumulation_steps
+        return self.accumulation_steps * sum(1 for _ in self.steps())
 
     def __iter__(self) -> Iterator[list[int]]:
+        ordered = None
         for epoch, start in self.steps():
-            order = self._order(epoch)
+            if epoch != ordered:
+                ordered, order = epoch, epoch_order(self.lengths, self.seed, epoch)
             shares = np.array_split(order[start : start + self.group], self.accumulation_steps * self.world_size)
             for micro_step in range(self.accumulation_steps):
                 yield shares[micro_step * self.world_size + self.rank].tolist()
-
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """(epoch, first sample) of each optimizer step that is left."""
-        start = self.start_sample
-        for epoch in range(self.start_epoch, self.epochs):
-            for first in range(start, len(self.lengths), self.group):
-                yield epoch, first
-            start = 0
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached_epoch", None) != epoch:
-            self._cached_epoch, self._cached_order = epoch, epoch_order(self.lengths, self.seed, epoch)
-        return self._cached_order

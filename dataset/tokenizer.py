@@ -26,18 +26,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
-        has_code = "trust_remote_code" in str(error)  # transformers would advise to run it
-        reason = "it brings code of its own, which is never run" if has_code else error
-        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
-    try:
         if not tokenizer.is_fast:
             raise ValueError("it is none of the tokenizers library")
         if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
             raise ValueError(f"it has {len(tokenizer)} tokens, and ids above them")
         ChatEncoder(tokenizer, image_tokens=2)
-    except ValueError as error:
-        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
+        has_code = "trust_remote_code" in str(error)  # transformers would advise to run it
+        reason = "it brings code of its own, which is never run" if has_code else error
+        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
     return tokenizer
 
 
@@ -46,29 +43,28 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
 
 
-def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path, tokenizer):
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Path, tokenizer: PreTrainedTokenizerBase):
     """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
 
-    Weights without a sidecar do not say their tokenizer, but their generation gives the id of an image's placeholder.
+    Weights without a sidecar do not name their tokenizer, but their generation fixes the id of an image's placeholder.
     """
+    file, folder = display_path(weights.path), display_path(tokenizer_path)
     vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
     expected = weights.sidecar.get("tokenizer_sha256")
     if expected is not None and expected != tokenizer_sha256:
         raise UsageError(
-            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
-            f"(SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}...): name the right one with "
-            "--tokenizer_path"
+            f"{file} was trained with another tokenizer than {folder} (SHA-256 {expected[:12]}..., this one "
+            f"{tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
         )
     if expected is None and placeholder != weights.config.image_token_id:
         raise UsageError(
-            f"an image is token {weights.config.image_token_id} to {display_path(weights.path)}, but {placeholder} in "
-            f"the tokenizer {display_path(tokenizer_path)}: they are of different generations; name the right one with "
-            "--tokenizer_path"
+            f"an image is token {weights.config.image_token_id} to {file}, but {placeholder} in the tokenizer "
+            f"{folder}: they are of different generations; name the right one with --tokenizer_path"
         )
     if vocab_size > weights.config.vocab_size:
         raise UsageError(
-            f"the tokenizer {display_path(tokenizer_path)} has {vocab_size} tokens, {display_path(weights.path)} only "
-            f"{weights.config.vocab_size}: they do not belong together"
+            f"the tokenizer {folder} has {vocab_size} tokens, {file} only {weights.config.vocab_size}: they do not "
+            "belong together"
         )
 
 

@@ -1,4 +1,4 @@
-"""The processes that load batches: started in one place, and what ends them told in words."""
+"""The processes that load batches: every way they end is reported as an error with its cure."""
 
 import contextlib
 import multiprocessing
@@ -14,18 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import RankError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-SMALL_SHM = (
-    "/dev/shm, through which workers send pictures, is too small (Docker's has 64 MB: start it with --shm-size 8g)"
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SHARED_MEMORY = "/dev/shm, where workers put pictures, is too small (Docker's has 64 MB: start it with --shm-size 8g)"
+CURES = (  # by what an error says; the first that fits
+    ("Too many open files", "too many files are open: raise the limit with ulimit -n 65536"),
+    ("ancdata", "too many files are open: raise the limit with ulimit -n 65536"),
+    ("/torch_", SHARED_MEMORY),
+    ("shared memory", SHARED_MEMORY),
+    ("No space left", SHARED_MEMORY),
+    ("temporarily unavailable", "too many processes run: raise ulimit -u, or Docker's --pids-limit"),
+    ("start new thread", "too many processes run: raise ulimit -u, or Docker's --pids-limit"),
+    ("", "most likely memory ran out, or too few files may be open (ulimit -n 65536 allows more)"),
 )
-CURES = {  # the first that fits
-    ("Too many open files", "ancdata"): "too many files are open: raise the limit with ulimit -n 65536",
-    ("/torch_", "shared memory", "No space left"): SMALL_SHM,
-    (
-        "temporarily unavailable",
-        "start new thread",
-    ): "too many processes run: raise ulimit -u, or Docker's --pids-limit",
-}
 
 
 def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how) -> Iterator:
@@ -37,12 +37,11 @@ def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how
     how |= {"prefetch_factor": prefetch_factor, "worker_init_fn": prepare_worker} if num_workers else {}
     # A generator of its own: a resumed run would lack the loader's draws from the global one.
     loader = DataLoader(data, num_workers=num_workers, generator=torch.Generator(), **how)
-    if num_workers == 0:
-        yield from loader
-        return
     try:
         yield from loader
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
+        if num_workers == 0:
+            raise
         raise give_up(error, num_workers) from error
 
 
@@ -58,7 +57,7 @@ def worker_errors(num_workers: int):
 
 
 def give_up(error: Exception, num_workers: int) -> RankError:
-    """Ends all workers, one of which may never hear of the others' end; returns the error in words, with its cure."""
+    """Kills all workers, as they may wait for a dead one; returns the error to raise, with its cure."""
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
     for process in multiprocessing.active_children():
@@ -66,8 +65,7 @@ def give_up(error: Exception, num_workers: int) -> RankError:
     text = str(error).strip()
     # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
     reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
-    fitting = (cure for words, cure in CURES.items() if any(word in reason for word in words))
-    cure = next(fitting, "most likely memory ran out, or too few files may be open (ulimit -n 65536 allows more)")
+    cure = next(cure for words, cure in CURES if words in reason)
     return RankError(
         f"a worker process that reads pictures was lost ({reason.strip():.160}): {cure}, or use fewer than "
         f"--num_workers {num_workers}; --num_workers 0 does without workers. What was saved is kept: the same command "
@@ -76,16 +74,14 @@ def give_up(error: Exception, num_workers: int) -> RankError:
 
 
 def prepare_worker(worker: int):
-    """Lets a worker ignore the signals, and send its errors in place of what they keep it from sending.
-
-    The signals reach it too, and the step to be finished needs it.
-    """
+    """Makes a worker ignore signals, and report every error to the main process."""
+    # Ctrl-C reaches it too, but the main process still needs it to finish the step.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error
-    # The thread that hands over files of shared memory reports its errors here, while the main process waits for one.
+    # Its thread that hands over files of shared memory: if it fails, the main process would wait for the file for ever.
     sys.excepthook = lambda *error: os._exit(1)
-    # Tracebacks of its threads and of its end; what it cannot send or do, the main process tells.
+    # No tracebacks: the main process reports what a worker could not do.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
 
 

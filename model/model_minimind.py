@@ -22,7 +22,6 @@ class MiniMindConfig(PretrainedConfig):
     Args:
         hidden_size: Width D of the residual stream; 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are
             the published ones.
-        num_hidden_layers: Number of blocks.
         num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K must divide H, H must divide D.
         intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
         inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
@@ -35,81 +34,64 @@ class MiniMindConfig(PretrainedConfig):
         balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
 
     Raises:
-        ValueError: If a value is out of range, or the head counts do not fit the hidden size.
+        ValueError: If a size is out of range, or the head counts do not fit the hidden size.
     """
 
     model_type = "minimind"
 
-    def __init__(
-        self,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 8,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int = 2,
-        vocab_size: int = 6400,
-        intermediate_size: int | None = None,
-        max_position_embeddings: int = 32768,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
-        dropout: float = 0.0,
-        inference_rope_scaling: bool = False,
-        original_max_position_embeddings: int = 2048,
-        yarn_factor: float = 16.0,
-        yarn_beta_fast: float = 32.0,
-        yarn_beta_slow: float = 1.0,
-        yarn_attention_factor: float | None = None,
-        qk_norm: bool = False,
-        use_moe: bool = False,
-        num_experts_per_tok: int = 2,
-        n_routed_experts: int = 4,
-        n_shared_experts: int = 1,
-        aux_loss_alpha: float = 0.01,
-        balance_over_batch: bool = False,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        pad_token_id: int = 0,
-        **kwargs,
-    ):
-        sizes = (hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size)
-        if min(*sizes, max_position_embeddings, num_experts_per_tok, n_routed_experts) < 1:
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    vocab_size: int = 6400
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    dropout: float = 0.0
+    inference_rope_scaling: bool = False
+    original_max_position_embeddings: int = 2048
+    yarn_factor: float = 16.0
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_attention_factor: float | None = None
+    qk_norm: bool = False
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int = 1
+    aux_loss_alpha: float = 0.01
+    balance_over_batch: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    @classmethod
+    def defaults(cls) -> dict:
+        """Returns the settings that make a configuration, with their defaults."""
+        return {name: getattr(cls, name) for kind in (MiniMindConfig, cls) for name in kind.__annotations__}
+
+    def __init__(self, **settings):
+        own = {name: settings.pop(name, default) for name, default in self.defaults().items()}
+        super().__init__(**{"tie_word_embeddings": True} | settings)
+        for name, value in own.items():
+            setattr(self, name, value)
+        sizes = (self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads)
+        sizes += (self.vocab_size, self.max_position_embeddings, self.num_experts_per_tok, self.n_routed_experts)
+        if min(sizes) < 1:
             raise ValueError("sizes, heads, layers, positions and experts must be at least 1")
-        if not (0 < rms_norm_eps < 1 and 0 < rope_theta < math.inf and 0 <= dropout < 1):  # refuses NaN too
-            raise ValueError(f"out of range: {rms_norm_eps=}, {rope_theta=} or {dropout=}")
-        if use_moe and num_experts_per_tok > n_routed_experts:
-            raise ValueError(f"{num_experts_per_tok} of {n_routed_experts} experts cannot be used")
-        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+        if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(f"{self.num_experts_per_tok} of {self.n_routed_experts} experts cannot be used")
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"hidden_size {hidden_size} must be a multiple of num_attention_heads {num_attention_heads}, and that "
-                f"a multiple of num_key_value_heads {num_key_value_heads}"
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}, "
+                f"and that a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        if hidden_size // num_attention_heads % 2:
-            raise ValueError(f"the head size {hidden_size // num_attention_heads} must be even: rotary positions pair")
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.vocab_size = vocab_size
-        self.intermediate_size = intermediate_size or 64 * math.ceil(int(hidden_size * 8 / 3) / 64)
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.dropout = dropout
-        self.inference_rope_scaling = inference_rope_scaling
-        self.original_max_position_embeddings = original_max_position_embeddings
-        self.yarn_factor = yarn_factor
-        self.yarn_beta_fast = yarn_beta_fast
-        self.yarn_beta_slow = yarn_beta_slow
-        self.yarn_attention_factor = yarn_attention_factor or 0.1 * math.log(yarn_factor) + 1.0
-        self.qk_norm = qk_norm
-        self.use_moe = use_moe
-        self.num_experts_per_tok = num_experts_per_tok
-        self.n_routed_experts = n_routed_experts
-        self.n_shared_experts = n_shared_experts
-        self.aux_loss_alpha = aux_loss_alpha
-        self.balance_over_batch = balance_over_batch
-        kwargs.setdefault("tie_word_embeddings", True)
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"the head size {self.head_dim} must be even: rotary positions pair its dimensions")
+        self.intermediate_size = self.intermediate_size or 64 * math.ceil(int(self.hidden_size * 8 / 3) / 64)
+        self.yarn_attention_factor = self.yarn_attention_factor or 0.1 * math.log(self.yarn_factor) + 1.0
 
 
 class RMSNorm(nn.Module):
@@ -126,26 +108,19 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
-    """Returns the angle per position of each pair of a head's dimensions, and the factor on cosine and sine.
-
-    Args:
-        config: Gives the head size E, theta and whether YaRN is on.
-
-    Returns:
-        Frequencies (E/2,) in radians per position, float32, and YaRN's attention factor (1 without YaRN).
-    """
+    """Returns the radians per position of each pair of a head's dimensions, (E/2,), and YaRN's attention factor."""
     head_dim = config.head_dim
     frequencies = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if not config.inference_rope_scaling:
         return frequencies, 1.0
 
-    def pair_that_turns(rotations: float) -> float:
-        """Returns the (fractional) pair that makes so many full turns within the original context."""
+    def pair_with(rotations: float) -> float:
+        """Returns the (fractional) pair that makes this many full turns within the original context."""
         wavelength = config.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_that_turns(config.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(config.yarn_beta_slow)), head_dim - 1)
+    low = max(math.floor(pair_with(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_with(config.yarn_beta_slow)), head_dim - 1)
     # Fast pairs (below low) keep their frequency, slow ones (above high) are stretched, those between are blended.
     stretched = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequencies = frequencies * (1 - stretched) + frequencies / config.yarn_factor * stretched
@@ -155,14 +130,19 @@ def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates (B, heads, L, E); the first half of a head pairs with the second.
 
-    Cosines and sines are (B or 1, 1, L, E), the sines of the first half negative: (a, b) becomes (a cos - b sin,
-    b cos + a sin).
-
-    Computed in float32 whatever the states' type: at position 1000 a bfloat16 angle is off by more than a radian.
+    Cosines and sines are (B or 1, 1, L, E) and float32, whatever the states are: at position 1000 a bfloat16 angle is
+    off by more than a radian. The first half's sines are negative: (a, b) becomes (a cos - b sin, b cos + a sin).
     """
     first, second = states.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
     return torch.addcmul(states * cos, swapped, sin).to(states.dtype)
+
+
+def take(states: torch.Tensor, positions: torch.Tensor | slice | None) -> torch.Tensor:
+    """Takes positions of (B, L, ...): a slice of every sample, (N,) indices into all B * L, or None for all."""
+    if positions is None:
+        return states
+    return states[:, positions] if isinstance(positions, slice) else states.flatten(0, 1)[positions]
 
 
 class Attention(nn.Module):
@@ -182,7 +162,7 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x_BLD, rotary, attention_mask, cache, cache_position, pick):
+    def forward(self, x_BLD, rotary, attention_mask, cache, cache_position, positions):
         batch, length, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
         k_BKLE = self.k_proj(x_BLD).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -190,8 +170,7 @@ class Attention(nn.Module):
         q_BHLE, k_BKLE = apply_rotary(self.q_norm(q_BHLE), *rotary), apply_rotary(self.k_norm(k_BKLE), *rotary)
         if cache is not None:
             # Early releases of transformers 5 do not count what a static cache holds: they need the position.
-            cache_kwargs = {"cache_position": cache_position}
-            k_BKLE, v_BKLE = cache.update(k_BKLE, v_BKLE, self.layer_idx, cache_kwargs)
+            k_BKLE, v_BKLE = cache.update(k_BKLE, v_BKLE, self.layer_idx, {"cache_position": cache_position})
         if length == 1:
             # A group's heads see the same keys: as several queries of one head they read them once.
             q_BHLE = q_BHLE.view(batch, k_BKLE.shape[1], -1, self.head_dim)
@@ -206,8 +185,8 @@ class Attention(nn.Module):
             is_causal=False if attention_mask is not None or length == 1 else True,
             enable_gqa=True,
         )
-        out_BHLE = out_BHLE.reshape(batch, -1, length, self.head_dim)
-        return self.o_proj(pick(out_BHLE.transpose(1, 2).reshape(batch, length, -1)))
+        out_BLD = out_BHLE.reshape(batch, -1, length, self.head_dim).transpose(1, 2).reshape(batch, length, -1)
+        return self.o_proj(take(out_BLD, positions))
 
 
 class FeedForward(nn.Module):
@@ -236,7 +215,7 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
-        """Returns the (B, L, D) output and each sequence's balancing loss (B,); `token_mask` (B, L) excludes pads.
+        """Returns the (B, L, D) output and each sequence's balancing loss, (B,); `token_mask` (B, L) is 0 at pads.
 
         Balanced over the batch, the loss is (1,): all tokens count as one sequence.
         """
@@ -255,29 +234,24 @@ class MoEFeedForward(nn.Module):
             out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
         out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
         sequences = 1 if self.balance_over_batch else batch
-        token_mask = None if token_mask is None else token_mask.reshape(sequences, -1)
+        token_mask = torch.ones_like(x_TD[:, 0]) if token_mask is None else token_mask
         return out_BLD, self.balancing_loss(
-            scores_TX.view(sequences, -1, self.num_experts), expert_Tk.view(sequences, -1, self.top_k), token_mask
+            scores_TX.view(sequences, -1, self.num_experts),
+            expert_Tk.view(sequences, -1, self.top_k),
+            token_mask.reshape(sequences, -1, 1).float(),
         )
 
-    def balancing_loss(self, scores_BLX, expert_BLk, token_mask):
+    def balancing_loss(self, scores_BLX, expert_BLk, mask_BL1):
         """alpha * sum over experts of (share of choices, times experts) * (mean score), per sequence: (B,)."""
         chosen_BLX = F.one_hot(expert_BLk, self.num_experts).sum(dim=2).float()
-        if token_mask is None:
-            token_mask = torch.ones_like(scores_BLX[..., 0])
-        mask_BL1 = token_mask[..., None].float()
         count_B1 = mask_BL1.sum(dim=1).clamp(min=1)
         share_BX = (chosen_BLX * mask_BL1).sum(dim=1) / count_B1 * (self.num_experts / self.top_k)
         score_BX = (scores_BLX * mask_BL1).sum(dim=1) / count_B1
         return self.alpha * (share_BX * score_BX).sum(dim=-1)
 
 
-def identity(states: torch.Tensor) -> torch.Tensor:
-    return states
-
-
 class MiniMindBlock(nn.Module):
-    """One pre-norm block: attention over all positions, then the feed-forward of those that `pick` takes of them."""
+    """One pre-norm block: attention over all positions, then the feed-forward of those that `positions` takes."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -287,10 +261,10 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, pick=identity):
+    def forward(self, hidden_states, rotary, attention_mask, cache, cache_position, token_mask, positions):
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position, pick)
-        hidden_states = pick(hidden_states) + self.dropout(attended)
+        attended = self.self_attn(normed, rotary, attention_mask, cache, cache_position, positions)
+        hidden_states = take(hidden_states, positions) + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
         has_experts = isinstance(self.mlp, MoEFeedForward)
         fed, aux_loss = self.mlp(normed, token_mask) if has_experts else (self.mlp(normed), None)
@@ -302,8 +276,8 @@ def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: i
 
     Args:
         attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
-        length: New positions. past_length: Positions already in the cache. key_length: Keys that attention will see
-            (more than `past_length + length` with a static cache).
+        length, past_length: New positions, and those in the cache.
+        key_length: Keys that attention will see (more than `past_length + length` with a static cache).
 
     Returns:
         None, or a boolean (B or 1, 1, length, key_length), True where a query may look.
@@ -327,25 +301,18 @@ def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: i
 class MiniMindPreTrainedModel(PreTrainedModel):
     config_class = MiniMindConfig
     base_model_prefix = "model"
+    accepts_loss_kwargs = False  # transformers' Trainer then averages over accumulated batches itself
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm | nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, MiniMindModel):
-            # Not saved in the state dict, so it is computed here.
+        super()._init_weights(module)
+        if isinstance(module, MiniMindModel):  # in no state dict, so it is computed here
             module.rotary_frequencies.copy_(rotary_frequencies(module.config)[0])
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
-    """Embedding, blocks and final norm."""
+    """Blocks between embedding and final norm."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
@@ -359,17 +326,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.rotary_frequencies.dtype.itemsize < 4:
-            # Keep the angles exact in a half-precision model: rounded frequencies are off by radians at position 1000.
-            self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
+        # Stay in float32 in a half-precision model: rounded frequencies are off by radians at position 1000.
+        self.rotary_frequencies = rotary_frequencies(self.config)[0].to(self.rotary_frequencies.device)
         return self
 
-    def forward(
-        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, token_mask=None, pick=identity
-    ):
-        """Runs the blocks over (B, L, D); returns normed hidden states, and the balancing loss per sequence or None.
+    def forward(self, inputs_embeds, attention_mask, position_ids, cache, token_mask, positions):
+        """Runs the blocks over (B, L, D); returns normed hidden states, and each sequence's balancing loss or None.
 
-        `pick` takes from (B, L, ...) the positions whose hidden states are wanted: the last block computes only those.
+        Hidden states are those of `positions`, see `take`: the last block computes no others.
         """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
@@ -379,20 +343,21 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, cache_position)
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
-        rotary = self.rotary(position_ids)
+        inputs = self.rotary(position_ids), attention_mask, cache, cache_position, token_mask
 
         hidden_states, aux_losses = self.dropout(inputs_embeds), []
-        # The experts of the last block are balanced over all positions, so with experts none is left out there.
-        early, late = (identity, pick) if self.config.use_moe else (pick, identity)
         for layer in self.layers:
-            inputs = hidden_states, rotary, attention_mask, cache, cache_position, token_mask
-            hidden_states, aux_loss = layer(*inputs, early if layer is self.layers[-1] else identity)
+            # Experts are balanced over all positions, so with them the last block computes all.
+            takes = layer is self.layers[-1] and not self.config.use_moe
+            hidden_states, aux_loss = layer(hidden_states, *inputs, positions if takes else None)
             aux_losses.append(aux_loss)
-        return self.norm(late(hidden_states)), sum(aux_losses) if self.config.use_moe else None
+        if not self.config.use_moe:
+            return self.norm(hidden_states), None
+        return self.norm(take(hidden_states, positions)), sum(aux_losses)
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, float32, of positions (B or 1, L)."""
-        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies.float()
+        """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, of positions (B or 1, L)."""
+        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
         cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -416,12 +381,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.compute_loss = causal_lm_loss
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeds (B, L) ids as (B, L, D)."""
         return self.model.embed_tokens(input_ids)
@@ -437,7 +396,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         learned_positions: torch.Tensor | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
+        reduction: str = "mean",
         past_key_values=None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
@@ -449,48 +408,44 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             cache: transformers' own (past_key_values before 5.24), filled in place; any number of tokens may follow.
             labels: (B, L), -100 where nothing is learned; the token at position i is learned from position i - 1.
             logits_to_keep: Compute the logits of this many last positions only; 0 is all of them.
-            learned_positions: (N,) positions in the flattened (B * L) labels, to compute logits there only: `logits` is
-                then (N, V). What is labelled -100 at such a position counts for nothing.
-            num_items_in_batch: Divide the summed loss by this, not by the number of learned tokens (the learned tokens
-                of the whole optimizer step, where that is more than this batch). The balancing loss, which weighs by
-                samples, is then left to the caller.
+            learned_positions: (N,) positions in the flattened (B * L) labels that are learned, to compute nothing else:
+                `logits` is then (N, V). What is labelled -100 at such a position counts for nothing.
+            reduction: "mean" over the learned tokens, plus the experts' balancing loss; or "sum", without it.
 
         Returns:
-            A new output: `loss` (mean cross-entropy over the learned tokens, 0 where there is none, plus the experts'
-            balancing loss), `aux_loss` (that balancing loss, mean over samples), `logits`, and the cache.
+            A new output: `loss` (cross-entropy, 0 if nothing is learned; None without labels), `aux_loss` (the
+            experts' balancing loss, mean over samples; None without experts), `logits`, and the cache.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
         is_masked = self.config.use_moe and input_ids is not None
         token_mask = input_ids != self.config.pad_token_id if is_masked else None
-
-        def pick(states: torch.Tensor) -> torch.Tensor:
-            """Takes the positions whose logits are wanted: those at i - 1 predict position i."""
-            if learned_positions is None:
-                return states[:, -logits_to_keep:]
-            return states.flatten(0, 1)[(learned_positions - 1).clamp(min=0)]
-
-        hidden_states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask, pick)
-        logits = self.lm_head(hidden_states)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        positions = slice(-logits_to_keep, None)
         if learned_positions is not None:
-            is_first = learned_positions % labels.shape[1] == 0  # a first position cannot be predicted
-            targets = labels.flatten()[learned_positions].masked_fill(is_first, -100)
-        else:
-            targets = None if labels is None else labels[:, 1:].flatten()
-        loss, aux_loss = None, aux_losses.mean() if aux_losses is not None else None
-        if targets is not None:
-            predicted = logits if learned_positions is not None else logits[:, :-1].flatten(0, 1)
-            loss = self.compute_loss(predicted, targets, num_items_in_batch)
-            if aux_loss is not None and num_items_in_batch is None:
-                loss = loss + aux_loss
+            positions = (learned_positions - 1).clamp(min=0)
+        states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask, positions)
+        logits, loss = self.logits_and_loss(states, labels, learned_positions, reduction)
+        aux_loss = None if aux_losses is None else aux_losses.mean()
+        if loss is not None and aux_loss is not None and reduction == "mean":
+            loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE_NAME: cache})
 
+    def logits_and_loss(self, states, labels, learned_positions, reduction) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the logits of hidden states (B, L, D), or (N, D) of `learned_positions`, and their loss if any."""
+        logits = self.lm_head(states)
+        if labels is None:
+            return logits, None
+        if learned_positions is None:
+            return logits, self.compute_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction)
+        is_first = learned_positions % labels.shape[1] == 0  # no position predicts it
+        targets = labels.flatten()[learned_positions].masked_fill(is_first, -100)
+        return logits, self.compute_loss(logits, targets, reduction)
 
-def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
-    """Returns the cross-entropy of (N, V) against (N,) in float32, -100 ignored; 0 (not NaN) if nothing is learned."""
+
+def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Returns the cross-entropy of (N, V) against (N,) in float32, -100 ignored; its mean is 0, not NaN, over none."""
     loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    count = (targets != -100).sum() if num_items is None else num_items
-    return loss / (count + (count == 0))
+    return loss if reduction == "sum" else loss / (targets != -100).sum().clamp(min=1)

@@ -73,14 +73,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         return self
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Returns the tower's features (images, patches, width) of (images, 3, size, size): see `vision_tower`.
+        """Returns the tower's features (images, patches, width) of (..., 3, size, size): see `vision_tower`.
 
         Raises:
             TowerError: If the model was built without a tower.
         """
         if self.vision_encoder is None:
             raise TowerError("pictures were given, but this model was built without a vision tower (vision_model_path)")
-        return encode_images(self.vision_encoder, pixel_values)
+        return encode_images(self.vision_encoder, pixel_values.flatten(0, -4))
 
     def splice_images(self, inputs_embeds, image_features, image_starts) -> torch.Tensor:
         """Writes projected features (N, patches, width) over the placeholders of (B, L, D) that begin at (N, 2)."""
@@ -125,53 +125,36 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         if inputs_embeds is None:
             if image_features is None:
-                image_features, image_starts = self.encode_batch_images(input_ids, pixel_values, image_starts)
+                image_starts = self.match_images(input_ids, pixel_values, image_starts)
+                image_features = self.encode_images(pixel_values) if count_images(pixel_values) else None
             inputs_embeds = self.embed(input_ids)
             if image_features is not None:  # of no image too: every batch then reaches the projection
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
         text = input_ids, attention_mask, position_ids, past_key_values if cache is None else cache
         return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)
 
-    def encode_batch_images(self, input_ids, pixel_values, image_starts):
-        """Returns the images' features (None where there are none) and their starts, after checking that they match."""
-        if image_starts is None and (pixel_values is not None or input_ids.shape[1] >= self.config.image_tokens):
-            image_starts = self.find_image_starts(input_ids)
-            self.check_images(input_ids, pixel_values, image_starts)
-        elif image_starts is not None and len(image_starts) != count_images(pixel_values):
-            self.check_images(input_ids, pixel_values, image_starts)
-        if count_images(pixel_values) == 0:
-            return None, image_starts
-        pixel_values = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
-        return self.encode_images(pixel_values), image_starts
+    def match_images(self, input_ids, pixel_values, image_starts):
+        """Returns the images' starts, searched for if not given; raises ValueError if there are more or fewer images.
 
-    def find_image_starts(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See the function of that name."""
-        return find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
-
-    def check_images(self, input_ids, pixel_values, image_starts):
-        """Raises ValueError, naming the sample, where placeholders and images do not match."""
-        samples, given = input_ids.shape[0], count_images(pixel_values)
-        runs = torch.bincount(image_starts[:, 0], minlength=samples).tolist()
-        per_sample = pixel_values is not None and pixel_values.dim() == 5
-        if per_sample and pixel_values.shape[0] != samples:
-            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} samples, input_ids {samples}")
-        expected = [pixel_values.shape[1]] * samples if per_sample else None
-        if runs == expected or (not per_sample and given == sum(runs)):
-            return
+        Given starts may be on a GPU, so only their number is compared, which needs no sync.
+        """
+        given, per_sample = count_images(pixel_values), pixel_values is not None and pixel_values.dim() == 5
+        if image_starts is not None and len(image_starts) == given:
+            return image_starts
+        if image_starts is None:
+            image_starts = find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
+        runs = torch.bincount(image_starts[:, 0], minlength=len(input_ids)).tolist()
+        expected = [pixel_values.shape[1]] * len(pixel_values) if per_sample else None
+        if runs == expected or (not per_sample and sum(runs) == given):
+            return image_starts
+        each = f", {pixel_values.shape[1]} in each of {len(pixel_values)} samples" if per_sample else ""
+        counts = ", ".join(f"sample {sample}: {run}" for sample, run in enumerate(runs))
+        problem = f"{given} image(s) were given{each}, but there are placeholders for {sum(runs)} ({counts})"
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
         leftovers = [count - run * self.config.image_tokens for count, run in zip(placeholders, runs, strict=True)]
-        if per_sample:
-            sample = next(index for index, run in enumerate(runs) if run != expected[index])
-            problem = f"sample {sample} has placeholders for {runs[sample]} image(s), but {expected[sample]} were given"
-        else:
-            # Images joined into one tensor do not say whose they are: most likely the longest remainder was cut off.
-            sample = leftovers.index(max(leftovers))
-            counts = ", ".join(f"sample {index}: {run}" for index, run in enumerate(runs))
-            problem = f"{given} image(s) were given, but there are placeholders for {sum(runs)} ({counts})"
-        if leftovers[sample]:
-            problem += (
-                f"; sample {sample} has {leftovers[sample]} placeholder(s) that are no whole image: was it cut off?"
-            )
+        if longest := max(leftovers):
+            sample = leftovers.index(longest)
+            problem += f"; sample {sample} has {longest} placeholder(s) that are no whole image: was it cut off?"
         raise ValueError(problem)
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
@@ -183,21 +166,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             inputs |= {"pixel_values": None, "image_starts": input_ids.new_zeros(0, 2)}
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        pixel_values, starts = kwargs.pop("pixel_values", None), kwargs.pop("image_starts", None)
-        if expand_size > 1 and input_ids is not None:
-            if starts is None:
-                starts = self.find_image_starts(input_ids)
-            # Here a sample still has the index the caller knows it by.
-            self.check_images(input_ids, pixel_values, starts)
-        if expand_size > 1 and pixel_values is not None:
-            if pixel_values.dim() == 5:
-                pixel_values = pixel_values.flatten(0, 1)
-            # Copy j of sample s is row s * expand_size + j, and images follow their row.
-            copies = torch.arange(expand_size, device=starts.device)
-            rows = (starts[:, :1] * expand_size + copies).flatten()
-            rows, order = rows.sort(stable=True)
-            starts = torch.stack((rows, starts[:, 1].repeat_interleave(expand_size)[order]), dim=1)
-            pixel_values = pixel_values.repeat_interleave(expand_size, dim=0)[order]
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, kwargs | {"pixel_values": pixel_values, "image_starts": starts}
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        if expand_size > 1:  # transformers would repeat pixel_values and image_starts as if they had a row per sample
+            raise ValueError("num_beams and num_return_sequences must be 1: repeat the prompt with its images instead")
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)

@@ -29,7 +29,7 @@ class Projector(nn.Module):
 
     @classmethod
     def tokens(cls, patches: int, pixel_shuffle: int) -> int:
-        """Returns the tokens of an image with so many patches; raises ValueError if it cannot take them."""
+        """Returns the tokens of an image with this many patches; raises ValueError if it cannot take them."""
         if pixel_shuffle != 1:
             raise ValueError(f"this projection takes no pixel_shuffle {pixel_shuffle}")
         return patches
@@ -55,15 +55,12 @@ class VisionProj(Projector):
     """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
 
     llava_activation = "linear"
+    number_of_layers = 1
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
         super().__init__(ve_hidden_size, hidden_size, pixel_shuffle)
         self.pixel_shuffle = pixel_shuffle
-        self.vision_proj = nn.Sequential(*self.layers(ve_hidden_size * pixel_shuffle**2, hidden_size))
-
-    @staticmethod
-    def layers(width: int, hidden_size: int) -> list[nn.Module]:
-        return [nn.Linear(width, hidden_size)]
+        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size))
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.vision_proj(shuffle_pixels(image_features, self.pixel_shuffle))
@@ -77,9 +74,9 @@ class VisionProj(Projector):
 
     @classmethod
     def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        first, *others = (tensors.get(f"vision_proj.vision_proj.{layer}.weight") for layer in (0, 2))
-        is_ours = first is not None and (others[0] is None) == (len(cls.layers(1, 1)) == 1)
-        return first.shape[1] if is_ours else None
+        layers = (tensors.get(f"vision_proj.vision_proj.{number}.weight") for number in (0, 2))
+        layers = [weight for weight in layers if weight is not None]
+        return layers[0].shape[1] if len(layers) == cls.number_of_layers else None
 
 
 @register("mlp")
@@ -87,10 +84,11 @@ class MLP(VisionProj):
     """Two linear layers with a GELU between them."""
 
     llava_activation = "gelu"
+    number_of_layers = 2
 
-    @staticmethod
-    def layers(width: int, hidden_size: int) -> list[nn.Module]:
-        return [nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
+        super().__init__(width, hidden_size, pixel_shuffle)
+        self.vision_proj += nn.Sequential(nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
 
 @register("norm_mlp")
@@ -99,7 +97,8 @@ class NormMLP(Projector):
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), *MLP.layers(width, hidden_size))
+        layers = nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), *layers)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.mlp(image_features)
@@ -111,9 +110,11 @@ class NormMLP(Projector):
 
 
 def read_projector(tensors: dict[str, torch.Tensor]) -> dict:
-    """Returns what a state dict tells of its projection, as fields of the configuration; {} if it has none we know."""
-    widths = {name: kind.read_width(tensors) for name, kind in PROJECTORS.items()}
-    return next(({"projector": name, "vision_hidden_size": width} for name, width in widths.items() if width), {})
+    """Returns what a state dict tells of its projection, as settings of VLMConfig; {} if it has none of the table."""
+    for name, kind in PROJECTORS.items():
+        if width := kind.read_width(tensors):
+            return {"projector": name, "vision_hidden_size": width}
+    return {}
 
 
 def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:

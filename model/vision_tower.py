@@ -7,14 +7,12 @@ import torch
 from transformers.initialization import no_init_weights
 
 from model.tower_files import (
-    READING_ERRORS,
     TOWERS,
     TowerError,
     TowerSettings,
     read_tower_settings,
     read_tower_weights,
     unreadable,
-    unusable,
 )
 
 __all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
@@ -33,50 +31,42 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
         TowerError: If a file is missing or unreadable, or weights and configuration do not fit.
     """
     path = Path(path)
-    settings = read_tower_settings(path)
+    settings, tensors = read_tower_settings(path), read_tower_weights(path)
     kind = TOWERS[settings.kind]
-    tower = (load_renamed if kind.any_size else load_by_name)(path, kind.model, settings.config)
+    tower, wrong = (load_renamed if kind.any_size else load_by_name)(kind.model, settings.config, tensors)
+    if wrong:
+        many = f"{len(wrong)} tensor(s) are missing, too many or of another shape, the first is {min(wrong)}"
+        raise unreadable(path, f"it does not fit its config.json: {many}")
     for name, values in (("pixel_mean", settings.mean), ("pixel_std", settings.std)):
         tower.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
     tower.settings = settings
     return tower.requires_grad_(False).eval()
 
 
-def load_by_name(path: Path, model: type, config) -> torch.nn.Module:
-    """Loads the vision tensors of a folder, which may hold a whole model, under the names that they have there."""
-    tensors = read_tower_weights(path)
+def load_by_name(model: type, config, tensors: dict) -> tuple[torch.nn.Module | None, set[str]]:
+    """Returns a tower with these tensors, or None; and the names that do not fit."""
     with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
         wanted = {name.removeprefix("vision_model."): tensor for name, tensor in model(config).state_dict().items()}
     wrong = wanted.keys() ^ tensors.keys()
     wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     if wrong:
-        problem = (
-            f"the vision tower in {path} does not fit its config.json: {len(wrong)} tensor(s) are missing, too many "
-        )
-        raise unusable(path, f"{problem}or of another shape, the first is {min(wrong)}")
+        return None, wrong
     # On the CPU, and filled here, also where transformers builds the model around it without memory.
     with torch.device("cpu"), no_init_weights():
         tower = model(config).float()
-    wanted = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
-    return tower
+    tower.load_state_dict({name: tensors[name.removeprefix("vision_model.")] for name in tower.state_dict()})
+    return tower, wrong
 
 
-def load_renamed(path: Path, model: type, config) -> torch.nn.Module:
-    """Loads a folder of the tower alone by transformers, which knows the names that its earlier releases had."""
+def load_renamed(model: type, config, tensors: dict) -> tuple[torch.nn.Module | None, set[str]]:
+    """Does what `load_by_name` does, for a family whose tensors other releases of transformers call otherwise."""
     try:
         tower, found = model.from_pretrained(
-            path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
-    except (*READING_ERRORS, AttributeError, TypeError) as error:
-        raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    wrong = [str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[keys]]
-    wrong += [name for name, weight in tower.named_parameters() if not weight.isfinite().all()]
-    if wrong:
-        raise unusable(path, f"the vision tower in {path} does not fit its config.json, the first is {min(wrong)}")
-    return tower
+    except RuntimeError:  # transformers lists tensors of another shape, and raises
+        return None, {"in the report above"}
+    return tower, {str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[keys]}
 
 
 @torch.no_grad()
@@ -84,8 +74,7 @@ def encode_images(tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.T
     """Returns a tower's features: its last hidden state (CLIP's is before the final layer norm), patches only.
 
     Args:
-        pixel_values: (images, 3, size, size), uint8 as decoded or float as already normalised; uint8 of smaller squares
-            are enlarged here.
+        pixel_values: (images, 3, size, size), float as already normalised or uint8 as decoded, of smaller squares too.
 
     Returns:
         (images, patches, hidden_size).
@@ -113,7 +102,7 @@ def normalise(pixels: torch.Tensor, weights: torch.Tensor | None, mean: torch.Te
 
 
 def enlarge(pixels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Enlarges squares by bicubic interpolation as two matrix products, to what Pillow's `resize` gives.
+    """Enlarges squares by bicubic interpolation as two matrix products, to the bytes that Pillow's `resize` gives.
 
     Args:
         pixels: uint8 (images, 3, n, n).
@@ -135,9 +124,9 @@ def weighted(high_and_low: torch.Tensor, dim: int) -> torch.Tensor:
 
 @functools.cache  # CUDA graphs keep the addresses
 def bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
-    """Returns Pillow's 22-bit fixed-point weights of `source` pixels for `target` larger ones, as high and low 11 bits.
+    """Returns Pillow's weights of `source` pixels for `target` larger ones, (2 * target, source) float32.
 
-    11 bits times a byte are exact in float32 and in TF32. (2 * target, source) float32.
+    They are 22-bit fixed-point numbers, given as high and low 11 bits: times a byte, these are exact in TF32 too.
     """
     scale = source / target
     places = (torch.arange(target, dtype=torch.float64)[:, None] + 0.5) * scale

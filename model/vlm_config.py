@@ -1,13 +1,12 @@
 """The vision-language model's configuration: what it holds, how it is saved, and how it follows the tower's files."""
 
 import copy
-import inspect
 import math
 
 from common.schema import Range
 from model.model_minimind import MiniMindConfig
 from model.projectors import PROJECTORS
-from model.vision_tower import TowerSettings
+from model.tower_files import TowerSettings
 
 # What the tensors of minimind-3v do not tell. It is known by its per-head norms, which no older model has.
 MINIMIND_3V = {
@@ -44,8 +43,7 @@ class VLMConfig(MiniMindConfig):
 
     Args:
         image_token_id: The placeholder's id: 34, `@`, in the published tokenizer, 12 in minimind-3v's.
-        vision_hidden_size: Width of the tower's features; read from the tower where there is one.
-        vision_patches: The tower's features per image; read from the tower where there is one.
+        vision_hidden_size, vision_patches: Width and number of the tower's features per image; a tower's own win.
         projector: A name of `model.projectors.PROJECTORS`: "linear" as published, "norm_mlp" in minimind-3v.
         pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide.
 
@@ -54,25 +52,17 @@ class VLMConfig(MiniMindConfig):
     """
 
     model_type = "minimind-v"
+    image_token_id: int = 34
+    vision_hidden_size: int = 768
+    vision_patches: int = 196
+    projector: str = "linear"
+    pixel_shuffle: int = 1
 
-    def __init__(
-        self,
-        image_token_id: int = 34,
-        vision_hidden_size: int = 768,
-        vision_patches: int = 196,
-        projector: str = "linear",
-        pixel_shuffle: int = 1,
-        **kwargs,
-    ):
-        if projector not in PROJECTORS:
-            raise ValueError(f"no projector {projector!r}, choose from {', '.join(PROJECTORS)}")
-        PROJECTORS[projector].tokens(vision_patches, pixel_shuffle)
-        self.image_token_id = image_token_id
-        self.vision_hidden_size = vision_hidden_size
-        self.vision_patches = vision_patches
-        self.projector = projector
-        self.pixel_shuffle = pixel_shuffle
-        super().__init__(**kwargs)
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
+        PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)  # raises where they do not fit
 
     @property
     def image_tokens(self) -> int:
@@ -82,37 +72,32 @@ class VLMConfig(MiniMindConfig):
 
 def config_fields(config: VLMConfig) -> dict:
     """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
-    parameters = [inspect.signature(kind.__init__).parameters for kind in (MiniMindConfig, VLMConfig)]
-    names = [name for of_class in parameters for name in of_class if name not in ("self", "kwargs")]
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in VLMConfig.defaults()}
 
 
 def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:
     """Returns the configuration with the tower's width and number of patches.
 
     Args:
-        from_tensors: The configuration was read from a weight file's tensors. They tell only the projection's input
-            width (as vision_hidden_size): N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp
-            is minimind-3v's then, of a tower with 64 patches.
+        from_tensors: The configuration was read from a weight file's tensors, whose vision_hidden_size is the
+            projection's input width: N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp is
+            minimind-3v's then, of a tower with 64 patches.
 
     Raises:
-        ValueError: If the tower's patches are no grid that the pixel shuffle divides, or the weights are minimind-3v's
+        ValueError: If the pixel shuffle does not divide the tower's patches as a grid, or the weights are minimind-3v's
             and the tower is not.
     """
-    if from_tensors and config.projector == "norm_mlp" and tower.patches != config.vision_patches:
-        raise ValueError(
-            f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
-            f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
-        )
     factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
+    is_shuffled = config.vision_hidden_size == tower.hidden_size * factor**2
     config = copy.deepcopy(config)
-    if (
-        from_tensors
-        and factor > 1
-        and config.projector != "norm_mlp"
-        and config.vision_hidden_size == tower.hidden_size * factor**2
-    ):
+    if from_tensors and config.projector == "norm_mlp":
+        if tower.patches != config.vision_patches:
+            raise ValueError(
+                f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
+                f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
+            )
+    elif from_tensors and is_shuffled:
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
-    PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)
+    PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)  # raises where they do not fit
     return config

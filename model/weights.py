@@ -1,7 +1,7 @@
-"""Weight files: read so that nothing is guessed, described by a sidecar.
+"""Weight files: plain state dicts in half precision, without the tower, as the original's.
 
-A weight file is a plain state dict in half precision without the tower, as the original's. The JSON beside it, the
-"sidecar", says what it is; a file without one is the original's, and its shape is read from its tensors.
+The JSON beside a file, its "sidecar", says what it is. A file without one is the original's: its shape is read from its
+tensors.
 """
 
 import datetime
@@ -27,14 +27,13 @@ from model.projectors import read_projector
 from model.transformers_names import from_transformers
 from model.vlm_config import CONFIG, MINIMIND_3V, PROMPT_FORMS, config_fields
 
-# What VLMConfig raises on settings that no model can have: ours, division by zero heads, and transformers' own checks.
-CONFIG_ERRORS = (ValueError, ArithmeticError, RecursionError, StrictDataclassError)
-ORIGINAL_HEADS = 8  # without norms per head, the tensors do not tell it; all of the original's models have it
+CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
+ORIGINAL_HEADS = 8  # of all models whose tensors do not tell it, as they have no norms per head
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
 SHAPE_KEYS += ("qk_norm",)
+EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
 EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
-EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
@@ -148,10 +147,10 @@ def read_weights(path: Path) -> Weights:
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
     for key in SHAPE_KEYS + (EXPERT_KEYS if from_tensors.use_moe else ()):
-        said, actual = getattr(config, key), getattr(from_tensors, key)
-        if said != actual:
+        claimed, actual = getattr(config, key), getattr(from_tensors, key)
+        if claimed != actual:
             raise UsageError(
-                f"{display_path(sidecar_path)} says {key} {said}, but {path.name} has {actual}: they do not belong "
+                f"{display_path(sidecar_path)} says {key} {claimed}, but {path.name} has {actual}: they do not belong "
                 "together"
             )
     return Weights(path, tensors, config, sidecar)
@@ -173,7 +172,7 @@ def read_folder(folder: Path) -> Weights:
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
         config |= config.get("text_config") or {}
         check(config, {"hidden_act?": frozenset({"silu", None})})
-        names = [name for name in config_fields(VLMConfig()) if not name.endswith("token_id")]
+        names = [name for name in VLMConfig.defaults() if not name.endswith("token_id")]
         known = {name: config[name] for name in names if config.get(name) is not None}
         check(known, CONFIG)
     except (OSError, ValueError, SafetensorError) as error:
@@ -186,7 +185,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
-    """Returns the configuration that the tensors' names and shapes tell, overridden by `known` fields.
+    """Returns the configuration that the tensors' names and shapes tell, overridden by `known` settings.
 
     Raises:
         UsageError: If they are not a MiniMind model's, or an earlier minimind-3v's.
@@ -197,26 +196,26 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
             f"{display_path(path)} is of an earlier minimind-3v, whose projection takes four patches at once "
             f"(vision_proj.mlp.0.weight is {tuple(first.shape)}). Only its later form, (768,), is supported"
         )
+    block = "model.layers.0."
+    router, head_norm = tensors.get(f"{block}mlp.gate.weight"), tensors.get(f"{block}self_attn.q_norm.weight")
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
-        keys, router = tensors["model.layers.0.self_attn.k_proj.weight"], tensors.get("model.layers.0.mlp.gate.weight")
-        feed_forward = "model.layers.0.mlp." + ("" if router is None else "experts.0.")
-        head_norm = tensors.get("model.layers.0.self_attn.q_norm.weight")
         heads = ORIGINAL_HEADS if head_norm is None else hidden_size // head_norm.shape[0]
+        gate = tensors[f"{block}mlp.{'' if router is None else 'experts.0.'}gate_proj.weight"]
         shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
             "num_attention_heads": heads,
-            "num_key_value_heads": keys.shape[0] // (hidden_size // heads),
+            "num_key_value_heads": tensors[f"{block}self_attn.k_proj.weight"].shape[0] // (hidden_size // heads),
             "vocab_size": vocab_size,
-            "intermediate_size": tensors[f"{feed_forward}gate_proj.weight"].shape[0],
+            "intermediate_size": gate.shape[0],
             "use_moe": router is not None,
             "qk_norm": head_norm is not None,
         }
         if head_norm is not None:
             shape |= MINIMIND_3V
         if router is not None:
-            shared = {name.split(".")[5] for name in tensors if ".layers.0.mlp.shared_experts." in name}
+            shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
         return VLMConfig(**shape | read_projector(tensors) | (known or {}))
     except (LookupError, *CONFIG_ERRORS) as error:
@@ -293,11 +292,8 @@ def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
 
 def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors as float16 on the CPU; tied ones (the embedding and the head) stay one."""
-    halves = {}
-    return {
-        name: halves.setdefault((tensor.device, tensor.data_ptr()), tensor.detach().to("cpu", torch.float16))
-        for name, tensor in named.items()
-    }
+    halves = {(it.device, it.data_ptr()): it.detach().to("cpu", torch.float16) for it in named.values()}
+    return {name: halves[it.device, it.data_ptr()] for name, it in named.items()}
 
 
 def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict) -> dict:

@@ -1,21 +1,15 @@
-"""Where a model looks: how much each word of its answer depends on each patch of the images.
+"""How much each word of an answer depends on each patch of the images.
 
-The measure is `patch_maps`: one patch of a blank image is shown. It was chosen among these, by 112 words for the 28
-objects of 20 held-out scenes (built-in model, both stages). Given is how often the map's peak lies on the object that
-the word describes, the share of the map on it, and how often the peak lies on the right one of two objects:
+The measure shows one patch of a blank image. It was chosen among ten by 112 words for 28 objects of held-out scenes
+(built-in model): how often the map's peak lies on the object that the word describes, the share of the map on it, and
+how often the peak lies on the right one of two objects.
 
     one patch of a blank image shown      95.5 %  91.0 %  92.2 %
     integrated gradients, 8 steps         94.6    89.9    90.6     8 backward passes for each token
-    one patch hidden, after the tower     89.3    83.5    81.2     3 x 3 patches: 86.6  63.3  81.2
-    one patch hidden in the pixels        83.0    82.4    70.3     the tower runs on 196 images
-    gradient x (input - mean)             86.6    79.3    78.1     x input: 71.4  47.9  56.2
-    attention, all layers and heads       89.3    34.2    81.2     the last layer: 66.1  28.3  60.9
-    attention x norm of the values        84.8    43.6    73.4
-    attention rollout                     78.6    25.7    62.5
+    one patch hidden, after the tower     89.3    83.5    81.2     its neighbours carry the same information
+    attention, all layers and heads       89.3    34.2    81.2
     chance                                 6.0     6.0
 
-Hiding a patch hardly matters, as its neighbours tell the same: a word loses 0.0001 nats (median of the peaks). Showing
-one adds 3.8. An answer takes 2 CPU seconds with the built-in model, 25 with hidden_size 512 and 8 layers.
 scripts/builtin/check_looking.py checks the measure with any weights that describe the scenes.
 """
 
@@ -35,18 +29,17 @@ MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32
 def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor, stops=lambda: False) -> torch.Tensor | None:
     """Returns how much more probable each token of an answer becomes when one patch of a blank image is shown.
 
-    Blank is an image whose projected features are all their mean. The answer stays as it was generated, so that one
-    forward pass scores all of its tokens.
+    Blank is an image whose projected features are all their mean. One forward pass scores all tokens of the answer.
 
     Args:
         model: With its tower.
         inputs: One prompt with images and text before them, see `dataset.prompts`; not padded.
-        ids: (T,) the answer's token ids, see `answer_ids`.
-        stops: Asked every few patches; where it is true there is no result.
+        ids: (T,) the answer's token ids, without the end token.
+        stops: Called every few patches; once it returns true, the result is None.
 
     Returns:
-        (T, images, side, side), float32 on the CPU: the rise of the token's log-probability in nats, negative where
-        it falls. `side` is 14 for 196 tokens an image.
+        (T, images, side, side), float32 on the CPU: the rise of the token's log-probability in nats. `side` is 14 for
+        196 tokens an image.
     """
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "pixel_values", "image_starts")}
     ids, starts, patches = ids.to(model.device), inputs["image_starts"], model.config.image_tokens
@@ -78,17 +71,16 @@ def log_probabilities(model: MiniMindVLM, embeds: torch.Tensor, ids: torch.Tenso
     return logits.float().log_softmax(dim=-1)[:, torch.arange(len(ids), device=ids.device), ids]
 
 
-def answer_ids(ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Returns generated ids (T,) up to the end token, without it."""
-    return ids[(ids == eos_token_id).cumsum(dim=0) == 0]
-
-
 def split_words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int, int]]:
-    """Splits an answer's tokens into words that can be read: (text, first token, end) each.
+    """Splits an answer's tokens into readable words: (text, first token, end) each.
 
     A token is a word, but tokens that share a character, or a word of Latin letters, stay together. The texts joined
     are the answer as it is decoded without special tokens.
     """
+
+    def is_latin(character: str) -> bool:
+        return character.isascii() and character.isalnum()
+
     texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(len(ids) + 1)]
     words, start = [], 0
     for end in range(1, len(ids) + 1):
@@ -101,29 +93,21 @@ def split_words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tupl
     return words
 
 
-def is_latin(character: str) -> bool:
-    return character.isascii() and character.isalnum()
-
-
 def word_maps(
     model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, inputs: dict, ids: torch.Tensor, stops=lambda: False
 ) -> list[tuple[str, torch.Tensor]] | None:
-    """Returns the words of an answer, each with its map.
+    """Returns the words of an answer, each with its map: the sum of its tokens' `patch_maps`, (images, side, side).
 
     Args:
-        model, inputs, stops: As in `patch_maps`.
-        ids: (at least T,) what `generate` returned for the prompt.
+        ids: (T,) what `generate` returned for the prompt; tokens after the end token do not count.
 
     Returns:
-        (word, (images, side, side) the sum of its tokens' maps) each, see `split_words`; none where the projection's
-        tokens are no grid over the image.
+        [] where nothing was answered, or the projection's tokens are no grid over the image; None once `stops` is true.
     """
-    ids = answer_ids(ids, tokenizer.eos_token_id)
+    ids = ids[(ids == tokenizer.eos_token_id).cumsum(dim=0) == 0]
     if not len(ids) or not model.vision_proj.is_grid:
         return []
     maps = patch_maps(model, inputs, ids, stops)
-    return (
-        maps
-        if maps is None
-        else [(text, maps[start:end].sum(dim=0)) for text, start, end in split_words(tokenizer, ids.tolist())]
-    )
+    if maps is None:
+        return None
+    return [(text, maps[start:end].sum(dim=0)) for text, start, end in split_words(tokenizer, ids.tolist())]

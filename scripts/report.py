@@ -14,33 +14,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.paths import ROOT, SAVE_DIR, display_path
-from trainer.report.page import METRICS, write_report
-from trainer.setup import ENDINGS
+from trainer.report.page import write_report
+from trainer.setup import ENDINGS, RunFiles
 
 A_RUN = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
+METRICS = RunFiles(Path(), "").metrics.name
 
 
-def find_run(given: Path) -> tuple[Path, str]:
-    """Returns the folder and name of the run a path means: one of its files, their common beginning, or its folder.
+def find_run(typed: Path) -> tuple[Path, str]:
+    """Returns the folder and name of the run that a path names: by one of its files, by all but their endings, or by
+    its folder.
 
     Raises:
-        UsageError: If it means no run, or several.
+        UsageError: If it names no run, or several.
     """
-    for path in (given.expanduser().resolve(), (ROOT / given).resolve()):
+    here = typed.expanduser().resolve()
+    for path in (here, (ROOT / typed).resolve()):  # messages name paths in the project from its root
         for name in (path.name.removesuffix(ending) for ending in ("", *ENDINGS)):
-            if (path.parent / f"{name}{METRICS}").is_file():
+            if RunFiles(path.parent, name).metrics.is_file():
                 return path.parent, name
-        if path.is_dir():
-            names = sorted(file.name.removesuffix(METRICS) for file in path.glob(f"*{METRICS}"))
-            if len(names) == 1:
-                return path, names[0]
-            if names:
-                commands = "".join(f"\n  python scripts/report.py {display_path(path / name)}" for name in names)
-                raise UsageError(f"{display_path(path)} holds {len(names)} runs; name one:{commands}")
-    path = given.expanduser().resolve()
-    wanted = path / f"*{METRICS}" if path.is_dir() else path.with_name(path.name + METRICS)
+        names = sorted(file.name.removesuffix(METRICS) for file in path.glob(f"*{METRICS}"))
+        if len(names) == 1:
+            return path, names[0]
+        if names:
+            commands = "".join(f"\n  python scripts/report.py {display_path(path / name)}" for name in names)
+            raise UsageError(f"{display_path(path)} holds {len(names)} runs; name one:{commands}")
+    wanted = here / f"*{METRICS}" if here.is_dir() else here.with_name(here.name + METRICS)
     raise UsageError(
-        f"{display_path(path)} is no run: there is no {display_path(wanted)}, which training writes. Name {A_RUN}"
+        f"{display_path(here)} is no run: there is no {display_path(wanted)}, which training writes. Name {A_RUN}"
     )
 
 

@@ -4,28 +4,33 @@
     python scripts/web_demo_vlm.py --weight pretrain_vlm --port 8000
 
 It needs: pip install -r scripts/requirements-demo.txt. Only this machine can
-open the page unless --host or --share say otherwise. An upload stays on the
-disk until it was asked about, an hour or so at most and within bounds
-(scripts/demo/guard.py); then in memory, until its conversation is closed.
+open the page unless --host or --share say otherwise. An upload is deleted from
+the disk once it was asked about, after an hour, or when there are too many
+(scripts/demo/guard.py); it stays in memory until its conversation is closed.
 """
 
 import os
 import signal
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, number, temperature
+from common.cli import ArgumentParser, HelpFormatter, number
 from common.errors import Stopped, UsageError, run_script
+from common.paths import EXAMPLE_PHOTO
 from dataset.tokenizer import quiet_libraries
-from scripts.demo.chat import CLOSING, LARGEST_FILE, MOST_PICTURES, Models
-from trainer.answering.assistant import add_speed_flags
-from trainer.answering.loaded_model import add_model_flags
+from scripts.demo.chat import CLOSING, MOST_PICTURES
+from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
+from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.support.processes import Processes
-from trainer.support.signals import SIGNALS
+from trainer.support.signals import StopSignals
+
+LARGEST_FILE = 20 * 2**20  # bytes
+EXAMPLES = 6
 
 
 def parse_arguments(argv=None) -> Namespace:
@@ -35,58 +40,52 @@ def parse_arguments(argv=None) -> Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")
     add("--port", type=number(int, 0, 65535), default=7860, help="port to listen on")
     add("--share", action="store_true", help="a public address for a few days, through gradio's servers")
-    what = "initial value of its slider"
-    default = "(default: as the published model's recipe)"
-    add("--temperature", type=temperature, help=f"{what}; 0: always the likeliest token {default}")
-    add("--top_p", type=number(float, 1e-3, 1), help=f"{what} {default}")
-    add("--max_new_tokens", type=number(int, 1), default=256, help=what)
+    add_generation_flags(parser.add_argument_group("initial values of the settings"), max_new_tokens=256)
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_arguments()
     try:
-        from scripts.demo.guard import Guard, Uploads, is_loopback
-        from scripts.demo.page import LABELS, build_page
+        from scripts.demo.guard import Uploads, is_loopback, middleware
+        from scripts.demo.page import LABELS, Handlers, build_page
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "starlette"):
             raise
         raise UsageError("the web page needs a package: pip install -r scripts/requirements-demo.txt") from error
-    for which in SIGNALS:
-        if which != signal.SIGINT and signal.getsignal(which) is not signal.SIG_IGN:
-            signal.signal(which, leave)
     with Processes.start(args.device) as processes, tempfile.TemporaryDirectory() as folder:
         quiet_libraries(True)
-        uploads, examples = Uploads(Path(folder).resolve() / "uploads"), Path(folder).resolve() / "examples"
-        examples.mkdir()
+        folder, loaded = Path(folder).resolve(), find_model(args)
+        uploads, photos = Uploads(folder / "uploads"), sorted(EXAMPLE_PHOTO.parent.iterdir())[:EXAMPLES]
         os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-        page = build_page(Models(args, processes.device, examples), uploads)
-        is_local = is_loopback(args.host) and not args.share
-        guard = (Guard, (uploads, MOST_PICTURES * LARGEST_FILE, is_local), {})
+        examples = draw_heldout(folder / "examples", EXAMPLES) if loaded.knows_only_scenes else photos
+        assistant = Assistant(loaded, processes.device, args.dtype, args.compile)
+        page = build_page(Handlers(assistant, sampling_of(args, loaded), examples, uploads), args.max_new_tokens)
         css = Path(__file__).with_name("demo").joinpath("page.css").read_text(encoding="utf-8")
         try:
-            page.launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=args.share,
-                i18n=LABELS,
-                max_file_size=LARGEST_FILE,
-                css=css,
-                app_kwargs={"middleware": [guard]},
-                footer_links=[],
-                show_error=False,
-            )
+            guards = middleware(uploads, MOST_PICTURES * LARGEST_FILE, not args.share and is_loopback(args.host))
+            with StopSignals(speaks=False) as signals:
+                page.launch(
+                    server_name=args.host,
+                    server_port=args.port,
+                    share=args.share,
+                    i18n=LABELS,
+                    max_file_size=LARGEST_FILE,
+                    css=css,
+                    app_kwargs={"middleware": guards},
+                    footer_links=[],
+                    show_error=False,
+                    prevent_thread_lock=True,
+                )
+                while signals.asked is None:
+                    time.sleep(0.1)
         except OSError as error:
-            raise UsageError(f"--port {args.port} cannot be used ({error}): choose another") from error
+            raise UsageError(f"--host {args.host} --port {args.port} cannot be used ({error})") from error
         finally:
             CLOSING.set()
-            if page.server:
-                page.server.force_exit = True  # browsers hold connections open
             page.close(verbose=False)  # before the uploads' folder goes
-
-
-def leave(number: int, frame):
-    raise Stopped(number)
+    if signals.asked != signal.SIGINT:
+        raise Stopped(signals.asked)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """eval_vlm.py: a folder of images, your own images, and every kind of weights."""
 
+import contextlib
 import json
 import os
 import re
@@ -256,15 +257,15 @@ def test_every_picture_that_can_be_read_is_described_and_the_rest_is_named(world
     os.mkfifo(tmp_path / "pipe.jpg")
     said = world.run(EVAL, *world.eval_files(out), "--image_dir", tmp_path).passed().out
     assert re.findall(r"^(\w\.\w+): 描述", said, re.MULTILINE) == names
-    [counts] = re.findall(r"5 not read \((.*)\)\. HEIC is not read: convert it to JPEG", said)
-    assert set(counts.split(", ")) == {"2 .heic", "1 .txt", "1 no ending", "1 .jpg"}
+    [counts] = re.findall(r"not read: (.*)\. HEIC is not read: convert it to JPEG", said)
+    assert set(counts.split(", ")) == {"2 .heic", "1 .txt", "1 README", "1 .jpg"}
     world.run(EVAL, *world.eval_files(out), "--image", tmp_path / "g.heic").refused("HEIC is not read: convert")
 
 
 def test_missing_pictures_are_refused(world, out, tmp_path):
     files = world.eval_files(out)
-    world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("no folder", "nowhere", "--image")
-    world.run(EVAL, *files, "--image_dir", tmp_path).refused("no pictures in", ".jpg")
+    world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("no pictures", "nowhere", "--image")
+    world.run(EVAL, *files, "--image_dir", tmp_path).refused("no pictures (", ".jpg")
     world.run(EVAL, *files, "--image", "nowhere.jpg").refused("nowhere.jpg: no such file")
 
 
@@ -294,7 +295,7 @@ TYPED = {
     "s0.jpg,s1.jpg：有什么不同？": ("有什么不同？", "s0.jpg", "s1.jpg"),
     "(“s0.jpg”) what?": ("what?", "s0.jpg"),
     r"my\ photo.jpg what?": ("what?", "my photo.jpg"),
-    "describe my photo.jpg, please": ("describe, please", "my photo.jpg"),
+    "describe my photo.jpg, please": ("describe please", "my photo.jpg"),
     "'my photo.jpg' what?": ("what?", "my photo.jpg"),
     "“my photo.jpg”是什么": ("是什么", "my photo.jpg"),
     r"it\'s.jpg": ("", "it's.jpg"),
@@ -302,9 +303,8 @@ TYPED = {
     "a, b.jpg what?": ("what?", "a, b.jpg"),
     "file://{here}/my%20photo.jpg what?": ("what?", "{here}/my photo.jpg"),
     "~/s0.jpg!": ("", "{here}/s0.jpg"),
-    "see {here}/my dir/noending?": ("see?", "{here}/my dir/noending"),
-    r"my\ dir/noending?": ("", "my dir/noending"),
-    "cafe\u0301.jpg": ("", "caf\u00e9.jpg"),
+    "see {here}/my dir/b.jpg?": ("see?", "{here}/my dir/b.jpg"),
+    r"my\ dir/b.jpg?": ("", "my dir/b.jpg"),
     "what is in noending": ("what is in noending",),
     "is 1/2 and/or 5 km/h a .jpg?": ("is 1/2 and/or 5 km/h a .jpg?",),
     "?!": ("?!",),
@@ -318,8 +318,9 @@ MISSING = {
     r"no\ photo.jpg what?": "no such file",
     "~/none what?": "no such file",
     "{here}/my dir": "no such file",
-    "./my\\ dir/": "a folder",
-    "pipe.jpg": "no regular file",
+    "{here}/noending what?": "no picture's ending",
+    "./my\\ dir/": "a folder, not a file",
+    "pipe.jpg": "a pipe",
     "https://a.com/b.jpg": "an address: download",
 }
 
@@ -338,9 +339,8 @@ def files(tmp_path, monkeypatch):
         "noending",
     ):
         (tmp_path / name).touch()
-    (tmp_path / "caf\u00e9.jpg").touch()
     (tmp_path / "my dir").mkdir()
-    (tmp_path / "my dir" / "noending").touch()
+    (tmp_path / "my dir" / "b.jpg").touch()
     os.mkfifo(tmp_path / "pipe.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -350,15 +350,14 @@ def files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", TYPED)
 def test_a_picture_is_found_however_its_path_is_typed(files, line):
     question, *paths = [text.format(here=files) for text in TYPED[line]]
-    found = find_pictures(line.format(here=files))
-    assert (found[0], list(map(str, found[1])), found[2]) == (question, paths, [])
+    asked, found = find_pictures(line.format(here=files))
+    assert (asked, list(map(str, found))) == (question, paths)
 
 
 @pytest.mark.parametrize("line", MISSING)
 def test_what_looks_like_a_picture_and_is_none_is_named(files, line):
-    _, paths, missing = find_pictures(line.format(here=files))
-    assert not paths
-    assert len(missing) == 1 and MISSING[line] in missing[0]
+    with pytest.raises(ValueError, match=f"^[^;]*{MISSING[line]}[^;]*$"):
+        find_pictures(line.format(here=files))
 
 
 @pytest.mark.parametrize(
@@ -371,9 +370,10 @@ def test_a_longer_line_takes_proportionally_longer(files, monkeypatch, name):
     counts = []
     for number in (100, 400):
         calls.clear()
-        find_pictures(name.format(here=files) * number)
+        with contextlib.suppress(ValueError):
+            find_pictures(name.format(here=files) * number)
         counts.append(len(calls))
-    assert counts[1] <= 5 * counts[0] and counts[1] <= 50 * 400
+    assert counts[1] <= 5 * counts[0] and counts[1] <= 250 * 400
 
 
 def test_a_chat_line_that_is_refused_changes_nothing(world, out):
@@ -384,8 +384,7 @@ def test_a_chat_line_that_is_refused_changes_nothing(world, out):
         many,
         f"{many} 有什么？",
         "none.jpg 这是什么？",
-        "/image",
-        "/image 2.jpg",
+        "2.jpg",
         "<image>",
         "有什么？",
         "好",
@@ -393,8 +392,8 @@ def test_a_chat_line_that_is_refused_changes_nothing(world, out):
     typed = "\n".join(lines).encode()
     said = world.run(EVAL, *world.eval_files(out), "--chat", typed=typed, cwd=world.images).passed().out
     refused = re.findall("not added, and nothing asked: (.*)", said)
-    words = [*["are more than the model's 32,768 positions"] * 2, "none.jpg: no such", "/image PATH", "1 <image> for 2"]
-    assert [word in text for word, text in zip(words, refused, strict=True)] == [True] * 5
+    words = [*["are more than the model's 32,768 positions"] * 2, "none.jpg: no such", "1 <image> for 2"]
+    assert [word in text for word, text in zip(words, refused, strict=True)] == [True] * 4
     assert re.findall("with .*jpg", said) == ["with 1.jpg", "with 2.jpg"]
     assert "2 picture(s) added: ask about them" in said
     assert said.count("tokens/s") == 2
@@ -422,7 +421,7 @@ def test_the_question_is_the_same_however_it_is_typed(world, out):
     [
         ("--chat --image a.jpg", "argument --image: not allowed with argument --chat"),
         ("--image_dir . --eval_data b.jsonl", "argument --eval_data: not allowed with argument --image_dir"),
-        ("--json x.json", "--eval_data only"),
+        ("--json x.json", "--json: needs --eval_data"),
         ("--eval_data 0.jpg --json missing/r.json", "--json: missing/r.json: there is no such folder"),
         ("--eval_data 0.jpg --json .", "or it is a folder itself"),
         ("--seed -1", "--seed: -1: must be from 0 to 9223372036854775807"),
@@ -473,4 +472,4 @@ def test_a_users_own_placeholders_are_text(world, out, tmp_path, count):
     for some in (rows, rows[:1]):
         write_jsonl(data, some)
         flags = ["--eval_data", data, "--images_path", world.images, "--short_answer", 500]
-        assert f"{len(some)} with " in world.run(EVAL, *files, *flags).passed().out
+        assert f"{len(some)} rows with " in world.run(EVAL, *files, *flags).passed().out

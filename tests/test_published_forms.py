@@ -24,9 +24,9 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vlm_config import MINIMIND_3V
 from model.weights import Weights, read_weights
-from scripts.demo.chat import Models
 from scripts.web_demo_vlm import parse_arguments
 from trainer import bundles
+from trainer.answering.assistant import sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 
 pytest_plugins = ["tiny"]
@@ -151,16 +151,14 @@ def test_the_download_ends_with_the_lines_that_talk_to_it(world, published):
     assert len(read_weights(published.fetched / published.weights / "sft_vlm_64.pth").tensors) == published.tensors
 
 
-def test_each_generation_draws_answers_as_its_recipe_says(published, tmp_path):
+def test_each_generation_draws_answers_as_its_recipe_says(published):
     """The web page's sliders start there too, unless a flag says another."""
     where = ["--save_dir", str(published.fetched / published.weights), *map(str, published.files)]
-    page = [
-        Models(parse_arguments([*where, *given]), torch.device("cpu"), tmp_path) for given in ([], ["--top_p", "1"])
-    ]
-    trained = find_model(page[0].args)
+    flags = [parse_arguments([*where, *given]) for given in ([], ["--top_p", "1"])]
+    trained = find_model(flags[0])
     temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
     assert trained.sampling == {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
-    assert [demo.sampling for demo in page] == [trained.sampling, trained.sampling | {"top_p": 1}]
+    assert [sampling_of(given, trained) for given in flags] == [trained.sampling, trained.sampling | {"top_p": 1}]
 
 
 def test_weights_and_tokenizer_of_different_generations_are_refused(world, published, tmp_path):

@@ -72,7 +72,7 @@ def test_command_is_understood(command):
 def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->")[1].split("<!-- end -->")[0]
     commands = [line.strip() for line in block.splitlines() if line.strip()]
-    assert commands == ["pip install -r requirements.txt -r tests/requirements.txt", "python -m pytest"]
+    assert commands == ["pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"]
 
 
 def section(title: str) -> str:

@@ -31,6 +31,8 @@ from common.paths import (
     display_path,
     place_of,
 )
+from model.vision_tower import TowerError, TowerSettings, read_tower_settings
+from model.vlm_config import PROMPT_FORMS
 from model.weights import (
     Weights,
     is_path,
@@ -61,6 +63,7 @@ class Bundle:
         downloads: Parts of scripts/download.py, by what they hold: tower, tokenizer, a weight's name.
         recipes: Where its settings differ from a stage's own, by stage and flag.
         sampling: How its own scripts draw answers, by flag; top_k 0 draws from all tokens.
+        prompt_form: Where a prompt has its images, if the weights' sidecar does not say.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Bundle:
     downloads: dict[str, str] = field(default_factory=dict)
     recipes: dict[str, dict] = field(default_factory=dict)
     sampling: dict = field(default_factory=lambda: {"temperature": 0.65, "top_p": 0.85, "top_k": 0})
+    prompt_form: str = PROMPT_FORMS[0]
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -139,6 +143,15 @@ def bundle_of(weights: Weights) -> Bundle:
     """Returns the generation of weights: the one that their sidecar names, else the first that their shape fits."""
     named = BUNDLES.get(weights.sidecar.get("assets"))
     return named or next(bundle for bundle in BUNDLES.values() if bundle.fits(weights.config))
+
+
+def read_tower(folder: Path) -> TowerSettings:
+    """Reads a tower's settings; its TowerError also says how to download the published one."""
+    try:
+        return read_tower_settings(folder)
+    except TowerError as error:
+        bundle = MINIMIND_3V if folder == place_of(MINIMIND_3V.tower) else MINIMIND2
+        raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
 def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:

@@ -2,34 +2,28 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 
-from common.errors import UsageError
+from common.errors import Stopped
 from common.paths import display_path
 from dataset.features import FeatureFolder, compute_features
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
-from trainer.report.header import print_header
+from trainer.report.header import describe_features, print_header
 from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.report.progress import Progress, clock, open_progress
+from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
-from trainer.resume import (
-    Checkpoints,
-    TrainState,
-    changed_pictures,
-    changed_settings,
-    keep_earlier_run,
-    restore_random_state,
-    save_if_due,
-)
+from trainer.resume import Checkpoints, TrainedRows, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
-from trainer.step import count, make_context, train_step
+from trainer.step import TrainContext, count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
@@ -43,12 +37,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         Stopped: If a signal asked for it; the run is saved then.
         UsageError: If it cannot continue, as where the last save fails.
     """
-    args, processes, device = run.args, run.processes, run.device
-    if data.picture_count == 0 and not any(weight.requires_grad for weight in model.model.parameters()):
-        raise UsageError(
-            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
-            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
-        )
+    args, stage, processes, device = run.args, run.stage, run.processes, run.device
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)
@@ -59,29 +48,38 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
     settings = vars(args) | {"eval_interval": eval_interval, "compile": run.compiles}
-    checkpoints = Checkpoints(run, model, data, settings)
+
+    companions = stage.companions(args, model)  # before a checkpoint replaces the starting weights
+    checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
+    loss = partial(stage.loss, **{name: companion.to(device) for name, companion in companions.items()})
+    collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
+    context, take_step, is_compiled = make_step(run, model, loss, collate, data)
+    evaluator = None
+    if heldout is not None:
+        evaluator = stage.evaluator(heldout, model, loss, collate, processes, run.dtype, args.batch_size)
+    watch = Watch(run, model, evaluator, heldout or data.with_pixels(), eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
-    forward = compile_or_not(model, data, args.batch_size, device, run.dtype, run.log) if run.compiles else model
-    context = make_context(model, run.stage.loss, processes, run.dtype, args.grad_clip, forward)
-    print_header(run, model, data, heldout, features, total_steps, eval_interval, forward is not model)
+    an_epoch = math.ceil(len(data) / sampler.group)
+    print_header(
+        run,
+        model,
+        is_compiled,
+        data=data.summary,
+        held_out=watch.plan,
+        features=describe_features(features, data),
+        steps=f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)",
+    )
     if run.state is not None:
         context.load_state_dict(run.state)
-        changed = changed_settings(run.state, args, processes.world_size)
-        run.log(f"  resumes      after step {state.step:,}, {total_steps - state.step:,} to go{changed}")
-        if processes.is_main and (warning := changed_pictures(run.state, data)):
-            run.log(warning)
+        report_resume(run, state.step, total_steps, data)
     if features is not None:
         encode_once(run, model, data, features)
-    take_step = CapturedStep(train_step, context, args.batch_size) if run.captures else partial(train_step, context)
-    watch = Watch(run, model, data, heldout, eval_interval, state.step)
     seed_dropout(run)
-    multiple = LENGTH_MULTIPLE if forward is not model else 1
-    collate = run.stage.collator(run.config.pad_token_id, multiple)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
-        contextlib.closing(open_progress(run, state.step, total_steps, settings)) as progress,
+        contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
         contextlib.closing(batches),
     ):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
@@ -90,19 +88,59 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
                 data_seconds = time.perf_counter() - started
                 counts = count(micro_batches, processes)
-                learning_rate = run.stage.schedule(args, sampler.done(epoch, first_sample))
+                learning_rate = stage.schedule(args, sampler.done(epoch, first_sample))
                 losses, is_bad = take_step(micro_batches, counts, learning_rate)
                 unreadable.note(micro_batches)
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
-                    check_first_loss(run, model, losses)
+                    check_first_loss(run, losses)
                     keep_earlier_run(run)
                 bad_steps.add(is_bad)
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
-                save_if_due(checkpoints, state, (context, bad_steps, progress), signals.asked, total_steps)
+                # All ranks must do the same: any one's signal stops them, and the main rank's clock saves.
+                saves, stops = processes.sum(checkpoints.are_due(state), signals.asked is not None)
+                if saves or stops:
+                    checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
+                if stops and state.step < total_steps:
+                    progress.log(
+                        f"stopped after step {state.step:,} of {total_steps:,}, which is saved: the same command with "
+                        "--from_resume 1 resumes from there"
+                    )
+                    raise Stopped(signals.asked or signal.SIGTERM)
         finish(run, state, progress, watch)
+
+
+def make_step(
+    run: Run, model: MiniMindVLM, loss: Callable, collate: Callable, data: VLMDataset
+) -> tuple[TrainContext, Callable, bool]:
+    """Returns what a step works on, what takes it (`train_step`, or that captured), and whether it is compiled."""
+    args, forward = run.args, model
+    if run.compiles:
+        batches = extreme_batches(data, args.batch_size, collate, run.device)
+        forward = compile_or_not(model, loss, batches, run.dtype, run.log)
+    context = make_context(model, loss, run.processes, run.dtype, args.grad_clip, forward)
+    take_step = partial(train_step, context)
+    if run.captures and run.stage.pad is not None:
+        take_step = CapturedStep(train_step, context, partial(run.stage.pad, batch_size=args.batch_size))
+    return context, take_step, forward is not model
+
+
+def extreme_batches(data: VLMDataset, batch_size: int, collate: Callable, device: torch.device) -> list[dict]:
+    """Returns the full batches of the shortest and of the longest rows, on the device; of rows with pictures first."""
+    data, batches = as_loaded(data, device), []
+    lengths, is_text = data.lengths, data.image_counts == 0
+    for order in (np.lexsort((lengths, is_text)), np.lexsort((-lengths, is_text))):
+        samples = data.__getitems__(order[: 2 * batch_size].tolist())  # some pictures may be broken
+        readable = [sample for sample in samples if not isinstance(sample, PictureError)]
+        batches.append(collate(readable[:batch_size]))
+    return [batch for batch in on_device(batches, device) if batch["units"]]
+
+
+def as_loaded(data: VLMDataset, device: torch.device) -> VLMDataset:
+    """Returns the rows as batches are loaded from them: a GPU enlarges small pictures itself."""
+    return data.leaving_small_pictures() if device.type == "cuda" else data
 
 
 def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder):
@@ -126,7 +164,7 @@ def load_batches(
 ) -> Iterator[dict]:
     """Yields this rank's micro-batches, on the device."""
     batches = load_in_workers(
-        data.leaving_small_pictures() if device.type == "cuda" else data,
+        as_loaded(data, device),
         num_workers,
         batch_sampler=sampler,
         collate_fn=collate,

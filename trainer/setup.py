@@ -12,10 +12,11 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import RankError, UsageError
-from common.files import load_file, lock, scratch_folder
+from common.files import load_file, lock_of, scratch_folder
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from common.schema import SchemaError, check
 from dataset.chat import image_token_id
@@ -28,9 +29,9 @@ from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import TowerSettings, read_tower_settings
+from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
@@ -160,7 +161,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     weights = find_starting_weights(args, processes.log)
     if weights is not None:
         check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
-    tower = read_tower_settings(args.vision_model_path)
+    tower = read_tower(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
     if args.compile and config.use_moe:
@@ -283,10 +284,11 @@ def prepare_save_dir(files: RunFiles, processes: Processes):
     """
     try:
         with scratch_folder(files.save_dir):  # it can be written to
-            return lock(files.save_dir / files.name) if processes.is_main else None
-    except BlockingIOError as error:
+            # A killed run's workers may hold the lock for 5 seconds more.
+            return lock_of(files.save_dir / files.name).acquire(timeout=6) if processes.is_main else None
+    except Timeout as error:
         raise RankError(
-            f"process {error} is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
+            f"another process is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
             "run another --save_weight or --save_dir"
         ) from error
     except OSError as error:
@@ -297,7 +299,7 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     """Loads the tokenised rows; prints the report on bad ones.
 
     Returns:
-        The rows to learn from and the rows to measure on: those of --eval_data, or some held out; None for none.
+        The rows to train on, and the rows to measure on: those of --eval_data, or some held out; None for none.
 
     Raises:
         UsageError: If there are more bad rows than --max_bad_rows, or nothing is left.
@@ -305,40 +307,47 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
-    for name, rule in data.rules.items():
-        run.log(f"{name}: {rule}")
+    for kind, rule in data.rules.items():
+        run.log(f"{kind}: {rule}")
     if len(data) == 0:
         raise DataError(f"{data.data_path} has no row to learn from")
+    if data.picture_count == 0 and args.freeze_llm == "all":
+        raise UsageError(
+            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
+            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
+        )
     if args.eval_data == "none":
         return data, None
-    if args.eval_data is None:
-        kept, heldout = hold_out(data)
-        report_shared_images(run, data, kept, heldout)
-        return kept, heldout
-    path = Path(args.eval_data).expanduser().resolve()
-    heldout = open_data(run, path, args.eval_images_path or args.images_path)
+    if args.eval_data is not None:
+        return data, load_eval_data(run, data)
+    training, heldout = hold_out(data)
+    if heldout is not None:
+        report_shared_images(run, data, training, heldout)
+    return training, heldout
+
+
+def load_eval_data(run: Run, data: VLMDataset) -> VLMDataset:
+    """Loads the rows of --eval_data; reports those that cannot be used, and those that are trained on too."""
+    path = Path(run.args.eval_data).expanduser().resolve()
+    flag = f"--eval_data {display_path(path)}"
+    heldout = open_data(run, path, run.args.eval_images_path or run.args.images_path)
     if heldout.bad_rows:
-        first = heldout.bad_rows[0]
-        run.log(
-            f"--eval_data {display_path(path)}: {len(heldout.bad_rows)} rows cannot be measured on and are left out, "
-            f"the first is {first.line}: {first.reason}"
-        )
+        count, first = len(heldout.bad_rows), heldout.bad_rows[0]
+        reason = f"the first is {first.line}: {first.reason}"
+        run.log(f"{flag}: {count} rows cannot be measured on and are left out, {reason}")
     if len(heldout) == 0:
-        raise UsageError(f"--eval_data {display_path(path)} has no row to measure on")
-    both = rows_in_both(data, heldout)
-    if both:
+        raise UsageError(f"{flag} has no row to measure on")
+    if both := rows_in_both(data, heldout):
         run.log(
-            f"warning: {both:,} of the {len(heldout):,} rows of --eval_data {display_path(path)} are trained on too, "
-            "so the held-out loss says less than it seems to"
+            f"warning: {both:,} of the {len(heldout):,} rows of {flag} are trained on too, so the held-out loss says "
+            "less than it seems to"
         )
-    return data, heldout
+    return heldout
 
 
-def report_shared_images(run: Run, data: VLMDataset, kept: VLMDataset, heldout: VLMDataset | None):
+def report_shared_images(run: Run, data: VLMDataset, training: VLMDataset, heldout: VLMDataset):
     """Says how many rows are left out, or trained on, although they show a held-out image."""
-    if heldout is None:
-        return
-    left_out, trained_on = len(data) - len(kept) - len(heldout), len(showing_the_same(kept, heldout))
+    left_out, trained_on = len(data) - len(training) - len(heldout), len(showing_the_same(training, heldout))
     if left_out:
         run.log(f"{left_out:,} rows show a held-out image beside others: neither learned nor measured on")
     if trained_on:
@@ -356,39 +365,37 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 def report_bad_rows(run: Run, data: VLMDataset):
     """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; UsageError if they are too many."""
-    args, path = run.args, run.files.bad_rows
+    path, bad = run.files.bad_rows, data.bad_rows
     if run.processes.is_main and run.state is None and run.files.weights.is_file():
         run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
-    if not data.bad_rows:
+    if not bad:
         if run.processes.is_main:
             path.unlink(missing_ok=True)
         return
-    place = "row" if data.is_parquet else "line"
-    report = [f"{data.data_path}: {len(data.bad_rows)} of {data.row_count} rows cannot be learned from"]
-    if any(row.reason.startswith("no such picture") for row in data.bad_rows):
-        report[0] += f" (pictures are looked for in {display_path(data.images_path)})"
-    report += [f"  {place} {row.line}: {row.reason}" for row in data.bad_rows]
+    title = f"{data.data_path}: {len(bad)} of {data.row_count} rows cannot be learned from"
+    if any(row.reason.startswith("no such picture") for row in bad):
+        title += f" (pictures are looked for in {display_path(data.images_path)})"
+    report = [title, *(f"  {'row' if data.is_parquet else 'line'} {row.line}: {row.reason}" for row in bad)]
     if run.processes.is_main:
         try:
             path.write_text("\n".join(report) + "\n", encoding="utf-8")
         except OSError as error:
             run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
-    lines = report[: SHOWN_BAD_ROWS + 1]
-    if len(report) > len(lines):
-        lines.append(f"  ... and {len(report) - len(lines)} more, all in {display_path(path)}")
-    limit = bad_rows_limit(data, args.max_bad_rows)
-    if len(data.bad_rows) > limit:
-        given = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
-        if not data.is_parquet:
-            lines.append(f"A good line looks like this:\n  {RIGHT_FORM}")
-        cut = data.column("cut_tokens")[data.left_out]
-        if cut.any():
-            lines.append(
-                f"{(cut > 0).sum()} of them are cut by --max_seq_len {args.max_seq_len}; {cut.max()} cuts none."
-            )
-        lines.append(f"More than {given}: training does not start. Fix them, or raise --max_bad_rows.")
-        raise UsageError("\n".join(lines))
-    run.log("\n".join([*lines, "They are left out."]))
+    if len(bad) > SHOWN_BAD_ROWS:
+        report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
+    limit = bad_rows_limit(data, run.args.max_bad_rows)
+    if len(bad) <= limit:
+        run.log("\n".join([*report, "They are left out."]))
+        return
+    if not data.is_parquet:
+        report.append(f"A good line looks like this:\n  {RIGHT_FORM}")
+    cut = data.column("cut_tokens")[data.left_out]
+    if cut.any():
+        too_long = f"{(cut > 0).sum()} of them are cut by --max_seq_len {run.args.max_seq_len}"
+        report.append(f"{too_long}; {cut.max()} cuts none.")
+    share = "1 % of the rows" if run.args.max_bad_rows is None else f"--max_bad_rows {limit}"
+    report.append(f"More than {share}: training does not start. Fix them, or raise --max_bad_rows.")
+    raise UsageError("\n".join(report))
 
 
 def load_model(run: Run) -> MiniMindVLM:
@@ -406,10 +413,7 @@ def load_model(run: Run) -> MiniMindVLM:
 
 
 def freeze(model: MiniMindVLM, frozen: str):
-    """Sets what learns beside the projection: the decoder's layers ("none" is frozen), its "ends", or nothing ("all").
-
-    The tower is frozen in every mode.
-    """
+    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection learns, the tower never."""
     model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
     if frozen == "ends":
@@ -428,26 +432,26 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 
 
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
-    """Opens the folder that keeps the tower's features, where --cache_vision or its default says so, for all ranks.
+    """Opens the cache of the tower's features, where --cache_vision or its default says so, for all ranks.
 
     Raises:
         FeatureCacheError: If a folder was named, and has no room for it.
     """
-    wish, save_dir = run.args.cache_vision, run.files.save_dir
-    folder = save_dir / "vision_features" if wish is None else Path(wish).expanduser().resolve()
-    if wish == "off" or data.picture_count == 0 or (wish is None and run.device.type == "cuda"):
+    flag = run.args.cache_vision
+    folder = run.files.save_dir / "vision_features" if flag is None else Path(flag).expanduser().resolve()
+    if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
     # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))
     try:
         needed = features.make_room(data.picture_keys)
-        is_kept = wish is not None or needed <= shutil.disk_usage(folder).free / 10
+        has_room = flag is not None or needed <= shutil.disk_usage(folder).free / 10
     except FeatureCacheError as error:
-        if wish is not None:
+        if flag is not None:
             raise
         run.log(f"warning: {error}")
-        is_kept = False
+        has_room = False
     run.processes.barrier(patient=True)  # each has read all pictures
     # What is free may change while ranks look, but all of them must decide the same.
-    return features if run.processes.sum(not is_kept) == [0] else None
+    return features if run.processes.sum(not has_room) == [0] else None

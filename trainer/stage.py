@@ -1,21 +1,29 @@
 """A stage's record: everything that makes a stage. Nothing about a stage is written anywhere else."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from dataset.lm_dataset import VLMCollator, VLMDataset
+from trainer.evaluate import Evaluator
+from trainer.support.capture import round_up
 
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 
 def answer_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the cross-entropy summed over the learned tokens, and the experts' balancing loss (None without)."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(model, batch)}
-    output = model(**inputs, num_items_in_batch=1)
+    output = model(**model_inputs(model, batch), reduction="sum")
     return output.loss, output.aux_loss
+
+
+def model_inputs(model, batch: dict) -> dict:
+    """Returns what the model's `forward` takes of a batch of `VLMCollator`."""
+    return {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(model, batch)}
 
 
 def image_features(model, batch: dict) -> torch.Tensor:
@@ -27,6 +35,28 @@ def image_features(model, batch: dict) -> torch.Tensor:
         encoded = [model.encode_images(pixels) for pixels in batch["pixel_values"].split(1)]
         features[batch["unencoded"]] = torch.cat(encoded).to(features.dtype)
     return features
+
+
+def pad_answers(batch: dict, batch_size: int) -> dict | None:
+    """Pads a full batch of one image a row to one of a few shapes; `answer_loss` stays the same. None for others."""
+    is_full = len(batch["input_ids"]) == len(batch["image_starts"]) == batch_size
+    if not is_full or ("pixel_values" in batch) == ("image_features" in batch):
+        return None
+    length, learned = batch["input_ids"].shape[1], batch["learned_positions"]
+    padded = round_up(length, 32)
+    # Positions in the flattened batch move with its length. Padding names position 0, which is never learned.
+    positions = learned // length * padded + learned % length
+    return batch | {
+        "input_ids": F.pad(batch["input_ids"], (0, padded - length)),
+        "labels": F.pad(batch["labels"], (0, padded - length), value=-100),
+        "learned_positions": F.pad(positions, (0, round_up(len(learned), 8) - len(learned))),
+    }
+
+
+def frozen_copy(model):
+    """Returns a copy of the model that does not learn; it shares the tower."""
+    tower = model.vision_encoder
+    return copy.deepcopy(model, {id(tower): tower}).requires_grad_(False).eval()
 
 
 def cosine_learning_rate(args, done: float) -> float:
@@ -44,8 +74,17 @@ class Stage:
         defaults: The published settings, by flag; trainer/bundles.py has where a model needs others.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
         following: The command that comes next; {save_weight} and {sft_weight} are filled in.
-        loss: (model, batch) -> (loss sum, balancing loss of experts or None).
-        dataset, collator: A data file to samples, samples to a batch, whose `units` the loss is divided by.
+        dataset: A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
+        collator: (pad id, multiple of lengths) -> samples to a batch: tensors, and the numbers `units` (what the loss
+            is divided by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).
+        loss: (model, the batch's tensors, **companions) -> (loss summed over the batch's units, balancing loss of
+            experts or None).
+        companions: (flags, model with its starting weights) -> frozen models that the loss takes by these names, such
+            as a reference model (`frozen_copy`). They go to the device; a checkpoint resumes only beside the same ones.
+        evaluator: Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the
+            companions; has its attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
+        pad: (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as
+            a CUDA graph, or None; a stage without it takes ordinary steps.
         schedule: (flags, share of the run done) -> learning rate.
         add_flags: Adds the stage's own flags to a parser's `add_argument`.
     """
@@ -56,8 +95,11 @@ class Stage:
     defaults: dict
     data: str
     following: str
-    loss: Callable = answer_loss
     dataset: Callable = VLMDataset
     collator: Callable = VLMCollator
+    loss: Callable = answer_loss
+    companions: Callable = lambda args, model: {}
+    evaluator: Callable = Evaluator
+    pad: Callable | None = None
     schedule: Callable = cosine_learning_rate
     add_flags: Callable = lambda add: None

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.model_vlm import MiniMindVLM
+from trainer.support.prefetch import tensors_of
 from trainer.support.processes import Processes, others_may_be_gone
 
 
@@ -18,7 +19,7 @@ class TrainContext:
     """What a step works on.
 
     Attributes:
-        loss: A batch to (loss sum, experts' balancing loss or None); DistributedDataParallel over several processes.
+        loss: A StageLoss; DistributedDataParallel over several processes.
         parameters: Trainable parameters.
     """
 
@@ -44,7 +45,7 @@ class TrainContext:
 class Counts:
     """What an optimizer step consists of, summed over its micro-batches and all ranks."""
 
-    units: int | torch.Tensor  # what the loss is divided by: learned tokens, or pairs; a tensor in a captured step
+    units: int | torch.Tensor  # what the stage's loss is divided by; a tensor in a captured step
     samples: int
     tokens: int
     skipped: int
@@ -53,10 +54,7 @@ class Counts:
 class StageLoss(nn.Module):
     """A stage's loss as a module, for DistributedDataParallel: every batch reaches every trainable parameter.
 
-    Args:
-        model: Holds the parameters.
-        loss: The stage's, (model, batch) -> (loss sum, balancing loss or None).
-        forward_model: The same model, possibly compiled.
+    `forward_model` is the model whose parameters are trained, possibly compiled.
     """
 
     def __init__(self, model: MiniMindVLM, loss: Callable, forward_model: Callable):
@@ -67,7 +65,8 @@ class StageLoss(nn.Module):
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
         if batch["units"] == 0:  # nothing to learn on this rank: zero gradients for its part of the sum
             return 0 * sum(weight.sum() for weight in self.model.parameters() if weight.requires_grad), None
-        return self.stage_loss(self.forward_model, batch)
+        # Tensors alone: the counts are for `train_step`, which divides by those of the whole step.
+        return self.stage_loss(self.forward_model, tensors_of(batch))
 
 
 def make_context(
@@ -80,7 +79,8 @@ def make_context(
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     loss = StageLoss(model, loss, forward_model or model)
     if processes.world_size > 1:
-        loss = DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with others_may_be_gone():
+            loss = DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
     return TrainContext(loss, parameters, optimizer, scaler, processes, dtype, grad_clip)
 
 
@@ -109,7 +109,7 @@ def train_step(
             # Each backward() adds to the gradient, so divide by the units of the whole step, of all ranks.
             loss = loss / counts.units
             if aux_loss is not None:
-                loss = loss + aux_loss * (len(batch["input_ids"]) / counts.samples)
+                loss = loss + aux_loss * (batch["samples"] / counts.samples)
             # DistributedDataParallel averages over ranks; this is a sum.
             scaler.scale(loss * context.processes.world_size).backward()
     if context.processes.world_size > 1:
@@ -157,10 +157,6 @@ def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
 
 def count(micro_batches: list[dict], processes: Processes) -> Counts:
     """Sums what a step consists of over all ranks."""
-    counts = processes.sum(
-        sum(batch["units"] for batch in micro_batches),
-        sum(len(batch["input_ids"]) for batch in micro_batches),
-        sum(batch["tokens"] for batch in micro_batches),
-        sum(len(batch["skipped"]) for batch in micro_batches),
-    )
-    return Counts(*map(int, counts))
+    counts = [sum(batch[name] for batch in micro_batches) for name in ("units", "samples", "tokens")]
+    skipped = sum(len(batch["skipped"]) for batch in micro_batches)
+    return Counts(*map(int, processes.sum(*counts, skipped)))

@@ -16,7 +16,7 @@ from common.errors import run_script
 from trainer.flags import parse_arguments
 from trainer.loop import train
 from trainer.setup import freeze, load_data, load_model, prepare_run
-from trainer.stage import Stage, answer_loss
+from trainer.stage import Stage, answer_loss, pad_answers
 from trainer.support.processes import Processes
 
 STAGE = Stage(
@@ -35,6 +35,7 @@ STAGE = Stage(
     data="pretrain",
     following="python trainer/train_sft_vlm.py --from_weight {save_weight} --save_weight {sft_weight}",
     loss=answer_loss,
+    pad=pad_answers,
 )
 
 

@@ -17,9 +17,9 @@ from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.loop import load_batches
+from trainer.loop import extreme_batches, load_batches
 from trainer.setup import freeze, round_frozen_weights
-from trainer.stage import answer_loss
+from trainer.stage import answer_loss, pad_answers
 from trainer.step import count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
@@ -111,15 +111,16 @@ class Steps:
         dtype = dtype or pick_dtype(None, self.device, self.model.config.head_dim)
         round_frozen_weights(self.model, dtype)
         forward = self.model.to(self.device)
+        self.collate = VLMCollator(0, LENGTH_MULTIPLE if "compiled" in how else 1)
         if "compiled" in how:
-            forward = compile_or_not(self.model, self.data, args.batch_size, self.device, dtype, print)
+            extremes = extreme_batches(self.data, args.batch_size, self.collate, self.device)
+            forward = compile_or_not(self.model, answer_loss, extremes, dtype, print)
             if forward is self.model:
                 raise RuntimeError("torch.compile does not work here")
-        self.collate = VLMCollator(0, LENGTH_MULTIPLE if "compiled" in how else 1)
         self.context = make_context(self.model, answer_loss, self.processes, dtype, grad_clip, forward)
         self.step = partial(train_step, self.context)
         if "captured" in how:
-            self.step = CapturedStep(train_step, self.context, args.batch_size)
+            self.step = CapturedStep(train_step, self.context, partial(pad_answers, batch_size=args.batch_size))
 
     def batches(self, sampler=None) -> Iterator[dict]:
         """Yields batches on the device, as the training loop gets them."""

@@ -13,8 +13,17 @@ from PIL import Image
 from dataset import foreign, forms
 from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
 from dataset.formats import why_missing
-from dataset.metadata import turn_of
-from dataset.pictures import CLIP_FORMAT, PictureError, decoding, is_blank, read_picture, resized_to, to_rgb, upright
+from dataset.pictures import (
+    CLIP_FORMAT,
+    PictureError,
+    decoding,
+    is_blank,
+    open_picture,
+    resized_to,
+    to_rgb,
+    turn_of,
+    upright,
+)
 from dataset.prompts import NEWLINE, PROMPT, with_images
 
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
@@ -73,7 +82,7 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         PictureError: If it cannot be decoded.
     """
 
-    def converted(image: Image.Image) -> tuple[str, bytes]:
+    with open_picture(content, name) as image:
         kind, is_small = image.format, min(image.size) <= size
         is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
         picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
@@ -85,8 +94,6 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         picture.info.clear()
         picture.save(file, kind, quality=QUALITY)
         return kind, file.getvalue()
-
-    return read_picture(content, name, converted)
 
 
 def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[dict], list[str | bytes]]:

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.prompts import with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
-from dataset.scenes.grading import Score, score
+from dataset.scenes.grading import Grade, grade
 from dataset.scenes.language import DESCRIBE, Facts, caption
 
 
 def process_docs(_: Dataset) -> Dataset:
-    """Returns the scenes: image, caption, and the objects as dictionaries of `Facts`; draws them if need be."""
+    """Returns the scenes (image, caption, and objects as dictionaries of `Facts`); draws them if need be."""
     paths = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
     rows = [
         {"image": str(path), "caption": caption(scene.facts), "objects": [asdict(facts) for facts in scene.facts]}
@@ -49,21 +49,11 @@ def doc_to_messages(doc: dict) -> list[dict]:
 
 
 def process_results(doc: dict, results: Sequence[str]) -> dict:
-    """Returns what `attributes` and `captions` need of one scene: the description, and the objects."""
-    graded = {"text": results[0], "objects": doc["objects"]}
-    return {"attributes": graded, "captions": graded}
+    """Returns a scene's grade for `attributes`, and whether it was described without a mistake."""
+    graded = grade(results[0], [Facts(**facts) for facts in doc["objects"]])
+    return {"attributes": graded, "captions": float(graded.whole)}
 
 
-def attributes(items: Sequence[dict]) -> float:
+def attributes(grades: Sequence[Grade]) -> float:
     """Returns the share of attributes that are right, over all scenes."""
-    return _score(items).attributes
-
-
-def captions(items: Sequence[dict]) -> float:
-    """Returns the share of scenes described without a mistake."""
-    return _score(items).captions
-
-
-def _score(items: Sequence[dict]) -> Score:
-    scenes = [[Facts(**facts) for facts in item["objects"]] for item in items]
-    return score([item["text"] for item in items], scenes)
+    return sum(grade.right for grade in grades) / sum(grade.total for grade in grades)

@@ -4,15 +4,14 @@
     python scripts/share/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
     python scripts/share/check_llama_cpp.py --weight sft_vlm --build DIR   builds it there first (6 minutes on 2 cores)
 
-Exports into a temporary folder, starts llama-server on loopback, stops it, and prints a table: size; speed; token ids
-of 200 texts; greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the
-largest value); and, for weights of the built-in set, the 200 held-out scenes.
+Exports to a temporary folder, starts llama-server on loopback, and prints a table: size; speed; token ids of 200 texts;
+greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the largest value);
+and, for weights of the built-in set, the 200 held-out scenes.
 """
 
 import argparse
 import base64
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -22,8 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,6 +29,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -39,11 +38,11 @@ from common.errors import UsageError, run_script
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch
-from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.draw import draw, draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption, questions
 from model.answers import generate
-from scripts.export import write_gguf, write_pictures, write_transformers
+from scripts.export import check_exportable, write_gguf, write_pictures, write_transformers
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 from trainer.report.scene_table import scene_table
 
@@ -59,209 +58,155 @@ SENTENCES = (
     "\n\n x\t",
 )
 TEXTS, PROMPTS, TOKENS, ROUNDS = 200, 20, 32, 5
-CORRECTED = "inp = ggml_concat(ctx0, model.class_embedding, inp, 1);"  # the class token in front
-AS_PUBLISHED = "inp = ggml_concat(ctx0, inp, model.class_embedding, 1);"
+Ask = Callable[[str, dict], dict]  # POSTs JSON to a path of llama-server and returns the JSON of the answer
 
 
-def build(folder: Path, class_token: str) -> Path:
-    """Builds llama-server from the sources in the sdist if it is missing; returns its path.
-
-    Args:
-        class_token: "last": as published; "first": with the line corrected that puts the class token last.
-    """
-    target = folder / f"build-{class_token}"
-    server = target / "bin" / "llama-server"
+def build(folder: Path) -> Path:
+    """Builds llama-server from the sources in the sdist if it is missing; returns its path."""
+    server = folder / "build" / "bin" / "llama-server"
     if not server.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not list(folder.glob("*.tar.gz")):
-            fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
-            subprocess.run(fetch, check=True)
-        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
+        subprocess.run(fetch, check=True)
+        with tarfile.open(max(folder.glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
-        source, cores = next(folder.glob("*/vendor/llama.cpp")), str(os.cpu_count())
-        if class_token == "first":
-            file = source / "tools" / "mtmd" / "models" / "llava.cpp"
-            content = file.read_text(encoding="utf-8")
-            if AS_PUBLISHED not in content:
-                raise UsageError(f"{file} no longer has the line to correct, {AS_PUBLISHED!r}")
-            file.write_text(content.replace(AS_PUBLISHED, CORRECTED), encoding="utf-8")
+        source, target = max(folder.glob("*/vendor/llama.cpp")), folder / "build"
         subprocess.run(["cmake", "-S", source, "-B", target, *(f"-D{flag}" for flag in CMAKE_FLAGS)], check=True)
-        subprocess.run(["cmake", "--build", target, "--target", "llama-server", "-j", cores], check=True)
+        make = ["cmake", "--build", target, "--target", "llama-server", "-j", str(os.cpu_count())]
+        subprocess.run(make, check=True)
     return server
 
 
-def find_server(args: argparse.Namespace) -> Path:
-    """Returns llama-server's path; raises UsageError if there is none."""
-    if args.build:
-        return build(args.build.absolute(), args.class_token)
-    found = args.server or shutil.which("llama-server")
-    if found is None or not Path(found).is_file():
-        raise UsageError("no llama-server: name it with --server, or build one with --build DIR")
-    return Path(found).resolve()
-
-
-class Server:
-    """A llama-server on loopback; ends with its `with` block."""
-
-    def __init__(self, program: Path, folder: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        [text] = (path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj-"))
-        mmproj = [word for path in folder.glob("mmproj-*.gguf") for word in ("--mmproj", path)]
-        command = [program, "-m", text, *mmproj, "--host", "127.0.0.1", "--port", self.port, "-c", 2048, "-np", 1]
-        self.log, self.features = folder / "server.log", folder / "features"
-        environment = os.environ | {"MTMD_DEBUG_EMBEDDINGS": str(self.features)}  # where it writes an image's features
-        with open(self.log, "wb") as log:
-            run = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
-            self.process = subprocess.Popen(list(map(str, command)), **run)
-
-    def __enter__(self) -> "Server":
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                if self.ask("/health")["status"] == "ok":
-                    return self
-            if self.process.poll() is not None:
-                break
+@contextlib.contextmanager
+def serve(program: Path, folder: Path, names: list[str]) -> Iterator[Ask]:
+    """Runs llama-server on loopback with the text model and mmproj of these names; yields what asks it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    text, *mmproj = (folder / name for name in names)
+    command = [program, "-m", text, "--host", "127.0.0.1", "--port", port, "-c", "2048", "-np", "1"]
+    command += ["--mmproj", *mmproj] if mmproj else []
+    # It writes an image's features to the file that this variable names.
+    environment, log = os.environ | {"MTMD_DEBUG_EMBEDDINGS": str(folder / "features")}, folder / "server.log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        url, started = f"http://127.0.0.1:{port}", time.monotonic()
+        while not is_ready(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > started + 60:
+                raise UsageError(f"llama-server does not start:\n{log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.2)
-        self.__exit__()
-        raise UsageError(f"llama-server does not start:\n{self.log.read_text(errors='replace')[-1500:]}")
-
-    def __exit__(self, *exception):
-        self.process.terminate()
-        self.process.wait(30)
-
-    def ask(self, path: str, content: dict | None = None) -> dict:
-        """Sends a request (a POST where there is content); returns the JSON that comes back."""
-        data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)
-
-    def describe(self, image: Path, prompt: str) -> str:
-        """Returns the greedy answer to a prompt with an image after it."""
-        picture = {"url": f"data:image/{image.suffix[1:]};base64,{base64.b64encode(image.read_bytes()).decode()}"}
-        parts = [{"type": "text", "text": f"{prompt}\n"}, {"type": "image_url", "image_url": picture}]
-        asked = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 64}
-        return self.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
+        yield lambda path, content: requests.post(f"{url}{path}", json=content, timeout=120).json()
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
-def same_tokens(server: Server, trained: LoadedModel, texts: list[str]) -> int:
-    """Returns how many texts get the same token ids as here."""
-    backend, right = trained.tokenizer.backend_tokenizer, 0
-    for text in texts:
-        asked = {"content": text, "add_special": False, "parse_special": False}
-        ours = backend.encode(text, add_special_tokens=False).ids
-        right += server.ask("/tokenize", asked)["tokens"] == ours
-    return right
+def is_ready(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=10).ok
+    except requests.ConnectionError:
+        return False
 
 
-@torch.inference_mode()
-def same_answers(server: Server, trained: LoadedModel, model, prompts: list[str]) -> int:
-    """Returns how many prompts without an image get the same greedy token ids as here."""
-    ends, right = (trained.config.eos_token_id, trained.config.pad_token_id), 0
-    for prompt in prompts:
-        inputs = encode(trained, prompt)
-        [ours] = generate(model, inputs, TOKENS).tolist()
-        theirs = complete(server, inputs)
-        right += [i for i in ours if i not in ends] == [i for i in theirs if i not in ends]
-    return right
+def describe(ask: Ask, image: Path) -> str:
+    """Returns the greedy description of an image."""
+    picture = {"url": f"data:image/{image.suffix[1:]};base64,{base64.b64encode(image.read_bytes()).decode()}"}
+    parts = [{"type": "text", "text": f"{DESCRIBE}\n"}, {"type": "image_url", "image_url": picture}]
+    content = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 64}
+    return ask("/v1/chat/completions", content)["choices"][0]["message"]["content"]
 
 
-def encode(trained: LoadedModel, prompt: str) -> dict:
-    encoder = ChatEncoder(trained.tokenizer, trained.config.image_tokens)
-    return prompt_batch(encoder, [[{"role": "user", "content": prompt}]], [[]])
-
-
-def complete(server: Server, inputs: dict, **settings) -> list[int]:
+def complete(ask: Ask, inputs: dict, **settings) -> list[int]:
     """Returns the greedy token ids after a prompt."""
-    asked = {"prompt": inputs["input_ids"][0].tolist(), "temperature": 0, "n_predict": TOKENS, "return_tokens": True}
-    return server.ask("/completion", asked | settings)["tokens"]
+    content = {"prompt": inputs["input_ids"][0].tolist(), "temperature": 0, "n_predict": TOKENS, "return_tokens": True}
+    return ask("/completion", content | settings)["tokens"]
 
 
-def tokens_per_second(answers: list) -> list[float]:
-    """Returns the median speed of functions that generate TOKENS tokens after a short prompt, timed in turn."""
-    seconds = [[] for _ in answers]
-    for _ in range(1 + ROUNDS):
-        for answer, times in zip(answers, seconds, strict=True):
-            start = time.perf_counter()
-            answer()
-            times.append(time.perf_counter() - start)
-    return [TOKENS / statistics.median(times[1:]) for times in seconds]
+def same_tokens(ask: Ask, trained: LoadedModel, texts: list[str]) -> str:
+    """Counts the texts that get the same token ids as here."""
+    encode = partial(trained.tokenizer.backend_tokenizer.encode, add_special_tokens=False)
+    asked = [{"content": text, "add_special": False, "parse_special": False} for text in texts]
+    same = [ask("/tokenize", it)["tokens"] == encode(text).ids for it, text in zip(asked, texts, strict=True)]
+    return f"{sum(same)} of {len(texts)}"
+
+
+def same_answers(ask: Ask, trained: LoadedModel, model, prompts: list[dict]) -> str:
+    """Counts the prompts without an image that get the same greedy token ids as here."""
+    ends, same = (trained.config.eos_token_id, trained.config.pad_token_id), 0
+    for inputs in prompts:
+        ours, theirs = generate(model, inputs, TOKENS)[0].tolist(), complete(ask, inputs)
+        same += [i for i in ours if i not in ends] == [i for i in theirs if i not in ends]
+    return f"{same} of {len(prompts)}"
 
 
 @torch.inference_mode()
-def feature_difference(server: Server, trained: LoadedModel, model, folder: Path, class_token: str) -> float:
+def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, class_token: str) -> str:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
-    [source, *_] = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
-    [picture] = write_pictures(trained, [source], folder)
-    server.describe(picture, DESCRIBE)
-    theirs = np.fromfile(server.features, dtype=np.float32, offset=8)  # after the number of tokens and the width
+    source = folder / "scene.png"
+    draw(heldout_scenes()[0]).save(source)
+    describe(ask, *write_pictures(trained, [source], folder))
+    theirs = np.fromfile(folder / "features", dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
     ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
     theirs = theirs.reshape(ours.shape)
-    if class_token == "last":  # then the first patch is lost, and the class token comes last
+    if class_token == "last":  # the first patch is lost, and the class token comes last
         theirs, ours = theirs[:-1], ours[1:]
-    return float(np.abs(theirs - ours).max() / np.abs(ours).max())
+    return f"{np.abs(theirs - ours).max() / np.abs(ours).max():.1e}"
 
 
-def megabytes(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+def tokens_per_second(answer: Callable[[], object]) -> str:
+    """Returns the median speed of a function that generates TOKENS tokens after a short prompt."""
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        answer()
+        seconds.append(time.perf_counter() - start)
+    return f"{TOKENS / statistics.median(seconds[1:]):.0f}"
 
 
 def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
     """Returns, for each column of the table, its cells by the name of their row."""
-    sees_images, model = trained.weights.has_projection, trained.load_model()
+    sees_images, model, scenes = trained.weights.has_projection, trained.load_model(), heldout_scenes()
     grades = trained.knows_only_scenes and sees_images
-    for name in ("hf", "f16", "q8_0"):
-        (temporary / name).mkdir()
-    write_transformers(trained, temporary / "hf")
-    kind = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
-    theirs = kind.from_pretrained(temporary / "hf")
-    table = {"ours": {"MB": f"{trained.weights.path.stat().st_size / 1e6:.1f} *"}}
-    table["transformers"] = {"MB": f"{megabytes(temporary / 'hf'):.1f}"}
-    texts, prompts = texts_to_compare()
-    inputs, exact = encode(trained, prompts[0]), {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    answers = [lambda: generate(model, inputs, **exact), lambda: theirs.generate(**prompt, **exact, do_sample=False)]
-    with contextlib.ExitStack() as servers:
-        for quant in ("f16", "q8_0"):
-            write_gguf(trained, temporary / quant, "model", quant, class_token)
-            server = servers.enter_context(Server(program, temporary / quant))
-            answers.append(partial(complete, server, inputs, ignore_eos=True, cache_prompt=False))
-            table[quant] = {
-                "MB": f"{megabytes(temporary / quant):.1f}",
-                "same token ids": f"{same_tokens(server, trained, texts)} of {len(texts)}",
-                "same answers": f"{same_answers(server, trained, model, prompts)} of {len(prompts)}",
-            }
-            if sees_images:
-                table[quant]["features"] = f"{feature_difference(server, trained, model, temporary, class_token):.1e}"
-            if grades:
-                images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
-                graded = score(
-                    [server.describe(image, DESCRIBE) for image in images], [scene.facts for scene in heldout_scenes()]
-                )
-                table[quant] |= shares(graded.attributes, graded.captions)
-        for column, speed in zip(table.values(), tokens_per_second(answers), strict=True):
-            column["tokens/s"] = f"{speed:.0f}"
+    asked = [question for scene in scenes[:40] for question, _ in questions(scene.facts, Random(0))]
+    texts = [*SENTENCES, *(caption(scene.facts) for scene in scenes)][:TEXTS]
+    encoder = ChatEncoder(trained.tokenizer, trained.config.image_tokens)
+    prompts = [*SENTENCES[:5], *dict.fromkeys(asked)][:PROMPTS]
+    prompts = [prompt_batch(encoder, [[{"role": "user", "content": prompt}]], [[]]) for prompt in prompts]
+    folders = {name: temporary / name for name in ("hf", "f16", "q8_0")}
+    for folder in folders.values():
+        folder.mkdir()
+
+    write_transformers(trained, folders["hf"])
+    theirs = (AutoModelForImageTextToText if sees_images else AutoModelForCausalLM).from_pretrained(folders["hf"])
+    exact = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    inputs = {name: prompts[0][name] for name in ("input_ids", "attention_mask")}
+    ours = {"MB, without tower": megabytes(trained.weights.path)}
+    ours["tokens/s"] = tokens_per_second(lambda: generate(model, prompts[0], **exact))
     if grades:
         [graded, *_] = scene_table(model, trained.tokenizer)
-        table["ours"] |= shares(graded["attributes"], graded["captions"])
+        ours |= {part: f"{graded[part]:.1%}" for part in ("attributes", "captions")}
+    table = {"this repository": ours, "transformers": {"MB": megabytes(*folders["hf"].iterdir())}}
+    table["transformers"]["tokens/s"] = tokens_per_second(lambda: theirs.generate(**inputs, **exact, do_sample=False))
+    for quant in ("f16", "q8_0"):
+        names = write_gguf(trained, folders[quant], "model", quant, class_token)
+        cells = table[f"llama.cpp {quant}"] = {"MB": megabytes(*folders[quant].iterdir())}
+        with serve(program, folders[quant], names) as ask:
+            timed = partial(complete, ask, inputs, ignore_eos=True, cache_prompt=False)
+            cells["tokens/s"] = tokens_per_second(timed)
+            cells["same token ids"] = same_tokens(ask, trained, texts)
+            cells["same answers"] = same_answers(ask, trained, model, prompts)
+            if sees_images:
+                cells["features"] = feature_difference(ask, trained, model, folders[quant], class_token)
+            if grades:
+                images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+                graded = score([describe(ask, image) for image in images], [scene.facts for scene in scenes])
+                cells |= {part: f"{getattr(graded, part):.1%}" for part in ("attributes", "captions")}
     return table
 
 
-def shares(attributes: float, captions: float) -> dict[str, str]:
-    return {"attributes": f"{attributes:.1%}", "whole captions": f"{captions:.1%}"}
-
-
-def texts_to_compare() -> tuple[list[str], list[str]]:
-    """Returns texts to tokenise and prompts to answer, Chinese and English, the same every time."""
-    asked = [question for scene in heldout_scenes()[:40] for question, _ in questions(scene.facts, Random(0))]
-    captions = [caption(scene.facts) for scene in heldout_scenes()]
-    texts = [*SENTENCES, *captions, *asked]
-    return texts[:TEXTS], [*SENTENCES[:5], *dict.fromkeys(asked)][:PROMPTS]
+def megabytes(*paths: Path) -> str:
+    return f"{sum(path.stat().st_size for path in paths) / 1e6:.1f}"
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -276,14 +221,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    program, trained = find_server(args), find_model(args)
+    program = build(args.build.absolute()) if args.build else args.server or shutil.which("llama-server")
+    if program is None or not Path(program).is_file():
+        raise UsageError("no llama-server: name it with --server, or build one with --build DIR")
+    trained = find_model(args)
+    check_exportable(trained, "gguf")
     with tempfile.TemporaryDirectory() as temporary:
-        table = compare(program, trained, args.class_token, Path(temporary))
-    print(f"{'':<15}{'this repository':>16}{'transformers':>14}{'llama.cpp f16':>16}{'llama.cpp q8_0':>16}")
-    for row in ("MB", "tokens/s", "same token ids", "same answers", "features", "attributes", "whole captions"):
-        cells = [column.get(row, "-") for column in table.values()]
-        print("{:<15}{:>16}{:>14}{:>16}{:>16}".format(row, *cells))
-    print("* without the tower")
+        table = compare(Path(program).resolve(), trained, args.class_token, Path(temporary))
+    rows = dict.fromkeys(row for cells in table.values() for row in cells)
+    print(f"{'':<18}" + "".join(f"{name:>16}" for name in table))
+    for row in rows:
+        print(f"{row:<18}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))
 
 
 if __name__ == "__main__":

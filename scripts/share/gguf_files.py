@@ -9,40 +9,29 @@ from string import Template
 
 import gguf
 import torch
-from PIL import Image
+from torch.nn import functional as F
 
 from dataset.chat import SYSTEM_PROMPT
-from dataset.pictures import PictureFormat, preprocess_image
-from dataset.scenes.draw import draw, heldout_scenes
+from model.projectors import PROJECTORS
 from model.tower_files import read_tower_weights
+from model.transformers_names import to_transformers
 from model.vision_tower import load_vision_tower
 from trainer.answering.loaded_model import LoadedModel
 
-# |x| times this is beyond the range of llama.cpp's half-precision GELU table, where its GELU is exact.
-GELU_SCALE = 2.0**12
-# Dot product with the class token's state, as a share of its own square: 1 for the class token, less for patches. The
-# gate opens at this share, so steeply that a tenth above or below outweighs any value of the projection.
+GELU_SCALE = 2.0**12  # |x| times this is beyond llama.cpp's half-precision GELU table, where its GELU is exact
+# A token's dot product with the class token's state, divided by that state's square, is 1 for the class token and lower
+# for patches. The gate opens above CLASS_TOKEN_FROM; a tenth more or less outweighs any value of the projection.
 CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
 QUANTS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-MODELFILE = Template(
-    '''FROM ./$text
-${mmproj}TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
-{{ .Content }}<|im_end|>
-{{ end }}<|im_start|>assistant
-"""
-SYSTEM "$system"
-PARAMETER stop "<|im_end|>"
-PARAMETER repeat_penalty 1
-'''
-)
 
 
-def modelfile(text: str, mmproj: str | None) -> str:
+def modelfile(text: str, *mmproj: str) -> str:
     """Returns Ollama's Modelfile for files in the same folder."""
-    return MODELFILE.substitute(text=text, mmproj=f"FROM ./{mmproj}\n" if mmproj else "", system=SYSTEM_PROMPT)
+    template = Template((Path(__file__).parent / "Modelfile.template").read_text(encoding="utf-8"))
+    return template.substitute(text=text, mmproj="".join(f"FROM ./{name}\n" for name in mmproj), system=SYSTEM_PROMPT)
 
 
 def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str | None = None):
@@ -78,15 +67,11 @@ def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_tem
     add_tokenizer(writer, trained)
     writer.add_chat_template(chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    rotated = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
     tensors = {}
-    for ours, tensor in trained.weights.tensors.items():
-        if ours.startswith("vision_proj.") or ours == "lm_head.weight":  # the head is tied
-            continue
-        if ours.endswith("q_proj.weight"):
-            tensor = rotary_to_gguf(tensor, config.num_attention_heads)
-        elif ours.endswith("k_proj.weight"):
-            tensor = rotary_to_gguf(tensor, config.num_key_value_heads)
-        tensors[names.get_name(ours, (".weight",))] = tensor
+    for ours, tensor in to_transformers(trained.weights.tensors).items():
+        heads = rotated.get(ours.rpartition("self_attn.")[2])
+        tensors[names.get_name(ours, (".weight",))] = rotary_to_gguf(tensor, heads) if heads else tensor
     write(writer, tensors, quant)
 
 
@@ -120,9 +105,9 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
 
     Args:
         class_token: "last": for today's llama.cpp, which puts the class token after the patches but numbers positions
-            as if it came first. Its row of the position embedding moves to the end, so that every patch gets its own;
-            the first patch is lost, and the class token, now the last image token, is projected to zero if the
-            projection is linear. "first": as published, for a llama.cpp without that bug.
+            as if it came first. Its position embedding therefore moves to the end. The first patch is lost, and the
+            class token, then the last image token, is projected to zero if the projection is linear. "first": as
+            published, for a llama.cpp without that bug.
     """
     tower = trained.tower.config
     writer = gguf.GGUFWriter(path, "clip")
@@ -142,7 +127,7 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
     writer.add_vision_image_mean(list(trained.tower.mean))
     writer.add_vision_image_std(list(trained.tower.std))
     writer.add_vision_use_gelu(tower.hidden_act == "gelu")
-    is_linear = trained.config.projector == "linear"
+    is_linear = PROJECTORS[trained.config.projector].llava_activation == "linear"
     class_state = find_class_state(trained) if class_token == "last" and is_linear else None
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
@@ -154,11 +139,13 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
             tensor = tensor.roll(-1, 0)
         if not ours.startswith("post_layernorm"):
             tensors[names.get_name(f"vision_tower.vision_model.{ours}", (".weight", ".bias"))] = tensor
-    weights = {name.removeprefix("vision_proj.vision_proj."): t.float() for name, t in trained.weights.tensors.items()}
+    projection = {
+        name.removeprefix("vision_proj.vision_proj."): tensor.float()
+        for name, tensor in trained.weights.tensors.items()
+        if name.startswith("vision_proj.")
+    }
     if is_linear:
-        projection = linear_as_mlp(weights["0.weight"], weights["0.bias"], class_state)
-    else:
-        projection = {name: weights[name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+        projection = linear_as_mlp(projection["0.weight"], projection["0.bias"], class_state)
     write(writer, tensors | {f"mm.{name}": tensor for name, tensor in projection.items()})
 
 
@@ -166,16 +153,13 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
 def find_class_state(trained: LoadedModel) -> torch.Tensor | None:
     """Returns the class token's state before the first layer, (width,), the same for all images.
 
-    None where patches of drawn, grey or noisy images come so near to it that they could be taken for it.
+    Returns None if the state of some patch of plain and noisy images is so similar that the gate could open for it.
     """
-    noise = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    images = [draw(scene) for scene in heldout_scenes()[:8]]
-    images += [Image.new("RGB", (64, 64), (grey,) * 3) for grey in (0, 64, 128, 192, 255)]
-    images += [Image.fromarray((255 * one).byte().permute(1, 2, 0).numpy()) for one in noise]
-    picture_format = PictureFormat(**trained.tower.picture_settings)
-    pixels = torch.stack([torch.from_numpy(preprocess_image(image, picture_format).copy()) for image in images])
-    tower = load_vision_tower(trained.tower_path)
-    pixels = (pixels / 255 - tower.pixel_mean) / tower.pixel_std
+    tower, side = load_vision_tower(trained.tower_path), trained.tower.config.image_size
+    colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)  # black, white and the six between them
+    noise = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = torch.cat((colours[:, :, None, None].expand_as(noise), noise))
+    pixels = (pixels - tower.pixel_mean) / tower.pixel_std
     states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[0]
     state = states[0, 0]
     nearest = float((states[:, 1:] @ state).max() / state.square().sum())
@@ -183,30 +167,30 @@ def find_class_state(trained: LoadedModel) -> torch.Tensor | None:
 
 
 def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.Tensor | None) -> dict:
-    """Returns the exact Linear, GELU, Linear of one linear layer y(x) = weight @ x + bias.
+    """Returns a linear layer y(x) = weight @ x + bias as llama.cpp's Linear, GELU, Linear, exactly.
 
-    Since gelu(a) - gelu(-a) = a, it is gelu(y) - gelu(-y). With a class state, llama.cpp's input is a token's first
-    state s before its last one x, and the gate g(s) is far below zero for patches and far above for the class token.
-    Then gelu(g - y) - gelu(g) is added, which is 0 for patches and -y for the class token.
+    y = gelu(y) - gelu(-y), as gelu(a) - gelu(-a) = a. With a class state, llama.cpp's input is a token's state s before
+    the first layer, then its last state x, and gelu(gate - y) - gelu(gate) is added: gate(s) is far above every y for
+    the class token, where that is -y, and far below for patches, where it is 0.
 
     Args:
         weight: (hidden, width)
         bias: (hidden,)
         class_state: (width,), of `find_class_state`; None projects the class token like the patches.
     """
-    size = len(bias)
-    first, biases = torch.cat((weight, -weight)), torch.cat((bias, -bias))
-    second = torch.cat((torch.eye(size), -torch.eye(size)), dim=1)
+    size, width = weight.shape
+    identity = torch.eye(size)
+    first, biases, second = [weight, -weight], [bias, -bias], [identity, -identity]
     if class_state is not None:
-        gate, threshold = STEEPNESS * class_state / class_state.square().sum(), -STEEPNESS * CLASS_TOKEN_FROM
-        of_state = torch.cat((torch.zeros_like(first), gate.expand(size + 1, -1)))
-        of_features = torch.cat((first, -weight, torch.zeros_like(weight[:1])))
-        first = torch.cat((of_state, of_features), dim=1)
-        biases = torch.cat((biases, threshold - bias, torch.tensor([threshold])))
-        second = torch.cat((second, torch.eye(size), -torch.ones(size, 1)), dim=1)
+        gate = (STEEPNESS * class_state / class_state.square().sum()).expand(size, -1)
+        closed = torch.full((size,), -STEEPNESS * CLASS_TOKEN_FROM)
+        first = [F.pad(rows, (width, 0)) for rows in first]  # y does not depend on s
+        first += [torch.cat((gate, -weight), dim=1), F.pad(gate[:1], (0, width))]
+        biases += [closed - bias, closed[:1]]
+        second += [identity, -torch.ones(size, 1)]
     return {
-        "0.weight": first * GELU_SCALE,
-        "0.bias": biases * GELU_SCALE,
-        "2.weight": second / GELU_SCALE,
+        "0.weight": torch.cat(first) * GELU_SCALE,
+        "0.bias": torch.cat(biases) * GELU_SCALE,
+        "2.weight": torch.cat(second, dim=1) / GELU_SCALE,
         "2.bias": torch.zeros(size),
     }

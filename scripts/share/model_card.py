@@ -5,13 +5,14 @@ model_card.md.jinja is the card's template. Text from the run's files is escaped
 
 import io
 import json
+import re
 import shlex
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
 from common.paths import TOWER_DIR, display_path
@@ -19,27 +20,28 @@ from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.report import charts, page
-from trainer.report.charts import Series, line_chart, tick_label
-from trainer.report.samples import as_text
 
 CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
-TAGS = {"transformers": ("llava",), "gguf": ("llama.cpp", "llava"), "weights": ()}
-LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
-LOSSES["gap_shuffled"] = "grounding gap"
+TAGS = {"transformers": ["llava"], "gguf": ["llama.cpp", "llava"], "weights": []}
+LOSSES = {
+    "loss": "loss, right images",
+    "loss_shuffled": "loss, images of other rows",
+    "loss_blind": "loss, no images",
+    "gap_shuffled": "grounding gap",
+}
 SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
-INK, GRID, COLOURS = "#626b76", "#e4e7eb", ("#2b6cb0", "#c05621")
+INK, GRID, COLOURS = "#626b76", "#e4e7eb", {"c1": "#2b6cb0", "c2": "#c05621"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is published, as far as its files tell.
+    """A model to publish.
 
     Attributes:
         kind: "transformers", "gguf" or "weights" (the original's format).
-        name: The run's.
-        files: Path or content of each of its files, by name on the hub.
-        left_out: Names of the files beside them that are not published.
+        name: Its run's name.
+        files: Path or content of each file by its name on the hub.
         sees_images: Whether it has a projection.
         sidecar: How it was made; "arguments", "config" and "versions" may be empty.
         parameters: Of decoder and projection; None where the files do not tell.
@@ -48,14 +50,13 @@ class Model:
     kind: str
     name: str
     files: dict[str, Path | bytes]
-    left_out: list[str]
     sees_images: bool
     sidecar: dict
     parameters: int | None
 
     @property
     def tower(self) -> str | None:
-        """The hub's name of its vision tower, where that is the published one."""
+        """The name of its vision tower on the hub if that is the published one."""
         path = self.sidecar["arguments"].get("vision_model_path")
         width = self.sidecar["config"].get("vision_hidden_size")
         is_published = path == display_path(TOWER_DIR) if path else width == TOWER_WIDTH
@@ -66,16 +67,7 @@ class Model:
 def card_files(
     model: Model, record: page.Record, repo: str, licence: str, languages: list[str], with_samples: bool
 ) -> dict[str, bytes]:
-    """Returns the card, and the images that it shows, by name on the hub.
-
-    Args:
-        model: What is published.
-        record: Of its run; without metrics the card says less.
-        repo: NAME/REPO.
-        licence: The hub's id of a licence.
-        languages: ISO codes.
-        with_samples: Whether sample images go with it.
-    """
+    """Returns the card and its images by name on the hub; without metrics in the record the card says less."""
     task = "image-text-to-text" if model.sees_images else "text-generation"
     results = eval_results(record, task)
     metadata = ModelCardData(
@@ -89,7 +81,7 @@ def card_files(
         eval_results=results or None,
     )
     images = [image for image in page.descriptions(record) if image["data"] is not None] if with_samples else []
-    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]  # one may have several questions
+    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]
     files = {path: b64decode(image["data"]) for path, image in samples}
     if curve := loss_curve(record):
         files[CURVE] = curve
@@ -97,7 +89,7 @@ def card_files(
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"number": page.number, "text": lambda value: as_text(str(value)), "quote": shlex.quote}
     environment.filters |= {"literal": lambda text: json.dumps(text, ensure_ascii=False)}
-    shown = page.Record(record.folder, record.name, record.training, record.evaluations, model.sidecar)
+    shown = replace(record, sidecar=model.sidecar)
     text = environment.get_template("model_card.md.jinja").render(
         model=model,
         name=record.name,
@@ -111,11 +103,11 @@ def card_files(
         knows_scenes=shown.learns_scenes,
         **page.settings(shown),
     )
-    return {CARD: str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")).encode("utf-8")} | files
+    return {CARD: f"---\n{metadata.to_yaml()}\n---\n\n{text}".encode()} | files
 
 
 def eval_results(record: page.Record, task: str) -> list[EvalResult]:
-    """Returns the last held-out losses (nats per token), and the grades on drawn scenes, as the hub shows them."""
+    """Returns the last held-out losses (nats per token) and the accuracy on drawn scenes."""
     last, scenes = record.evaluations[-1] if record.evaluations else {}, record.scenes.get("rows", [])
     samples = f"{page.number(last.get('samples'))} held-out samples"
     rows = [(samples, "loss", name, last.get(key)) for key, name in LOSSES.items()]
@@ -129,34 +121,30 @@ def eval_results(record: page.Record, task: str) -> list[EvalResult]:
 
 
 def loss_curve(record: page.Record) -> bytes | None:
-    """Draws training and held-out loss over the steps; returns a PNG, or None where there is no loss."""
-    training, held_out = page.points(record.training, "loss"), page.points(record.evaluations, "loss")
-    chart = line_chart("nats per token", [Series("training", training), Series("held out", held_out, True)], (), True)
+    """Draws the loss chart of the run's page; returns a PNG, or None where there is no loss."""
+    chart = page.curves(record)["charts"]["Loss"]
     if chart is None:
         return None
     image = Image.new("RGB", (charts.WIDTH * SCALE, (charts.HEIGHT + HEAD) * SCALE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * SCALE)
 
-    def line(points: list[tuple[float, float]], colour: str, width: int):
-        draw.line([(x * SCALE, (y + HEAD) * SCALE) for x, y in points], colour, width, joint="curve")
+    def at(x: float, y: float) -> tuple[float, float]:
+        return x * SCALE, (y + HEAD) * SCALE
 
-    def write(x: float, y: float, words: str, colour: str = INK, anchor: str = "lm"):
-        draw.text((x * SCALE, (y + HEAD) * SCALE), words, colour, font, anchor)
-
-    for mark in chart["marks"]:
-        line([(charts.LEFT, chart["y"](mark)), (charts.RIGHT, chart["y"](mark))], GRID, 2)
-        write(charts.LEFT - 7, chart["y"](mark), tick_label(mark), anchor="rm")
-    for step in chart["steps"]:
-        write(chart["x"](step), charts.BOTTOM + 16, tick_label(step), anchor="mm")
-    write(8, -HEAD / 2, f"loss, {chart['unit']}")
-    for number, (curve, colour) in enumerate(zip(chart["curves"], COLOURS, strict=False)):
-        write(charts.WIDTH - 160 + 80 * number, -HEAD / 2, curve["series"].name, colour)
-        for stretch in curve["stretches"]:
-            points = [(chart["x"](step), chart["y"](value)) for step, value in stretch]
-            line(points, colour, 3)
-            for x, y in points if curve["has_dots"] or len(points) == 1 else ():
-                draw.circle((x * SCALE, (y + HEAD) * SCALE), 6, colour)
-        write(charts.RIGHT + 6, curve["label_y"], charts.value_label(curve["last"]), colour)
+    draw.text(at(8, -HEAD / 2), f"loss, {chart.unit}", INK, font, "lm")
+    for number, ((name, last), colour) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
+        draw.text(at(charts.WIDTH / 2 + 105 * number, -HEAD / 2), f"{name} {last}", colour, font, "lm")
+    for style, points in chart.lines:
+        draw.line([at(*point) for point in points], COLOURS.get(style.removeprefix("curve "), GRID), 3, joint="curve")
+    for style, x, y, _ in chart.dots:
+        draw.circle(at(x, y), 6, COLOURS[style])
+    for x, y, anchor, text in chart.texts:
+        draw.text(at(x, y), text, INK, font, {"middle": "mm", "end": "rm"}[anchor])
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def as_text(text: str) -> str:
+    """Escapes text for a cell of a Markdown table: one line, no markup."""
+    return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", text).split())

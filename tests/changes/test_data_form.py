@@ -9,10 +9,9 @@ on like the others, and tokenised again when this file changes:
 
 import re
 
-import pytest
 from tiny import EVAL, ROOT, SFT, read_jsonl, write_jsonl
 
-from dataset.forms import FORMS, register
+from dataset.forms import register
 
 pytest_plugins = ["tiny"]
 HERE = ROOT / "tests/changes"
@@ -28,12 +27,6 @@ def read_photo(row: dict) -> tuple[list[dict], str]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], row["photo"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alone():
-    yield
-    del FORMS["a photo with question and answer"]  # other tests of this process know nothing of it
-
-
 def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import(world, tmp_path):
     out, imported = world.copy_of_out(tmp_path / "out"), f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
     rows = [{"photo": f"{n}.jpg", "question": "什么？", "answer": "蓝色的方形。" * (n + 1)} for n in range(9)]
@@ -43,7 +36,8 @@ def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import
     assert 'A good line looks like this:\n  {"image": "a.jpg", "conversations": [{"role": "user", ' in refused
 
     imported += "import test_data_form"
-    world.run(SFT, *flags, "--epochs", 1, hook=imported).passed()
+    started = world.run(SFT, *flags, "--epochs", 1, hook=imported).passed()
+    assert "a photo with question and answer: in 9 rows: read as conversations" in started.out
     assert "3 to go" in world.run(SFT, *flags, "--epochs", 2, "--from_resume", 1, hook=imported).passed().out
     assert [row["step"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl") if "step" in row][-1] == 6
     flags = [*world.eval_files(out), "--eval_data", data, "--images_path", world.images, "--weight", "sft_vlm"]

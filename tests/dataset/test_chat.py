@@ -359,7 +359,7 @@ def test_any_row_is_refused_with_a_reason_or_learned(tokenizer, encoder, turns, 
         assert len(reason.strip()) > 10
         return
     assert alternate
-    assert len(starts) == tags + columns["tag_added"][0] == len(columns["pictures"][0])
+    assert len(starts) == tags + ("no <image>" in columns["kinds"][0]) == len(columns["pictures"][0])
     assert all(ids[start : start + 196] == [34] * 196 for start in starts)
     assert len(ids) <= max_length
     learned = [tokenizer.decode(ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]

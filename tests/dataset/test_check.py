@@ -57,7 +57,7 @@ def test_a_good_file(check, world):
     done = check(world.root / "pretrain.jsonl").passed()
     report = words(done.out)
     assert f"rows {PRETRAIN_ROWS}: {PRETRAIN_ROWS} good, 0 bad " in report
-    assert f"pictures {PRETRAIN_ROWS} of {PICTURES} files, {PICTURES} of them in several rows" in report
+    assert f"pictures {PRETRAIN_ROWS} of {PICTURES} files; pictures by row: 1 in {PRETRAIN_ROWS}" in report
     assert "cut at 640 nothing (the longest row has " in report
     assert "tokenizer model/tokenizer (the built-in one)" in report
     assert "duplicates none" in report
@@ -225,7 +225,7 @@ def test_a_parquet(check, world, tmp_path):
     done = check(tmp_path / "rows.parquet", "--pictures", "--max_bad_rows", 1).passed()
     report = words(done.out)
     assert "rows 6: 5 good, 1 bad" in report
-    assert "pictures 6 of 4 files, 1 of them in several rows; by row: 1 in 4, 2 in 1 tokens" in report
+    assert "pictures 6 of 4 files; pictures by row: 1 in 4, 2 in 1 tokens" in report
     assert "duplicates 1 row seen before: row 3 (as 1) " in report
     assert "1 row 2 <image> in the text, but 0 picture(s) row 6 " in report
     assert "broken pictures: 2 of 4; training skips 2 rows picture 3: not a picture" in report
@@ -247,7 +247,7 @@ def test_broken_pictures(check, tmp_path, world):
         r"cut\.jpg: (?i:.*truncated.*) \(lines 2, 4, 5\) text\.jpg: not a picture .* \(lines 3, 5\) ", report
     )
     assert done.out.endswith(f"{WOULD_START}5 rows to learn from.\n")
-    assert "pictures 6 of 3 files, 2 of them in several rows" in report
+    assert "pictures 6 of 3 files" in report
     assert "broken pictures:" not in check(rows, "--images_path", folder).passed().out
     assert "broken pictures: none of 1" in check(rows[:1], "--images_path", folder, "--pictures").passed().out
 
@@ -255,8 +255,10 @@ def test_broken_pictures(check, tmp_path, world):
 def test_mistakes_end_in_one_message(check, world, tmp_path):
     check(tmp_path / "nowhere.jsonl").refused("no such data file", "nowhere.jsonl")
     check([row()], "--images_path", tmp_path / "nowhere").refused("their folder is missing", "nowhere")
-    check([row()], "--max_seq_len", 3).refused("--max_seq_len 3: must be at least 8")
-    check([row()], "--max_bad_rows", -1).refused("--max_bad_rows -1: must be at least 0")
+    for flag, value, least in (("--max_seq_len", 3, 8), ("--max_bad_rows", -1, 0)):
+        wrong = check([row()], flag, value)
+        assert (wrong.code, wrong.err.count("error: ")) == (2, 1)
+        assert f"{flag}: {value}: must be at least {least}" in wrong.err
     check([row()], "--tokenizer_path", tmp_path).refused("no tokenizer in", "tokenizer.json is missing")
 
 

@@ -5,7 +5,6 @@ import errno
 import os
 import pickle
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +44,7 @@ def files_of(folder) -> list:
 
 def test_features_are_those_of_their_key_and_tower_and_shape(folder, tmp_path):
     assert folder.get(1) is None
-    folder.write(1, some_features(1))
+    folder.write({1: some_features(1)})
     [file] = files_of(tmp_path)
     assert file.stat().st_size == folder.file_bytes
     assert FeatureFolder(tmp_path, "t", (196, 768)).file_bytes == pytest.approx(301_000, rel=1e-3)
@@ -61,7 +60,7 @@ def test_features_are_those_of_their_key_and_tower_and_shape(folder, tmp_path):
 
 
 def test_a_file_that_is_cut_off_or_has_a_bit_flipped_counts_as_missing(folder, tmp_path):
-    folder.write(1, some_features(1))
+    folder.write({1: some_features(1)})
     [file] = files_of(tmp_path)
     whole = file.read_bytes()
     damaged = [whole[:length] for length in (0, 9, 15, 16, 17, 1000, len(whole) - 1)]
@@ -72,12 +71,12 @@ def test_a_file_that_is_cut_off_or_has_a_bit_flipped_counts_as_missing(folder, t
     for content in damaged:
         file.write_bytes(content)
         assert folder.get(1) is None
-    folder.write(1, some_features(1))
+    folder.write({1: some_features(1)})
     assert np.array_equal(folder.get(1), some_features(1)) and file.read_bytes() == whole
 
 
 def test_too_little_disk_space_is_refused_in_advance(folder, tmp_path, monkeypatch):
-    folder.write(1, some_features(1))
+    folder.write({1: some_features(1)})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
     with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB more, and .* free: .*--cache_vision"):
         folder.make_room(np.array([0, 1, 2, 2, 3]))
@@ -92,17 +91,8 @@ def test_a_full_disk_while_writing_is_said_and_leaves_nothing_half_written(folde
 
     monkeypatch.setattr(features.os, "replace", full)
     with pytest.raises(FeatureCacheError, match="cannot be kept in .*: No space left on device. Name another folder"):
-        folder.write(1, some_features(1))
+        folder.write({1: some_features(1)})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(folder):
-    old, new = (folder.path / f"{name}.tmp" for name in ("old", "new"))
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 10_000,) * 2)
-    folder.make_room(np.array([1]))
-    assert not old.exists() and new.exists()
 
 
 def test_towers_are_told_apart(world):
@@ -168,7 +158,7 @@ def test_only_what_is_missing_or_changed_is_computed(data, tmp_path):
     assert (changed.images, elsewhere.images) == (1, 0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_picture_edited_in_place_is_encoded_again_though_size_and_time_are_the_same(data, tmp_path, seed):
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -226,7 +216,9 @@ def test_another_run_with_other_pictures_of_the_same_names_changes_nothing(data,
         assert all(torch.equal(rows[i]["image_features"][:, 0, 0], means_of(rows, i)) for i in range(15))
 
 
-def test_an_interrupted_computation_continues(data, tmp_path):
+def test_an_interrupted_computation_continues(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 4)
+
     class Interrupted(Encoder):
         def __call__(self, pixels):
             if self.images == 6:
@@ -279,7 +271,7 @@ def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Trains two epochs on the same rows: without a cache, with an empty and a full one, and on two ranks."""
+    """Trains two epochs on the same rows: without a cache, with an empty one, the same full, and on two ranks."""
     folder = tmp_path_factory.mktemp("cached")
 
     def run(name: str, flags: list, ranks: int = 1) -> tuple:
@@ -290,21 +282,20 @@ def runs(world, tmp_path_factory):
     return {
         "off": run("off", ["--batch_size", 8, "--cache_vision", "off"]),
         "default": run("default", ["--batch_size", 8]),
-        "filling": run("filling", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
-        "full": run("full", ["--batch_size", 8, "--cache_vision", folder / "kept"]),
+        "full": run("full", ["--batch_size", 8, "--cache_vision", folder / "default" / "vision_features"]),
         "two ranks": run("two", ["--batch_size", 4], ranks=2),
     }
 
 
 def test_training_is_the_same_with_a_cache(runs):
     """Up to the rounding of features to float16: 2 ** -11 relative."""
-    assert runs["filling"][0] == pytest.approx(runs["off"][0], rel=1e-4)
+    assert runs["default"][0] == pytest.approx(runs["off"][0], rel=1e-4)
 
 
 def test_an_empty_a_full_and_a_shared_cache_give_the_same(runs):
-    assert runs["default"][0] == runs["filling"][0] == runs["full"][0]
+    assert runs["default"][0] == runs["full"][0]
     assert runs["two ranks"][0] == pytest.approx(runs["default"][0], rel=1e-5)
-    assert "encoding images, once" in runs["filling"][1].err
+    assert "encoding images, once" in runs["default"][1].err
     assert "encoding images, once" not in runs["full"][1].err
 
 
@@ -319,17 +310,8 @@ def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
 def test_a_resumed_run_says_which_pictures_changed(world, tmp_path, flags):
     images = shutil.copytree(world.images, tmp_path / "images")
     out = world.copy_of_out(tmp_path / "out")
-    command = [
-        SFT,
-        *world.files("sft", out),
-        "--images_path",
-        images,
-        "--from_weight",
-        "llm",
-        "--num_workers",
-        0,
-        *flags,
-    ]
+    files = [*world.files("sft", out), "--images_path", images]
+    command = [SFT, *files, "--from_weight", "llm", "--num_workers", 0, *flags]
     world.run(*command, "--epochs", 1).passed()
     resumed = world.run(*command, "--epochs", 2, "--from_resume", 1).passed()
     assert "changed since" not in resumed.out

@@ -72,13 +72,15 @@ ASKED = {"image": "a.png", "question": "What?", "answer": "A cat."}
 def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, tokenizer, row, same):
     data = of_rows(folder, tokenizer, row, {"image": "a.png", "conversations": same})
     assert data.bad_rows == []
+    if "conversations" not in row:
+        assert list(data.rules.values()) == ["in 1 row: read as conversations"]
     assert all(torch.equal(data[0][name], data[1][name]) for name in data[0])
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"photo": "a.png", "title": "A cat."}, "no known form: it has the fields photo, title"),
+        ({"file": "a.png", "title": "A cat."}, "no known form: it has the fields file, title"),
         ({"image": "", "caption": "A cat."}, "no picture is named"),
         ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
         ({"image": "a.png", "caption": 5}, "turn 2 has no text as content"),
@@ -203,7 +205,7 @@ def test_a_correction_in_place_is_seen_wherever_it_is_though_size_and_time_stay(
             pq.write_table(table, path, compression=form.split(".")[0], use_dictionary=False)
         if time is not None:
             os.utime(path, ns=(time, time))
-        return load_lines(path, cache) if form == "jsonl" else load_parquet(path, 4, cache)[0]
+        return load_lines(path, cache) if form == "jsonl" else load_parquet(path, cache)[0]
 
     fingerprints = [written_and_read()._fingerprint]
     size, time = path.stat().st_size, path.stat().st_mtime_ns

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tiny import as_file, png
 
 from dataset.pictures import PictureError, load_picture, preprocess_image
@@ -148,37 +148,18 @@ def test_only_the_orientation_of_exif_is_read(kind, fields):
     assert np.abs(load_picture(converted).numpy() - expected).mean() < 3
 
 
-def metadata_places(kind: str, content: bytes) -> list[int]:
-    """Returns the offsets of what is neither pixels nor structure."""
-    if kind == "TIFF":  # the directory's entries of the resolution, the description and the orientation
-        start = struct.unpack_from("<I", content, 4)[0] + 2
-        entries = range(start, start + 12 * struct.unpack_from("<H", content, start - 2)[0], 12)
-        entries = [at for at in entries if struct.unpack_from("<H", content, at)[0] in (0x10E, 0x112, 0x11A, 0x8298)]
-        return [at + byte for at in entries for byte in range(2, 12)]
-    start = content.index(b"MM\0*")
-    places = [*range(start, start + 70)]
-    if kind == "PNG":  # its checksum and a text's
-        text = content.index(b"tEXt")
-        places += [*range(start + 70, start + 74), *range(text + 4, text + 35)]
-    return places
-
-
 @pytest.mark.filterwarnings("ignore:::PIL")
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG of a camera", "PNG", "WEBP", "TIFF"])
-def test_metadata_never_decides_whether_a_picture_can_be_read(kind):
-    """Every byte of it is changed; TIFF's description and copyright too."""
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG of a camera", "WEBP"])
+def test_damaged_exif_never_decides_whether_a_picture_can_be_read(kind):
+    """Every byte of it is changed. (A PNG or TIFF has its pixels' own structure there: Pillow may refuse the file.)"""
     fields = (0x10E, 2, 3, b"hi\0\0"), TURNED, (0x11A, 5, 1, b"\0\0\0\x3e"), (0x10F, 2, 4, b"abc\0")
     exif = exif_block(*fields) + struct.pack(">II", 72, 1)
-    options = {"exif": exif} if kind != "TIFF" else {"tiffinfo": {0x10E: "a text", 0x112: 6, 0x11A: 72.0, 0x8298: "me"}}
-    if kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text("Title", "a text of some length")
-    content = as_file(NOISE.resize((16, 8)), kind.split()[0], **options)
+    content = as_file(NOISE.resize((16, 8)), kind.split()[0], exif=exif)
     if "camera" in kind:
         content = content[:2] + content[20:]
-    turned = load_picture(content)
+    turned, start = load_picture(content), content.index(b"MM\0*")
     others = 0
-    for place in metadata_places(kind, content):
+    for place in range(start, start + 70):
         for value in (b"\0", b"\1", b"\x7f", b"\xff"):
             others += not torch.equal(load_picture(replaced(content, place, value)), turned)
     assert 10 < others < 100  # the orientation's own bytes, and those that lead to it

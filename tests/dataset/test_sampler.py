@@ -100,10 +100,6 @@ def test_a_finished_run_has_nothing_left():
         assert all_batches(lengths_of(50), 4, 2, 2, start=start, epochs=2) == []
 
 
-def test_steps_per_epoch():
-    assert [BatchSampler(lengths_of(n), 4, 2, world_size=2).steps_per_epoch for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
-
-
 def test_fewer_samples_than_ranks():
     [step] = all_batches(lengths_of(2), 1, 2, 4)
     assert sorted(flat([step])) == [0, 1]

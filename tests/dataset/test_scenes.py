@@ -208,11 +208,10 @@ def test_an_interrupted_drawing_is_redone(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["builtin"]
 
 
-@pytest.mark.parametrize("version", ["earlier, which recorded no files", "other code"])
-def test_a_complete_set_is_kept_and_that_of_other_code_redrawn(tmp_path, version):
+def test_a_complete_set_is_kept_and_that_of_other_code_redrawn(tmp_path):
     root = scenes.draw_builtin_dataset(tmp_path / "builtin", training=5)
     stamp, row = root / RECORD, root / "sft.jsonl"
-    recorded = json.loads(stamp.read_text(encoding="utf-8")) if version == "other code" else {}
+    recorded = json.loads(stamp.read_text(encoding="utf-8"))
     stamp.write_text(json.dumps(recorded | {"drawn_by": "other code"}), encoding="utf-8")
     scenes.draw_builtin_dataset(root, training=5)
     assert scenes.is_drawn(root) and "sft.jsonl" in json.loads(stamp.read_text(encoding="utf-8"))["files"]

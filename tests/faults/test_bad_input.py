@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, 
 from common.errors import UsageError
 from dataset.forms import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
-from model.tower_files import read_tower_settings
 from model.weights import read_weights
 from scripts.builtin.train_tokenizer import read_texts
 from trainer import bundles
@@ -52,8 +52,8 @@ def refused(world, out, *flags, script=PRETRAIN, **how):
         ("--data_path", "empty.jsonl", ["empty.jsonl is empty"]),
         ("--data_path", "garbled.parquet", ["garbled.parquet cannot be read"]),
         ("--images_path", "nowhere", ["their folder is missing", "nowhere"]),
-        ("--vision_model_path", "nowhere", ["no vision tower in", "config.json", "download.py tower"]),
-        ("--vision_model_path", "folder", ["no vision tower in", "model.safetensors", "--vision_model_path"]),
+        ("--vision_model_path", "nowhere", ["the vision tower in", "config.json", "download.py tower"]),
+        ("--vision_model_path", "folder", ["the vision tower in", "model.safetensors", "--vision_model_path"]),
         ("--tokenizer_path", "nowhere", ["no tokenizer in", "tokenizer.json is missing", "download.py tokenizer"]),
         ("--tokenizer_path", "folder", ["the tokenizer in", "cannot be used"]),
         ("--device", "cuda", ["--device cuda: no CUDA GPU is visible"]),
@@ -300,11 +300,11 @@ def test_parquet_needs_no_folder_of_pictures(place):
 
 
 def test_missing_folders_of_each_generation_are_named_with_their_download(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.tower_files.TOWER_3V_DIR", tmp_path / "3v")
+    monkeypatch.setattr(bundles, "MINIMIND_3V", replace(MINIMIND_3V, tower=tmp_path / "3v"))
     monkeypatch.setattr("dataset.tokenizer.TOKENIZER_3V_DIR", tmp_path / "3v")
     for folder, end in (("3v", "_3v"), ("other", "")):
         with pytest.raises(UsageError, match=rf"download\.py tower{end}`"):
-            read_tower_settings(tmp_path / folder)
+            bundles.read_tower(tmp_path / folder)
         with pytest.raises(UsageError, match=rf"download\.py tokenizer{end}\)"):
             load_tokenizer(tmp_path / folder)
 

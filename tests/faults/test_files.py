@@ -6,6 +6,7 @@ test_lm_dataset.py, test_pictures.py and test_vision_tower.py.
 
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -13,6 +14,7 @@ import time
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -424,16 +426,18 @@ def test_a_new_run_waits_briefly_for_wandb_and_logs_offline(monkeypatch, tmp_pat
 
     waits = []
 
-    def unreachable(settings=None, mode=None, **_):
+    def unreachable(mode=None, **_):
         if mode == "offline":
             return "an offline run"
-        waits.append(dict(settings)["init_timeout"])
+        waits.append(os.environ["WANDB_INIT_TIMEOUT"])
         raise wandb.errors.CommError("nobody there")
 
-    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if "WANDB" not in name})
     monkeypatch.setattr(wandb, "init", unreachable)
-    assert start_wandb("tiny", "name", {}, tmp_path, None) == "an offline run"
-    assert waits[0] <= 15
+    files = SimpleNamespace(name="name", save_dir=tmp_path)
+    run = SimpleNamespace(args=SimpleNamespace(wandb_project="tiny"), files=files, state=None)
+    assert start_wandb(run, {}) == "an offline run"
+    assert float(waits[0]) <= 15
 
 
 @needs_wandb

@@ -77,7 +77,12 @@ def test_the_attention_factor_of_yarn_is_one():
 
 def test_the_experts_are_balanced_over_the_batch():
     config = MiniMindConfig(
-        32, num_experts_per_tok=1, n_shared_experts=0, aux_loss_alpha=5e-4, balance_over_batch=True, use_moe=True
+        hidden_size=32,
+        num_experts_per_tok=1,
+        n_shared_experts=0,
+        aux_loss_alpha=5e-4,
+        balance_over_batch=True,
+        use_moe=True,
     )
     torch.manual_seed(0)
     layer, x_BLD = MoEFeedForward(config), torch.randn(3, 8, 32)
@@ -117,7 +122,7 @@ def test_the_published_shape_is_read_from_its_97_tensors(tmp_path):
     assert {name: getattr(config, name) for name in expected} == expected
     # The name is the older generation's too, whose tensors say otherwise.
     with torch.device("meta"):
-        older = MiniMindForCausalLM(MiniMindConfig(768, 16)).state_dict()
+        older = MiniMindForCausalLM(MiniMindConfig(hidden_size=768, num_hidden_layers=16)).state_dict()
     config = config_of(older, tmp_path / "llm_768.pth")
     assert (config.qk_norm, config.rms_norm_eps, config.image_token_id, config.num_hidden_layers) == (
         False,

@@ -295,8 +295,8 @@ def test_balancing_loss_is_per_sequence_and_without_pads():
     assert float(output.aux_loss) == pytest.approx(sum(each) / 3, rel=1e-4)
     # With no learned tokens the loss is the balancing loss alone.
     assert float(output.loss) == pytest.approx(float(output.aux_loss))
-    # num_items_in_batch sums over tokens, which does not mix with a mean over samples.
-    assert float(model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=9).loss) == 0
+    # A sum over tokens does not mix with a mean over samples.
+    assert float(model(ids, labels=torch.full_like(ids, -100), reduction="sum").loss) == 0
     # A sample's balancing loss does not depend on its padding.
     for row, length, balance in zip(ids, (14, 9, 3), each, strict=True):
         assert float(model(row[None, :length]).aux_loss) == pytest.approx(balance, rel=1e-4)
@@ -339,17 +339,17 @@ def gradients(model, **inputs):
     return float(loss.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(40), 0.5])
-def test_learned_positions_give_the_loss_and_gradient_of_labels(dense, num_items):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_learned_positions_give_the_loss_and_gradient_of_labels(dense, reduction):
     ids = random_ids(3, 12)
     labels = labelled(ids)
     logits = dense(ids).logits
     learned = int((labels[:, 1:] != -100).sum())
     mean = plain_model.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().tolist())
-    expected = mean if num_items is None else mean * learned / float(num_items)
+    expected = mean if reduction == "mean" else mean * learned
     positions = (labels.flatten() != -100).nonzero().flatten()
     padded = torch.cat((positions, torch.tensor([0, 1, 2])))  # -100 there: ignored
-    common = {"input_ids": ids, "labels": labels, "num_items_in_batch": num_items}
+    common = {"input_ids": ids, "labels": labels, "reduction": reduction}
     loss, grads = gradients(dense, **common)
     assert loss == pytest.approx(expected, rel=1e-5)
     for learned_positions in (positions, padded):
@@ -372,13 +372,13 @@ def test_a_first_token_is_never_learned(dense):
         torch.testing.assert_close(other_grads[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("by_position", [False, True])
-def test_nothing_learned_is_zero_and_not_nan(dense, by_position, num_items):
+def test_nothing_learned_is_zero_and_not_nan(dense, by_position, reduction):
     ids = random_ids(2, 6)
     positions = torch.zeros(0, dtype=torch.long) if by_position else None
     inputs = {"input_ids": ids, "labels": torch.full_like(ids, -100), "learned_positions": positions}
-    loss, grads = gradients(dense, num_items_in_batch=num_items, **inputs)
+    loss, grads = gradients(dense, reduction=reduction, **inputs)
     assert loss == 0
     assert all((gradient == 0).all() for gradient in grads.values())
 

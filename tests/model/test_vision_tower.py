@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from model import tower_files
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -159,7 +159,7 @@ def assert_tower_error(folder, *words):
     with pytest.raises(TowerError) as caught:
         load_vision_tower(folder)
     message = str(caught.value)
-    for word in (str(folder), "scripts/download.py tower", *words):
+    for word in (str(folder), "--vision_model_path", *words):
         assert word in message
     assert "\n" not in message
     assert "weights_only" not in message
@@ -316,6 +316,8 @@ def test_a_truncated_file_is_a_tower_error(intact, name, fraction):
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NameError])
 def test_a_bug_in_a_custom_tower_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch, error):
     class Tinkered:
+        config_class = CLIPVisionConfig
+
         def __init__(self, config):
             raise error("typo")
 

@@ -73,7 +73,7 @@ def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "matrix_product_flops", lambda device: 1e11)
     graphs = iter((False, True))
 
-    def captured_step(step, context, batch_size):
+    def captured_step(step, context, pad):
         if not next(graphs):
             raise RuntimeError("no graphs here")
         return partial(step, context)

@@ -159,9 +159,9 @@ def test_the_published_tower_is_the_base_model(path, name):
     assert path is None or "clip" not in path or ROOT / path == TOWER_DIR
     arguments = {"vision_model_path": path} if path else {}
     sidecar = {"config": {"vision_hidden_size": 768}, "versions": {}, "arguments": arguments}
-    assert Model("weights", "x", {}, [], True, sidecar, None).tower == name
-    assert Model("weights", "x", {}, [], False, sidecar, None).tower is None
-    assert Model("weights", "x", {}, [], True, sidecar | {"assets": "built-in"}, None).tower is None
+    assert Model("weights", "x", {}, True, sidecar, None).tower == name
+    assert Model("weights", "x", {}, False, sidecar, None).tower is None
+    assert Model("weights", "x", {}, True, sidecar | {"assets": "built-in"}, None).tower is None
 
 
 def download(hub, folder: Path, names=None):

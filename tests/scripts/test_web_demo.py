@@ -25,11 +25,13 @@ from scripts.demo.chat import TEXTS, describe_model
 
 pytest.importorskip("gradio", reason="no gradio: pip install -r scripts/requirements-demo.txt")
 guard = pytest.importorskip("scripts.demo.guard")
+FileResponse = pytest.importorskip("starlette.responses").FileResponse
+TestClient = pytest.importorskip("starlette.testclient").TestClient
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 TOKENS = 12
-QUESTION, SECONDS = "#question textarea", 60_000
+QUESTION, MILLISECONDS = "#question textarea", 240_000  # beside other tests everything takes long
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,6 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     tower = save_tower(folder / "tower")
     random_weights(folder / "out", tower)
-    shutil.copy(folder / "out" / "sft_vlm_64.pth", folder / "out" / "other_64.pth")
-    (folder / "out" / "broken_64.pth").write_bytes(b"no weights")
     for name, colour in (("red", "red"), ("blue", "blue")):
         Image.new("RGB", (300, 200), colour).save(folder / f"{name}.png")
     (folder / "broken.png").write_bytes(b"no picture")
@@ -93,16 +93,23 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(site, browser):
+@pytest.fixture(scope="module")
+def context(browser):
+    """A browser's profile: its tabs load gradio's scripts from one cache."""
     context = browser.new_context(locale="en-US", viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(MILLISECONDS)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(site, context):
     tab = context.new_page()
-    tab.set_default_timeout(SECONDS)
     tab.goto(site[0])
     tab.wait_for_selector("#examples img")
     tab.wait_for_selector(".talk .note")
     yield tab
-    context.close()
+    tab.close()
 
 
 def ask(page, question: str, *pictures: Path):
@@ -191,22 +198,14 @@ def test_errors_are_told_in_the_pages_words_and_cost_no_conversation(site, page)
     ask(page, "What is it?")  # the picture is still there
     assert len(answers(page)) == 1 and page.locator(".question img").count() == 1
     ask(page, "What is it?", folder / "broken.png")
-    assert "broken.png is no picture that can be read" in page.locator(".error").last.inner_text()
+    assert "broken.png cannot be read as a picture" in page.locator(".error").last.inner_text()
     assert len(answers(page)) == 1 and not page.locator("text=Traceback").count()
 
 
-def test_examples_other_weights_and_a_conversation_too_long(site, page):
+def test_a_click_on_an_example_describes_it(page):
     page.locator("#examples img").first.click()
     page.wait_for_selector(".answer .note")
-    assert len(answers(page)) == 1
-    page.get_by_text("Settings", exact=True).click()
-    page.locator("#weights input").click()
-    options = page.locator("#weights [role=option]").all_inner_texts()
-    assert [re.sub(r"\W", "", option) for option in options] == ["sft_vlm_64", "broken_64", "other_64"]
-    page.get_by_role("option", name="broken_64").click()
-    page.wait_for_function("document.querySelectorAll('.turn').length == 0")
-    ask(page, "Hello")
-    assert "These weights cannot be used" in page.locator(".error").inner_text()
+    assert len(answers(page)) == 1 and page.locator(".question").inner_text().strip() == "Describe this image."
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
@@ -223,23 +222,24 @@ def test_a_chinese_browser_gets_a_chinese_page_that_fits(site, browser, width, s
 def test_a_request_that_is_too_large_is_refused(site):
     address, *_ = site
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as connection:
-        connection.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+        connection.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_second_request_waits_for_the_first(site, page):
-    """A click on an example while an answer streams: the two do not mix."""
+    """A click on an example while an answer is generated: the two do not mix."""
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("Longest answer, tokens").first.fill("1000")
+    length = page.get_by_label("Longest answer, tokens").first
+    length.fill("400")
     page.fill(QUESTION, "Go on and on")
     page.press(QUESTION, "Enter")
     page.wait_for_selector(".words")
-    page.get_by_label("Longest answer, tokens").first.fill("8")
+    length.fill("8")
     page.locator("#examples img").first.click()
     page.wait_for_function("document.querySelectorAll('.question').length == 2")
     assert re.match(r"\d+ tokens", page.locator(".answer .note").first.inner_text())  # the first has ended
     page.wait_for_selector(".answer:last-child .mask", state="attached")
-    assert [int(note.split()[0]) for note in page.locator(".answer .note").all_inner_texts()] == [1000, 8]
+    assert [int(note.split()[0]) for note in page.locator(".answer .note").all_inner_texts()] == [400, 8]
     questions = [text.strip() for text in page.locator(".question").all_inner_texts()]
     assert questions == ["Go on and on", "Describe this image."]
 
@@ -266,13 +266,13 @@ def test_two_visitors_may_send_the_same_picture(site, page):
         ("localhost", None, 200),
         ("LOCALHOST", "http://LOCALHOST", 200),
         ("127.0.0.1", "http://127.0.0.1", 200),
-        ("evil.com", None, 403),
-        ("evil.com", "http://evil.com", 403),
-        ("localhost.evil.com", None, 403),
+        ("evil.com", None, 400),
+        ("evil.com", "http://evil.com", 400),
+        ("localhost.evil.com", None, 400),
         ("127.0.0.1", "http://evil.com", 403),
         ("127.0.0.1", "http://localhost", 403),
         ("127.0.0.1", "null", 403),
-        ("[", None, 403),
+        ("[", None, 400),
     ],
 )
 def test_other_sites_and_names_are_refused(site, host, origin, status):
@@ -283,9 +283,21 @@ def test_other_sites_and_names_are_refused(site, host, origin, status):
     assert got == status and bool(path) == (status == 200)
 
 
-def test_a_page_for_the_network_takes_any_name():
-    assert not any(map(guard.is_loopback, ("", "0.0.0.0", "192.168.0.7", "here", "localhost.evil.com", "127.0.0.1.io")))
+def test_only_addresses_of_this_machine_alone_are_loopback():
+    assert not any(map(guard.is_loopback, ("0.0.0.0", "192.168.0.7", "::")))
     assert all(map(guard.is_loopback, ("::1", "127.0.0.2", "localhost", "LOCALHOST")))
+
+
+def test_a_file_deleted_while_the_page_asks_for_it_is_not_found_and_other_errors_pass(tmp_path):
+    async def app(scope, receive, send):
+        if scope["path"] == "/file=gone":
+            await FileResponse(tmp_path / "gone")(scope, receive, send)
+        raise RuntimeError("another")
+
+    client = TestClient(guard.Guard(app, guard.Uploads(tmp_path), 100, False))
+    assert client.get("/file=gone").status_code == 404
+    with pytest.raises(RuntimeError, match="another"):
+        client.get("/file=other")
 
 
 def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
@@ -298,23 +310,24 @@ def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
         os.utime(file, (number, number))
     uploads.add(json.dumps([*map(str, files), str(files[5]), str(other), 7]).encode())
     uploads.add(b"too large")
+    uploads.add(b'{"detail": "too large"}')
     for path in (other, uploads.folder / ".." / "example.jpg", tmp_path, uploads.folder, Path("a"), files[5]):
-        uploads.asked(path)
+        uploads.use(path)
     assert other.exists() and files[5].exists()
-    uploads.asked(files[5])
-    assert not files[5].parent.exists()
+    uploads.use(files[5])
+    assert not files[5].exists()
     monkeypatch.setattr(guard, "MOST_FILES", 4)
-    uploads.keep_bounds()
+    uploads.enforce_bounds()
     assert [file.exists() for file in files] == [False, True, True, True, True, False]
     monkeypatch.setattr(guard, "MOST_BYTES", 25)
-    uploads.keep_bounds()
+    uploads.enforce_bounds()
     assert [file.exists() for file in files] == [False, False, False, True, True, False]
 
 
-def test_the_page_says_which_model_it_is_and_what_it_has_seen(site, page):
-    assert page.locator("#about .note").inner_text().startswith("You talk to sft_vlm_64. No file beside")
+def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
+    assert page.locator("#about .note").inner_text().startswith("You talk to out/sft_vlm_64.pth. No file beside")
     sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
-    trained = {"knows_only_scenes": False, "weights": SimpleNamespace(sidecar=sidecar, has_projection=True)}
-    said = describe_model(SimpleNamespace(**trained), "mine", TEXTS["en"])
-    assert said == "You talk to mine. Stage sft showed it 12,345 rows and 678 pictures of photos.jsonl."
+    weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
+    said = describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), TEXTS["en"])
+    assert said == "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
     assert TEXTS["en"].keys() == TEXTS["zh"].keys()

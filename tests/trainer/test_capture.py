@@ -21,13 +21,14 @@ from model.vision_tower import bicubic_weights, enlarge
 from scripts.bench import synthetic
 from trainer import flags
 from trainer.setup import freeze
-from trainer.stage import answer_loss
+from trainer.stage import answer_loss, pad_answers
 from trainer.step import Counts, make_context, train_step
 from trainer.support.capture import CapturedStep, round_up
 from trainer.support.processes import Processes
 from trainer.train_pretrain_vlm import STAGE
 
 BATCH = 4
+PAD = partial(pad_answers, batch_size=BATCH)
 SIZES = [(272, 40), (267, 33), (265, 37), (270, 34), (250, 9)]  # length, learned tokens; all but the last of one shape
 OWN = ["--from_weight", "none", "--data_path", __file__, "--vision_model_path", str(BUILTIN_TOWER_DIR)]
 OWN += ["--tokenizer_path", str(BUILTIN_TOKENIZER_DIR)]
@@ -54,17 +55,13 @@ def describe(value):
 
 
 def batch_of(length: int, learned: int) -> dict:
-    batch, pixels = synthetic_batch(BATCH, length, BATCH, learned)
+    batch = synthetic_batch(BATCH, length, BATCH, learned)
     labels = torch.full_like(batch["labels"], -100).flatten()
     places = (torch.arange(learned) % BATCH) * length + 200 + torch.arange(learned) // BATCH
     labels[places] = batch["input_ids"].flatten()[places]
     learned_positions = (labels != -100).nonzero()[:, 0]
-    return batch | {
-        "labels": labels.view(BATCH, length),
-        "learned_positions": learned_positions,
-        "pixel_values": pixels,
-        "units": learned,
-    }
+    labels = labels.view(BATCH, length)
+    return batch | {"labels": labels, "learned_positions": learned_positions, "units": learned, "samples": BATCH}
 
 
 def context_of(frozen: str):
@@ -89,7 +86,7 @@ def test_it_learns_the_same_by_the_same_operators_for_every_batch(frozen):
     batches = [batch_of(*size) for size in SIZES]
     (plain_model, plain), (model, context) = context_of(frozen), context_of(frozen)
     untouched = context_of(frozen)[0]
-    captured, computed = CapturedStep(train_step, context, BATCH), []
+    captured, computed = CapturedStep(train_step, context, PAD), []
     compute = captured.compute
 
     def traced(*args):
@@ -117,7 +114,7 @@ def test_other_batches_take_the_ordinary_step():
     _, context = context_of("none")
     calls = []
     captured = CapturedStep(
-        lambda context, batches, *_: calls.append(batches) or (torch.zeros(2), torch.zeros(())), context, BATCH
+        lambda context, batches, *_: calls.append(batches) or (torch.zeros(2), torch.zeros(())), context, PAD
     )
     full, counts = batch_of(272, 40), Counts(40, BATCH, 1088, 0)
     smaller = full | {name: full[name][:2] for name in ("input_ids", "labels", "image_starts", "pixel_values")}
@@ -133,6 +130,17 @@ def test_other_batches_take_the_ordinary_step():
         assert calls.pop() is batches
     captured([full], counts, 1e-3)
     assert calls.pop() is not full
+
+
+def test_a_loss_sees_no_count_of_units():
+    """In a captured step the batch does not know it: its padding is no unit."""
+    context, seen = context_of("none")[1], []
+    loss = context.loss
+    loss.stage_loss = lambda model, batch: seen.append(batch) or answer_loss(model, batch)
+    full = batch_of(272, 40)
+    CapturedStep(train_step, context, PAD)([full], Counts(40, BATCH, 1088, 0), 1e-3)
+    train_step(context, [full], Counts(40, BATCH, 1088, 0), 1e-3)
+    assert [all(isinstance(part, torch.Tensor) for part in batch.values()) for batch in seen] == [True, True]
 
 
 def test_sizes_are_rounded_up_by_little():
@@ -190,7 +198,7 @@ def test_every_model_of_the_benchmark_has_the_same_weights(tmp_path, monkeypatch
 def test_where_graphs_do_not_fit_the_run_goes_on_without():
     """As on a GPU whose memory the graphs' pool fills: the step is taken once, uncaptured, with fresh gradients."""
     (plain_model, plain), (model, context) = context_of("none"), context_of("none")
-    captured, batches = CapturedStep(train_step, context, BATCH), [batch_of(272, 40)] * 3
+    captured, batches = CapturedStep(train_step, context, PAD), [batch_of(272, 40)] * 3
 
     def capture(shape, counts):
         for parameter in context.parameters:

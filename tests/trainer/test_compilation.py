@@ -7,33 +7,33 @@ import torch
 from tiny import PRETRAIN, SFT, read_jsonl
 from tiny_models import tiny_vlm
 
+from trainer.stage import answer_loss
 from trainer.support.compilation import CompiledVLM
 
 pytest_plugins = ["tiny"]
 
-CPU, FLOAT32, BATCH = torch.device("cpu"), torch.float32, 4
+FLOAT32, BATCH = torch.float32, 4
 WARM_UP = [(208, 4, 5), (1016, 12, 600)]
 # Length, images, learned tokens: none of these sizes is in WARM_UP.
 SIZES = [(216, 5, 9), (400, 7, 40), (1000, 4, 4), (208, 2, 2), (408, 5, 5), (424, 8, 599)]
 BELOW = [(208, 0, 5), (208, 1, 5), (208, 2, 1)]
 
 
-def synthetic_batch(samples, length, images, learned) -> tuple[dict, torch.Tensor]:
+def synthetic_batch(samples, length, images, learned) -> dict:
     generator = torch.Generator().manual_seed(samples * length)
     input_ids = torch.randint(3, 30, (samples, length), generator=generator)
     starts = [(image % samples, 196 * (image // samples)) for image in range(images)]
-    batch = {
+    return {
         "input_ids": input_ids,
         "labels": input_ids.clone(),
         "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
         "learned_positions": torch.arange(1, 1 + learned) * 2,
+        "pixel_values": torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, generator=generator),
     }
-    return batch, torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, generator=generator)
 
 
 def step(forward, model, samples, size) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    batch, pixels = synthetic_batch(samples, *size)
-    loss = forward(**batch, image_features=forward.encode_images(pixels), num_items_in_batch=1).loss
+    loss, _ = answer_loss(forward, synthetic_batch(samples, *size))
     if loss.requires_grad:
         loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
@@ -59,8 +59,8 @@ def model(request):
     ],
 )
 def test_no_recompilation_after_warm_up_and_the_same_numbers(model, backend):
-    compiled = CompiledVLM(model, BATCH, backend=backend, fullgraph=True)
-    compiled.warm_up(WARM_UP, CPU, FLOAT32)
+    compiled = CompiledVLM(model, backend=backend, fullgraph=True)
+    compiled.warm_up(answer_loss, [synthetic_batch(BATCH, *size) for size in WARM_UP], FLOAT32)
     assert all(weight.grad is None for weight in model.parameters())
     with torch.compiler.set_stance("fail_on_recompile"):
         for samples, size in [*((BATCH, size) for size in SIZES + BELOW), (1, SIZES[2]), (BATCH + 1, SIZES[2])]:
@@ -76,18 +76,21 @@ def test_no_recompilation_after_warm_up_and_the_same_numbers(model, backend):
 
 def test_warming_up_leaves_the_random_state(model):
     before = torch.get_rng_state()
-    CompiledVLM(model, BATCH, backend="aot_eager").warm_up(WARM_UP[:1], CPU, FLOAT32)
+    batches = [synthetic_batch(BATCH, *WARM_UP[0])]
+    CompiledVLM(model, backend="aot_eager").warm_up(answer_loss, batches, FLOAT32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_compiled_run_is_the_run(world, tmp_path):
-    """The real script with --compile 1: its losses are those of --compile 0, though batches are padded differently."""
-    losses = []
+    """With --compile 1 the losses are those of --compile 0, though padded otherwise; the steps compile nothing more."""
+    losses, hook = [], "import torch, trainer.loop as loop\nheader = loop.print_header\n"
+    hook += "loop.print_header = lambda *a, **k: (torch.compiler.set_stance('fail_on_recompile'), header(*a, **k))"
     for flag in (0, 1):
         out = world.copy_of_out(tmp_path / str(flag) / "out")
         flags = ["--compile", flag, "--batch_size", 4, "--epochs", 1, "--learning_rate", 1e-3, "--log_interval", 1]
-        done = world.run(SFT, *world.files("sft", out), "--from_weight", "llm", *flags).passed()
+        flags += ["--from_weight", "llm", "--cache_vision", "off"]
+        done = world.run(SFT, *world.files("sft", out), *flags, hook=hook).passed()
         assert (", compiled" in done.out) == bool(flag)
         losses.append([row["loss"] for row in read_jsonl(out / "sft_vlm_32.metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

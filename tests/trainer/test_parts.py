@@ -122,7 +122,6 @@ train_sft_vlm.STAGE = Stage(
     title="Polishing",
     story="stage 3, polishing: what the test says",
     defaults=train_sft_vlm.STAGE.defaults | {{"from_weight": "sft_vlm", "save_weight": "polished"}},
-    builtin={{}},
     data="sft",
     following="python eval_vlm.py --weight {{save_weight}}",
     loss=half_the_loss,

@@ -480,7 +480,7 @@ def test_a_finished_run_is_kept_under_another_name_and_no_weights_are_taken_ther
         if number:
             assert f"kept the earlier run as {out / name}\n" in result.out
             runs.append((name, before))
-    assert {".pth", ".json", ".bad_rows.txt", "_samples.md", "_samples/0.jpg"} <= runs[0][1].keys()
+    assert {".pth", ".json", ".bad_rows.txt", ".report.html", "_samples/0.jpg"} <= runs[0][1].keys()
     for name, before in runs:
         assert contents(out, name) == before
     assert list(list_weights(out)) == [out / "llm_32.pth", out / "sft_vlm_32.pth"]

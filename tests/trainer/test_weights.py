@@ -305,53 +305,45 @@ def test_a_typo_in_a_tinkerers_configuration_is_not_called_a_damaged_file(world,
         checkpoint.read_weights(out / "llm_32.pth")
 
 
-NORM, HEAD = "model.norm.weight", "lm_head.weight"
+ODD_TENSORS = {
+    "lm_head.weight differs from model.embed_tokens.weight": {"lm_head.weight": torch.ones(6400, 32)},
+    "model.norm.weight is torch.bool": {NORM: torch.ones(32, dtype=torch.bool)},
+    "model.norm.weight is torch.complex64": {NORM: torch.ones(32, dtype=torch.complex64)},
+    "is torch.float8_e4m3fn": {NORM: torch.ones(32).to(torch.float8_e4m3fn)},
+    "torch.sparse_coo": {NORM: torch.ones(32).to_sparse()},
+    "plain floating point is expected": {NORM: torch.ones(32, device="meta")},
+    "model.layers.2.self_attn.q_proj.weight is missing": {"model.layers.999999.mlp.up_proj.weight": torch.ones(1)},
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            lambda t: {HEAD: t[HEAD] + 1},
-            "lm_head.weight differs from model.embed_tokens.weight",
-        ),
-        (lambda t: {NORM: torch.ones(32, dtype=torch.bool)}, "model.norm.weight is torch.bool"),
-        (
-            lambda t: {NORM: torch.ones(32, dtype=torch.complex64)},
-            "model.norm.weight is torch.complex64",
-        ),
-        (lambda t: {NORM: torch.ones(32).to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn"),
-        (lambda t: {NORM: torch.ones(32).to_sparse()}, "torch.sparse_coo"),
-        (lambda t: {NORM: torch.ones(32, device="meta")}, "plain floating point is expected"),
-        (
-            lambda t: {"model.layers.999999.mlp.up_proj.weight": torch.ones(1)},
-            "model.layers.2.self_attn.q_proj.weight is missing",
-        ),
-    ],
-)
-def test_tensors_that_make_no_model_are_refused(world, tmp_path, change, words):
-    out = world.copy_of_out(tmp_path / "out")
-    tensors = language_model()
-    torch.save(tensors | change(tensors), out / "llm_32.pth")
-    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.pth", words)
+@pytest.mark.parametrize("words", ODD_TENSORS)
+def test_tensors_that_make_no_model_are_refused(tmp_path, words):
+    save_llm(tmp_path, **ODD_TENSORS[words])
+    with pytest.raises(UsageError, match="llm_32.pth") as error:
+        weights = checkpoint.read_weights(tmp_path / "llm_32.pth")
+        checkpoint.load_into(MiniMindVLM(weights.config), weights)
+    assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"rope_theta": 0}, {"rope_theta": float("nan")}, {"rms_norm_eps": -1}, {"max_position_embeddings": -1}]
-    + [{"dropout": 2.0}, {"hidden_size": True}, {"torch_dtype": 5}, {"attn_implementation": 3}, {"return_dict": "x"}],
-)
-def test_a_configuration_that_makes_no_model_is_refused(world, tmp_path, changed):
-    out = world.copy_of_out(tmp_path / "out")
-    config = config_fields(VLMConfig(hidden_size=32, num_hidden_layers=2))
-    (out / "llm_32.json").write_text(json.dumps({"config": config | changed}))
-    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.json", "cannot be read")
+CONFIGS = [{"rope_theta": 0}, {"rope_theta": float("nan")}, {"rms_norm_eps": -1}, {"max_position_embeddings": -1}]
+CONFIGS += [
+    {"dropout": 2.0},
+    {"hidden_size": True},
+    {"torch_dtype": 5},
+    {"attn_implementation": 3},
+    {"return_dict": "x"},
+]
 
 
-def test_a_sidecar_nested_too_deeply_is_refused(world, tmp_path):
-    out = world.copy_of_out(tmp_path / "out")
-    (out / "llm_32.json").write_text('{"config": ' + "[" * 100_000)
-    world.run(PRETRAIN, *world.files("pretrain", out)).refused("llm_32.json", "cannot be read")
+@pytest.mark.parametrize("content", [*CONFIGS, "nested too deeply"], ids=str)
+def test_a_configuration_that_makes_no_model_is_refused(tmp_path, content):
+    save_llm(tmp_path)
+    text = '{"config": ' + "[" * 100_000
+    if isinstance(content, dict):
+        text = json.dumps({"config": config_fields(VLMConfig(hidden_size=32, num_hidden_layers=2)) | content})
+    (tmp_path / "llm_32.json").write_text(text)
+    with pytest.raises(UsageError, match="llm_32.json.*cannot be read"):
+        checkpoint.read_weights(tmp_path / "llm_32.pth")
 
 
 OTHERS = (5, ["a"], {"a": 1}, None, True, float("nan"))

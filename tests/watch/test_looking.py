@@ -14,7 +14,7 @@ from dataset.scenes.draw import heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from dataset.tokenizer import load_tokenizer
 from model import word_maps as looking
-from model.word_maps import answer_ids, patch_maps, split_words, word_maps
+from model.word_maps import patch_maps, split_words, word_maps
 from scripts.builtin.check_looking import attribute_maps, covered_patches, measure
 from trainer.report.samples import read_looks
 
@@ -112,8 +112,10 @@ def test_words_are_whole_and_join_to_the_answer(tokenizer, text):
 
 
 def test_an_answer_ends_at_its_end_token(model, tokenizer):
-    ids = torch.tensor([5, 6, tokenizer.eos_token_id, 0, 0])
-    assert answer_ids(ids, tokenizer.eos_token_id).tolist() == [5, 6]
+    ids = torch.tensor([35, 36, tokenizer.eos_token_id, 0, 0])
+    ended, alone = (word_maps(model, tokenizer, inputs_of(ONE, 1), some) for some in (ids, ids[:2]))
+    assert [word for word, _ in ended] == [word for word, _ in alone]
+    assert all(torch.equal(of_word, other) for (_, of_word), (_, other) in zip(ended, alone, strict=True))
     assert word_maps(model, tokenizer, inputs_of(ONE, 1), ids[2:]) == []
 
 

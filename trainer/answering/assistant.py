@@ -1,19 +1,23 @@
 """A trained model that answers questions about pictures, for the terminal and for the web page."""
 
+import argparse
 from pathlib import Path
 
 import torch
 
+from common.cli import number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
+from dataset.scenes.draw import draw, heldout_scenes
 from model.answers import generate
 from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
 from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel
+from trainer.bundles import MINIMIND2, MINIMIND_3V
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -21,32 +25,54 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 def add_speed_flags(group):
     """Adds the flags of how an assistant computes to an argument group."""
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = "int8: the decoder's matrices in a quarter of the memory, for a CPU; bfloat16: for what multiplies it fast"
+    what = (
+        "int8: the decoder's matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
+    )
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
-    what = "1: compile the step of one token, which takes half a minute and pays in a long talk (default: 0)"
+    what = "1: compile the step of one token; takes half a minute, worth it for long talks"
     group.add_argument("--compile", type=int, choices=(0, 1), default=0, help=what)
 
 
-def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
-    """Returns the model in one of PRECISIONS; raises UsageError for int8 on another device than a CPU."""
-    if dtype == "int8":
-        if model.device.type != "cpu":
-            raise UsageError(f"--dtype int8 is for the CPU, not for {model.device}: take bfloat16 there")
-        quantize(model)
-        return model
-    return model.to(getattr(torch, dtype))
+def add_generation_flags(group, max_new_tokens: int):
+    """Adds the flags of how answers are generated, whose defaults are the weights' recipe; see `sampling_of`."""
+    add = group.add_argument
+    add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, help="longest answer in tokens")
+    for name, kind, what in (
+        ("temperature", temperature, "0: always the likeliest token"),
+        ("top_p", number(float, 1e-3, 1), "sample from the likeliest tokens of this share"),
+        ("top_k", number(int, 0), "sample from this many of the likeliest tokens; 0: from all"),
+    ):
+        default, default_3v = MINIMIND2.sampling[name], MINIMIND_3V.sampling[name]
+        of_3v = f"; minimind-3v: {default_3v}" if default_3v != default else ""
+        add(f"--{name}", type=kind, help=f"{what} (default: {default}{of_3v})")
+
+
+def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
+    """Returns the sampling settings: those of the flags, else of the weights' recipe."""
+    return loaded.sampling | {name: getattr(args, name) for name in loaded.sampling if getattr(args, name) is not None}
+
+
+def draw_heldout(folder: Path, count: int) -> list[Path]:
+    """Draws scenes of the built-in set that were never trained on; returns their files."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"scene_{number}.jpg" for number in range(count)]
+    for path, scene in zip(paths, heldout_scenes(), strict=False):
+        draw(scene).save(path, quality=92)
+    return paths
 
 
 class Assistant:
-    """A model on a device, with its tokenizer and the form of its prompts."""
+    """A model on a device, with its tokenizer and the form of its prompts.
 
-    def __init__(
-        self, trained: LoadedModel, device: torch.device | str, dtype: str = "float32", compiles: bool = False
-    ):
-        self.trained, self.tokenizer, self.compiles = trained, trained.tokenizer, compiles
-        self.encoder = ChatEncoder(self.tokenizer, trained.config.image_tokens)
-        self.picture_format = PictureFormat(**trained.tower.picture_settings)
-        self.model = in_precision(trained.load_model().to(device), dtype)
+    Raises:
+        UsageError: If `dtype`, one of PRECISIONS, is not for that device.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: torch.device | str, dtype: str = "float32", compiles: bool = False):
+        self.loaded, self.tokenizer, self.compiles = loaded, loaded.tokenizer, compiles
+        self.encoder = ChatEncoder(self.tokenizer, loaded.config.image_tokens)
+        self.picture_format = PictureFormat(**loaded.tower.picture_settings)
+        self.model = in_precision(loaded.load_model().to(device), dtype)
 
     def load_picture(self, source: Path | bytes) -> torch.Tensor:
         """Returns a picture's file as the tower takes it, uint8 (3, size, size); raises PictureError."""
@@ -55,11 +81,11 @@ class Assistant:
         return load_picture(source, picture_format=self.picture_format)
 
     def turn(self, question: str, images: int) -> dict:
-        """Returns a user's turn, with that many images where the model expects them."""
-        return {"role": "user", "content": with_images(question, images, self.trained.prompt_form)}
+        """Returns a user's turn, with its images where the model expects them; raises ValueError, see `with_images`."""
+        return {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
 
     def check_length(self, conversation: list[dict], max_new_tokens: int):
-        """Raises ValueError where the conversation and its answer have more tokens than the model has positions."""
+        """Raises ValueError where a conversation and its answer need more tokens than the model has positions."""
         length = len(self.encoder.encode([conversation], add_generation_prompt=True)[0].input_ids)
         most = self.model.config.max_position_embeddings
         if length + max_new_tokens > most:
@@ -76,25 +102,19 @@ class Assistant:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        top_k: int | None = None,
+        top_k: int = 0,
         **settings,
     ) -> list[torch.Tensor]:
         """Returns the token ids of each conversation's next turn, up to its end token.
 
         Args:
-            conversations, pictures: Lists of turns, and for each the images of all its placeholders.
+            conversations: Lists of turns that fit, see `check_length`.
+            pictures: Each conversation's images in order.
             temperature: 0 always takes the likeliest token.
-            top_p: Draw from the likeliest tokens with this share.
-            top_k: Draw from this many of the likeliest; 0: from all; None: as the weights' recipe does.
+            top_p, top_k: Sample from the likeliest tokens: of this share, and this many (0: all).
             settings: For transformers' `generate`: a streamer, stopping criteria.
-
-        Raises:
-            ValueError: If that is too long for the model.
         """
-        for conversation in conversations:
-            self.check_length(conversation, max_new_tokens)
         if temperature > 0:
-            top_k = self.trained.sampling["top_k"] if top_k is None else top_k
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         inputs = prompt_batch(self.encoder, conversations, pictures)
         rows = generate(self.model, inputs, max_new_tokens, self.compiles, **settings)
@@ -111,3 +131,13 @@ class Assistant:
         """Returns the words of an answer, each with its map over the pictures; see `word_maps`."""
         inputs = prompt_batch(self.encoder, [conversation], [pictures])
         return word_maps(self.model, self.tokenizer, inputs, ids, *stops)
+
+
+def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:
+    """Returns the model in one of PRECISIONS; raises UsageError for int8 on another device than a CPU."""
+    if dtype != "int8":
+        return model.to(getattr(torch, dtype))
+    if model.device.type != "cpu":
+        raise UsageError(f"--dtype int8 is for the CPU, not for {model.device}: use bfloat16 there")
+    quantize(model)
+    return model

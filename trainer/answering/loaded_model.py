@@ -11,13 +11,21 @@ from common.cli import file_path
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
-from dataset.prompts import DEFAULT_FORM
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision_tower import TowerSettings, read_tower_settings
+from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import BUILTIN, MINIMIND2, MINIMIND_3V, Bundle, bundle_of, find_weights, recorded_folders
+from trainer.bundles import (
+    BUILTIN,
+    MINIMIND2,
+    MINIMIND_3V,
+    Bundle,
+    bundle_of,
+    find_weights,
+    read_tower,
+    recorded_folders,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class LoadedModel:
     @property
     def prompt_form(self) -> str:
         """Image position in most training rows."""
-        return self.weights.sidecar.get("prompt_form", DEFAULT_FORM)
+        return self.weights.sidecar.get("prompt_form", self.bundle.prompt_form)
 
     @property
     def sampling(self) -> dict:
@@ -108,7 +116,7 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     )
     tokenizer = load_tokenizer(tokenizer_path)
     check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
-    tower = read_tower_settings(tower_path)
+    tower = read_tower(tower_path)
     try:
         config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
     except ValueError as error:

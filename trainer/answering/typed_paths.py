@@ -2,115 +2,82 @@
 
 import os
 import re
-import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left
 from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import Image
 
+from common.files import not_a_file
 from dataset.pictures import PICTURE_FORMATS
 
-# Chinese, Japanese and Korean text has no spaces: a path may begin and end beside any of its characters.
+# Chinese, Japanese and Korean text has no spaces: a path may start and end beside any of its characters.
 WIDE = "\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001f000-\U0003ffff"
-OPENING, CLOSING = "'\"`“‘«([{<", "'\"`”’»)]}>"
-BRACKETS = re.escape(OPENING + CLOSING)
-STARTS = re.compile(rf"(?<![^\s{WIDE}{BRACKETS},;:=|·—…])(?<!\\\s)(?=\S)(?!['\"]{{2}})")
-# After a path: an end, or punctuation that ends there too: in "a.jpg.bak" there is no a.jpg.
-ENDS = re.compile(rf"(?=$|[\s{WIDE}{re.escape(CLOSING)},;:!?<|—…]|[^\w\s/\\]{{1,32}}(?:$|[\s{WIDE}]))")
-NAMED = re.compile(r"""\.[A-Za-z0-9]{1,5}['"]?$|['"]$""")  # the end of a file name rather than of a word
-# Bounds that keep the time in proportion to the line's length. A name of 255 bytes is typed as 765 where each is %XX.
-LONGEST_NAME, MOST_FOLDERS, MOST_ENDS = 765, 64, 5
-MARK = "\ufffc"  # stands for a picture in the line
+OPENING, CLOSING = re.escape("'\"`“‘«([{<（【《「『"), re.escape("'\"`”’»)]}>）】》」』")
 KINDS = (ending[1:] for ending, kind in Image.registered_extensions().items() if kind in PICTURE_FORMATS)
-KINDS = "|".join(KINDS) + "|heic|heif|jxl|jp2|mpo|svg|psd|ico|tga"
-LOOKS = re.compile(rf"[^/\\]\.(?:{KINDS})(?![A-Za-z0-9])", re.IGNORECASE)
-ROOTED = re.compile(r"(?:file:/|~[\w.-]*/|\.\.?/|[A-Za-z]:[\\/]|/[^/]+/)[^/]", re.IGNORECASE)
-QUOTED = rf"""(?<!\w)(?:"[^"]*\.(?:{KINDS})"|'[^']*\.(?:{KINDS})'|“[^“”]*\.(?:{KINDS})”)(?!\w)"""
-WORD = re.compile(rf"{QUOTED}|(?:\\\s|[^\s{BRACKETS},;|，。、；！？（）【】《》「」『』{MARK}])+", re.IGNORECASE)
-PAIR = re.compile(rf"[{re.escape(OPENING)}（【《「『] ?{MARK} ?[{re.escape(CLOSING)}）】》」』]")
+ENDING = rf"\.(?:{'|'.join(KINDS)}|heic|heif|jxl|jp2|svg|psd|ico|tga)"
+STARTS = re.compile(rf"(?<![^\s{WIDE}{OPENING}{CLOSING},;:=|·—…])(?<!\\\s)(?=\S)(?!['\"]{{2}})")
+MOST_STARTS = 64  # tried for a path: keeps the time in proportion to the line's length
+ENDS = re.compile(rf"(?<=[^/\\]){ENDING}(?![A-Za-z0-9]|\.\w)", re.IGNORECASE)  # in "a.jpg.bak" there is no a.jpg
+QUOTED = re.compile(rf"""(?<!\w)(?:"[^"]*{ENDING}"|'[^']*{ENDING}'|“[^“”]*{ENDING}”)(?!\w)""", re.IGNORECASE)
+MARK = "\ufffc"  # stands for a picture in the line
+WORD = re.compile(rf"{QUOTED.pattern}|(?:\\\s|[^\s{OPENING}{CLOSING},;|，。、；！？{MARK}])+", re.IGNORECASE)
+LOOKS_LIKE_PATH = re.compile(
+    rf"(?:~[\w.-]*/|\.\.?/|[a-z]:[\\/]|/[^/]+/)[^/]|.*[^/\\]{ENDING}(?![a-z0-9])", re.IGNORECASE
+)
 SHELL = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.?)""")  # a shell's quotes
-FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
+AROUND = re.compile(rf"[\s{OPENING}]*{MARK}[\s{CLOSING}]*[,;，、；]?\s*")
 
 
-def find_pictures(line: str) -> tuple[str, list[Path], list[str]]:
-    """Finds the files that a line names, at each place the longest.
-
-    A file counts where it is named with an ending, with a folder, or in quotes.
+def find_pictures(line: str) -> tuple[str, list[Path]]:
+    """Finds the picture files that a line names.
 
     Returns:
-        What is left of the line as the question (empty where only punctuation is), the files in order, and what
-        looks like a picture or a path but is no file: "NAME: why" each.
+        What is left of the line as the question (empty where only punctuation is), and the files in order.
+
+    Raises:
+        ValueError: If something looks like a picture or a path but is no file: "NAME: why" each.
     """
     line = line.replace(MARK, " ")
-    ends = [match.start() for match in ENDS.finditer(line)]
-    named = [end for end in ends if NAMED.search(line, max(0, end - 8), end)]
     # Of 'my cat.jpg' in quotes cat.jpg is no part.
-    inside = {place for match in re.finditer(QUOTED, line, re.I) for place in range(match.start() + 2, match.end())}
+    inside = {place for match in QUOTED.finditer(line) for place in range(match.start() + 2, match.end())}
+    starts = [match.start() for match in STARTS.finditer(line) if match.start() not in inside]
     paths, pieces, done = [], [], 0
-    for start in (match.start() for match in STARTS.finditer(line)):
-        end, path = longest_path(line, start, ends, named) if start >= done and start not in inside else (0, None)
-        if path:
+    for match in ENDS.finditer(line):
+        near = starts[bisect_left(starts, done) : bisect_left(starts, match.start())][-MOST_STARTS:]
+        ends = [match.end() + 1] * line.startswith(("'", '"'), match.end()) + [match.end()]
+        spans = [(start, end) for start in near for end in ends]
+        found = next(((start, end, path) for start, end in spans if (path := file_of(line[start:end]))), None)
+        if found:
+            start, end, path = found
             paths.append(path)
             pieces += [line[done:start], MARK]
             done = end
-    rest = "".join([*pieces, line[done:]])
-    words = (word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest))
-    missing = [f"{word}: {why_no_file(word)}" for word in words if LOOKS.search(word) or ROOTED.match(word)]
-    rest = " ".join(rest.split())
-    return as_question(rest) if paths else rest, paths, missing
-
-
-def longest_path(line: str, start: int, ends: list[int], named: list[int]) -> tuple[int, Path | None]:
-    """Returns where the longest path from `start` ends, one of `ends` (`named` if it has no folder), and its file."""
-    begin = start + (line[start] in "'\"")
-    url = FILE_URL.match(line, begin)
-    name = first = url.end() if url else begin
-    # The name begins after the last slash up to which there is a folder, and ends before the next slash.
-    for _ in range(MOST_FOLDERS):
-        slash = line.find("/", name, name + LONGEST_NAME)
-        if slash < 0 or not any(map(os.path.isdir, spellings(line[begin : slash + 1]))):
-            break
-        name = slash + 1
-    has_folder = name > first and not line[name : name + 1].isspace()
-    places, most = (ends, None) if has_folder else (named, MOST_ENDS)
-    limit = slash if slash >= 0 else name + LONGEST_NAME
-    for end in reversed(places[bisect_right(places, start) : bisect_right(places, limit)][:most]):
-        path = file_of(line[start:end])
-        if path and (has_folder or "." in path.name or begin > start):
-            return end, path
-    return start, None
+    rest = " ".join("".join([*pieces, line[done:]]).split())
+    words = [word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest)]
+    if missing := [f"{word}: {why_no_file(word)}" for word in words if LOOKS_LIKE_PATH.match(word)]:
+        raise ValueError("; ".join(missing))
+    if not paths:
+        return rest, []
+    question = AROUND.sub(lambda found: " " * (" " in found[0]), rest)
+    question = re.sub(r" (?=[.,;:!?。，；：！？、])", "", question).strip(" ,;:，、；：")
+    return question if any(map(str.isalnum, question)) else "", paths
 
 
 def file_of(text: str) -> Path | None:
     """Returns the regular file that a text spells as a path; None where there is none."""
-    return next((Path(path) for path in spellings(text) if os.path.isfile(path)), None)
+    return next((path for path in spellings(text) if os.path.isfile(path)), None)
 
 
-def spellings(text: str) -> list[str]:
+def spellings(text: str) -> list[Path]:
     """Returns the paths that a text may mean: as it stands, without a shell's quotes, and of a file:// address."""
-    texts = [text]
-    if any(mark in text for mark in "'\"\\"):
-        texts.append(SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text))
-    texts += [unquote(text[match.end() :]) for text in texts if (match := FILE_URL.match(text))]
-    if not text.isascii():  # é is one character or two
-        texts += [unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
-    return [os.path.expanduser(text) for text in texts]
+    texts = [text, SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text)]
+    texts += [unquote(text.removeprefix("file://")) for text in texts if text.startswith("file:///")]
+    return [Path(os.path.expanduser(text)) for text in dict.fromkeys(texts)]
 
 
 def why_no_file(word: str) -> str:
-    if re.match(r"https?://|ftp://", word, re.IGNORECASE):
+    if re.match(r"(?!file:)\w+://", word):
         return "an address: download the file and name it here"
-    if any(map(os.path.isdir, spellings(word))):
-        return "a folder: name a picture in it"
-    return "no regular file" if any(map(os.path.exists, spellings(word))) else "no such file"
-
-
-def as_question(rest: str) -> str:
-    """Returns a line without its pictures, and without the quotes, commas and spaces that were theirs."""
-    for _ in range(2):  # "(`a.jpg`)"
-        rest = PAIR.sub(MARK, rest)
-    rest = re.sub(rf"{MARK}(?: ?[,;，、；]? ?{MARK})+", MARK, rest)
-    rest = re.sub(rf" ?{MARK}(?=[.,;:!?。，；：！？、])", "", rest).replace(MARK, "")
-    rest = " ".join(rest.split()).lstrip(" .,;:，。、；：")
-    return rest if rest.strip(" .,;:!?…。，、；：！？") else ""
+    reasons = [not_a_file(path) for path in spellings(word)]
+    return "no picture's ending" if None in reasons else max(reasons, key=len)  # the longest knows of something there

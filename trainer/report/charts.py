@@ -1,46 +1,100 @@
-"""The layout of line charts: axes, ticks and labels. page.html draws them as inline SVG; page.css colours them.
+"""Lays out line charts as lines, dots and texts: page.html draws them as SVG, model_card.py as PNG.
 
 A chart is 420 units wide, so that its labels stay readable on a phone, where it fills the screen.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 366, 12, 206  # of the plotting area; the labels stand around it
-MOST_POINTS = 500
-MOST_DOTS = 60  # each with its value as a tooltip
-LABEL_DISTANCE = 13
+LEFT, RIGHT, TOP, BOTTOM = 46, 410, 12, 206  # of the plotting area; the labels stand around it
+MOST_DOTS = 25  # of a curve: more would touch
 LOG_FROM = 20  # ratio of the highest value to the lowest from which an axis may be logarithmic
 
 
-@dataclass(frozen=True)
-class Series:
-    """A curve: its name, its (step, value) points by rising step, None for a gap, and whether each point has a dot."""
+@dataclass
+class Chart:
+    """What is drawn where. The styles are CSS classes; c1, c2 ... are the curves'.
 
-    name: str
-    points: Sequence[tuple[int, float | None]]
-    marked: bool = False
+    Attributes:
+        unit: Of the values.
+        ends: Each curve's name and last value.
+        lines: (style, [(x, y), ...])
+        dots: (style, x, y, tooltip)
+        texts: (x, y, text-anchor, text)
+    """
 
-    def values(self) -> list[float]:
-        """Returns the values without the gaps."""
-        return [value for _, value in self.points if value is not None]
+    unit: str
+    ends: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
+    dots: list[tuple[str, float, float, str]] = field(default_factory=list)
+    texts: list[tuple[float, float, str, str]] = field(default_factory=list)
 
 
-def thin(points: Sequence, most: int = MOST_POINTS) -> tuple[Sequence, int]:
-    """Returns at most `most` points and the bucket size: of each bucket its lowest, its highest and a gap are kept."""
-    if len(points) <= most:
-        return points, 1
-    size = math.ceil(3 * len(points) / (most - 2))
-    kept = {0, len(points) - 1}
-    for begin in range(0, len(points), size):
-        bucket = range(begin, min(begin + size, len(points)))
-        gaps = [i for i in bucket if points[i][1] is None]
-        rising = sorted(set(bucket) - set(gaps), key=lambda i: points[i][1])
-        kept |= {*rising[:1], *rising[-1:], *gaps[:1]}
-    return [points[i] for i in sorted(kept)], size
+def line_chart(
+    unit: str, curves: dict[str, list[tuple[int, float | None]]], epochs: Sequence[int] = (), may_be_log=False
+) -> Chart | None:
+    """Lays out a chart over steps.
+
+    Args:
+        curves: (step, value) points by name, at rising steps; None is a gap.
+        epochs: Steps at which an epoch ends; drawn as dotted lines.
+        may_be_log: The axis is logarithmic if the values span a wide range (`unit` then says so), and need not show
+            zero.
+
+    Returns:
+        The chart; None if no curve has a value.
+    """
+    points = [point for curve in curves.values() for point in curve if point[1] is not None]
+    if not points:
+        return None
+    y, marks, is_log = value_axis([value for _, value in points], may_be_log)
+    last_step = max(1, *(step for step, _ in points))
+    x = axis(0, last_step, LEFT, RIGHT)
+    chart = Chart(f"{unit}, log scale" if is_log else unit)
+    for mark in marks:
+        chart.lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
+        chart.texts.append((LEFT - 7, y(mark), "end", tick_label(mark)))
+    chart.lines.append(("axis", [(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
+    chart.lines += [("epoch", [(x(step), TOP), (x(step), BOTTOM)]) for step in epochs]
+    for step in (step for step in ticks(0, last_step) if step <= last_step and step == int(step)):
+        chart.lines.append(("axis", [(x(step), BOTTOM), (x(step), BOTTOM + 4)]))
+        chart.texts.append((x(step), BOTTOM + 13, "middle", tick_label(step)))
+    for name, curve in curves.items():
+        runs = [list(run) for is_gap, run in groupby(curve, lambda point: point[1] is None) if not is_gap]
+        if not runs:
+            continue
+        chart.ends.append((name, tick_label(float(f"{runs[-1][-1][1]:.3g}"))))
+        style = f"c{len(chart.ends)}"
+        for run in runs:
+            chart.lines.append((f"curve {style}", [(x(step), y(value)) for step, value in run]))
+            if len(curve) <= MOST_DOTS or len(run) == 1:
+                chart.dots += [(style, x(step), y(value), f"step {step:,}: {value:,.4g}") for step, value in run]
+    return chart
+
+
+def value_axis(values: list[float], may_be_log: bool) -> tuple[Callable[[float], float], list[float], bool]:
+    """Returns the vertical axis that shows all values, its ticks, and whether it is logarithmic."""
+    low, high = min(values), max(values)
+    if may_be_log and low > 0 and high / low >= LOG_FROM:
+        low, high = low / 1.2, high * 1.2
+        factors = (1, 2, 5) if high / low < 1000 else (1,)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        return axis(low, high, BOTTOM, TOP, math.log), [mark for mark in marks if low <= mark <= high], True
+    if not may_be_log:
+        low, high = min(0.0, low), max(0.0, high)
+    if low == high:
+        low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
+    marks = ticks(low, high)
+    return axis(marks[0], marks[-1], BOTTOM, TOP), marks, False
+
+
+def axis(low: float, high: float, start: float, end: float, change: Callable = float) -> Callable[[float], float]:
+    """Returns the function from values to drawing units; `change` is math.log for a logarithmic axis."""
+    return lambda value: round(start + (end - start) * (change(value) - change(low)) / (change(high) - change(low)), 1)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -52,14 +106,6 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * step, max(0, 1 - power)) for i in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Returns powers of ten from low to high, with 2 and 5 times each where there would be few."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    powers = range(first, last + 1)[:: max(1, (last - first) // 6)]
-    factors = (1, 2, 5) if high / low < 1000 else (1,)
-    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
-
-
 def tick_label(value: float) -> str:
     """Formats 0.25, 1,500, 20k, 3M, 4e-4."""
     size = abs(value)
@@ -69,76 +115,3 @@ def tick_label(value: float) -> str:
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
     return f"{value / 1e3:.4g}k" if size >= 1e4 else f"{value:,.4g}"
-
-
-def value_label(value: float) -> str:
-    return tick_label(float(f"{value:.3g}"))
-
-
-def axis(low: float, high: float, start: float, end: float, change: Callable = float) -> Callable[[float], float]:
-    """Returns the function from values to drawing units; `change` is math.log for a logarithmic axis."""
-    return lambda value: round(start + (end - start) * (change(value) - change(low)) / (change(high) - change(low)), 1)
-
-
-def value_axis(values: list[float], may_be_log: bool) -> tuple[Callable[[float], float], list[float], bool]:
-    """Returns the vertical axis that shows all values, its ticks, and whether it is logarithmic."""
-    low, high = min(values), max(values)
-    if may_be_log and low > 0 and high / low >= LOG_FROM:
-        low, high = low / 1.2, high * 1.2
-        return axis(low, high, BOTTOM, TOP, math.log), log_ticks(low, high), True
-    if not may_be_log:
-        low, high = min(0.0, low), max(0.0, high)
-    if low == high:
-        low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
-    marks = ticks(low, high)
-    return axis(marks[0], marks[-1], BOTTOM, TOP), marks, False
-
-
-def spread(heights: list[float]) -> list[float]:
-    """Moves the labels at these heights apart where they would overlap, and up where one would leave the chart."""
-    moved = {}
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
-        moved[i] = max([heights[i], *(height + LABEL_DISTANCE for height in moved.values())])
-    too_low = max(*moved.values(), BOTTOM) - BOTTOM
-    return [round(moved[i] - too_low, 1) for i in range(len(heights))]
-
-
-def curve(series: Series, label_y: float) -> dict:
-    points, bucket = thin(series.points)
-    stretches = [list(stretch) for is_gap, stretch in groupby(points, lambda point: point[1] is None) if not is_gap]
-    return {
-        "series": series,
-        "last": series.values()[-1],
-        "label_y": label_y,
-        "bucket": bucket,
-        "stretches": stretches,
-        "has_dots": series.marked and len(points) <= MOST_DOTS,
-    }
-
-
-def line_chart(unit: str, all_series: list[Series], epochs: Sequence[int] = (), may_be_log=False) -> dict | None:
-    """Lays out a chart over steps, for page.html to draw.
-
-    Args:
-        epochs: Steps at which an epoch ends; drawn as dotted lines.
-        may_be_log: The axis is logarithmic where the values span a wide range (the caption then says so), and need not
-            show zero.
-
-    Returns:
-        What is drawn where; None where no series has a value.
-    """
-    all_series = [series for series in all_series if series.values()]
-    if not all_series:
-        return None
-    y, marks, is_log = value_axis([value for series in all_series for value in series.values()], may_be_log)
-    last_step = max(1, *(series.points[-1][0] for series in all_series))
-    heights = spread([y(series.values()[-1]) for series in all_series])
-    return {
-        "unit": f"{unit}, log scale" if is_log else unit,
-        "curves": [curve(series, height) for series, height in zip(all_series, heights, strict=True)],
-        "x": axis(0, last_step, LEFT, RIGHT),
-        "y": y,
-        "marks": marks,
-        "steps": [step for step in ticks(0, last_step) if step <= last_step and step == int(step)],
-        "epochs": epochs,
-    }

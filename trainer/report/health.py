@@ -9,18 +9,11 @@ from tqdm import tqdm
 
 from common.errors import UsageError
 from common.paths import display_path
-from model.model_vlm import MiniMindVLM
 from trainer.report.progress import Progress
 from trainer.setup import Run
 
 BAD_STEPS_IN_A_ROW = 10
 NAMED_ON_SCREEN = 20
-ORDINARY_SENTENCES = (
-    "今天天气很好，我们一起去公园散步吧。",
-    "你好！有什么我可以帮助你的吗？",
-    "The weather is nice today, so we went for a walk in the park.",
-    "Hello! How can I help you today?",
-)
 
 
 class BadSteps:
@@ -62,8 +55,8 @@ class BadSteps:
 
 
 def report_if_due(run: Run, progress: Progress, state, epoch: int, learning_rate: float, bad_steps: BadSteps):
-    """Logs a line every --log_interval steps, and skipped steps earlier where that costs no sync."""
-    is_due = progress.due(state.step, epoch_ends=state.sample == 0)
+    """Reports after step 1, every --log_interval steps and at an epoch's end; skipped steps at once without a GPU."""
+    is_due = state.step == 1 or state.step % run.args.log_interval == 0 or state.sample == 0
     if is_due or run.device.type != "cuda":
         bad_steps.check(run, progress, state.step)
     if is_due:
@@ -78,7 +71,7 @@ class UnreadableImages:
         self.path, self.named = path, set()
 
     def note(self, micro_batches: list[dict]):
-        """Names what these batches skipped, once each."""
+        """Names what these batches skipped, each image once."""
         for error in (str(error) for batch in micro_batches for error in batch["skipped"]):
             if error in self.named:
                 continue
@@ -91,40 +84,23 @@ class UnreadableImages:
                 file.write(f"  a picture cannot be read: {error}\n")
 
 
-def check_first_loss(run: Run, model: MiniMindVLM, losses: torch.Tensor):
-    """Tells a wrong tokenizer from unfamiliar text where the first loss is no better than guessing.
-
-    The tokenizer is right if the weights' sidecar names it, or if the model predicts ordinary sentences with it.
+def check_first_loss(run: Run, losses: torch.Tensor):
+    """Stops where weights of unknown tokenizer begin no better than guessing: most likely the tokenizer is wrong.
 
     Raises:
-        UsageError: If it seems wrong, unless --ignore_high_loss was given.
+        UsageError: Unless --ignore_high_loss is set; unfamiliar text may be the reason, too.
     """
     loss_sum, learned = losses.tolist()
     uniform = math.log(run.config.vocab_size)
-    if run.weights is None or not learned or loss_sum / learned < uniform:
+    is_known = run.weights is None or "tokenizer_sha256" in run.weights.sidecar  # which was compared
+    if is_known or not learned or loss_sum / learned < uniform:
         return
     message = (
         f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = "
-        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}."
-    )
-    if "tokenizer_sha256" in run.weights.sidecar or loss_of_sentences(run, model) < uniform - 1:
-        run.log(f"note: {message} The tokenizer is the right one, so the texts are unlike those it was trained on")
-        return
-    message += (
-        f" Most likely these weights and the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: "
-        "name the right one with --tokenizer_path"
+        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}. Most likely these weights and "
+        f"the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: name the right one with "
+        "--tokenizer_path"
     )
     if not run.args.ignore_high_loss:
-        raise UsageError(f"{message}, or train anyway with --ignore_high_loss")
+        raise UsageError(f"{message}. If it is right and the texts are unfamiliar, train with --ignore_high_loss")
     run.log(f"warning: {message}")
-
-
-@torch.no_grad()
-def loss_of_sentences(run: Run, model: MiniMindVLM) -> float:
-    """Returns the mean loss (nats per token) of a few ordinary sentences, which any language model predicts well."""
-    losses = []
-    for sentence in ORDINARY_SENTENCES:
-        input_ids = torch.tensor([run.tokenizer.encode(sentence, add_special_tokens=False)], device=run.device)
-        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            losses.append(model(input_ids=input_ids, labels=input_ids).loss.item())
-    return sum(losses) / len(losses)

@@ -1,7 +1,7 @@
 """The run's page: curves, images with their descriptions, and settings, in one HTML file that needs nothing else.
 
-It shows what the run's files hold and says which of them are missing. page.html is its Jinja2 template (torch requires
-Jinja2), page.css its style sheet; autoescaping keeps text from the files from becoming markup.
+It shows what the run's files hold and names those that are missing. page.html is its Jinja2 template (torch requires
+Jinja2), autoescaped: text from the files must not become markup.
 """
 
 import io
@@ -25,17 +25,17 @@ from dataset.pictures import PictureError, load_picture
 from model.weights import PLAIN, SIDECAR
 from trainer.evaluate import perplexity
 from trainer.report import charts
-from trainer.report.charts import Series, line_chart
+from trainer.report.charts import line_chart
 from trainer.report.progress import clock, reports_until
 from trainer.report.samples import LOOKS, SAMPLE, read_lines, read_looks
+from trainer.setup import RunFiles
 
-METRICS, REPORT, SAMPLES = ".metrics.jsonl", ".report.html", "_samples"
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12
 NO_GAP = 0.01  # nats per token; a few hundred samples cannot tell a smaller gap from none
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest
-UNSEEN = 0.25  # brightness of a patch that does nothing for a word
-MUCH = 1.0  # nats: a word whose peak is lower stays darker
 FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training loss
+DARKEST = 0.75  # opacity over a patch that does nothing for a word
+BRIGHT = 1.0  # nats: a word whose peak is lower stays darker
 MAIN_SETTINGS = (
     *("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens", "--from_weight", "--freeze_llm"),
     *("--data_path", "--images_path", "--epochs", "--batch_size", "--accumulation_steps", "--learning_rate"),
@@ -56,7 +56,7 @@ RECORDED = SIDECAR | {"config": {"*": PLAIN}}  # it is shown, not used
 
 @dataclass
 class Record:
-    """What a run's files say; `missing` tells which of them cannot be shown, and why."""
+    """What a run's files hold; `missing` says which of them cannot be shown, and why."""
 
     folder: Path
     name: str
@@ -81,32 +81,31 @@ def read_record(folder: Path, name: str) -> Record:
     Raises:
         UsageError: If its metrics are missing, unreadable or empty.
     """
-    metrics, samples = folder / f"{name}{METRICS}", folder / f"{name}{SAMPLES}"
+    files = RunFiles(folder, name)
     try:
-        rows = [parse_json(line, METRIC) for line in reports_until(metrics, math.inf)]
+        rows = [parse_json(line, METRIC) for line in reports_until(files.metrics, math.inf)]
     except (OSError, SchemaError) as error:
-        raise UsageError(f"{display_path(metrics)} cannot be read: {getattr(error, 'strerror', error)}") from error
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"{display_path(files.metrics)} cannot be read: {reason}") from error
     if not rows:
-        raise UsageError(f"{display_path(metrics)} is missing or holds no training step: nothing was trained yet")
+        raise UsageError(f"{display_path(files.metrics)} is missing or holds no training step: nothing was trained yet")
     evaluations = [{**row["eval"], "step": row["step"]} for row in rows if "eval" in row]
     record = Record(folder, name, [row for row in rows if "eval" not in row], evaluations)
-    paths = {"sidecar": folder / f"{name}.json"}
-    paths |= {"samples": samples / "samples.jsonl", "scenes": samples / "scenes.json", "looks": samples / LOOKS}
-    readers = {"samples": lambda path: read_lines(path, SAMPLE), "looks": read_looks}
-    readers |= {"scenes": lambda path: read_json(path, SCENES), "sidecar": read_sidecar}
-    for part, path in paths.items():
+    parts = {
+        "sidecar": (folder / f"{name}.json", lambda path: record.sidecar | read_json(path, RECORDED)),
+        "samples": (files.samples / "samples.jsonl", lambda path: read_lines(path, SAMPLE)),
+        "scenes": (files.samples / "scenes.json", lambda path: read_json(path, SCENES)),
+        "looks": (files.samples / LOOKS, read_looks),
+    }
+    for part, (path, read) in parts.items():
         try:
-            setattr(record, part, readers[part](path))
+            setattr(record, part, read(path))
         except FileNotFoundError:
-            record.missing[part] = f"{display_path(path)} is not there"
+            if part in ("sidecar", "samples"):  # not every run has scenes or maps
+                record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
             record.missing[part] = f"{display_path(path)} cannot be read ({error})"
     return record
-
-
-def read_sidecar(path: Path) -> dict:
-    """Reads a run's sidecar, whose parts are all there then; raises ValueError if it holds something else."""
-    return {"config": {}, "arguments": {}, "versions": {}} | read_json(path, RECORDED)
 
 
 def is_finite(value) -> bool:
@@ -123,79 +122,60 @@ def values(rows: list[dict], key: str) -> list[float]:
 
 
 def last_of(rows: list[dict], key: str) -> float | None:
-    return next(reversed(values(rows, key)), None)
+    return (values(rows, key) or [None])[-1]
 
 
-def header(record: Record) -> dict:
-    loss, gap = last_of(record.evaluations, "loss"), last_of(record.evaluations, "gap_shuffled")
-    written = record.sidecar.get("written", "")[:16].replace("T", " ")
-    facts = (record.sidecar.get("title"), files_used(record), written and f"{written} UTC")
+def summary(record: Record) -> dict:
+    sidecar, loss = record.sidecar, last_of(record.evaluations, "loss")
+    data = "built-in scenes" if record.learns_scenes else sidecar["arguments"].get("data_path")
+    facts = [sidecar.get("title"), sidecar.get("assets") == "built-in" and "built-in model"]
+    facts += [data and f"data {data}", sidecar.get("written", "")[:16].replace("T", " ")]
     seconds = [0.0, *values(record.training, "seconds")]  # a resumed run counts from zero again
     return {
         "facts": filter(None, facts),
-        "start": starting_run(record),
         "outcome": "Training" if loss is None else "Held-out",
         "loss": last_of(record.training, "loss") if loss is None else loss,
-        "gap": gap,
-        "is_ignored": gap is not None and abs(gap) < NO_GAP,
+        "gap": last_of(record.evaluations, "gap_shuffled"),
         "last_step": max(row["step"] for row in record.training + record.evaluations),
         "duration": clock(sum(b - a if b >= a else b for a, b in pairwise(seconds))),
         "verdict": verdict(record),
     }
 
 
-def files_used(record: Record) -> str | None:
-    """Says whose model learned from whose data."""
-    if record.learns_scenes:
-        return "built-in model and scenes"
-    data = record.sidecar["arguments"].get("data_path")
-    model = "built-in model, " if record.sidecar.get("assets") == "built-in" else ""
-    return data and f"{model}data {data}"
-
-
-def starting_run(record: Record) -> str | None:
-    """Returns the name of the run whose weights this one started from, where its page lies beside."""
-    start, config = str(record.sidecar["arguments"].get("from_weight")), record.sidecar["config"]
-    suffix = f"_{config.get('hidden_size')}{'_moe' if config.get('use_moe') else ''}"
-    name = Path(start).stem if start.endswith(".pth") else start + suffix
-    return name if name != record.name and (record.folder / f"{name}{REPORT}").is_file() else None
-
-
 def verdict(record: Record) -> list[str]:
-    """Says what the losses and the gap mean, by the rules of trainer/README.md."""
+    """Returns what the losses and the gap mean, by the rules of trainer/README.md."""
     losses = [(loss, step) for step, loss in points(record.evaluations, "loss") if loss is not None]
     if not losses:
         return ["Nothing was held out, so the loss on new images was not measured."]
     gap, trained = last_of(record.evaluations, "gap_shuffled"), last_of(record.training, "loss")
     (first, _), (last, _), (best, step) = losses[0], losses[-1], min(losses)
-    said = []
-    if gap is not None:
-        looks = f"It looks at the images: with the wrong ones the loss is {gap:.3f} nats per token higher."
-        ignores = "It ignores the images: the wrong ones cost nothing. Do they match their texts, and was stage 1 done?"
-        said.append(looks if gap >= NO_GAP else ignores)
+    sentences = []
+    if gap is not None and gap >= NO_GAP:
+        sentences.append(f"It looks at the images: shuffled images raise the loss by {gap:.3f} nats per token.")
+    elif gap is not None:
+        ignores = "It ignores the images: shuffled images do not raise the loss."
+        sentences.append(f"{ignores} Do they match their texts, and was stage 1 done?")
     if last > OVERFITTED * best:
         lowest = f"The held-out loss was lowest at step {step:,} ({best:.3f}) and has risen since"
-        said.append(f"{lowest}: the model learns its rows by heart. Use fewer epochs or more data.")
+        sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")
     elif last < first:
-        said.append("The held-out loss fell to the end." if last == best else "The held-out loss has levelled off.")
+        sentences.append(f"The held-out loss {'fell to the end' if last == best else 'has levelled off'}.")
     if trained is not None and last > trained + FAR_ABOVE:
-        said.append("Held-out rows cost it far more than training rows: those are too few, or of another kind.")
-    return said
+        sentences.append("The held-out loss is far above the training loss: use more data, or data of the same kind.")
+    return sentences
 
 
 def curves(record: Record) -> dict:
     rows, held_out = record.training, record.evaluations
     epochs = [row["step"] for row, later in pairwise(rows) if row["epoch"] != later["epoch"]]
     epochs = epochs if len(epochs) < MOST_EPOCHS else []
-    losses = [Series("training", points(rows, "loss")), Series("held out", points(held_out, "loss"), True)]
-    gaps = {"shuffled images": "gap_shuffled", "no images": "gap_blind"}
-    gaps = [Series(name, points(held_out, key), True) for name, key in gaps.items()]
-    rate, speed = Series("", points(rows, "learning_rate")), Series("", points(rows, "samples_per_second"))
+    losses = {"training": points(rows, "loss"), "held out": points(held_out, "loss")}
+    gaps = {"shuffled images": points(held_out, "gap_shuffled"), "no images": points(held_out, "gap_blind")}
     drawn = {
         "Loss": line_chart("nats per token", losses, epochs, may_be_log=True),
         "Grounding gap": line_chart("nats per token", gaps, epochs),
-        "Learning rate": line_chart("", [rate], epochs),
-        "Speed": line_chart("samples/s", [speed], epochs),
+        "Learning rate": line_chart("", {"learning rate": points(rows, "learning_rate")}, epochs),
+        "Speed": line_chart("samples/s", {"speed": points(rows, "samples_per_second")}, epochs),
     }
     figures = {what: format(of(found), form) for key, what, form, of in FIGURES if (found := values(rows, key))}
     return {"charts": drawn, "epochs": epochs, "figures": figures}
@@ -208,26 +188,31 @@ def descriptions(record: Record) -> list[dict]:
         by_image.setdefault((row["picture"], row["prompt"]), {})[row["step"]] = row
     images = []
     for (name, prompt), rows in list(by_image.items())[:MOST_IMAGES]:
-        data = base64_image(record.folder / f"{record.name}{SAMPLES}" / Path(name).name)
         stretches = [list(alike) for _, alike in groupby(rows.values(), lambda row: row["description"])]
-        question, reference = " ".join(prompt.replace("<image>", " ").split()), stretches[0][0]["reference"]
-        image = {"name": name, "data": data, "question": question, "reference": reference}
-        last = next(reversed(rows.values()))
+        shown = np.linspace(0, len(stretches) - 1, min(len(stretches), MOST_STRETCHES)).round().astype(int)
+        last = stretches[-1][-1]
         words = record.looks.get((last["step"], name, prompt), [])
-        is_of_last = "".join(word for word, _ in words).strip() == last["description"]
-        image |= looks(words) if is_of_last else {"words": []}
-        images.append(image | {"stretches": evenly(stretches, MOST_STRETCHES)})
+        if "".join(word for word, _ in words).strip() != last["description"]:  # they are of another description
+            words = []
+        words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
+        images.append(
+            {
+                "name": name,
+                "data": base64_image(RunFiles(record.folder, record.name).samples / Path(name).name),
+                "question": " ".join(prompt.replace("<image>", " ").split()),
+                "reference": last["reference"],
+                "stretches": [stretches[number] for number in shown],
+                "words": [word for word, _ in words],
+                "maps": base64_mask([of_word for _, of_word in words]) if words else None,
+            }
+        )
     return images
 
 
-def looks(words: list[tuple[str, np.ndarray]]) -> dict:
-    """Returns the words that name something, and their maps side by side: a PNG that darkens all other patches."""
-    words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
-    if not words:
-        return {"words": []}
+def base64_mask(maps: list[np.ndarray]) -> str:
     file = io.BytesIO()
-    mask_of([of_word for _, of_word in words]).save(file, "PNG", optimize=True)
-    return {"words": [word for word, _ in words], "maps": b64encode(file.getvalue()).decode()}
+    mask_of(maps).save(file, "PNG", optimize=True)
+    return b64encode(file.getvalue()).decode()
 
 
 def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
@@ -236,18 +221,13 @@ def mask_of(maps: Sequence[np.ndarray]) -> Image.Image:
     Each is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
     """
     maps = [np.nan_to_num(of_word).clip(0) for of_word in maps]
-    bright = np.hstack([of_word / max(of_word.max(), MUCH) for of_word in maps])
-    shade = np.rint(255 * (1 - UNSEEN) * (1 - bright)).astype(np.uint8)
+    bright = np.hstack([of_word / max(of_word.max(), BRIGHT) for of_word in maps])
+    shade = np.rint(255 * DARKEST * (1 - bright)).astype(np.uint8)
     return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 
 
-def evenly(items: Sequence, most: int) -> list:
-    """Returns at most `most` items: the first, the last, and others evenly between them."""
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, min(most, len(items)))]
-
-
 def base64_image(path: Path) -> str | None:
-    """Returns a picture's file; None where it is missing, a link, or no picture: a page is shown to others."""
+    """Returns an image file; None if it is missing, a link, or no image: a page is shown to others."""
     try:
         if path.is_symlink() or path.parent.is_symlink():
             return None
@@ -258,14 +238,12 @@ def base64_image(path: Path) -> str | None:
 
 
 def settings(record: Record) -> dict:
-    """Returns what the run was started with: the most important settings, and the others."""
+    """Returns the run's main settings, the other ones, and the versions of what it ran with."""
     every = {f"--{name}": value for name, value in record.sidecar["arguments"].items()} | record.sidecar["config"]
-    commit = record.sidecar.get("git_commit") or "unknown"
-    commit = f"{commit[:12]} and changes" if commit.endswith("+") else commit[:12]
     return {
         "main_settings": {name: every[name] for name in MAIN_SETTINGS if name in every},
         "other_settings": {name: value for name, value in every.items() if name not in MAIN_SETTINGS},
-        "versions": record.sidecar["versions"] | {"this project": commit},
+        "versions": record.sidecar["versions"] | {"this project": record.sidecar.get("git_commit") or "unknown"},
     }
 
 
@@ -274,13 +252,7 @@ def number(value: float | None, form: str = ",.0f") -> str:
 
 
 def write_report(out_dir: Path, name: str) -> Path:
-    """Writes the page of the run of that name, whole or not at all.
-
-    Args:
-        out_dir: The folder of {name}.metrics.jsonl and, where they exist, {name}.json and {name}_samples/.
-
-    Returns:
-        {out_dir}/{name}.report.html
+    """Writes {out_dir}/{name}.report.html, whole or not at all, and returns its path.
 
     Raises:
         UsageError: If there are no metrics to show, or the page cannot be written.
@@ -288,10 +260,10 @@ def write_report(out_dir: Path, name: str) -> Path:
     record = read_record(Path(out_dir), name)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "tick_label": charts.tick_label, "value_label": charts.value_label}
+    environment.filters["number"] = number
     environment.globals |= {"frame": charts, "perplexity": perplexity}
-    sections = header(record) | curves(record) | settings(record)
+    sections = summary(record) | curves(record) | settings(record)
     page = environment.get_template("page.html").render(record=record, images=descriptions(record), **sections)
-    path = Path(out_dir) / f"{name}{REPORT}"
+    path = Path(out_dir) / f"{name}.report.html"
     write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
     return path

@@ -18,25 +18,34 @@ from trainer.report.samples import Samples
 from trainer.report.scene_table import scene_table
 from trainer.setup import Run
 
+FEW_ROWS = 30
+
 
 class Watch:
     """Measures and describes at intervals; all ranks take part.
 
     Args:
-        run, model: What is watched.
-        data, heldout: Rows that are trained on, and rows that are not; without the latter nothing is measured, and the
-            descriptions, at the end, are of images that were trained on.
+        evaluator: Measures held-out rows; None for none, and the descriptions then come at the end.
+        shown: The rows whose images are described, with pixels.
         interval: Optimizer steps between measurements.
         done: Steps that a resumed run did before.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM, data, heldout: VLMDataset | None, interval: int, done: int):
-        self.run, self.model, self.interval = run, model, interval
-        self.evaluator = self.samples = None
-        if heldout is not None:
-            self.evaluator = Evaluator(heldout, model, run.processes, run.dtype, run.args.batch_size)
-        if run.processes.is_main:
-            self.samples = Samples(heldout or data.with_pixels(), run.tokenizer, run.files.samples, done)
+    def __init__(
+        self, run: Run, model: MiniMindVLM, evaluator: Evaluator | None, shown: VLMDataset, interval: int, done: int
+    ):
+        self.run, self.model, self.evaluator, self.interval = run, model, evaluator, interval
+        self.samples = Samples(shown, run.tokenizer, run.files.samples, done) if run.processes.is_main else None
+
+    @property
+    def plan(self) -> str:
+        """What the header says: which rows the run is measured on."""
+        if self.evaluator is None:
+            few = "" if self.run.args.eval_data == "none" else " (fewer than three pictures)"
+            return f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"
+        rows = self.evaluator.data
+        few = "; so few give a rough figure" if len(rows) < FEW_ROWS else ""
+        return f"{len(rows):,} rows of {display_path(rows.data_path)}, measured every {self.interval} steps{few}"
 
     def measure_if_due(self, progress: Progress, step: int, epoch: int):
         """Measures and describes every `interval` steps and at the end, and reports both."""
@@ -46,8 +55,7 @@ class Watch:
             torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
         started = time.perf_counter()
         held_out = self.evaluator.measure()
-        figures = {} if held_out.gap_shuffled is None else {"gap": f"{held_out.gap_shuffled:.3f}"}
-        progress.report_heldout(step, epoch, held_out.as_dict(), figures, f"step {step}  {held_out}")
+        progress.report_heldout(step, epoch, held_out.as_dict(), f"step {step}  {held_out}")
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
         self.evaluator.skipped.clear()

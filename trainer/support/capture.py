@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# The inputs of answers; batches with others take the ordinary step.
-INPUTS = {"input_ids", "labels", "image_starts", "learned_positions"}
-IMAGE_INPUTS = ("pixel_values", "image_features")
+from trainer.step import TrainContext
+from trainer.support.prefetch import tensors_of
+
 MOST_GRAPHS = 128  # each holds a copy of every kernel's parameters, in the driver's memory
 
 
@@ -26,7 +26,7 @@ class Shape:
 
 
 class CapturedStep:
-    """Takes the optimizer steps of a context: full batches of one image a row as CUDA graphs, others as usual.
+    """Takes the optimizer steps of a context: as CUDA graphs where a stage can pad the batch, others as usual.
 
     The first batch of a shape runs over the buffers without a graph, which prepares what kernels need; the graph of the
     second has the same kernels. So a step computes the same bits whether its shape has a graph yet or not.
@@ -34,36 +34,32 @@ class CapturedStep:
     Args:
         plain: `train_step`.
         context: What it works on: one rank, without experts, gradient scaler or dropout.
-        batch_size: Samples of a full batch.
+        pad: Batches that may differ in shape to batches of a few shapes, see `Stage`; None for a batch that it leaves.
     """
 
-    def __init__(self, plain: Callable, context, batch_size: int):
-        self.plain, self.context, self.batch_size = plain, context, batch_size
+    def __init__(self, plain: Callable, context: TrainContext, pad: Callable[[dict], dict | None]):
+        self.plain, self.context, self.pad = plain, context, pad
         device = self.device = context.processes.device
         self.units, self.rate = torch.ones((), device=device), torch.zeros((), device=device)
         self.losses, self.is_bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
-        self.shapes, self.images, self.pool = {}, {}, ()
+        self.shapes, self.buffers, self.pool = {}, {}, ()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, micro_batches: list[dict], counts, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Does what `train_step` does."""
-        batch = micro_batches[0]
-        images = [name for name in IMAGE_INPUTS if name in batch]
-        tensors = {name for name, part in batch.items() if isinstance(part, torch.Tensor)} - {"unencoded"}
-        is_usual = len(micro_batches) == len(images) == 1 and tensors == INPUTS | set(images) and counts.units > 0
-        if not (is_usual and len(batch["input_ids"]) == len(batch["image_starts"]) == self.batch_size):
+        padded = self.pad(micro_batches[0]) if len(micro_batches) == 1 and counts.units > 0 else None
+        if padded is None:
             return self.plain(self.context, micro_batches, counts, learning_rate)
-        shape = self.fill(batch, images[0])
+        shape = self.fill(tensors_of(padded))
         self.units.fill_(counts.units)
         self.rate.fill_(learning_rate)
+        is_full = False
         try:
             self.take(shape, counts)
         except torch.OutOfMemoryError:  # graphs hold memory of their own, beside that of steps that are not captured
-            if self.stream is None:
+            is_full = self.stream is not None
+            if not is_full:
                 raise
-            is_full = True
-        else:
-            is_full = False
         if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
             self.give_up()
             self.compute(shape, counts)
@@ -88,41 +84,28 @@ class CapturedStep:
         self.context.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
-    def fill(self, batch: dict, name: str) -> Shape:
-        """Copies a batch, and what it has of its images, into the buffers of its padded shape."""
-        length, learned = batch["input_ids"].shape[1], batch["learned_positions"]
-        padded = round_up(length, 32)
-        key = padded, round_up(len(learned), 8), name, batch[name].shape
-        if key[2:] not in self.images:
-            self.images[key[2:]] = torch.empty_like(batch[name])
-        image = self.images[key[2:]]
-        if key not in self.shapes:
-            ids = torch.empty(self.batch_size, padded, dtype=torch.int64, device=self.device)
-            inputs = {"input_ids": ids, "labels": ids.clone(), "image_starts": torch.empty_like(batch["image_starts"])}
-            inputs |= {"learned_positions": ids.new_empty(key[1]), "units": key[1], name: image}
-            self.shapes[key] = Shape(inputs)
-        inputs = self.shapes[key].inputs
-        for field, pad in (("input_ids", 0), ("labels", -100)):
-            inputs[field][:, length:].fill_(pad)
-            inputs[field][:, :length].copy_(batch[field])
-        # Positions among all of the batch move with its length. Unused ones name the first, which is never learned.
-        inputs["learned_positions"][len(learned) :].zero_()
-        inputs["learned_positions"][: len(learned)].copy_(learned // length * padded + learned % length)
-        for field in ("image_starts", name):
-            inputs[field].copy_(batch[field])
-        return self.shapes[key]
+    def fill(self, tensors: dict[str, torch.Tensor]) -> Shape:
+        """Copies a padded batch into the buffers of its shape; one of a name and a size serves all shapes."""
+        keys = [(name, tensor.shape) for name, tensor in tensors.items()]
+        for key, tensor in zip(keys, tensors.values(), strict=True):
+            if key not in self.buffers:
+                self.buffers[key] = torch.empty_like(tensor)
+            self.buffers[key].copy_(tensor)
+        return self.shapes.setdefault(tuple(keys), Shape({key[0]: self.buffers[key] for key in keys}))
 
     def compute(self, shape: Shape, counts):
         """Takes the step, as launches or, while capturing, as the graph's."""
-        counts = replace(counts, units=self.units)
-        losses, is_bad = self.plain(self.context, [shape.inputs], counts, self.rate)
+        # How many units the batch has is in `counts`, as a tensor: a number would be the graph's for ever.
+        batch, counts = shape.inputs | {"units": True}, replace(counts, units=self.units)
+        losses, is_bad = self.plain(self.context, [batch], counts, self.rate)
         self.losses.copy_(losses)
         self.is_bad.copy_(is_bad)
 
     def capture(self, shape: Shape, counts):
         """Records the step as the shape's graph, without taking it."""
-        graph = torch.cuda.CUDAGraph()
-        with self.aside():
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)  # capturing needs a stream of its own
+        with torch.cuda.stream(self.stream):
             # thread_local: the loader's pinning thread may allocate meanwhile. Not torch.cuda.graph(), which collects
             # garbage and empties the allocator's cache for each graph.
             graph.capture_begin(*self.pool, capture_error_mode="thread_local")
@@ -133,18 +116,8 @@ class CapturedStep:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        current.wait_stream(self.stream)
         shape.graph, self.pool = graph, (graph.pool(),)
-
-    @contextlib.contextmanager
-    def aside(self):
-        """Computes on a stream of its own, as capturing needs, in turn with the current one."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def round_up(number: int, parts: int) -> int:

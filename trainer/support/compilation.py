@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,18 @@ from torch._dynamo import mark_dynamic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UsageError
-from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import normalise, pixel_constants
+from trainer.support.prefetch import tensors_of
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
+# The fastest first: cuDNN's attention plans anew for each length, and sums in no fixed order.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CompiledVLM:
-    """`MiniMindVLM.forward` and `encode_images` with compiled blocks, for full batches of any length.
+    """A model's `forward`, `encode_images` and `config` with compiled blocks, for full batches of any length.
 
     All blocks of the decoder but the last, which computes fewer positions, share one graph, and so do the tower's:
     compiling the whole takes twice as long. Rare batches run uncompiled: an epoch's last, smaller one, and those
@@ -29,12 +32,11 @@ class CompiledVLM:
 
     Args:
         model: A model without experts, on its device. It is left as it is; the compiled one shares its weights.
-        batch_size: Samples of a full batch.
         options: For torch.compile.
     """
 
-    def __init__(self, model: MiniMindVLM, batch_size: int, **options):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: MiniMindVLM, **options):
+        self.model, self.config, self.rows = model, model.config, None
         parts = (model, model.vision_encoder)
         tensors = [tensor for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())]
         self.compiled = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -60,50 +62,34 @@ class CompiledVLM:
 
     def __call__(self, **inputs):
         """Does what `MiniMindVLM.forward` does, given features."""
-        is_full = len(inputs["input_ids"]) == self.batch_size
-        if not is_full or len(inputs["image_starts"]) < 2 or len(inputs["learned_positions"]) < 2:
+        rows = len(inputs["input_ids"])
+        self.rows = self.rows or rows  # of a full batch, which the warm-up's are
+        if rows != self.rows or min(len(inputs.get(name, ())) for name in ("image_starts", "learned_positions")) < 2:
             return self.model(**inputs)
-        mark_dynamic(inputs["learned_positions"], 0)
         return self.compiled(**inputs)
 
-    def warm_up(self, shapes: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype):
-        """Compiles forward and backward with made-up batches; leaves gradients and random state as they are.
+    def warm_up(self, loss: Callable, batches: list[dict], dtype: torch.dtype):
+        """Compiles a stage's loss, forward and backward; leaves gradients and random state as they are.
 
         Args:
-            shapes: (length, images, learned tokens) of each.
+            batches: Full batches on the model's device, among them the shortest and the longest: a compiled graph may
+                hold only for sizes on one side of a threshold.
 
         Raises:
-            RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or the
-                batch does not fit in the device's memory.
+            RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or a batch
+                does not fit in the device's memory.
         """
-        size = self.model.vision_encoder.settings.size
+        device, attention = self.model.device, contextlib.nullcontext()
+        if not torch.are_deterministic_algorithms_enabled():
+            attention = sdpa_kernel(ATTENTION, set_priority=True)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), fastest_attention():
-                for length, images, learned in shapes:
-                    pixel_values = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
-                    inputs = {
-                        "input_ids": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
-                        "labels": torch.ones(self.batch_size, length, dtype=torch.int64, device=device),
-                        "image_starts": torch.zeros(images, 2, dtype=torch.int64, device=device),
-                        "learned_positions": torch.ones(learned, dtype=torch.int64, device=device),
-                        "image_features": self.encode_images(pixel_values),
-                    }
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), attention:
+                for batch in batches:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss = self(**inputs, num_items_in_batch=1).loss
-                    loss.backward()
+                        loss_sum, _ = loss(self, tensors_of(batch))
+                    loss_sum.backward()
         finally:  # a run goes on where compiling failed
             self.model.zero_grad(set_to_none=True)
-
-
-def fastest_attention():
-    """Prefers cuDNN's attention for what is compiled inside: faster than flash, but it plans anew for each length.
-
-    It sums in no fixed order.
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        return contextlib.nullcontext()
-    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return sdpa_kernel(list(backends), set_priority=True)
 
 
 def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -120,20 +106,22 @@ def compiled_loss(loss, **options):
     """Returns the compiled loss of any number of learned tokens."""
     compiled = torch.compile(loss, **options)
 
-    def call(logits, targets, num_items):
+    def call(logits, targets, reduction):
         for part in (logits, targets):
             mark_dynamic(part, 0)
-        return compiled(logits, targets, num_items)
+        return compiled(logits, targets, reduction)
 
     return call
 
 
 def mark_length(block: nn.Module, inputs: tuple):
-    """Tells the compiler that a block of the decoder gets any length."""
-    hidden_states, rotary, *_ = inputs
+    """Tells the compiler that a block of the decoder gets any length, and its last one any number of positions."""
+    hidden_states, rotary, *_, positions = inputs
     mark_dynamic(hidden_states, 1)
     for part in rotary:
         mark_dynamic(part, 2)
+    if positions is not None:
+        mark_dynamic(positions, 0)
 
 
 def mark_images(block: nn.Module, inputs: tuple):
@@ -142,39 +130,25 @@ def mark_images(block: nn.Module, inputs: tuple):
 
 
 def compile_or_not(
-    model: MiniMindVLM, data: VLMDataset, batch_size: int, device, dtype, log
+    model: MiniMindVLM, loss: Callable, batches: list[dict], dtype: torch.dtype, log: Callable
 ) -> CompiledVLM | MiniMindVLM:
-    """Returns the compiled model, or the model where torch.compile does not work here.
+    """Returns the compiled model, or the model where torch.compile does not work here; see `CompiledVLM.warm_up`.
 
     Raises:
         UsageError: If the largest batch does not fit in the device's memory.
     """
-    compiled = CompiledVLM(model, batch_size)
+    compiled = CompiledVLM(model)
     log("compiling tower and decoder ... (--compile 0 does without)")
     try:
-        compiled.warm_up(extreme_shapes(data, batch_size), device, dtype)
+        compiled.warm_up(loss, batches, dtype)
     except torch.OutOfMemoryError as error:
+        longest = max(batches, key=lambda batch: batch["tokens"])
         raise UsageError(
-            f"{device} has too little memory for a batch of {batch_size} samples of the longest row's "
-            f"{int(max(data.lengths))} tokens: a smaller --batch_size with more --accumulation_steps computes the same"
+            f"{model.device} has too little memory for a batch of the {longest['samples']} longest samples "
+            f"({longest['tokens']:,} tokens): a smaller --batch_size with more --accumulation_steps computes the same"
         ) from error
     except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
         reason = str(error).strip().splitlines()[0]
         log(f"warning: torch.compile does not work here, so this run continues without it ({reason})")
         return model
     return compiled
-
-
-def extreme_shapes(data: VLMDataset, batch_size: int) -> list[tuple[int, int, int]]:
-    """Returns the least and the most (length, images, learned tokens) of a full batch, in all combinations.
-
-    A compiled graph may hold only for sizes on one side of a threshold; trying the extremes finds that out in advance.
-    """
-    # At least as long as an image: only batches with images are compiled.
-    lengths = (max(int(length), data.image_tokens) for length in (min(data.lengths), max(data.lengths)))
-    lengths = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in lengths]
-    images, learned = (
-        [max(2, batch_size * int(count)) for count in (min(counts), max(counts))]
-        for counts in (data.image_counts, data.learned_tokens)
-    )
-    return sorted(set(itertools.product(lengths, images, learned)))

@@ -12,12 +12,12 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
     """
     if device.type != "cuda":
         for batch in loader:
-            yield batch | {name: part.to(device) for name, part in tensors_of(batch)}
+            yield batch | {name: part.to(device) for name, part in tensors_of(batch).items()}
         return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in loader:
         with torch.cuda.stream(stream):
-            moved = {name: part.to(device, non_blocking=True) for name, part in tensors_of(batch)}
+            moved = {name: part.to(device, non_blocking=True) for name, part in tensors_of(batch).items()}
             copied = stream.record_event()
         if ahead is not None:
             yield received(device, *ahead)
@@ -26,8 +26,8 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
         yield received(device, *ahead)
 
 
-def tensors_of(batch: dict) -> list[tuple[str, torch.Tensor]]:
-    return [(name, part) for name, part in batch.items() if isinstance(part, torch.Tensor)]
+def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
+    return {name: part for name, part in batch.items() if isinstance(part, torch.Tensor)}
 
 
 def received(device: torch.device, batch: dict, copied: torch.cuda.Event, moved: dict[str, torch.Tensor]) -> dict:

@@ -1,11 +1,10 @@
-"""One process or many under torchrun: devices, ranks, and what is summed over ranks."""
+"""One process, or several under torchrun: devices, ranks, and sums over ranks."""
 
 import contextlib
 import datetime
 import os
 import re
 import sys
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +15,11 @@ from tqdm import tqdm
 from common.errors import RankError, UsageError
 from common.paths import printable
 
-# The main rank tokenises while the others wait, which may take long. After setup, ranks stay in step.
+# The main rank tokenises while the others wait, which may take hours. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
-GRACE_SECONDS = 5  # torch ends its own waits by then
 # In the errors of collectives, which gloo raises as plain RuntimeErrors.
 COLLECTIVES = ("gloo", "NCCL", "ProcessGroup", "Connection", "peer", "Timed out")
-SMALLEST_HEAD = 32  # that bfloat16 is faster for, on a CPU
-BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-
-
-class PeerError(RankError):
-    """Another rank has ended or does not answer."""
+SMALLEST_HEAD = 32  # from which attention on a CPU is faster in bfloat16
 
 
 @dataclass
@@ -36,7 +29,7 @@ class Processes:
     Attributes:
         device: Where this rank computes.
         host_group: The ranks' group for numbers on the host, so that agreeing on one never syncs a GPU.
-        setup_group: The same with more patience.
+        setup_group: The same with a longer timeout.
         local_share: This rank and the number of ranks, on this machine.
     """
 
@@ -49,33 +42,39 @@ class Processes:
 
     @classmethod
     def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
-        """Joins the other ranks where torchrun started this one.
+        """Joins the other ranks if torchrun started this one.
 
         Args:
-            device: As typed (cpu, cuda, cuda:1, mps), or None for the best there is.
+            device: As typed (cpu, cuda, cuda:1, mps), or None for the best available.
             timeout_minutes: How long to wait for a process that does not answer.
 
         Raises:
-            UsageError: If the device is not there.
+            UsageError: If the device is missing.
             RankError: If the ranks cannot find each other.
         """
         rank, world_size, *local_share = ranks()
         device = pick_device(device, local_share[0], world_size)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a single process's too: streams are the current device's
+            torch.cuda.set_device(device)  # also for a single process: streams are the current device's
         if world_size == 1:
             return cls(rank, world_size, device)
         if device.type == "mps":
             raise UsageError("torchrun with several processes needs CUDA or the CPU: MPS has one device")
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        with meeting(world_size, timeout):
+        try:
             # After a restart by torchrun, its store still holds the dead ranks' addresses.
             store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
             store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            kind = BACKENDS[device.type]
-            dist.init_process_group(kind, store=store, rank=rank, world_size=world_size, timeout=timeout)
-            groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
-            groups[1]._get_backend(torch.device("cpu"))._set_default_timeout(SETUP_TIMEOUT)  # not of its making
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            groups = [dist.new_group(backend="gloo", timeout=wait) for wait in (timeout, SETUP_TIMEOUT)]
+        except (RuntimeError, ValueError, OSError) as error:
+            address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise RankError(
+                f"the {world_size} processes of this run did not find each other at {printable(address)}:{port} "
+                f"({first_line(error)}): one of them may have ended, or the port is taken or out of reach. Look for "
+                "another one's error above, or give torchrun another --master_port"
+            ) from error
         return cls(rank, world_size, device, *groups, tuple(local_share))
 
     @property
@@ -103,15 +102,14 @@ class Processes:
                 dist.barrier(group=self.setup_group if patient else self.host_group)
 
     @contextlib.contextmanager
-    def main_first(self, per_machine: bool = False):
-        """Lets the main rank (one per machine) do what is inside before the others, who then find it in a cache."""
-        is_first = self.local_share[0] == 0 if per_machine else self.is_main
-        if not is_first:
+    def main_first(self):
+        """Runs the body on the main rank before the others, who then find its results in a cache."""
+        if not self.is_main:
             self.barrier(patient=True)
         try:
             yield
         finally:
-            if is_first:
+            if self.is_main:
                 self.barrier(patient=True)
 
     def sum(self, *numbers: float) -> list[float]:
@@ -134,48 +132,21 @@ class Processes:
 
 
 @contextlib.contextmanager
-def meeting(world_size: int, timeout: datetime.timedelta):
-    """Explains why the ranks do not find each other, and ends this one where torch waits on after the timeout."""
-    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
-
-    def message(reason: str) -> str:
-        return (
-            f"the {world_size} processes of this run did not find each other at {printable(address)}:{port} "
-            f"({reason}): one of them may have ended, or the port is taken or out of reach. Look for another one's "
-            "error above, or give torchrun another --master_port"
-        )
-
-    def end():
-        print(f"error: {message('no answer')}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(timeout.total_seconds() + GRACE_SECONDS, end)  # where the port is another program's
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError) as error:
-        raise PeerError(message(first_line(error))) from error
-    finally:
-        timer.cancel()
-
-
-@contextlib.contextmanager
 def others_may_be_gone():
-    """Turns the error of a collective that cannot be completed into a PeerError; others pass."""
+    """Turns the error of a collective that cannot be completed into words; others pass."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in COLLECTIVES):
             raise
-        raise PeerError(
+        raise RankError(
             f"another process of this run has ended or does not answer ({first_line(error)}), so this one ends too; "
             "what was saved is kept: the same command with --from_resume 1 resumes from there"
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def ranks() -> tuple[int, int, int, int]:
@@ -196,9 +167,8 @@ def ranks() -> tuple[int, int, int, int]:
 
 
 def rank_number(name: str, default: int | None, allowed: range) -> int:
-    """Returns an environment variable's number, one of the allowed ones."""
     value = os.environ.get(name, default)
-    number = int(value) if re.fullmatch("0|[1-9][0-9]{0,8}", str(value)) else None
+    number = int(value) if str(value).isdecimal() else None
     if number not in allowed:
         raise RankError(
             f"the environment variable {name} is {'not set' if value is None else repr(value)}, but must be a number "
@@ -208,38 +178,33 @@ def rank_number(name: str, default: int | None, allowed: range) -> int:
 
 
 def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    """Returns the device of this rank.
+    """Returns this rank's device: as typed, or the best available; several ranks share a machine's GPUs.
 
     Raises:
-        UsageError: If it is not there.
+        UsageError: If it is missing.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cpu" if name == "mps" and world_size > 1 else name
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such kind of device; use cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: no CUDA GPU is visible to torch {torch.__version__}")
-        index = local_rank if world_size > 1 else device.index or 0
-        # Every rank counts those of its machine, so that all find the same.
-        needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else index + 1
-        if needed > torch.cuda.device_count():
-            raise UsageError(
-                f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}"
-            )
-        if sys.platform == "linux":  # memory in segments that grow: batches of every new length would add others
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        # cuDNN's attention takes a tenth of a second or more for each new length, and sums in no fixed order.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", index)
+        has_mps = torch.backends.mps.is_available() and world_size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,2})?", name):
+        raise UsageError(f"--device {name}: use cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this torch sees no Apple GPU")
-    if device.type not in ("cpu", "mps"):
-        raise UsageError(f"--device {name}: use cpu, cuda, cuda:N or mps")
-    return device
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA GPU is visible to torch {torch.__version__}")
+    index = local_rank if world_size > 1 else device.index or 0
+    # Count the GPUs of all this machine's ranks: a rank that ended alone would leave the others waiting.
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else index + 1
+    if needed > torch.cuda.device_count():
+        raise UsageError(f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}")
+    if sys.platform == "linux":  # segments that grow: otherwise batches of each new length would take more memory
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # cuDNN's attention takes a tenth of a second or more for each new length, and sums in no fixed order.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", index)
 
 
 def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> torch.dtype:
@@ -258,7 +223,7 @@ def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> to
     if name is None:
         return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
-        raise UsageError("--dtype bfloat16: this GPU does not compute in it; leave --dtype out, or say float16")
+        raise UsageError("--dtype bfloat16: this GPU does not compute in it; leave --dtype out, or use float16")
     if name == "float16" and device.type != "cuda":
         raise UsageError(f"--dtype float16 needs a CUDA GPU; on {device.type} leave --dtype out")
     return getattr(torch, name)
