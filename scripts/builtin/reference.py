@@ -11,11 +11,9 @@ The held-out loss (on scenes whose combinations of colour, shape and place are n
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -64,28 +62,22 @@ def run_stage(stage: Stage, seed: int, folder: Path, *flags: str, processes: int
     if subprocess.run(command).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
     [metrics] = folder.glob(f"{name}_???.metrics.jsonl")  # not those of earlier runs
-    return [
-        [row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in read_jsonl(metrics) if "eval" in row
-    ]
+    rows = [row for row in read_jsonl(metrics) if "eval" in row]
+    return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows]
 
 
-def run_full(seed: int, folder: Path, *flags: str) -> dict:
-    """Returns the curves of both stages on all rows."""
-    cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
-    return {f"stage {n}": run_stage(stage, seed, folder, *cache, *flags) for n, stage in enumerate(STAGES, start=1)}
-
-
-def run_few(size: str, seed: int, folder: Path, *flags: str) -> dict:
-    """Returns the curves of a size's stages."""
-    (rows, heldout_rows, changed), curves, start = SIZES[size], {}, {}
-    eval_data = write_lines(folder / "heldout.jsonl", first_lines("heldout", heldout_rows))
+def run(size: str | None, seed: int, folder: Path, *flags: str) -> dict:
+    """Returns the curve of each stage: of a size, or on all rows."""
+    if size is None:
+        cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
+        return {f"stage {n}": run_stage(stage, seed, folder, *cache, *flags) for n, stage in enumerate(STAGES, start=1)}
+    (rows, heldout_rows, changed), curves = SIZES[size], {}
+    changed = changed | {"eval_data": write_lines(folder / "heldout.jsonl", first_lines("heldout", heldout_rows))}
     for stage, count in rows.items():
-        lines = first_lines(stage.data, count)
-        chosen = few_flags(stage, lines, folder, **start, eval_data=eval_data, **changed)
-        processes = 1 if size == "short" else None
-        curve = run_stage(stage, seed, folder, *chosen, *flags, processes=processes)
-        curves[f"stage {STAGES.index(stage) + 1}, {size}"] = curve
-        start = {"from_weight": folder / f"{stage.defaults['save_weight']}_128.pth"}
+        chosen = few_flags(stage, first_lines(stage.data, count), folder, **changed)
+        name, processes = f"stage {STAGES.index(stage) + 1}, {size}", 1 if size == "short" else None
+        curves[name] = run_stage(stage, seed, folder, *chosen, *flags, processes=processes)
+        changed |= {"from_weight": folder / f"{stage.defaults['save_weight']}_128.pth"}
     return curves
 
 
@@ -127,10 +119,10 @@ def summary(curves: dict[str, list]) -> dict:
     }
 
 
-def record(run, folder: Path):
+def record(size: str | None, folder: Path):
     """Runs every seed, and adds the figures to those already recorded."""
     flags = "--dtype", "float32", "--from_resume", "1"
-    by_seed = {seed: run(seed, folder / f"seed_{seed}", *flags) for seed in SEEDS}
+    by_seed = {seed: run(size, seed, folder / f"seed_{seed}", *flags) for seed in SEEDS}
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for name in by_seed[SEEDS[0]]:
         recorded[name] = summary({f"seed {seed}": by_seed[seed][name] for seed in SEEDS})
@@ -150,7 +142,7 @@ def compare(curves: dict[str, list]) -> list[str]:
     return worse
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--record", action="store_true", help="run three seeds and record the figures")
@@ -165,19 +157,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = "precision of the run that is compared (default: what training chooses); the record is float32"
     add("--dtype", choices=("float32", "bfloat16"), help=what)
     add("--folder", type=file_path, help="folder of the runs (default: out/reference, out/reference_quick, ...)")
-    args = parser.parse_args(argv)
-    args.folder = args.folder or SAVE_DIR / ("reference" + (f"_{args.size}" if args.size else ""))
-    return args
-
-
-def main():
-    args = parse_arguments()
-    run = partial(run_few, args.size) if args.size else run_full
+    args = parser.parse_args()
+    folder = args.folder or SAVE_DIR / "_".join(filter(None, ("reference", args.size)))
     if args.record:
-        record(run, args.folder)
+        record(args.size, folder)
         return
     flags = ("--dtype", args.dtype) if args.dtype else ()
-    worse = compare(run(args.seed, args.folder / (args.dtype or "") / f"seed_{args.seed}", *flags))
+    worse = compare(run(args.size, args.seed, folder / (args.dtype or "") / f"seed_{args.seed}", *flags))
     if worse:
         raise UsageError("\n".join(worse))
 

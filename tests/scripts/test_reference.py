@@ -28,7 +28,7 @@ def short(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference.subprocess, "run", in_this_process)
         # The seed that learns best: another processor's rounding must not look like learning less.
-        return reference.run_few("short", reference.SEEDS[0], folder), folder
+        return reference.run("short", reference.SEEDS[0], folder), folder
 
 
 def test_both_stages_on_few_rows_are_no_worse_than_recorded(short):
