@@ -35,10 +35,6 @@ from dataset.chat import IMAGE_CHARACTER
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MAX_TOKEN_BYTES = 12  # four Chinese characters; longer tokens would be phrases, too rare for a small model to learn
-SAMPLES = {
-    "Chinese": "图中左上角有一个红色的圆形，右边有两个小的三角形，今天的天气很好。",
-    "English": "There is a red circle in the upper left corner of the image, and the sky is blue.",
-}
 
 JIEBA_DIVISOR = 80  # jieba's frequencies sum to 60 million; this gives about two Chinese merges for each English one
 SCENE_REPEATS = 3000  # for words of image descriptions, which are too rare in the other sources
@@ -180,9 +176,6 @@ def main():
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
     write_atomically(args.save_dir / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
     write_atomically(args.save_dir / config.name, lambda file: file.write(config.read_bytes()))
-    for language, sample in SAMPLES.items():
-        tokens = len(tokenizer.encode(sample).ids)
-        print(f"{language}: {len(sample.encode()) / tokens:.2f} bytes per token, {tokens} tokens for: {sample}")
     print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {args.save_dir}")
 
 
