@@ -36,7 +36,7 @@ QUICK = {PRETRAIN: 1600, SFT: 640}  # the first rows of a stage, seen once
 # Of runs on few rows: each stage's first rows, held-out rows, and changed flags.
 SIZES = {
     "quick": (QUICK, 200, {}),
-    "short": ({PRETRAIN: 480, SFT: 128}, 48, {"batch_size": 8}),
+    "short": ({PRETRAIN: 800, SFT: 160}, 48, {}),
     "wide": ({SFT: 640}, 200, {"from_weight": "none", "hidden_size": 512, "num_hidden_layers": 8}),
 }
 

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ def short(tmp_path_factory):
     """The curves and the folder of a short run: the real scripts, on the built-in models."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference.subprocess, "run", in_this_process)
+        patch.setattr(reference, "subprocess", SimpleNamespace(run=in_this_process))
         # The seed that learns best: another processor's rounding must not look like learning less.
         return reference.run("short", reference.SEEDS[0], folder), folder
 
