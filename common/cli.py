@@ -23,13 +23,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one."""
 
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
+    def parse_known_args(self, args=None, namespace=None):
+        # Before argparse looks for missing arguments: a mistyped flag may be why one is missing.
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        typed = [flag.split("=")[0] for flag in (sys.argv[1:] if args is None else args) if flag.startswith("--")]
+        unknown = [flag for flag in typed if " " not in flag and not any(name.startswith(flag) for name in known)]
         if unknown:
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            like = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            like = difflib.get_close_matches(unknown[0], known, n=1)
             self.error(f"unknown: {' '.join(unknown)}" + (f" (did you mean {like[0]}?)" if like else ""))
-        return found
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)}\n{self.prog} --help shows all flags\n")

@@ -10,7 +10,7 @@ from dataset.conversation import IMAGE_TAG, RowError
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_CHARACTER = "@"
 BESIDE = ("", "\n", "a", "图")
-BROKEN = -1  # the position of an image whose placeholders the tokenizer did not keep as they are
+BROKEN = -1  # the position of an image whose placeholders the tokenizer changed
 BROKEN_IMAGE = f"the tokenizer joins the `{IMAGE_CHARACTER}` of an image with the text beside it, or drops it"
 # Of minimind-3v: an image's placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"

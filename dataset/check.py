@@ -1,4 +1,4 @@
-"""Check a data file before training on it: what is learned from, what is left out and why, what is cut.
+"""Check a data file before training on it: what is used, what is left out and why, what is cut.
 
     python -m dataset.check my_data.jsonl --images_path my_images
     python -m dataset.check my_data.parquet --max_seq_len 1536             as fine-tuning reads it
@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
-from common.errors import run_script
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.errors import UsageError, run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
 from dataset.chat import has_image_pad
 from dataset.formats import hash_63
@@ -50,12 +50,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
     add("--tokenizer_path", type=file_path, help=f"training's (default: the first that exists of {tokenizers})")
     what = "tokens a sample is cut at; training's defaults are 640, fine-tuning 1536 (minimind-3v: 450, 768)"
-    add("--max_seq_len", type=number(int, 8), default=640, help=what)
+    add("--max_seq_len", type=int, default=640, help=what)
     what = f"tokens of a picture (default: {IMAGE_TOKENS}; minimind-3v: {IMAGE_TOKENS_3V})"
-    add("--image_tokens", type=number(int, 1), help=what)
-    add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
+    add("--image_tokens", type=int, help=what)
+    add("--max_bad_rows", type=int, help="rows that may be left out (default: 1 %% of the rows)")
     add("--pictures", action="store_true", help="decode every picture too, and name the broken ones")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in {"max_seq_len": 8, "image_tokens": 1, "max_bad_rows": 0}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")
+    return args
 
 
 def overview(data: VLMDataset) -> list[str]:

@@ -16,7 +16,7 @@ class RowError(ValueError):
 def parse_conversation(turns: list) -> list[dict]:
     """Returns the turns of a row: at most one system turn, first, then user and assistant in turn.
 
-    An answer's `reasoning_content` is kept if there is any, and is empty for an empty think block.
+    An answer's `reasoning_content` stays; an empty think block becomes an empty one.
 
     Raises:
         RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.

@@ -1,6 +1,6 @@
-"""Forms in which people keep pictures with texts, recognised by their content; training takes only some of them.
+"""Kinds of files and folders that hold pictures with texts, recognised by their content.
 
-The trainer tells a foreign form the command that converts it, and `scripts/make_dataset.py` converts it.
+Training reads only jsonl and parquet; for the others its error names the command that converts them.
 """
 
 import csv
@@ -39,13 +39,13 @@ SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def command(source: str | Path) -> str:
-    """Returns the command that makes training data of a file, a folder, or a folder's data files."""
+    """Returns the command that converts a file, a folder, or a folder's data files to training data."""
     shards = f"/*{shard_ending(source)}" if isinstance(source, Path) and shard_ending(source) else ""
     return f"python scripts/make_dataset.py {shlex.quote(str(source))}{shards} --to my_data"
 
 
 def shard_ending(folder: Path) -> str | None:
-    """Returns the ending of the data files that a folder is divided into; None for another path."""
+    """Returns the ending of a folder's data files; None if it has none, or is a file."""
     endings = {path.suffix for path in folder.iterdir()} if folder.is_dir() else set()
     return next((ending for ending in SHARD_ENDINGS if ending in endings), None)
 
@@ -56,7 +56,7 @@ def is_base64(value) -> bool:
 
 
 def form_of_file(path: Path) -> str | None:
-    """Names the form of a file or folder by its content, whatever it is called; None for an unknown one."""
+    """Names the kind of a file or folder by its content, whatever its name; None for an unknown one."""
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED_BY_DATASETS):
             return SAVED
@@ -75,7 +75,7 @@ def form_of_file(path: Path) -> str | None:
 
 
 def is_one_object(text: str) -> bool:
-    """Tells whether a file that begins so is one JSON object over several lines, or COCO's annotations."""
+    """Tells by its beginning whether a file is one JSON object over several lines, or COCO's annotations."""
     first, newline, rest = text.lstrip().partition("\n")
     try:
         return {"images", "annotations"} <= json.loads(first).keys()
@@ -85,7 +85,7 @@ def is_one_object(text: str) -> bool:
 
 
 def table_header(text: str) -> tuple[str, list[str]] | None:
-    """Returns the delimiter and the columns' names of a table, whose first line must name them; None for no table."""
+    """Returns a table's delimiter and the column names in its first line; None if it is no table."""
     line = text.partition("\n")[0].rstrip("\r")
     for delimiter in DELIMITERS:
         try:
@@ -98,14 +98,14 @@ def table_header(text: str) -> tuple[str, list[str]] | None:
 
 
 def check_names(path: Path, names: list[str]):
-    """Raises UsageError if a column's name stands there twice: which one is meant, nothing tells."""
+    """Raises UsageError if two columns have one name."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"{display_path(path)} has the column {printable(twice)} twice: rename or remove one of them")
 
 
 def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
-    """Yields each folder inside, the names of its pictures, and those of its texts by their stem; hidden ones not."""
+    """Yields each folder inside, its pictures' names, and its texts' names by stem; skips hidden ones."""
     for where, folders, names in os.walk(folder, onerror=raise_it):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
@@ -118,7 +118,7 @@ def raise_it(error: OSError):
 
 
 def is_picture(name: str) -> bool:
-    """Tells whether a file's name ends as a picture's that can be read."""
+    """Tells whether a file name has the ending of a readable picture."""
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 

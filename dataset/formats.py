@@ -1,4 +1,4 @@
-"""Data files: jsonl and parquet are opened; for other common forms the error names the command that converts them."""
+"""Opens jsonl files, and checks and explains what can be wrong with data files."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from common.files import not_a_file
 from common.paths import printable
 from dataset import foreign
 
-BLOCK_BYTES = 1 << 20  # of a file that are hashed at once
+BLOCK_BYTES = 1 << 20  # read at once to hash a file
 
 
 class DataError(UsageError):
@@ -135,7 +135,7 @@ def check_file(path: Path):
 
 
 def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
-    """Returns the rows with image files as bytes, where `datasets` would decode them."""
+    """Returns the rows with images as undecoded bytes."""
     plain = datasets.Image(decode=False)
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
@@ -146,7 +146,7 @@ def with_plain_images(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def why_missing(folder: Path, name: str) -> str | None:
-    """Returns why an image is not found in its folder, with a hint; None if it is there."""
+    """Returns why an image is not found in its folder, with a hint; None if it is found."""
     if os.path.isabs(name) and not Path(name).is_relative_to(folder):
         return f"the picture's path leaves images_path: {name!r}"
     if os.path.isfile(folder / name):

@@ -1,4 +1,4 @@
-"""The table of data forms: how a row of each is recognised, and how it becomes a conversation with its images.
+"""The table of data forms: how to recognise a row of each, and how to read it as a conversation with its images.
 
 Another form is a function with `@register(...)`, here or in a file of your own: tests/changes/test_data_form.py.
 """
@@ -121,7 +121,7 @@ def read_turns(row: dict) -> tuple[list, object]:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise RowError(f"conversations is not JSON: {error}") from error
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
-        # Columns of roles and of contents, as `datasets` once kept them.
+        # Columns of roles and of contents, as older versions of `datasets` write a list of dicts.
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list):
         raise RowError("conversations is missing or not a list of turns")

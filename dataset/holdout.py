@@ -6,13 +6,13 @@ from dataset.lm_dataset import VLMDataset
 
 
 def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
-    """Holds out the rows whose first image's hash is smallest, whatever the file's order; equal images go together.
+    """Splits off the rows whose first image has the smallest hash, so that rows of one image stay together.
 
-    Where there are images, rows without one are not taken; of three images or more, at least one is held out. Rows to
-    learn from that show a held-out image beside others are left out, unless they are more than a fifth of all.
+    The file's order does not matter. A file with images gives rows with images only, of at least one if it has three.
+    Training rows that show a held-out image beside others are left out, unless they are more than a fifth of all.
 
     Returns:
-        The rows to learn from, and the rows held out: `share` of all and at most about `most`, None for none.
+        Training rows, and held-out rows (`share` of all, at most about `most`) or None.
     """
     candidates = data.positions[data.image_counts > 0] if data.picture_count else data.positions
     hashes = data.column("picture_hash")[candidates]
@@ -41,7 +41,7 @@ def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
 
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
-    """Returns how many rows to measure on are rows to learn from: the same image (by bytes or name) and tokens."""
+    """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
     hashes = [rows.column("picture_hash")[rows.positions] for rows in (data, heldout)]
     suspects = [np.flatnonzero(np.isin(of_these, of_those)) for of_these, of_those in (hashes, hashes[::-1])]
     tokens = [

@@ -41,7 +41,7 @@ class VLMDataset(TokenisedRows, Dataset):
         max_length: Tokens a sample is cut at.
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
         picture_format: How images are resized.
-        cache_dir: Where the tokenised rows are kept; by default the `datasets` library's own cache.
+        cache_dir: Where tokenised rows are cached; by default in the cache of the `datasets` library.
 
     Raises:
         DataError: If a file or folder is missing, unreadable or empty.
@@ -75,7 +75,7 @@ class VLMDataset(TokenisedRows, Dataset):
         self.bad_rows.sort(key=lambda row: row.line)
 
     def _missing_pictures(self) -> dict[int, str]:
-        """Returns what each row's first missing image lacks. Not cached with the tokens: images come and go."""
+        """Returns the reason for each row that lacks an image. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
         named = self.positions[self.image_counts > 0]
         if len(named) and not self.images_path.is_dir():
@@ -88,7 +88,7 @@ class VLMDataset(TokenisedRows, Dataset):
 
     @functools.cached_property
     def content_sha256(self) -> str:
-        """SHA-256 (hex) of the rows' tokens and images' names or bytes, wherever and whenever the file was written."""
+        """SHA-256 (hex) of the rows' tokens and their images' names or bytes; part of a resume file's fingerprint."""
         digest = hashlib.sha256()
         if self.is_parquet:
             digest.update(hashlib.sha256(self.image_files.data.column("hash").to_numpy()).hexdigest().encode())
@@ -104,7 +104,7 @@ class VLMDataset(TokenisedRows, Dataset):
         return digest.hexdigest()
 
     def use_features(self, features):
-        """Lets samples come with the tower's features (a `dataset.features.FeatureFolder`) in place of pixels."""
+        """Makes samples come with the tower's features (a `dataset.features.FeatureFolder`) in place of pixels."""
         self.features = features
 
     def with_pixels(self) -> "VLMDataset":
@@ -112,13 +112,10 @@ class VLMDataset(TokenisedRows, Dataset):
         return self.changed(features=None)
 
     def leaving_small_pictures(self) -> "VLMDataset":
-        """Returns the same rows; where all pictures of a batch are squares of one smaller size, they come as they are.
-
-        The model enlarges them to the same bytes, on its device.
-        """
+        """Returns the same rows; a batch of small squares of one size is left for the model to enlarge."""
         return self.changed(leaves_small=True)
 
-    # Pictures have numbers, equal for the same name, or in a parquet for the same bytes.
+    # A picture's number is the same wherever its name stands, or in a parquet its bytes.
 
     @functools.cached_property
     def _names(self) -> pa.DictionaryArray:
@@ -145,10 +142,10 @@ class VLMDataset(TokenisedRows, Dataset):
 
     @functools.cached_property
     def picture_keys(self) -> np.ndarray:
-        """(pictures,) int64 a hash of what each of the samples' pictures holds; 0 for others and unreadable ones.
+        """(pictures,) int64 content hash of each picture that samples show; 0 for others and unreadable ones.
 
-        Files are read for it, once in a process: 100,000 of 20 kB take 5 to 10 seconds on two cores. Size and time
-        stamp would be faster, but tools that copy and edit may keep both.
+        Reads the files, once in a process: 100,000 of 20 kB take 5 to 10 seconds on two cores. Size and time stamp
+        would be faster, but tools that copy and edit may preserve both.
         """
         shown = np.unique(self.shown_pictures)
         if self.is_parquet:

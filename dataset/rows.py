@@ -47,7 +47,7 @@ COLUMNS = datasets.Features(
 NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
-# What becomes of rows of a special kind.
+# How special rows are treated, by kind.
 KINDS = {
     "no <image>": "the picture is put first",
     "text only": "no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
@@ -55,7 +55,7 @@ KINDS = {
     "empty think": "the empty think block before an answer is dropped",
     "tool calls": "left out, as nothing here answers a call; not counted as bad",
 }
-# Of minimind-3v, whose every answer begins by thinking.
+# In minimind-3v every answer begins with a think block.
 KINDS_3V = KINDS | {
     "reasoning": "reasoning_content is learned, in the answer's think block",
     "empty think": "the answer keeps its empty think block, as every other has one",
@@ -70,7 +70,7 @@ class BadRow(NamedTuple):
 
 
 class TokenisedRows:
-    """The rows of a file, tokenised; those at `positions` are its samples, the others are left out.
+    """The tokenised rows of a file; the rows at `positions` are its samples.
 
     `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
     """
@@ -108,7 +108,7 @@ class TokenisedRows:
         vars(data).update(attributes)
         return data
 
-    # Computed when asked for, not kept: each of a loader's workers may get a copy of everything that is kept here.
+    # Computed when asked for: each of a loader's workers may get a copy of all attributes.
 
     @property
     def lengths(self) -> np.ndarray:
@@ -144,7 +144,7 @@ class TokenisedRows:
 
     @property
     def rules(self) -> dict[str, str]:
-        """What is done with rows of a special kind, and in how many, by the kind; only of kinds that occur."""
+        """How many rows of each special kind there are, and how they are treated."""
         counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
         counts["tool calls"] = self.tool_rows
         in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
@@ -153,7 +153,7 @@ class TokenisedRows:
 
     @property
     def left_out(self) -> np.ndarray:
-        """Positions among all rows that are no samples: bad rows, blank lines, held-out rows."""
+        """Positions of the rows that are no samples: bad rows, blank lines, held-out rows."""
         return np.delete(np.arange(len(self.rows)), self.positions)
 
 

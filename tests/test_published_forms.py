@@ -211,7 +211,7 @@ def three_steps(world, published: Published, llm: Path, out: Path, name: str = "
         data = ["--data_path", published.fetched / f"dataset/{stage}_data.parquet", "--from_weight", start]
         said = world.run(script, *data, *common).passed().out
         assert "text only: in " in said
-        assert ("(minimind-3v's recipe)" in said) == (published.image_tokens == 64)
+        assert ("(the minimind-3v recipe)" in said) == (published.image_tokens == 64)
         weights[stage] = read_weights(out / f"{stage}_vlm_{name}.pth")
         sidecar = weights[stage].sidecar
         expected = published.settings[stage == "sft"]

@@ -47,7 +47,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         sampler.start_at(state.epoch, state.sample)
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
-    settings = vars(args) | {"eval_interval": eval_interval, "compile": run.compiles}
+    settings = run.settings | {"eval_interval": eval_interval}
 
     companions = stage.companions(args, model)  # before a checkpoint replaces the starting weights
     checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)

@@ -16,7 +16,8 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM
-from trainer.setup import REPORTED, SAVED, Run, is_unfinished
+from trainer.run_files import REPORTED, SAVED, is_unfinished
+from trainer.setup import Run
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
@@ -187,7 +188,7 @@ def restore_random_state(states: list[dict], rank: int, device: torch.device):
 def report_resume(run: Run, step: int, total_steps: int, data: VLMDataset):
     """Logs where the run continues, which settings changed since it was saved, and how many pictures."""
     before = run.state["arguments"] | {"processes": str(run.state["processes"])}
-    now = {name: str(getattr(run.args, name)) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
+    now = {name: str(run.settings[name]) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     changed = f"; changed: {', '.join(changed)}" if changed else ""
     run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")

@@ -1,24 +1,17 @@
 """What comes before training: functions that find, check and load what a run needs, and return it."""
 
-import argparse
-import glob
 import hashlib
 import os
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, count
 from pathlib import Path
 
 import torch
-from filelock import Timeout
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import RankError, UsageError
-from common.files import load_file, lock_of, scratch_folder
+from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
-from common.schema import SchemaError, check
 from dataset.chat import image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.forms import RIGHT_FORM
@@ -32,45 +25,11 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
+from trainer.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 
 SHOWN_BAD_ROWS = 20
-# Of the files a run writes, after its name.
-SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
-REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
-ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """The files a run writes: {save_dir}/{name}, with these endings."""
-
-    save_dir: Path
-    name: str
-
-    def __post_init__(self):
-        endings = {"weights": ".pth", "state": "_resume.pth", "metrics": ".metrics.jsonl", "samples": "_samples"}
-        for field, ending in (endings | {"bad_rows": BAD_ROWS}).items():
-            object.__setattr__(self, field, self.save_dir / f"{self.name}{ending}")
-
-    @cached_property
-    def aside(self) -> Path:
-        """What an earlier run of this name is kept as: no file begins with it, and no weights are looked for there."""
-        now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
-        names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
-        return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
-
-    def keep_aside(self, *endings: str) -> bool:
-        """Renames what an earlier run wrote; tells whether there was anything. UsageError where that fails."""
-        paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
-        there = [path for path in paths if os.path.lexists(path)]
-        for path in there:
-            try:
-                path.rename(paths[path])
-            except OSError as error:
-                raise UsageError(f"{display_path(path)} cannot get another name: {error.strerror}") from error
-        return bool(there)
 
 
 @dataclass(frozen=True)
@@ -85,6 +44,7 @@ class Run:
         tower: What the vision tower's own files say.
         files: Where everything is written.
         state: The checkpoint to resume from, or None.
+        dtype: Of matrix products.
         started: `time.perf_counter()` at the start.
         lock: Keeps another process from writing the same files.
     """
@@ -99,6 +59,7 @@ class Run:
     tower: TowerSettings
     files: RunFiles
     state: dict | None
+    dtype: torch.dtype
     started: float
     lock: object
 
@@ -107,8 +68,9 @@ class Run:
         return self.processes.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.args.dtype)
+    def settings(self) -> dict:
+        """The flags in effect, for sidecar, checkpoint and wandb."""
+        return vars(self.args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
 
     @property
     def bundle(self) -> Bundle:
@@ -116,14 +78,9 @@ class Run:
         return BUNDLES[self.args.assets]
 
     @property
-    def is_builtin(self) -> bool:
-        """Whether the model is the built-in one."""
-        return self.bundle is BUILTIN
-
-    @property
     def learns_scenes(self) -> bool:
         """Whether the data is the built-in set."""
-        return self.is_builtin and self.args.data_path.parent == BUILTIN_DATASET_DIR
+        return self.args.data_path.parent == BUILTIN_DATASET_DIR
 
     @property
     def compiles(self) -> bool:
@@ -171,12 +128,12 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
             "from: give it another name"
         )
-    held = prepare_save_dir(files, processes)
+    run_lock = prepare_save_dir(files, processes)
     state = read_state(args, files, processes)
-    kept = args.dtype or (state and state["arguments"].get("dtype"))
-    dtype = kept or str(pick_dtype(None, processes.device, config.head_dim)).removeprefix("torch.")
-    args = argparse.Namespace(**vars(args) | {"dtype": dtype})
-    return Run(stage, args, processes, tokenizer, sha256, weights, config, tower, files, state, started, held)
+    dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
+    dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
+    models = tokenizer, sha256, weights, config, tower
+    return Run(stage, args, processes, *models, files, state, dtype, started, run_lock)
 
 
 def be_deterministic():
@@ -233,66 +190,6 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     if args.max_seq_len > config.max_position_embeddings:
         raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions")
     return config
-
-
-def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
-    """Reads the checkpoint to resume from; None to start over.
-
-    Raises:
-        UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
-    """
-    if not args.from_resume:
-        if args.from_resume is None and is_unfinished(files.state):
-            raise UsageError(
-                f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
-                "--from_resume 0 starts over; the old files get a timestamp"
-            )
-        return None
-    if not files.state.is_file():
-        processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
-        return None
-    state = load_file(files.state)
-    try:
-        check(state, weight_io.STATE)
-    except SchemaError as error:
-        raise UsageError(
-            f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
-            "starts over"
-        ) from error
-    return state
-
-
-def is_unfinished(path: Path) -> bool:
-    """Tells whether a checkpoint is of a run with epochs left; one that cannot be read is of no use to anybody."""
-    if not path.is_file():
-        return False
-    try:
-        state = load_file(path)
-        return state["epoch"] < int(state["arguments"]["epochs"])
-    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
-        return False
-
-
-def prepare_save_dir(files: RunFiles, processes: Processes):
-    """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
-
-    Returns:
-        The lock on the run's name, held by the main rank.
-
-    Raises:
-        UsageError: If it cannot be written to, or another process writes the same files now.
-    """
-    try:
-        with scratch_folder(files.save_dir):  # it can be written to
-            # A killed run's workers may hold the lock for 5 seconds more.
-            return lock_of(files.save_dir / files.name).acquire(timeout=6) if processes.is_main else None
-    except Timeout as error:
-        raise RankError(
-            f"another process is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
-            "run another --save_weight or --save_dir"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"--save_dir {files.save_dir} cannot be written to: {error.strerror}") from error
 
 
 def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:

@@ -50,4 +50,4 @@ def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import
 
 
 def learned_tokens(done) -> int:
-    return int(re.search(r"rows +9 with (\d+) learned tokens", done.passed().out)[1])
+    return int(re.search(r"\b9 rows with (\d+) learned tokens", done.passed().out)[1])

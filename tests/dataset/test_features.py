@@ -300,7 +300,7 @@ def test_an_empty_a_full_and_a_shared_cache_give_the_same(runs):
 
 
 def test_the_default_keeps_features_beside_the_weights_on_the_cpu(runs):
-    assert "features     computed anew every epoch" in runs["off"][1].out
+    assert "features     computed in every epoch" in runs["off"][1].out
     assert not (runs["off"][2] / "vision_features").exists()
     assert "features     kept in" in runs["default"][1].out
     assert len(files_of(runs["default"][2] / "vision_features")) == 12

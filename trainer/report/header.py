@@ -10,6 +10,7 @@ from common.paths import display_path
 from dataset.features import FeatureFolder
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
+from trainer.bundles import BUILTIN
 from trainer.setup import Run
 
 
@@ -32,8 +33,7 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
     shape += f", {config.image_tokens} tokens an image" if config.image_tokens != config.vision_patches else ""
     total, learned = count_parameters(model)
-    starts_from_3v = run.weights is not None and run.weights.config.qk_norm
-    recipe = " (the built-in recipe)" if run.is_builtin else " (minimind-3v's recipe)" * starts_from_3v
+    recipe = f" (the {run.bundle.name} recipe)" if run.bundle.recipes.get(run.stage.name) else ""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type.upper()
     rows = {
         "starts from": start,
@@ -47,10 +47,10 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
         f"{recipe}; accumulation_steps {args.accumulation_steps}, "
         f"grad_clip {args.grad_clip:g}, max_seq_len {args.max_seq_len}, freeze_llm {args.freeze_llm}, seed {args.seed}",
         "steps": lines["steps"],
-        "device": f"{device}, {run.processes.world_size} process(es), {args.dtype}"
+        "device": f"{device}, {run.processes.world_size} process(es), {run.settings['dtype']}"
         f"{', compiled' if is_compiled else ''}, {args.num_workers} worker(s) each",
     }
-    for line in (run.stage.story, *([assets] if run.is_builtin else [])):
+    for line in (run.stage.story, *([assets] if run.bundle is BUILTIN else [])):
         run.log(in_terminal(line, indent=2))
     for name, value in rows.items():
         run.log(in_terminal(f"  {name:<12} {value}", indent=15))
@@ -59,7 +59,7 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
 def describe_features(features: FeatureFolder | None, data: VLMDataset) -> str:
     """Says where the features of the data's pictures are kept, and their size."""
     if features is None:
-        return "computed anew every epoch"
+        return "computed in every epoch"
     gigabytes = (data.picture_keys != 0).sum() * features.file_bytes / 1e9
     return f"kept in {display_path(features.path)} ({gigabytes:.2f} GB; --cache_vision off does without)"
 

@@ -1,0 +1,114 @@
+"""The files of a run: their names, the lock on them, and what an earlier run of the same name left."""
+
+import glob
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, count
+from pathlib import Path
+
+from filelock import Timeout
+
+from common.errors import RankError, UsageError
+from common.files import load_file, lock_of, scratch_folder
+from common.paths import display_path
+from common.schema import SchemaError, check
+from model.weights import STATE
+from trainer.support.processes import Processes
+
+# Of the files a run writes, after its name.
+SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
+REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
+ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files a run writes: {save_dir}/{name}, with these endings."""
+
+    save_dir: Path
+    name: str
+
+    def __post_init__(self):
+        endings = {"weights": ".pth", "state": "_resume.pth", "metrics": ".metrics.jsonl", "samples": "_samples"}
+        for field, ending in (endings | {"bad_rows": BAD_ROWS}).items():
+            object.__setattr__(self, field, self.save_dir / f"{self.name}{ending}")
+
+    @cached_property
+    def aside(self) -> Path:
+        """What an earlier run of this name is kept as: no file begins with it, and no weights are looked for there."""
+        now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+        names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
+        return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
+
+    def keep_aside(self, *endings: str) -> bool:
+        """Renames what an earlier run wrote; tells whether there was anything. UsageError where that fails."""
+        paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
+        there = [path for path in paths if os.path.lexists(path)]
+        for path in there:
+            try:
+                path.rename(paths[path])
+            except OSError as error:
+                raise UsageError(f"{display_path(path)} cannot get another name: {error.strerror}") from error
+        return bool(there)
+
+
+def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
+    """Reads the checkpoint to resume from; None to start over.
+
+    Raises:
+        UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
+    """
+    if not args.from_resume:
+        if args.from_resume is None and is_unfinished(files.state):
+            raise UsageError(
+                f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
+                "--from_resume 0 starts over; the old files get a timestamp"
+            )
+        return None
+    if not files.state.is_file():
+        processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
+        return None
+    state = load_file(files.state)
+    try:
+        check(state, STATE)
+    except SchemaError as error:
+        raise UsageError(
+            f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
+            "starts over"
+        ) from error
+    return state
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tells whether a checkpoint is of a run with epochs left; one that cannot be read is of no use to anybody."""
+    if not path.is_file():
+        return False
+    try:
+        state = load_file(path)
+        return state["epoch"] < int(state["arguments"]["epochs"])
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
+
+
+def prepare_save_dir(files: RunFiles, processes: Processes):
+    """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
+
+    Returns:
+        The lock on the run's name, held by the main rank.
+
+    Raises:
+        UsageError: If it cannot be written to, or another process writes the same files now.
+    """
+    try:
+        with scratch_folder(files.save_dir):  # it can be written to
+            # A killed run's workers may hold the lock for 5 seconds more.
+            return lock_of(files.save_dir / files.name).acquire(timeout=6) if processes.is_main else None
+    except Timeout as error:
+        raise RankError(
+            f"another process is training {files.name} in {display_path(files.save_dir)}: wait for it, or give this "
+            "run another --save_weight or --save_dir"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"--save_dir {files.save_dir} cannot be written to: {error.strerror}") from error
