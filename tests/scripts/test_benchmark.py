@@ -160,9 +160,9 @@ def test_the_operations_counted_are_those_of_the_shape():
     ("stage", "hidden_size", "tokens", "learned", "gflop"),
     [
         ("pretrain", 512, 275, 50, 60),
-        ("sft", 512, 600, 250, 125),
+        ("sft", 512, 875, 330, 171),
         ("pretrain", 768, 275, 50, 144),
-        ("sft", 768, 600, 250, 415),
+        ("sft", 768, 875, 330, 604),
     ],
 )
 def test_the_hours_in_the_document_count_these_operations(stage, hidden_size, tokens, learned, gflop):
