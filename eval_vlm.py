@@ -156,7 +156,7 @@ class Chat:
             started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
             each = [[picture] for picture in pictures for _ in turns]
             answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            total = f"{len(answers)} answers at once: {speed(sum(map(len, answers)), started)}"
+            total = f"{len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}"
             questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
             for question, ids in zip(questions, answers, strict=True):
                 print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
@@ -206,7 +206,9 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure(shows_progress)
     if held_out.loss is None:
-        raise UsageError(f"no row of {args.eval_data} can be evaluated: there is none, or no picture can be read")
+        raise UsageError(
+            f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
+        )
     short = args.short_answer
     right, asked = exact_match(evaluator, assistant.tokenizer, short, shows_progress) if short else (0, 0)
     for error in dict.fromkeys(map(str, evaluator.skipped)):

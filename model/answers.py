@@ -1,4 +1,4 @@
-"""Generating from a model: the one way, for descriptions during training, for grading and for eval_vlm.py."""
+"""Generates answers: descriptions during training, grading, and eval_vlm.py."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ CACHE_MULTIPLE = 256  # sizes of compiled steps' caches: one compilation serves 
 
 @contextlib.contextmanager
 def answering(model: MiniMindVLM) -> Iterator[None]:
-    """Puts the model into eval mode, in the precision it is held in, and back; nothing is kept for a backward pass."""
+    """Runs a block in eval mode, without gradients, under autocast if weights are in half precision."""
     was_training = model.training
     model.eval()
     # While it trains, a model may hold its frozen matrices in half precision, and the rest in float32.
@@ -26,14 +26,6 @@ def answering(model: MiniMindVLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def compiled_step(model: MiniMindVLM, positions: int) -> dict:
-    """Returns the settings with which transformers compiles the step of one token: a cache of fixed size."""
-    config = CompileConfig(mode=None if model.device.type == "cpu" else "reduce-overhead")
-    config._compile_all_devices = True  # on a CPU it does so only if it is told to
-    positions = min(-(-positions // CACHE_MULTIPLE) * CACHE_MULTIPLE, model.config.max_position_embeddings)
-    return {CACHE_NAME: StaticCache(config=model.config, max_cache_len=positions), "compile_config": config}
-
-
 def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
 
@@ -43,11 +35,16 @@ def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bo
         settings: For transformers' `generate`.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
-    if compiles:
-        settings |= compiled_step(model, inputs["input_ids"].shape[1] + max_new_tokens)
+    length = inputs["input_ids"].shape[1]
+    if compiles:  # transformers then compiles the step of one token, over a cache of fixed size
+        config = CompileConfig(mode=None if model.device.type == "cpu" else "reduce-overhead")
+        config._compile_all_devices = True  # on a CPU, transformers compiles only with this
+        size = -(-(length + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        cache = StaticCache(config=model.config, max_cache_len=min(size, model.config.max_position_embeddings))
+        settings |= {CACHE_NAME: cache, "compile_config": config}
     with answering(model):
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False} | settings)
-    return ids[:, inputs["input_ids"].shape[1] :]
+    return ids[:, length:]
 
 
 def generate_answers(

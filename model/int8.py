@@ -1,7 +1,7 @@
 """The decoder's matrices in eight bits: a quarter of the bytes to read for each new token.
 
-Reading its weights bounds how fast a small batch is answered on a CPU. Each row of a matrix is held as integers from
--127 to 127 and one scale, and multiplied by torch's kernel for that.
+Reading the weights bounds how fast a CPU answers a small batch. Each row of a matrix becomes integers from -127 to 127
+and one scale; torch has a kernel that multiplies them.
 """
 
 import torch
@@ -37,8 +37,7 @@ class Int8Linear(nn.Module):
 def quantize(model: MiniMindForCausalLM):
     """Replaces the matrices of the decoder's blocks and its head, in place.
 
-    Embedding, norms, tower, projection and the experts' router, which decides between near-equal scores, stay as they
-    are.
+    The experts' router stays as it is: it decides between near-equal scores.
     """
     for block in [*model.model.layers.modules(), model]:
         for name, child in block.named_children():

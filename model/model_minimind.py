@@ -28,8 +28,8 @@ class MiniMindConfig(PretrainedConfig):
             `original_max_position_embeddings` by `yarn_factor`.
         yarn_attention_factor: Factor on queries and keys under YaRN, by default the paper's 0.1 ln(yarn_factor) + 1.
         qk_norm: Norm each head's queries and keys before they are rotated (https://arxiv.org/abs/2302.05442).
-        use_moe: Replace the feed-forward by `n_routed_experts` experts, of which each token uses the
-            `num_experts_per_tok` best, and `n_shared_experts` that every token uses.
+        use_moe: Use `n_routed_experts` experts, of which each token takes the `num_experts_per_tok` best, and
+            `n_shared_experts` that every token takes.
         aux_loss_alpha: Coefficient of the experts' load-balancing loss.
         balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
 
@@ -215,9 +215,9 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
-        """Returns the (B, L, D) output and each sequence's balancing loss, (B,); `token_mask` (B, L) is 0 at pads.
+        """Returns the (B, L, D) output and each sequence's balancing loss; `token_mask` (B, L) is 0 at pads.
 
-        Balanced over the batch, the loss is (1,): all tokens count as one sequence.
+        The loss is (B,), or (1,) where it is balanced over the batch: all tokens count as one sequence.
         """
         batch, length, width = hidden_states.shape
         x_TD = hidden_states.reshape(-1, width)
@@ -340,8 +340,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
         is_static = cache is not None and cache.is_compileable
         key_length = cache.layers[0].max_cache_len if is_static else past_length + length
         cache_position = past_length + torch.arange(length, device=device)
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask, cache_position)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]  # pads do not count
+        elif position_ids is None:
+            position_ids = cache_position[None]
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
         inputs = self.rotary(position_ids), attention_mask, cache, cache_position, token_mask
 
@@ -360,13 +362,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
         cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def positions_from_mask(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
-    """Returns positions (B or 1, L) of the newest tokens, at (L,) in the cache; pads at the left do not count."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -len(cache_position) :]
-    return cache_position[None]
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):

@@ -18,13 +18,9 @@ __all__ = ["MiniMindVLM", "VLMConfig", "VisionProj", "find_image_starts"]
 
 
 def find_image_starts(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
-    """Finds where images begin: at a run of placeholders, and after each `image_tokens` of them that more follow.
+    """Returns the sample and first column of each image in (B, L) ids, (images, 2), in reading order.
 
-    Args:
-        input_ids: (B, L). What is left of a run (a user's own `@`) is text.
-
-    Returns:
-        (images, 2) sample and first column of each image, in reading order.
+    Every `image_tokens` placeholders of a run are an image; the rest of a run (a user's own `@`) is text.
     """
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     is_placeholder = input_ids == image_token_id
@@ -60,8 +56,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         if tower is not None:
             config = fit_config_to_tower(config, tower.settings)
         super().__init__(config)
-        shape = config.vision_hidden_size, config.hidden_size, config.pixel_shuffle
-        self.vision_proj = PROJECTORS[config.projector](*shape)
+        projector = PROJECTORS[config.projector]
+        self.vision_proj = projector(config.vision_hidden_size, config.hidden_size, config.pixel_shuffle)
         # Not a registered submodule: it is in no weight file and no optimizer, and `train()` does not reach it.
         object.__setattr__(self, "vision_encoder", tower)
         self.post_init()
@@ -109,16 +105,16 @@ class MiniMindVLM(MiniMindForCausalLM):
     ):
         """Runs text and images through the model; see `MiniMindForCausalLM.forward` for the other arguments.
 
-        `generate` passes only what this signature names, so the arguments it needs are repeated here.
+        (`generate` passes only what this signature names, so the arguments that it needs are repeated here.)
 
         Args:
             input_ids: (B, L); each image is a run of `config.image_tokens` placeholders.
             pixel_values: (B, images, 3, size, size), or (all images, 3, size, size) in reading order; uint8 as decoded,
                 or float as already normalised.
-            image_starts: (all images, 2) sample and column of each image's first placeholder, as the collator gives it.
-                Without it they are searched for in input_ids, which syncs a GPU.
-            image_features: (all images, patches, vision_hidden_size), what `encode_images` returned for the images; it
-                takes the place of pixel_values, and needs image_starts.
+            image_starts: (all images, 2) sample and column of each image's first placeholder; searched for in input_ids
+                if not given, which syncs a GPU.
+            image_features: (all images, patches, vision_hidden_size) of `encode_images`, instead of pixel_values; needs
+                image_starts.
 
         Raises:
             ValueError: If the placeholders of a sample do not match its images.

@@ -21,21 +21,6 @@ MINIMIND_3V = {
 }
 # Where a prompt has its images; the first is the default.
 PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
-SMALL, SIZE, ID = Range(int, 1, 1 << 10), Range(int, 1, 1 << 20), Range(int, 0, 1 << 24)
-CONFIG = {  # what a file may say; VLMConfig refuses what does not fit together
-    **{f"{name}?": SMALL for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")},
-    **{f"{name}?": SMALL for name in ("num_experts_per_tok", "n_routed_experts", "pixel_shuffle")},
-    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size", "vision_hidden_size", "vision_patches")},
-    **{f"{name}?": SIZE for name in ("vocab_size", "max_position_embeddings", "original_max_position_embeddings")},
-    **{f"{name}_token_id?": ID for name in ("bos", "eos", "pad", "image")},
-    **{f"{name}?": bool for name in ("inference_rope_scaling", "qk_norm", "use_moe", "balance_over_batch")},
-    **{f"{name}?": Range(float, 0, 1) for name in ("rms_norm_eps", "dropout", "aux_loss_alpha")},
-    **{f"yarn_{name}?": Range(float, 1e-3, 1e6) for name in ("factor", "beta_fast", "beta_slow", "attention_factor")},
-    "n_shared_experts?": Range(int, 0, 1 << 10),
-    "rope_theta?": Range(float, 1, 1e12),
-    "projector?": str,
-    "*": frozenset(),
-}
 
 
 class VLMConfig(MiniMindConfig):
@@ -68,6 +53,21 @@ class VLMConfig(MiniMindConfig):
     def image_tokens(self) -> int:
         """Placeholders per image in the text."""
         return PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
+
+
+def allowed(name: str, default):
+    """Returns the schema of a setting in a file. (What does not fit together, VLMConfig refuses.)"""
+    if isinstance(default, bool | str):
+        return type(default)
+    if name.endswith("_token_id") or name == "n_shared_experts":
+        return Range(int, 0, 1 << 20)
+    if isinstance(default, int) or name == "intermediate_size":
+        is_size = default is None or default > 16  # not a number of layers, heads or experts
+        return Range(int, 1, 1 << 20 if is_size else 1 << 10)
+    return Range(float, 0, 1) if default is not None and default < 1 else Range(float, 1e-3, 1e12)
+
+
+CONFIG = {f"{name}?": allowed(name, default) for name, default in VLMConfig.defaults().items()} | {"*": frozenset()}
 
 
 def config_fields(config: VLMConfig) -> dict:

@@ -16,8 +16,8 @@ padding, "product" is the share of a matrix product's GFLOP/s, which stands at t
 import json
 import platform
 import sys
-import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,67 +30,48 @@ from common.errors import UsageError, run_script
 from common.files import write_atomically
 from scripts.bench.checks import CHECKS, check
 from scripts.bench.generation import GENERATE_LINES, measure_generate
-from scripts.bench.gpu import measure_gpu
+from scripts.bench.gpu import GPU_LINES, measure_gpu
 from scripts.bench.measuring import measure_rounds, print_table
-from scripts.bench.synthetic import LAYERS, STAGES
+from scripts.bench.synthetic import LAYERS
 from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training
 from trainer.support.processes import cores, pick_device
 
-# Each function takes the settings and a line, and returns the line's figures.
+# Lines, and the function that takes the flags and a line, and returns the line's figures.
 MEASUREMENTS = {
-    "pretrain": (measure_training, TRAINING_LINES),
-    "sft": (measure_training, TRAINING_LINES),
-    "data": (measure_loader, LOADER_LINES),
-    "generate": (measure_generate, tuple(GENERATE_LINES)),
-    "checks": (check, tuple(CHECKS)),
+    "pretrain": (TRAINING_LINES, partial(measure_training, "pretrain")),
+    "sft": (TRAINING_LINES, partial(measure_training, "sft")),
+    "data": (LOADER_LINES, measure_loader),
+    "generate": (GENERATE_LINES, measure_generate),
+    "checks": (CHECKS, check),
+    "gpu": (GPU_LINES, measure_gpu),
 }
-BATCH_SIZES = {"pretrain": 16, "sft": 4}
-
-
-def lines_of(what: str, device: str) -> list[str]:
-    """Returns the lines of a measurement on this device."""
-    return [line for line in MEASUREMENTS[what][1] if not (device.startswith("cuda") and "int8" in line)]
-
-
-def settings_of(what: str, args: Namespace) -> Namespace:
-    """Returns the flags, with the stage's batch size and length where none is given."""
-    stage = what if what in STAGES else "sft" if what == "checks" else "pretrain"
-    batch_size = args.batch_size or BATCH_SIZES[stage]
-    longest = args.max_seq_len or STAGES[stage].defaults["max_seq_len"]
-    return Namespace(**vars(args) | {"stage": stage, "batch_size": batch_size, "max_seq_len": longest})
 
 
 def measure(what: str, args: Namespace) -> dict[str, dict]:
     """Takes a measurement, prints its table, and returns the figures of each line."""
-    started, (function, _) = time.perf_counter(), MEASUREMENTS[what]
-    rounds = 1 if what == "checks" else args.repeats
-    table = measure_rounds(function, lines_of(what, args.device), settings_of(what, args), rounds)
-    plain = next((row for line, row in table.items() if "plain" in line), {})
-    for speed in plain.keys() & {"samples/s", "images/s"}:
-        for row in table.values():
-            if speed in row:
-                row["x plain"] = row[speed] / plain[speed]
+    lines, function = MEASUREMENTS[what]
+    lines = [line for line in lines if not (args.device.startswith("cuda") and "int8" in line)]
+    table = measure_rounds(function, lines, args, 1 if what in ("checks", "gpu") else args.repeats)
+    plain = table.get("plain", {}).get("samples/s")
+    for row in table.values():
+        if plain and "failed" not in row:
+            row["x plain"] = row["samples/s"] / plain
     print_table(what, table)
-    print(f"  ({time.perf_counter() - started:.0f} s)\n", flush=True)
     return table
 
 
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    choices = ["all", "gpu", *MEASUREMENTS]
-    add("what", nargs="*", choices=choices, default="all", help="what to measure; all does without gpu")
+    add("what", nargs="*", choices=["all", *MEASUREMENTS], default="all", help="what to measure; all does without gpu")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=number(int, 1), help="samples a step (default: 16 in pretraining, 4 in SFT)")
     add("--max_seq_len", type=number(int, 1), help="what the plain loop pads to (default: the stage's)")
     add("--steps", type=number(int, 1), help="timed steps of each line (default: 3; 50 on CUDA)")
     add("--repeats", type=number(int, 1), default=3, help="rounds through all lines; medians are shown")
-    add(
-        "--num_workers",
-        type=number(int, 0),
-        help="of the loader (default: one per core, two fewer on CUDA, at most 16)",
-    )
+    what = "of the loader (default: one per core, two fewer on CUDA, at most 16)"
+    add("--num_workers", type=number(int, 0), help=what)
     add("--json", type=file_path, help="write the figures there")
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
@@ -98,7 +79,7 @@ def parse_arguments(argv=None) -> Namespace:
     args.steps = args.steps or (50 if is_cuda else 3)
     if args.num_workers is None:
         args.num_workers = min(16, max(1, cores() - 2 * is_cuda))
-    args.what = [*MEASUREMENTS] if "all" in args.what else args.what
+    args.what = [what for what in MEASUREMENTS if what != "gpu"] if "all" in args.what else args.what
     return args
 
 
@@ -111,21 +92,13 @@ def main():
         f"transformers {transformers.__version__}\n" + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
     results = {"settings": settings}
-    write_json(args.json, results)  # where that fails, it fails before anything is measured
-    if "gpu" in args.what:
-        measure_gpu(args)
-    tables = [what for what in args.what if what != "gpu"]
-    for what in tables:
+    for what in args.what:
         results[what] = measure(what, args)
-        write_json(args.json, results)
-    failed = sum("failed" in row for what in tables for row in results[what].values())
+        if args.json:
+            write_atomically(args.json, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
+    failed = sum("failed" in row for what in args.what for row in results[what].values())
     if failed:
         raise UsageError(f"{failed} line(s) failed")
-
-
-def write_json(path: Path | None, results: dict):
-    if path:
-        write_atomically(path, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from trainer.answering.typed_paths import find_pictures
 pytest_plugins = ["tiny"]
 
 SPEED = re.compile(r"^    \d+ tokens, \d+ tokens/s$", re.MULTILINE)
-AT_ONCE = re.compile(r"^    (?:1 answer|\d+ answers at once): \d+ tokens, \d+ tokens/s$", re.MULTILINE)
+AT_ONCE = re.compile(r"^    \d+ answer\(s\) at once: \d+ tokens, \d+ tokens/s$", re.MULTILINE)
 UNTRAINED = "the projection is untrained"
 
 
@@ -373,7 +373,7 @@ def test_a_longer_line_takes_proportionally_longer(files, monkeypatch, name):
         with contextlib.suppress(ValueError):
             find_pictures(name.format(here=files) * number)
         counts.append(len(calls))
-    assert counts[1] <= 5 * counts[0] and counts[1] <= 250 * 400
+    assert counts[1] <= 5 * counts[0] and counts[1] <= 50 * 400
 
 
 def test_a_chat_line_that_is_refused_changes_nothing(world, out):
@@ -459,17 +459,14 @@ def test_help_names_each_default_once_and_its_text_fits_a_terminal(capsys, monke
     assert max(map(len, shown.splitlines())) <= 80 and "(default: 0) (default" not in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("count", [196, 200, 392])
-def test_a_users_own_placeholders_are_text(world, out, tmp_path, count):
-    """Alone or beside a picture, in a chat and in rows to measure on."""
-    own = "@" * count
-    typed = f"{own}\n好\n0.jpg {own}\n好".encode()
-    files = world.eval_files(out)
-    assert world.run(EVAL, *files, "--chat", typed=typed, cwd=world.images).passed().out.count("tokens/s") == 4
-    turns = [{"role": "user", "content": f"{own}?"}, {"role": "assistant", "content": f"好{own}"}]
-    rows = [{"conversations": turns}, {"conversations": turns, "image": "0.jpg"}, {"conversations": turns}]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    for some in (rows, rows[:1]):
-        write_jsonl(data, some)
+def test_a_users_own_placeholders_are_text(world, out, tmp_path):
+    """Alone or beside a picture, in a chat and in rows to evaluate on."""
+    files, owns = world.eval_files(out), ["@" * count for count in (196, 200, 392)]
+    typed = "\n/new\n".join(f"{own}\n好\n0.jpg {own}\n好" for own in owns).encode()
+    assert world.run(EVAL, *files, "--chat", typed=typed, cwd=world.images).passed().out.count("tokens/s") == 12
+    turns = [[{"role": "user", "content": f"{own}?"}, {"role": "assistant", "content": f"好{own}"}] for own in owns]
+    rows = [{"conversations": conversation} for conversation in turns]
+    for some in (rows + [row | {"image": "0.jpg"} for row in rows], rows):
+        data = write_jsonl(tmp_path / "rows.jsonl", some)
         flags = ["--eval_data", data, "--images_path", world.images, "--short_answer", 500]
         assert f"{len(some)} rows with " in world.run(EVAL, *files, *flags).passed().out

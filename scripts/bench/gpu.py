@@ -1,11 +1,6 @@
-"""Five minutes of a GPU: its ceiling, steps over batches that lie on it, steps fed by the loader, the loader alone.
+"""Measures steps on a GPU in every way, over batches that lie on it and fed by the loader, and counts their kernels."""
 
-Every line is printed as soon as it is known, so that a run that is cut off leaves what it found.
-"""
-
-import gc
 import itertools
-import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,13 +9,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scripts.bench.measuring import timed
-from scripts.bench.steps import Steps
-from scripts.bench.synthetic import STAGES
-from scripts.bench.training import load_batches_alone, matrix_product_flops, model_flops, peak_bytes, plain_loop
+from scripts.bench.synthetic import Steps, settings_of
+from scripts.bench.training import matrix_product_flops, model_flops, peak_bytes, plain_loop, take_all
 
-# Batches that fill the GPU, in every way; and those of a run without --batch_size, which the host's launches bound.
-LARGE, SMALL = {"pretrain": 256, "sft": 64}, {"pretrain": 16, "sft": 4}
 WAYS = ("ordinary", "captured", "compiled", "compiled, captured")
+# Batches that fill the GPU, in every way; and those of a run without --batch_size, which the host's launches bound.
+GPU_LINES = {
+    f"{stage} of {size}, {way}": (stage, size, way)
+    for (stage, size), ways in {
+        ("pretrain", 256): ("plain", *WAYS),
+        ("sft", 64): ("plain", *WAYS),
+        ("pretrain", 16): WAYS[::3],
+        ("sft", 4): WAYS[::3],
+    }.items()
+    for way in ways
+}
+LARGE = 64  # from this batch size on, kernels are counted, and the fastest way is fed by the loader too
 ON_DEVICE, TIMED, FED = 12, 48, 300  # batches that lie on the GPU, and steps
 PEAK = 790e12  # FLOP/s of an H100's bfloat16 matrix products, as measured
 # Kinds of kernels by parts of their names, the first that fits.
@@ -33,73 +37,37 @@ KERNELS = {
 }
 
 
-def measure_gpu(args):
-    """Prints large batches in every way, with the kernels of a step and a plain loop; small ones; the loader alone."""
-    started, device = time.perf_counter(), torch.device(args.device)
+def measure_gpu(args: Namespace, line: str) -> dict:
+    """Measures steps taken one way over batches that lie on the device, and what a matrix product makes (ceiling).
 
-    def report(text: str):
-        print(f"{time.perf_counter() - started:5.0f} s  {text}", flush=True)
-
-    report(f"a matrix product makes {matrix_product_flops(device) / 1e12:.0f} TFLOP/s")
-    for sizes, ways in ((LARGE, ("plain", *WAYS)), (SMALL, WAYS[::3])):
-        for (stage, batch_size), way in itertools.product(sizes.items(), ways):
-            longest = STAGES[stage].defaults["max_seq_len"]
-            settings = vars(args) | {"stage": stage, "batch_size": batch_size, "max_seq_len": longest}
-            free(device)
-            try:
-                measure_way(Namespace(**settings), way, report, is_large=sizes is LARGE)
-            except (RuntimeError, OSError) as error:  # too little memory, no compiler: the others are measured
-                report(f"{stage} of {batch_size}, {way}: failed: {str(error).splitlines()[0]}")
-    for workers in sorted({args.num_workers, args.num_workers // 2}, reverse=True):
-        settings = vars(args) | {"stage": "pretrain", "batch_size": LARGE["pretrain"], "num_workers": workers}
-        settings["max_seq_len"] = STAGES["pretrain"].defaults["max_seq_len"]
-        rate = load_batches_alone(Namespace(**settings), "loader", FED // 3)
-        report(f"the loader alone, {workers} workers: {rate:,.0f} images/s")
-
-
-def free(device: torch.device):
-    """Frees what the line before held: models refer to themselves."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        torch.compiler.reset()
-
-
-def measure_way(args, way: str, report: Callable, is_large: bool):
-    """Reports steps taken one way."""
-    device, name = torch.device(args.device), f"{args.stage} of {args.batch_size}, {way}"
+    Prints what it finds at once, so that a run that is cut off leaves it; of large batches also a step's kernels and
+    the speed where the loader feeds it.
+    """
+    stage, batch_size, way = GPU_LINES[line]
+    args, device, seconds = settings_of(args, stage, batch_size), torch.device(args.device), 0.0
     if way == "plain":
         fed, take = plain_loop(args)
     else:
         seconds, steps = timed(device, Steps, args, way)
         fed, take = steps.batches(), steps.take
-        name += f" (compiled in {seconds:.0f} s)" if "compiled" in way else ""
-    kept = list(itertools.islice(fed, ON_DEVICE))
-    take_all(take, kept * 2)  # a shape is captured at its second batch
-    line = measure_steps(args, take, itertools.islice(itertools.cycle(kept), TIMED))
-    report(f"{name:<44}{line} {peak_bytes(device) / 1e9:5.1f} GB")
-    if is_large and device.type == "cuda" and way != "plain":
-        report(f"      kernels a step: {count_kernels(take, kept)}")
-    if is_large and way == WAYS[-1]:
+
+    def measure_steps(name: str, batches: Iterable[dict]) -> dict:
+        seconds, total = timed(device, take_all, take, batches)
+        flops = model_flops(args, total, False) / seconds
+        figures = {"samples/s": total["samples"] / seconds, "TFLOP/s": flops / 1e12, "of peak": flops / PEAK}
+        print(f"{name}: " + ", ".join(f"{figure} {value:,.2f}" for figure, value in figures.items()), flush=True)
+        return figures
+
+    on_device = list(itertools.islice(fed, ON_DEVICE))
+    take_all(take, on_device * 2)  # a shape is captured at its second batch
+    figures = measure_steps(line, itertools.islice(itertools.cycle(on_device), TIMED))
+    figures |= {"GB": peak_bytes(device) / 1e9, "set up in s": seconds}
+    if batch_size >= LARGE and device.type == "cuda" and way != "plain":
+        print(f"{line}, kernels a step: {count_kernels(take, on_device)}", flush=True)
+    if batch_size >= LARGE and way == WAYS[-1]:
         take_all(take, itertools.islice(fed, 5 * args.num_workers))  # what the loader had ready
-        report(f"{'      fed by the loader':<44}{measure_steps(args, take, itertools.islice(fed, FED))}")
-
-
-def take_all(take: Callable, batches: Iterable[dict]) -> Counter:
-    """Takes the steps without a sync between them; returns what was computed, as if a batch's rows were alike."""
-    total = Counter()
-    for batch in batches:
-        samples, tokens = len(batch["input_ids"]), batch["tokens"]
-        total.update(samples=samples, useful=tokens, learned=batch["units"], squares=tokens**2 // samples)
-        take(batch)
-    return total
-
-
-def measure_steps(args, take: Callable, batches: Iterable[dict]) -> str:
-    seconds, total = timed(torch.device(args.device), take_all, take, batches)
-    flops = model_flops(args, total, False) / seconds
-    return f"{total['samples'] / seconds:8,.0f} samples/s {flops / 1e12:4.0f} TFLOP/s ({flops / PEAK:3.0%})"
+        measure_steps(f"{line}, fed by the loader", itertools.islice(fed, FED))
+    return figures | {"ceiling": matrix_product_flops(device) / 1e12}
 
 
 def count_kernels(take: Callable, batches: list[dict]) -> str:

@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from statistics import median
+from statistics import median_low
 
 import torch
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.errors import UsageError
 from dataset.tokenizer import quiet_libraries
 
-SHARES = ("useful", "product")  # columns in percent
+SHARES = ("useful", "product", "of peak")  # columns in percent
 
 
 def alone(function: Callable, *arguments):
@@ -41,33 +41,29 @@ def measure_rounds(function: Callable, lines: list[str], settings, rounds: int) 
     Returns:
         The median of each figure, by line; {"failed": why} for a line that failed.
     """
-    found = {line: [] for line in lines}
-    for line in (bar := tqdm(lines * rounds, leave=False)):
-        bar.set_description(line)
+    rows, failed = {line: [] for line in lines}, {}
+    for line in tqdm(lines * rounds, leave=False):
         try:
-            found[line].append(alone(function, settings, line))
+            rows[line].append(alone(function, settings, line))
         except (RuntimeError, OSError, ValueError, UsageError) as error:  # a crash, too little memory: RuntimeError
-            found[line].append({"failed": (str(error).strip() or type(error).__name__).splitlines()[0]})
-    return {line: next((row for row in rows if "failed" in row), None) or medians(rows) for line, rows in found.items()}
+            failed[line] = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+    return {line: failed.get(line) or medians(rows[line]) for line in lines}
 
 
 def medians(rows: list[dict]) -> dict:
-    return {
-        name: value if isinstance(value, str) else median(row[name] for row in rows) for name, value in rows[0].items()
-    }
+    return {name: median_low(row[name] for row in rows) for name in rows[0]}
 
 
 def print_table(title: str, table: dict[str, dict]):
     """Prints a line for each row of figures."""
-    columns = list(dict.fromkeys(name for row in table.values() for name in row if name != "failed"))
+    columns = next((row for row in table.values() if "failed" not in row), {})
     print(f"{title:<38}" + "".join(f"{name:>12}" for name in columns))
     for line, row in table.items():
         failure = f"  failed: {row['failed']}" if "failed" in row else ""
-        cells = failure or "".join(cell(name, row.get(name, "")) for name in columns).rstrip()
-        print(f"  {line:<36}{cells}", flush=True)
+        print(f"  {line:<36}" + (failure or "".join(cell(*figure) for figure in row.items())), flush=True)
 
 
 def cell(name: str, value: float | str) -> str:
     if isinstance(value, str):
         return f"{value:>12}"
-    return f"{value:>12.1%}" if name in SHARES else f"{value:>12,.{2 if abs(value) < 100 else 0}f}"
+    return f"{value:>12.1%}" if name in SHARES else f"{value:>12,.{2 if value < 100 else 0}f}"

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -14,43 +14,30 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
 from scripts.bench.measuring import timed
-from scripts.bench.steps import RATE, Steps
-from scripts.bench.synthetic import STAGES, TOWER, load_data, load_model, model_config
+from scripts.bench.synthetic import RATE, STAGES, TOWER, Steps, load_data, load_model, model_config, settings_of
 
-PLAIN, FIRST_EPOCH, KEPT_FEATURES = "plain", "this project, first epoch", "this project, kept features"
-TRAINING_LINES = (PLAIN, FIRST_EPOCH, KEPT_FEATURES)
-LOADER_LINES = ("loader, plain", "loader")
+TRAINING_LINES = ("plain", "this project, first epoch", "this project, kept features")
+LOADER_LINES = ("plain", "this project")
 LOADED_BATCHES = 250
 WARM_UP = {"cpu": 1, "mps": 1, "cuda": 30}  # steps
 
 
-class PlainData(Dataset):
-    """The rows of a data set, each image run through transformers' image processor at every read."""
+class PlainCollator(VLMCollator):
+    """Runs each image through transformers' image processor at every read."""
 
-    def __init__(self, data: VLMDataset):
-        self.data = data
-        self.processor = (getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor)()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        [row] = self.data.read_rows([self.data.positions[index]])
-        input_ids = torch.tensor(row["input_ids"])
-        labels = torch.full_like(input_ids, -100)
-        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-            labels[start:end] = input_ids[start:end]
-        [(path, _)] = self.data.picture_sources(row)
-        with Image.open(path) as image:
-            pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        starts = torch.tensor(row["image_starts"])
-        return {"input_ids": input_ids, "labels": labels, "image_starts": starts, "pixel_values": pixels}
+    def __call__(self, samples: list[dict]) -> dict:
+        processor = (getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor)()
+        for sample in samples:
+            [pixels] = sample["pixel_values"]
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            sample["pixel_values"] = processor(images=image, return_tensors="pt")["pixel_values"]
+        return super().__call__(samples)
 
 
 def plain_loop(args) -> tuple[Iterator[dict], Callable[[dict], None]]:
@@ -58,7 +45,7 @@ def plain_loop(args) -> tuple[Iterator[dict], Callable[[dict], None]]:
 
     Rows are padded to the longest allowed, logits computed at all positions; on a GPU in autocast.
     """
-    device, data, model = torch.device(args.device), load_data(args), load_model(args)
+    device, model = torch.device(args.device), load_model(args)
     optimizer = torch.optim.AdamW([weight for weight in model.to(device).parameters() if weight.requires_grad], RATE)
 
     def take(batch: dict):
@@ -70,57 +57,56 @@ def plain_loop(args) -> tuple[Iterator[dict], Callable[[dict], None]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return load(PlainData(data), args, VLMCollator(multiple=args.max_seq_len)), take
+    return load(load_data(args).leaving_small_pictures(), args, PlainCollator(multiple=args.max_seq_len)), take
 
 
-def load(data: Dataset, args, collate: VLMCollator) -> Iterator[dict]:
+def load(data: VLMDataset, args, collate: VLMCollator) -> Iterator[dict]:
     """Yields batches in random order."""
     sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)
     return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers))
 
 
-def measure_training(args, line: str) -> dict:
+def measure_training(stage: str, args, line: str) -> dict:
     """Measures one way to train.
 
     Returns:
         Samples/s; the shares of useful tokens and of a matrix product's FLOP/s; peak memory.
     """
-    device, encoding = torch.device(args.device), 0.0
+    args = settings_of(args, stage)
+    device, encoding, has_features = torch.device(args.device), 0.0, "kept features" in line
     product, warm_up = matrix_product_flops(device), WARM_UP[device.type]
     with tempfile.TemporaryDirectory() as folder:
-        if line == PLAIN:
+        if line == "plain":
             batches, take = plain_loop(args)
         else:
             steps = Steps(args, "compiled, captured" if device.type == "cuda" else "")
-            few = list(itertools.islice(steps.sampler(), warm_up + args.steps))
-            if line == KEPT_FEATURES or device.type != "cuda":  # on CUDA a first epoch encodes in its steps
-                encoding = encode_pictures(steps, few, Path(folder)) * (line == FIRST_EPOCH)
+            few = list(itertools.islice(steps.sampler, warm_up + args.steps))
+            if has_features or device.type != "cuda":  # on CUDA a first epoch encodes in its steps
+                encoding = encode_pictures(steps, few, Path(folder)) * (not has_features)
             batches, take = steps.batches(few), steps.take
 
-        def take_steps(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            """Takes steps without a sync between them; returns each batch's (input_ids, labels)."""
-            taken = []
-            for batch in itertools.islice(batches, count):
-                take(batch)
-                taken.append((batch["input_ids"], batch["labels"]))
-            return taken
-
-        take_steps(warm_up)
-        seconds, taken = timed(device, take_steps, args.steps)
-    total = Counter()
-    for input_ids, labels in taken:
-        lengths = (input_ids != 0).sum(dim=1)
-        total.update(samples=len(lengths), useful=int(lengths.sum()), computed=input_ids.numel())
-        total.update(learned=int((labels != -100).sum()), squares=int((lengths**2).sum()))
+        take_all(take, itertools.islice(batches, warm_up))
+        seconds, total = timed(device, take_all, take, itertools.islice(batches, args.steps))
     seconds += encoding * total["samples"]
     product = max(product, matrix_product_flops(device))  # before and after: one may be disturbed on a shared machine
     return {
         "samples/s": total["samples"] / seconds,
         "useful": total["useful"] / total["computed"],
-        "product": model_flops(args, total, line == KEPT_FEATURES) / seconds / product,
+        "product": model_flops(args, total, has_features) / seconds / product,
         "GB": peak_bytes(device) / 1e9,
         "GFLOP/s": product / 1e9,
     }
+
+
+def take_all(take: Callable, batches: Iterable[dict]) -> Counter:
+    """Takes the steps without a sync between them; returns what was computed, as if a batch's rows were alike."""
+    total = Counter()
+    for batch in batches:
+        samples, tokens = batch["input_ids"].shape[0], batch["tokens"]
+        total.update(samples=samples, useful=tokens, learned=batch["units"], squares=tokens**2 // samples)
+        total["computed"] += batch["input_ids"].numel()
+        take(batch)
+    return total
 
 
 def encode_pictures(steps: Steps, few: list[np.ndarray], folder: Path) -> float:
@@ -139,7 +125,7 @@ def encode_pictures(steps: Steps, few: list[np.ndarray], folder: Path) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Returns the most memory that this process has held, on the device or off."""
+    """Returns the most memory that this process has used, on the device or off."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -178,20 +164,16 @@ def matrix_product_flops(device: torch.device) -> float:
 
 
 def measure_loader(args, line: str) -> dict:
-    """Returns images per second out of the loader alone."""
-    return {"images/s": load_batches_alone(args, line, LOADED_BATCHES)}
-
-
-def load_batches_alone(args, line: str, count: int) -> float:
-    """Returns images per second of this many batches, once all workers are at work."""
-    data = load_data(args)
-    if line == "loader, plain":
-        data = PlainData(data)
-    elif args.device.startswith("cuda"):
-        data = data.leaving_small_pictures()  # the GPU enlarges them
-    batches = load(data, args, VLMCollator())
+    """Returns images per second out of the loader alone, once all workers are at work."""
+    args = settings_of(args, "pretrain")
+    data, collate = load_data(args), VLMCollator()
+    if line == "plain":
+        collate = PlainCollator()
+    if line == "plain" or args.device.startswith("cuda"):  # a GPU enlarges them
+        data = data.leaving_small_pictures()
+    batches = load(data, args, collate)
     for _ in range(5 * args.num_workers):
         next(batches)
     started = time.perf_counter()
-    images = sum(len(batch["input_ids"]) for batch in itertools.islice(batches, count))
-    return images / (time.perf_counter() - started)
+    images = sum(len(batch["input_ids"]) for batch in itertools.islice(batches, LOADED_BATCHES))
+    return {"samples/s": images / (time.perf_counter() - started)}

@@ -1,40 +1,36 @@
-"""Builds the small language model that stands in for MiniMind2 where nothing was downloaded, see README.md here.
+"""Build the small language model that stands in for MiniMind2 until that is downloaded, see README.md here.
 
     python scripts/builtin/build_llm.py                     # 75 to 110 minutes on one core, into model/builtin
     python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
 
-It is trained on text only: the conversations of the built-in data set, with the scene described in place of the image.
-Some describe it in a sentence, the others in a grid of words, with a cell for each of the tower's patches: the mixed
-embeddings of the words for colour, shape, size and place of the object that covers the patch, or the word for empty.
-A linear projection can make that of patch features, so for this model to read images only a projection has to be
-learned. Held-out combinations are in none of the texts.
+It is trained on text only: the conversations of the built-in data set, with the scene described in place of the image,
+in a sentence or in a grid with a cell for each of the tower's patches: the mixed embeddings of the words for colour,
+shape, size and place of the object that covers the patch, or of the word for empty. A linear projection can map patch
+features to that, so this model learns to read images by a projection alone. No text has a held-out combination.
 """
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import file_path
 from common.files import write_together
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder
 from dataset.scenes import language
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene
-from dataset.scenes.language import LANGUAGES, Facts, Language
-from dataset.tokenizer import tokenizer_hash
+from dataset.scenes.language import LANGUAGES
+from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import VLMConfig
 from model.weights import describe, weight_files, weight_name
@@ -43,14 +39,11 @@ from scripts.builtin import build_tower
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 # As captions spell them in either language, so that a caption only takes copying. In the order of the tower's TARGETS.
 _CHINESE = ("空", *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
-_ENGLISH = (
-    " empty",
-    *(f" {word.split('the ')[-1]}" for word in language.ENGLISH.words.values()),
-)  # "at the top": " top"
+_ENGLISH = (" empty", *(f" {word.split('the ')[-1]}" for word in language.ENGLISH.words.values()))  # " top", no article
 GRID_WORDS = tuple(zip(_CHINESE, _ENGLISH, strict=True))
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
 IN_A_SENTENCE = 0.35  # share of the steps
-COARSE_UNTIL = 0.7  # of the training: until then most grids have every second row and column only, which is faster
+COARSE_UNTIL = 0.7  # of the training: until then most grids have every second row and column only, for speed
 Example = tuple[list[dict], list[np.ndarray]]  # a conversation, and the weights of its grids
 
 
@@ -58,11 +51,7 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
     """Draws how much of each word is in each cell of a scene's grid, (cells, len(GRID_WORDS)).
 
     Proportions, strength and share of missing cells vary, so that the model reads whatever projection is learned.
-
-    Args:
-        scene: The scene.
-        rng: Draws the variation.
-        stride: 1 for all 14 x 14 cells, 2 for a quarter of them, at an offset that misses no object.
+    `stride` is 1 for all 14 x 14 cells, 2 for a quarter of them, at an offset that misses no object.
     """
     coverage = patch_coverage(scene)
     if stride > 1:
@@ -87,36 +76,18 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
     return weights
 
 
-def grid_word_ids(encoder: ChatEncoder) -> list[list[int]]:
-    """Returns the tokens of the grid words, those of both spellings together."""
-    return [
-        [i for word in words for i in encoder.backend.encode(word, add_special_tokens=False).ids]
-        for words in GRID_WORDS
-    ]
-
-
-def grid_word_vectors(model: MiniMindForCausalLM, word_ids: list[list[int]]) -> Tensor:
-    """Returns a vector for each grid word, the scaled sum of its tokens' embeddings, (len(GRID_WORDS), hidden_size)."""
-    return torch.stack([model.embed(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in word_ids])
-
-
-def described_in_words(objects: Sequence[Facts], rng: Random, spoken: Language) -> str:
-    """Returns the scene as a sentence, or as a list of objects and attributes in random order."""
+def in_a_sentence(scene: Scene, rng: Random) -> Example:
+    """Returns a conversation about a scene described as a sentence, or as a list of objects in random order."""
+    talk = language.dialogue if rng.random() < 0.7 else language.description
+    spoken = rng.choice(LANGUAGES)
     if rng.random() < 0.3:
-        return language.caption(objects, spoken)
+        return talk(scene.facts, rng, language.caption(scene.facts, spoken), spoken), []
     lines = []
-    for thing in rng.sample(list(objects), len(objects)):
+    for thing in rng.sample(list(scene.facts), len(scene.facts)):
         words = [spoken.say(f"{{{name}}}", thing) for name in vars(thing)]
         rng.shuffle(words)
         lines.append(", ".join(words))
-    return "; ".join(lines) + "."
-
-
-def in_a_sentence(scene: Scene, rng: Random) -> Example:
-    """Returns a conversation about a scene that is described in words."""
-    talk = language.dialogue if rng.random() < 0.7 else language.description
-    spoken = rng.choice(LANGUAGES)
-    return talk(scene.facts, rng, described_in_words(scene.facts, rng, spoken), spoken), []
+    return talk(scene.facts, rng, "; ".join(lines) + ".", spoken), []
 
 
 def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
@@ -133,23 +104,13 @@ def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, 
     return talk(facts[0], rng, shown[0], spoken), grids
 
 
-class Batch(NamedTuple):
-    """The texts of a step.
+def collate(encoder: ChatEncoder, examples: list[Example]) -> dict[str, Tensor]:
+    """Joins examples into a batch.
 
-    Attributes:
-        input_ids, labels: (texts, longest), right-padded; labels are -100 where nothing is learned.
-        is_cell: Where the cells of grids are, of the same shape.
-        weights: Of all cells in reading order, (cells, len(GRID_WORDS)).
+    Returns:
+        (texts, longest): input_ids, right-padded; labels, -100 where nothing is learned; is_cell, where the cells of
+        grids are. weights (cells, len(GRID_WORDS)): of all cells in reading order.
     """
-
-    input_ids: Tensor
-    labels: Tensor
-    is_cell: Tensor
-    weights: Tensor
-
-
-def collate(encoder: ChatEncoder, examples: list[Example]) -> Batch:
-    """Joins examples into a batch."""
     chats = encoder.encode([conversation for conversation, _ in examples])
     grids = [grid for _, grids in examples for grid in grids]
     input_ids = nn.utils.rnn.pad_sequence([torch.tensor(chat.input_ids) for chat in chats], batch_first=True)
@@ -157,14 +118,15 @@ def collate(encoder: ChatEncoder, examples: list[Example]) -> Batch:
     for row, chat in enumerate(chats):
         for start, end in chat.learned:
             labels[row, start:end] = input_ids[row, start:end]
-    weights = np.concatenate([np.zeros((0, len(GRID_WORDS)), dtype=np.float32), *grids])
-    return Batch(input_ids, labels, input_ids == encoder.image_token_id, torch.from_numpy(weights))
+    weights = torch.from_numpy(np.concatenate([np.zeros((0, len(GRID_WORDS)), dtype=np.float32), *grids]))
+    is_cell = input_ids == encoder.image_token_id
+    return {"input_ids": input_ids, "labels": labels, "is_cell": is_cell, "weights": weights}
 
 
-def draw_batches(encoder: ChatEncoder, steps: int, batch_size: int, seed: int) -> Iterator[tuple[str, Batch]]:
+def draw_batches(encoder: ChatEncoder, steps: int, batch_size: int, seed: int) -> Iterator[tuple[str, dict]]:
     """Yields the kind of text and the batch of each step, from training scenes, none twice.
 
-    Of the scenes with one object, which are learned long before those with two, four in five are left out.
+    Four in five scenes with one object are left out: they are learned long before those with two.
     """
     rng, noise = Random(seed), np.random.default_rng(seed)
     every_scene = map(training_scene, itertools.count())
@@ -178,22 +140,25 @@ def draw_batches(encoder: ChatEncoder, steps: int, batch_size: int, seed: int) -
             yield "loss in a grid", collate(encoder, [in_a_grid(scenes, rng, noise, stride) for _ in range(count)])
 
 
-def embed(model: MiniMindForCausalLM, batch: Batch, words: list[list[int]]) -> Tensor:
-    """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise."""
-    embedded = model.embed(batch.input_ids)
-    if not len(batch.weights):
+def embed(model: MiniMindForCausalLM, batch: dict, words: list[list[int]]) -> Tensor:
+    """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise.
+
+    A grid word's is the scaled sum of its tokens' (`words`).
+    """
+    embedded = model.embed(batch["input_ids"])
+    if not len(batch["weights"]):
         return embedded
-    word_vectors = grid_word_vectors(model, words)
-    vectors = batch.weights @ word_vectors
+    word_vectors = torch.stack([model.embed(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in words])
+    vectors = batch["weights"] @ word_vectors
     scale = word_vectors.detach().square().mean().sqrt()
     # Noise on each cell, and an offset common to all: no projection is clean.
     vectors = vectors + torch.randn_like(vectors) * scale * torch.rand(()) * 0.5
     vectors = vectors + torch.randn(vectors.shape[1]) * scale * torch.rand(()) * 0.5
-    return embedded.masked_scatter(batch.is_cell[..., None], vectors.to(embedded.dtype))
+    return embedded.masked_scatter(batch["is_cell"][..., None], vectors.to(embedded.dtype))
 
 
-def initialise(model: MiniMindForCausalLM) -> None:
-    """Draws the weights anew, scaled by the width.
+def initialise(model: MiniMindForCausalLM):
+    """Draws new weights, scaled by the width.
 
     The usual deviation of 0.02 is for wide models. At width 128 it makes attention start too flat, and the words of a
     group (the colours, say), which are first learned to be equally likely, become too alike to be told apart.
@@ -204,21 +169,8 @@ def initialise(model: MiniMindForCausalLM) -> None:
             nn.init.normal_(weight, std=(weight.shape[1] * depth) ** -0.5)
 
 
-def parameter_groups(model: MiniMindForCausalLM) -> list[dict]:
-    """Returns AdamW's groups: embeddings move slowly, to stay distinct while the decoder learns to use them."""
-    embeddings, *others = model.parameters()
-    return [
-        {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
-        {"params": others, "factor": 1.0, "weight_decay": 0.05},
-    ]
-
-
 class Float32Attention(TorchFunctionMode):
-    """Computes attention in float32 under autocast.
-
-    On a CPU its backward pass is three times slower in bfloat16 (307 vs 95 ms per layer, for heads of 16 dimensions and
-    32 texts of 170 tokens), which costs more than the matrix products gain: this halves the time of a step.
-    """
+    """Computes attention in float32 under autocast: for heads of 16, bfloat16 makes a CPU's step twice as long."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -228,50 +180,42 @@ class Float32Attention(TorchFunctionMode):
             return func(*(states.float() for states in args), **kwargs).to(args[0].dtype)
 
 
-def training_loss(model: MiniMindForCausalLM, batch: Batch, words: list[list[int]]) -> Tensor:
-    learned = (batch.labels.flatten() != -100).nonzero()[:, 0]
+def training_loss(model: MiniMindForCausalLM, words: list[list[int]], batch: dict) -> Tensor:
+    learned = (batch["labels"].flatten() != -100).nonzero()[:, 0]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_BFLOAT16), Float32Attention():
-        return model(inputs_embeds=embed(model, batch, words), labels=batch.labels, learned_positions=learned).loss
+        return model(inputs_embeds=embed(model, batch, words), labels=batch["labels"], learned_positions=learned).loss
 
 
 @torch.no_grad()
 def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]]) -> dict:
-    """Measures the shares of learned tokens and of whole captions that are right, on held-out scenes given as grids.
+    """Measures the shares of learned tokens and of whole captions that are right, on held-out scenes shown as grids.
 
-    A caption is right if each token is the most likely one after those before it: greedy generation then gives exactly
-    this caption.
+    A caption is right if each token is the most likely one after those before it, as in greedy generation.
     """
     scenes, shown, result = heldout_scenes(), IMAGE_CHARACTER * PATCHES_PER_SIDE**2, {}
     for name, spoken in (("Chinese", language.CHINESE), ("English", language.ENGLISH)):
         tokens, captions, noise = [], [], np.random.default_rng(0)
         for start in range(0, len(scenes), 50):
-            examples = [
-                (
-                    language.description(scene.facts, Random(start), shown, spoken),
-                    [grid_weights(scene, noise, stride=1)],
-                )
-                for scene in scenes[start : start + 50]
-            ]
+            examples = []
+            for scene in scenes[start : start + 50]:
+                talk = language.description(scene.facts, Random(start), shown, spoken)
+                examples.append((talk, [grid_weights(scene, noise, stride=1)]))
             batch = collate(encoder, examples)
-            right = model(inputs_embeds=embed(model, batch, words)).logits[:, :-1].argmax(dim=-1) == batch.labels[:, 1:]
-            learned = batch.labels[:, 1:] != -100
-            tokens.append(right[learned].float())
-            captions.append((right | ~learned).all(dim=1).float())
-        result |= {f"tokens, {name}": round(float(torch.cat(tokens).mean()), 4)}
-        result |= {f"captions, {name}": round(float(torch.cat(captions).mean()), 4)}
+            labels = batch["labels"][:, 1:]
+            right = model(inputs_embeds=embed(model, batch, words)).logits[:, :-1].argmax(dim=-1) == labels
+            tokens.append(right[labels != -100].float())
+            captions.append((right | (labels == -100)).all(dim=1).float())
+        result[f"tokens, {name}"] = round(float(torch.cat(tokens).mean()), 4)
+        result[f"captions, {name}"] = round(float(torch.cat(captions).mean()), 4)
     return result
 
 
-def main() -> None:
-    defaults = {"steps": 5000, "batch_size": 32, "learning_rate": 2e-3, "log_interval": 50, "save_interval": 500}
-    parser = build_tower.make_parser(__doc__, out_dir=BUILTIN_MODEL_DIR, **defaults)
-    parser.add_argument("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help="tokenizer folder")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
+def main():
+    settings = {"out_dir": BUILTIN_MODEL_DIR, "steps": 5000, "learning_rate": 2e-3, "save_interval": 500}
+    args = build_tower.parse_arguments(__doc__, **settings)
+    tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
     encoder = ChatEncoder(tokenizer, CONFIG.image_tokens)
-    words = grid_word_ids(encoder)
+    words = [[i for word in pair for i in tokenizer.encode(word, add_special_tokens=False)] for pair in GRID_WORDS]
     model = MiniMindForCausalLM(CONFIG)
     initialise(model)
 
@@ -284,10 +228,13 @@ def main() -> None:
         return result
 
     print(f"decoder of {model.num_parameters():,} parameters, {args.steps} steps")
+    embeddings, *others = model.parameters()
+    groups = [  # embeddings move slowly, to stay distinct while the decoder learns to use them
+        {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
+        {"params": others, "factor": 1.0, "weight_decay": 0.05},
+    ]
     batches = draw_batches(encoder, args.steps, args.batch_size, args.seed)
-    build_tower.train(
-        args, parameter_groups(model), batches, partial(training_loss, model, words=words), measure_and_save
-    )
+    build_tower.train(args, groups, batches, partial(training_loss, model, words), measure_and_save)
 
 
 if __name__ == "__main__":

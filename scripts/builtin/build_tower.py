@@ -1,11 +1,11 @@
-"""Builds the small vision tower that stands in for CLIP's where nothing was downloaded (scripts/builtin/README.md).
+"""Build the small vision tower that stands in for CLIP's until that is downloaded, see README.md here.
 
     python scripts/builtin/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
     python scripts/builtin/build_tower.py --steps 50 --out_dir /tmp/tower
 
-The tower is trained once on images of training scenes, then frozen. A single linear layer must be able to turn its
-patch features into words, so it is trained with one: from each patch's feature a linear head predicts whether an object
-covers the patch, and that object's colour, shape, size and place. The head is thrown away.
+It is trained once on images of training scenes, then frozen. A linear layer must be able to turn its patch features
+into words, so it is trained with one: from each patch's feature a linear head predicts whether an object covers the
+patch, and that object's colour, shape, size and place. The head is dropped.
 """
 
 import copy
@@ -29,26 +29,22 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
 
 CONFIG = CLIPVisionConfig(
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    patch_size=16,
-    image_size=224,
+    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
 )
-# What the head predicts from a patch: whether an object is there at all, and each word about it.
+# What the head predicts from a patch: whether an object covers it, and each word about the object.
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
 GROUPS = {
     attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
     for attribute, words in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}.items()
 }
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
+LOG_INTERVAL = 50  # steps
 
 
 def word_targets(facts: Facts) -> list[int]:
@@ -57,7 +53,7 @@ def word_targets(facts: Facts) -> list[int]:
 
 
 def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
-    """Returns the scenes as the tower will see them: drawn, JPEG-compressed and preprocessed, (B, 3, 224, 224)."""
+    """Returns the scenes as the tower gets them: drawn, JPEG-compressed and preprocessed, (B, 3, 224, 224)."""
     images = []
     for scene in scenes:
         file = io.BytesIO()
@@ -67,11 +63,7 @@ def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
 
 
 def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Returns what each patch's feature must encode.
-
-    Returns:
-        Ones and zeros (B, 196, len(TARGETS)), all zeros where no object is, and which patches are learned (B, 196).
-    """
+    """Returns targets (B, 196, len(TARGETS)), ones and zeros, and which patches are learned (B, 196)."""
     targets = np.zeros((len(scenes), 196, len(TARGETS)), dtype=np.float32)
     learned = np.ones((len(scenes), 196), dtype=bool)
     for row, scene in enumerate(scenes):
@@ -88,7 +80,7 @@ def features(tower: CLIPVisionModel, pixel_values: Tensor) -> Tensor:
 
 
 def head_loss(predicted: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
-    """Returns the squared error of all targets, plus the cross-entropy of each group where an object is.
+    """Returns the squared error of all targets, plus the cross-entropy of each group on patches of an object.
 
     The squared error makes the targets linear in the feature, which a projection into word embeddings needs; the
     cross-entropy separates the words.
@@ -105,10 +97,10 @@ def head_loss(predicted: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcessorPil) -> dict:
-    """Measures how often the linear head is right on the held-out scenes, as shares from 0 to 1.
+    """Returns the linear head's accuracy on held-out scenes, from 0 to 1.
 
-    For each group, over objects (from the mean over an object's patches); `whole`: all four groups are right;
-    `patch`: object or background is right, over patches.
+    Each group's, over objects (by the mean over an object's patches); `whole`: of all four groups together; `patch`: of
+    object or background, over patches.
     """
     scenes = heldout_scenes()
     parts = [scenes[start : start + 50] for start in range(0, len(scenes), 50)]
@@ -126,35 +118,34 @@ def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcess
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Returns a linear warm-up over 5 % of the steps, then a cosine down to 1 % of the peak."""
+    """Returns a linear warm-up over 5 % of the steps, then a cosine decay to 1 % of the peak."""
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
-def make_parser(description: str, **defaults) -> ArgumentParser:
-    """Returns a parser of the flags that both build scripts have."""
+def parse_arguments(description: str, **defaults) -> Namespace:
+    """Reads the flags of both build scripts, beside settings that are no flags; sets torch's threads and seed."""
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--out_dir", type=file_path, help="folder to write")
-    parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, help="examples per step, each a new scene")
-    parser.add_argument("--learning_rate", type=float, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the texts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--log_interval", type=int, help="steps between printed lines")
-    parser.add_argument("--save_interval", type=int, help="steps between measuring and saving")
+    add = parser.add_argument
+    add("--out_dir", type=file_path, help="folder to write")
+    add("--steps", type=number(int, 1), help="optimizer steps")
+    add("--batch_size", type=number(int, 2), default=32, help="examples per step, each a new scene")
+    add("--seed", type=int, default=0, help="seed of the initial weights and the texts")
+    add("--threads", type=number(int, 1), default=1, help="CPU threads")
     parser.set_defaults(**defaults)
-    return parser
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return args
 
 
-def train(
-    args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of: Callable, measure_and_save: Callable
-) -> None:
+def train(args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of: Callable, measure_and_save: Callable):
     """Trains with AdamW, printing losses and held-out results as it goes.
 
     Args:
-        args: The flags of `make_parser`.
+        args: Of `parse_arguments`, with the peak `learning_rate`, and the steps of a `save_interval`.
         groups: AdamW's parameter groups; "factor" scales a group's learning rate.
         batches: One (name of the loss, batch) per step.
         loss_of: Returns the loss of a batch.
@@ -163,17 +154,16 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     parameters = [weight for group in groups for weight in group["params"]]
     started, recent = time.time(), defaultdict(list)
-    for step, (name, batch) in enumerate(batches):
+    for done, (name, batch) in enumerate(batches, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(step, args.steps, args.learning_rate)
+            group["lr"] = group["factor"] * learning_rate(done - 1, args.steps, args.learning_rate)
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         recent[name].append(loss.item())
-        done = step + 1
-        if done % args.log_interval == 0:
+        if done % LOG_INTERVAL == 0:
             losses = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
             print(f"step {done} {losses} {time.time() - started:.0f} s", flush=True)
             recent.clear()
@@ -181,11 +171,9 @@ def train(
             print(f"held-out scenes: {json.dumps(measure_and_save())}", flush=True)
 
 
-def main() -> None:
-    defaults = {"steps": 1500, "batch_size": 32, "learning_rate": 1e-3, "log_interval": 100, "save_interval": 300}
-    args = make_parser(__doc__, out_dir=BUILTIN_MODEL_DIR / "tower", **defaults).parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+def main():
+    settings = {"out_dir": BUILTIN_MODEL_DIR / "tower", "steps": 1500, "learning_rate": 1e-3, "save_interval": 300}
+    args = parse_arguments(__doc__, **settings)
     processor = CLIPImageProcessorPil()
     tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, len(TARGETS))
 

@@ -3,14 +3,14 @@
     python scripts/builtin/reference.py             runs both stages with one seed, compares with the recorded figures
     python scripts/builtin/reference.py --record    runs three seeds, writes scripts/reference.json; resumes
     python scripts/builtin/reference.py --quick     both stages on their first rows only; --record records that too
+    python scripts/builtin/reference.py --short     the same on fewer rows, as the tests do
     python scripts/builtin/reference.py --wide      a decoder of the published size on a few rows, from random weights
     python scripts/builtin/reference.py --quick --dtype bfloat16    does it learn as well in another precision?
 
-The held-out loss (on 200 scenes whose combinations of colour, shape and place are never trained on) must not exceed the
+The held-out loss (on scenes whose combinations of colour, shape and place are never trained on) must not exceed the
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -32,24 +32,29 @@ RECORD = ROOT / "scripts" / "reference.json"
 SEEDS = (42, 1, 2)
 STAGES = (PRETRAIN, SFT)
 PROCESSES = {PRETRAIN: 1, SFT: 2}
-QUICK_ROWS = {PRETRAIN: 1600, SFT: 640}  # seen once
+QUICK = {PRETRAIN: 1600, SFT: 640}  # the first rows of a stage, seen once
+# Of runs on few rows: each stage's first rows, held-out rows, and changed flags.
+SIZES = {
+    "quick": (QUICK, 200, {}),
+    "short": ({PRETRAIN: 800, SFT: 160}, 48, {}),
+    "wide": ({SFT: 640}, 200, {"from_weight": "none", "hidden_size": 512, "num_hidden_layers": 8}),
+}
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Returns the rows of a jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[float]]:
+def run_stage(stage: Stage, seed: int, folder: Path, *flags: str, processes: int | None = None) -> list[list[float]]:
     """Runs a training script as the README does.
 
     Returns:
-        [step, held-out loss, grounding gap] of each measurement.
+        [step, held-out loss, grounding gap] of each evaluation.
 
     Raises:
         UsageError: If it fails; its output is above.
     """
-    name, processes = stage.defaults["save_weight"], PROCESSES[stage]
+    name, processes = stage.defaults["save_weight"], processes or PROCESSES[stage]
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -57,31 +62,42 @@ def run_stage(stage: Stage, seed: int, folder: Path, *flags: str) -> list[list[f
     if subprocess.run(command).returncode != 0:
         raise UsageError(f"{' '.join(command)} failed")
     [metrics] = folder.glob(f"{name}_???.metrics.jsonl")  # not those of earlier runs
-    rows = read_jsonl(metrics)
-    return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows if "eval" in row]
+    rows = [row for row in read_jsonl(metrics) if "eval" in row]
+    return [[row["step"], row["eval"]["loss"], row["eval"]["gap_shuffled"]] for row in rows]
 
 
-def run_both(seed: int, folder: Path, *flags: str) -> dict:
-    """Returns the curves of both stages."""
-    cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
-    return {f"stage {n}": run_stage(stage, seed, folder, *cache, *flags) for n, stage in enumerate(STAGES, start=1)}
+def run(size: str | None, seed: int, folder: Path, *flags: str) -> dict:
+    """Returns the curve of each stage: of a size, or on all rows."""
+    if size is None:
+        cache = ["--cache_vision", str(SAVE_DIR / "vision_features")]
+        return {f"stage {n}": run_stage(stage, seed, folder, *cache, *flags) for n, stage in enumerate(STAGES, start=1)}
+    (rows, heldout_rows, changed), curves = SIZES[size], {}
+    changed = changed | {"eval_data": write_lines(folder / "heldout.jsonl", first_lines("heldout", heldout_rows))}
+    for stage, count in rows.items():
+        chosen = few_flags(stage, first_lines(stage.data, count), folder, **changed)
+        name, processes = f"stage {STAGES.index(stage) + 1}, {size}", 1 if size == "short" else None
+        curves[name] = run_stage(stage, seed, folder, *chosen, *flags, processes=processes)
+        changed |= {"from_weight": folder / f"{stage.defaults['save_weight']}_128.pth"}
+    return curves
 
 
-def first_rows(stage: Stage) -> list[str]:
-    """Returns the lines that a quick run is trained on."""
-    lines = (draw_builtin_dataset() / f"{stage.data}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return lines[: QUICK_ROWS[stage]]
+def first_lines(name: str, count: int) -> list[str]:
+    """Returns the first lines of one of the built-in set's files."""
+    return (draw_builtin_dataset() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:count]
 
 
-def quick_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list[str]:
+def write_lines(path: Path, lines: list[str]) -> Path:
+    write_atomically(path, lambda file: file.write("".join(lines).encode("utf-8")))
+    return path
+
+
+def few_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list[str]:
     """Returns the flags of a run of one epoch on these lines that writes nothing to out/."""
-    few = folder / f"{stage.data}.jsonl"
-    write_atomically(few, lambda file: file.write("".join(lines).encode("utf-8")))
     data = draw_builtin_dataset()
     settings = BUILTIN.recipes[stage.name] | {
         "epochs": 1,
         "from_weight": BUILTIN_MODEL_DIR / "llm_128.pth",
-        "data_path": few,
+        "data_path": write_lines(folder / f"{stage.data}.jsonl", lines),
         "images_path": data / "images",
         "eval_data": data / "heldout.jsonl",
         "eval_images_path": data / "heldout_images",
@@ -90,23 +106,6 @@ def quick_flags(stage: Stage, lines: list[str], folder: Path, **changed) -> list
         "vision_model_path": BUILTIN_TOWER_DIR,
     }
     return [str(word) for name, value in (settings | changed).items() for word in (f"--{name}", value)]
-
-
-def run_quick(seed: int, folder: Path, *flags: str) -> dict:
-    """Returns the curves of both stages on their first rows."""
-    curves, start = {}, {}
-    for number, stage in enumerate(STAGES, start=1):
-        chosen = quick_flags(stage, first_rows(stage), folder, **start)
-        curves[f"stage {number}, quick"] = run_stage(stage, seed, folder, *chosen, *flags)
-        start = {"from_weight": folder / f"{stage.defaults['save_weight']}_128.pth"}
-    return curves
-
-
-def run_wide(seed: int, folder: Path, *flags: str) -> dict:
-    """Returns the curve of a decoder of the published size, from random weights, on stage 2's first rows."""
-    shape = {"from_weight": "none", "hidden_size": 512, "num_hidden_layers": 8}
-    chosen = quick_flags(SFT, first_rows(SFT), folder, **shape)
-    return {"stage 2, 512 wide": run_stage(SFT, seed, folder, *chosen, *flags)}
 
 
 def summary(curves: dict[str, list]) -> dict:
@@ -120,10 +119,10 @@ def summary(curves: dict[str, list]) -> dict:
     }
 
 
-def record(run, folder: Path):
+def record(size: str | None, folder: Path):
     """Runs every seed, and adds the figures to those already recorded."""
     flags = "--dtype", "float32", "--from_resume", "1"
-    by_seed = {seed: run(seed, folder / f"seed_{seed}", *flags) for seed in SEEDS}
+    by_seed = {seed: run(size, seed, folder / f"seed_{seed}", *flags) for seed in SEEDS}
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for name in by_seed[SEEDS[0]]:
         recorded[name] = summary({f"seed {seed}": by_seed[seed][name] for seed in SEEDS})
@@ -143,31 +142,28 @@ def compare(curves: dict[str, list]) -> list[str]:
     return worse
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--record", action="store_true", help="run three seeds and record the figures")
-    runs = parser.add_mutually_exclusive_group()
-    runs.add_argument("--quick", action="store_true", help="both stages on their first rows only")
-    runs.add_argument("--wide", action="store_true", help="stage 2's first rows, 512 wide and 8 layers deep")
-    parser.add_argument("--seed", type=int, default=SEEDS[0], help="seed of the run that is compared")
-    what = "precision of the run that is compared (default: what training chooses); the record is float32"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
-    what = "folder of the runs (default: out/reference, out/reference_quick or out/reference_wide)"
-    parser.add_argument("--folder", type=file_path, help=what)
-    args = parser.parse_args(argv)
-    size = "_quick" * args.quick + "_wide" * args.wide
-    args.folder = args.folder or SAVE_DIR / f"reference{size}"
-    return args
-
-
 def main():
-    args = parse_arguments()
-    run = run_quick if args.quick else run_wide if args.wide else run_both
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--record", action="store_true", help="run three seeds and record the figures")
+    sizes = parser.add_mutually_exclusive_group()
+    for size, what in {
+        "quick": "both stages on their first rows only",
+        "short": "the same on fewer rows, in one process",
+        "wide": "stage 2's first rows, 512 wide and 8 layers deep",
+    }.items():
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=what)
+    add("--seed", type=int, default=SEEDS[0], help="seed of the run that is compared")
+    what = "precision of the run that is compared (default: what training chooses); the record is float32"
+    add("--dtype", choices=("float32", "bfloat16"), help=what)
+    add("--folder", type=file_path, help="folder of the runs (default: out/reference, out/reference_quick, ...)")
+    args = parser.parse_args()
+    folder = args.folder or SAVE_DIR / "_".join(filter(None, ("reference", args.size)))
     if args.record:
-        record(run, args.folder)
+        record(args.size, folder)
         return
     flags = ("--dtype", args.dtype) if args.dtype else ()
-    worse = compare(run(args.seed, args.folder / (args.dtype or "") / f"seed_{args.seed}", *flags))
+    worse = compare(run(args.size, args.seed, folder / (args.dtype or "") / f"seed_{args.seed}", *flags))
     if worse:
         raise UsageError("\n".join(worse))
 

@@ -1,18 +1,15 @@
-"""Trains a tokenizer: byte-level BPE with 6400 entries, for Chinese and English.
+"""Train a tokenizer: byte-level BPE with 6400 entries, for Chinese and English.
 
     python scripts/builtin/train_tokenizer.py   rebuild the shipped one, into out/tokenizer
     python scripts/builtin/train_tokenizer.py --data_path a.jsonl b.txt   train on your own text
 
-model/tokenizer/ already holds a trained one: you need this script only for another vocabulary. A language model only
-works with the tokenizer it was trained with.
+A language model works only with the tokenizer that it was trained with, so you need this for a new one only.
 
-Without --data_path, the corpus consists of
-    Chinese   the word list of the package jieba (MIT licence), each word repeated in proportion to its frequency
-    English   the docstrings of Python's standard library (PSF licence)
-    both      words and punctuation of simple image descriptions, listed below
-The result is reproducible byte for byte with the same jieba, Python and tokenizers (shipped: 0.42.1, 3.11.7, 0.23.3).
+Without --data_path, the corpus is jieba's word list (MIT licence), each word repeated in proportion to its frequency;
+the docstrings of Python's standard library (PSF licence); and words of simple image descriptions, listed below. The
+result is reproducible byte for byte with the same jieba, Python and tokenizers (shipped: 0.42.1, 3.11.7, 0.23.3).
 
-Method: byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909) over bytes, as in GPT-2 (Radford et al. 2019).
+Byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909; over bytes: GPT-2 (Radford et al. 2019).
 """
 
 import ast
@@ -35,14 +32,9 @@ from common.files import not_a_file, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
 from dataset.chat import IMAGE_CHARACTER
 
-VOCAB_SIZE = 6400
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MAX_TOKEN_BYTES = 12  # four Chinese characters; longer tokens would be phrases, too rare for a small model to learn
-SAMPLES = {
-    "Chinese": "图中左上角有一个红色的圆形，右边有两个小的三角形，今天的天气很好。",
-    "English": "There is a red circle in the upper left corner of the image, and the sky is blue.",
-}
 
 JIEBA_DIVISOR = 80  # jieba's frequencies sum to 60 million; this gives about two Chinese merges for each English one
 SCENE_REPEATS = 3000  # for words of image descriptions, which are too rare in the other sources
@@ -79,12 +71,12 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
                     if path.suffix == ".txt":
                         yield line
                     elif line.strip():
-                        yield from _texts_of_row(line, f"{path}, line {number}")
+                        yield from texts_of_row(line, f"{path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
-def _texts_of_row(line: str, where: str) -> list[str]:
+def texts_of_row(line: str, where: str) -> list[str]:
     try:
         row = json.loads(line)
         values = [row.get("text"), *(turn.get("content") for turn in row.get("conversations", []))]
@@ -98,11 +90,7 @@ def _texts_of_row(line: str, where: str) -> list[str]:
 
 
 def chinese_words() -> Iterator[str]:
-    """Yields each word of jieba's list, one per line, repeated in proportion to its frequency.
-
-    Raises:
-        UsageError: If jieba is not installed.
-    """
+    """Yields each word of jieba's list, repeated in proportion to its frequency; raises UsageError without jieba."""
     package = importlib.util.find_spec("jieba")  # not imported: that is slow and prints
     words_file = Path(package.origin).with_name("dict.txt") if package else None
     if words_file is None or not words_file.is_file():
@@ -135,7 +123,6 @@ def english_docstrings() -> Iterator[str]:
 
 
 def built_in_corpus() -> Iterator[str]:
-    """Yields the corpus of the shipped tokenizer, see the top of this file."""
     yield from chinese_words()
     yield from english_docstrings()
     for word in SCENE_WORDS + PUNCTUATION:
@@ -171,19 +158,12 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path):
-    """Writes tokenizer.json, and the shipped tokenizer_config.json: special tokens and chat template are the same."""
-    config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"
-    write_atomically(folder / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
-    write_atomically(folder / config.name, lambda file: file.write(config.read_bytes()))
-
-
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data_path", type=file_path, nargs="+", help=".txt or .jsonl (default: the built-in corpus)")
     add("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
-    add("--vocab_size", type=number(int, MIN_VOCAB_SIZE), default=VOCAB_SIZE, help="number of entries")
+    add("--vocab_size", type=number(int, MIN_VOCAB_SIZE), default=6400, help="number of entries")
     args = parser.parse_args()
     if args.save_dir.exists() and not args.save_dir.is_dir():
         parser.error(f"--save_dir {args.save_dir} is a file, not a folder")
@@ -193,12 +173,10 @@ def main():
         if path.suffix not in (".txt", ".jsonl"):
             parser.error(f"--data_path takes .txt and .jsonl files, not {path}")
     tokenizer = train(read_texts(args.data_path) if args.data_path else built_in_corpus(), args.vocab_size)
-    save(tokenizer, args.save_dir)
-    for language, sample in SAMPLES.items():
-        tokens = len(tokenizer.encode(sample).ids)
-        print(f"{language}: {len(sample.encode()) / tokens:.2f} bytes per token, {tokens} tokens for: {sample}")
+    config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
+    write_atomically(args.save_dir / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
+    write_atomically(args.save_dir / config.name, lambda file: file.write(config.read_bytes()))
     print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {args.save_dir}")
-    print(f"next: train a language model with it, then pass --tokenizer_path {args.save_dir}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import run_script
 from common.paths import SAVE_DIR
-from scripts.builtin.reference import PRETRAIN, SEEDS, SFT, first_rows, quick_flags, read_jsonl, run_stage
+from scripts.builtin.reference import PRETRAIN, QUICK, SEEDS, SFT, few_flags, first_lines, read_jsonl, run_stage
 from trainer.bundles import BUILTIN
 from trainer.stage import Stage
 
@@ -33,7 +33,7 @@ def with_other_pictures(lines: list[str]) -> list[str]:
 
 def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
     """Returns each run's title, stage, training lines and changed flags."""
-    captions, dialogues = first_rows(PRETRAIN), first_rows(SFT)
+    captions, dialogues = (first_lines(stage.data, QUICK[stage]) for stage in (PRETRAIN, SFT))
     after_stage_1 = {"from_weight": folder / "1" / "pretrain_vlm_128.pth"}
     return [
         ("stage 1 as it should be", PRETRAIN, captions, {}),
@@ -48,20 +48,16 @@ def wrong_runs(folder: Path) -> list[tuple[str, Stage, list[str], dict]]:
     ]
 
 
-def outcome(folder: Path) -> dict:
-    """Returns the last losses of the run in this folder, its grounding gap, and its first two descriptions."""
+def outcome(folder: Path) -> tuple[str, list[str], list[str]]:
+    """Returns the last figures of the run in this folder, what it says of two pictures, and what is right."""
     [metrics] = folder.glob("*_???.metrics.jsonl")  # not those of earlier runs
     [samples] = folder.glob("*_???_samples/samples.jsonl")
     rows = read_jsonl(metrics)
-    held_out = [row["eval"] for row in rows if "eval" in row][-1]
+    training, held_out = ([row[kind] for row in rows if kind in row][-1] for kind in ("loss", "eval"))
     described = [row for row in read_jsonl(samples) if row["picture"] in ("0.jpg", "1.jpg")]
-    return {
-        "training": [row["loss"] for row in rows if "loss" in row][-1],
-        "held out": held_out["loss"],
-        "gap": held_out["gap_shuffled"],
-        "says": [" ".join(row["description"].split()) for row in described],
-        "expected": [row["reference"] for row in described],
-    }
+    figures = "".join(f"{figure:>10.3f}" for figure in (training, held_out["loss"], held_out["gap_shuffled"]))
+    says = [" ".join(row["description"].split())[:40] or "(nothing)" for row in described]
+    return figures, says, [row["reference"] for row in described]
 
 
 def main():
@@ -70,14 +66,13 @@ def main():
     folder, results = parser.parse_args().folder or SAVE_DIR / "wrong_runs", {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):
         print(f"\n== {number}. {name}", flush=True)
-        flags = quick_flags(stage, lines, folder / str(number), cache_vision=folder / "features", **changed)
+        flags = few_flags(stage, lines, folder / str(number), cache_vision=folder / "features", **changed)
         run_stage(stage, SEEDS[0], folder / str(number), *flags)
         results[name] = outcome(folder / str(number))
     print(f"\n{'':<34}{'training':>10}{'held out':>10}{'gap':>10}   of two pictures it says")
-    for name, result in results.items():
-        figures = "".join(f"{result[column]:>10.3f}" for column in ("training", "held out", "gap"))
-        print(f"{name:<34}{figures}   {' | '.join(text[:40] or '(nothing)' for text in result['says'])}")
-    print(f"{'expected':<34}{'':>30}   {' | '.join(result['expected'])}")
+    for name, (figures, says, _) in results.items():
+        print(f"{name:<34}{figures}   {' | '.join(says)}")
+    print(f"{'expected':<34}{'':>30}   {' | '.join(next(iter(results.values()))[2])}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Pa
     theirs = (AutoModelForImageTextToText if sees_images else AutoModelForCausalLM).from_pretrained(folders["hf"])
     exact = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
     inputs = {name: prompts[0][name] for name in ("input_ids", "attention_mask")}
-    ours = {"MB, without tower": megabytes(trained.weights.path)}
+    ours = {"MB": f"{megabytes(trained.weights.path)} *"}
     ours["tokens/s"] = tokens_per_second(lambda: generate(model, prompts[0], **exact))
     if grades:
         [graded, *_] = scene_table(model, trained.tokenizer)
@@ -229,9 +229,10 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         table = compare(Path(program).resolve(), trained, args.class_token, Path(temporary))
     rows = dict.fromkeys(row for cells in table.values() for row in cells)
-    print(f"{'':<18}" + "".join(f"{name:>16}" for name in table))
+    print(f"{'':<15}" + "".join(f"{name:>16}" for name in table))
     for row in rows:
-        print(f"{row:<18}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))
+        print(f"{row:<15}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))
+    print("* without the tower")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from model import answers
 from scripts import benchmark
 from scripts.bench import checks, generation, gpu, measuring, synthetic, training
-from scripts.bench.training import KEPT_FEATURES, PLAIN, TRAINING_LINES
+from scripts.bench.training import TRAINING_LINES
 
 
 def here(function, *arguments):
@@ -59,26 +59,33 @@ def test_training_is_measured_beside_the_plain_loop(run):
     lines = figures["pretrain"]
     assert tuple(lines) == TRAINING_LINES
     assert all(math.isfinite(value) and value > 0 for line in lines.values() for value in line.values())
-    assert lines[PLAIN]["x plain"] == 1
-    assert lines[PLAIN]["useful"] < 0.9 < lines[KEPT_FEATURES]["useful"]
+    assert lines["plain"]["x plain"] == 1
+    assert lines["plain"]["useful"] < 0.9 < lines["this project, kept features"]["useful"]
     assert all(text in printed for text in (*lines, "x plain", "useful", "product", "GB"))
 
 
-def test_a_gpu_is_measured_line_by_line(run, monkeypatch, tmp_path, capsys):
-    """On a CPU, where nothing is captured; a way that fails is told, and the others are measured."""
-    for name, value in {"LARGE": {"sft": 2, "pretrain": 2}, "SMALL": {"pretrain": 1}, "TIMED": 1, "FED": 3}.items():
+def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
+    """On a CPU, where nothing is captured; a way that fails is reported, and the others are measured."""
+    lines = {way: ("sft", 2, way) for way in ("plain", "captured", gpu.WAYS[-1])}
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "gpu", (lines, gpu.measure_gpu))
+    for name, value in {"GPU_LINES": lines, "LARGE": 2, "TIMED": 1, "FED": 1, "ON_DEVICE": 1}.items():
         monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(gpu, "ON_DEVICE", 2)
-    monkeypatch.setattr("scripts.bench.steps.compile_or_not", lambda model, *_: CompiledOnPaper(model))
-    monkeypatch.setattr("scripts.bench.steps.CapturedStep", no_graphs)
-    _, printed = run("gpu")
-    assert printed.count("samples/s") == 2 * 3 + 1
-    assert printed.count("captured: failed: no graphs here") == 2 * 2 + 1
-    assert "the loader alone, 0 workers" in printed
+    monkeypatch.setattr(gpu, "matrix_product_flops", lambda device: 1e11)
+    graphs = iter((False, True))
 
+    def captured_step(step, context, pad):
+        if not next(graphs):
+            raise RuntimeError("no graphs here")
+        return partial(step, context)
 
-def no_graphs(*_):
-    raise RuntimeError("no graphs here")
+    monkeypatch.setattr(synthetic, "compile_or_not", lambda model, *_: CompiledOnPaper(model))
+    monkeypatch.setattr(synthetic, "CapturedStep", captured_step)
+    with pytest.raises(UsageError, match="1 line"):
+        run("gpu")
+    found, printed = json.loads((tmp_path / "figures.json").read_text())["gpu"], capsys.readouterr().out
+    assert found["captured"] == {"failed": "no graphs here"}
+    assert all(found[way]["samples/s"] > 0 for way in ("plain", gpu.WAYS[-1]))
+    assert "compiled, captured, fed by the loader: samples/s" in printed and "of peak" in printed
 
 
 class CompiledOnPaper:
@@ -91,12 +98,10 @@ class CompiledOnPaper:
 
 def test_loader_and_generation_are_measured(run):
     figures, printed = run("data", "generate")
-    assert all(line["images/s"] > 0 for line in figures["data"].values())
-    assert list(figures["generate"]) == list(generation.GENERATE_LINES)
+    assert all(line["samples/s"] > 0 for line in figures["data"].values())
+    assert tuple(figures["generate"]) == generation.GENERATE_LINES
     assert all(line["x Llama"] > 0 for line in figures["generate"].values())
-    assert all(title in printed for title in ("images/s", "x plain", "tokens/s", "x Llama"))
-    on_cuda = benchmark.lines_of("generate", "cuda:0")
-    assert on_cuda and not any("int8" in line for line in on_cuda)
+    assert all(title in printed for title in ("samples/s", "x plain", "tokens/s", "x Llama"))
 
 
 def test_the_checks_pass(run):
@@ -106,11 +111,12 @@ def test_the_checks_pass(run):
 
 
 def test_a_line_that_fails_is_reported_after_the_others(run, monkeypatch, capsys):
-    def fails(args):
-        raise RuntimeError("CUDA broke\nhere")
+    def check(args, line):
+        if line == "first":
+            raise RuntimeError("CUDA broke\nhere")
+        return {"found": "fine"}
 
-    monkeypatch.setattr(checks, "CHECKS", {"first": fails, "second": lambda args: "fine"})
-    monkeypatch.setattr(benchmark, "lines_of", lambda what, device: ["first", "second"])
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "checks", (["first", "second"], check))
     with pytest.raises(UsageError, match="1 line"):
         run("checks")
     printed = capsys.readouterr().out
@@ -138,16 +144,9 @@ def test_what_cannot_be_measured_is_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_reported_first(run, tmp_path, monkeypatch):
-    (tmp_path / "figures.json").mkdir()
-    monkeypatch.setattr(benchmark, "measure", None)
-    with pytest.raises(UsageError, match="figures.json"):
-        run("checks")
-
-
 def test_the_operations_counted_are_those_of_the_shape():
     """By hand for one caption: 8 layers of 512, 100 tokens of which 10 are learned, one picture."""
-    args = benchmark.settings_of("pretrain", benchmark.parse_arguments(["pretrain", "--device", "cpu"]))
+    args = synthetic.settings_of(benchmark.parse_arguments(["--device", "cpu"]), "pretrain")
     total = {"useful": 100, "squares": 100**2, "learned": 10, "samples": 1}
     projections, rest = 512 * 512 + 2 * 512 * 128, 512 * 512 + 3 * 512 * 1408  # of a block: q, k, v; and what follows
     decoder = 2 * 8 * projections * 100 + 2 * 8 * 512 * 100**2 + 2 * 7 * rest * 100
@@ -161,14 +160,14 @@ def test_the_operations_counted_are_those_of_the_shape():
     ("stage", "hidden_size", "tokens", "learned", "gflop"),
     [
         ("pretrain", 512, 275, 50, 60),
-        ("sft", 512, 600, 250, 125),
+        ("sft", 512, 875, 330, 171),
         ("pretrain", 768, 275, 50, 144),
-        ("sft", 768, 600, 250, 415),
+        ("sft", 768, 875, 330, 604),
     ],
 )
 def test_the_hours_in_the_document_count_these_operations(stage, hidden_size, tokens, learned, gflop):
     flags = [stage, "--device", "cpu", "--hidden_size", str(hidden_size)]
-    args = benchmark.settings_of(stage, benchmark.parse_arguments(flags))
+    args = synthetic.settings_of(benchmark.parse_arguments(flags), stage)
     total = {"samples": 1, "useful": tokens, "learned": learned, "squares": tokens**2}
     assert training.model_flops(args, total, is_cached=False) == pytest.approx(gflop * 1e9, rel=0.01)
 

@@ -1,34 +1,30 @@
 """The scripts that made the built-in models run, and write what training loads."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-from common.paths import ROOT
+from common.paths import BUILTIN_MODEL_DIR
+from dataset.scenes.draw import heldout_scenes
 from model.model_vlm import load_vision_tower
 from model.weights import read_weights
+from scripts.builtin import build_llm, build_tower
 
 
-def build(script: str, out_dir: Path) -> str:
-    flags = ["--steps", "1", "--batch_size", "2", "--threads", "1", "--out_dir", str(out_dir)]
-    command = [sys.executable, str(ROOT / "scripts" / "builtin" / script), *flags]
-    done = subprocess.run(
-        command, cwd=out_dir.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def build(script, out_dir, monkeypatch) -> None:
+    few = heldout_scenes()[:4]
+    monkeypatch.setattr(script, "heldout_scenes", lambda: few)
+    monkeypatch.setattr("sys.argv", ["build", "--steps", "2", "--batch_size", "2", "--out_dir", str(out_dir)])
+    script.main()
 
 
-def test_build_tower(tmp_path):
-    assert "held-out scenes" in build("build_tower.py", tmp_path / "tower")
-    built, shipped = (load_vision_tower(path) for path in (tmp_path / "tower", ROOT / "model" / "builtin" / "tower"))
+def test_build_tower(tmp_path, monkeypatch, capsys):
+    build(build_tower, tmp_path, monkeypatch)
+    assert "held-out scenes: {" in capsys.readouterr().out
+    built, shipped = (load_vision_tower(path) for path in (tmp_path, BUILTIN_MODEL_DIR / "tower"))
     assert built.config.hidden_size == shipped.config.hidden_size
 
 
-def test_build_llm(tmp_path):
-    assert "held-out scenes" in build("build_llm.py", tmp_path / "llm")
-    built, shipped = (read_weights(path / "llm_128.pth") for path in (tmp_path / "llm", ROOT / "model" / "builtin"))
+def test_build_llm(tmp_path, monkeypatch, capsys):
+    build(build_llm, tmp_path, monkeypatch)
+    assert "held-out scenes: {" in capsys.readouterr().out
+    built, shipped = (read_weights(folder / "llm_128.pth") for folder in (tmp_path, BUILTIN_MODEL_DIR))
     assert built.tensors.keys() == shipped.tensors.keys()
     for weights in (built, shipped):
         assert weights.sidecar["assets"] == "built-in"
@@ -36,4 +32,4 @@ def test_build_llm(tmp_path):
 
 
 def test_the_built_in_weights_are_small():
-    assert sum(path.stat().st_size for path in (ROOT / "model" / "builtin").rglob("*") if path.is_file()) < 10_000_000
+    assert sum(path.stat().st_size for path in BUILTIN_MODEL_DIR.rglob("*") if path.is_file()) < 10_000_000

@@ -199,7 +199,7 @@ def test_training_is_bit_identical_with_and_without_held_out_rows(world, watched
     assert trained[0] == trained[1]
     # Its page shows images that were trained on instead.
     assert "the pictures described at the end were trained on" in result.out
-    assert "pictures that were trained on" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8")
+    assert "descriptions of training images" in (out / "sft_vlm_32.report.html").read_text(encoding="utf-8")
     assert {row["step"] for row in read_jsonl(out / "sft_vlm_32_samples" / "samples.jsonl")} == {14}
 
 

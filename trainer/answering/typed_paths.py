@@ -42,9 +42,10 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
     # Of 'my cat.jpg' in quotes cat.jpg is no part.
     inside = {place for match in QUOTED.finditer(line) for place in range(match.start() + 2, match.end())}
     starts = [match.start() for match in STARTS.finditer(line) if match.start() not in inside]
-    paths, pieces, done = [], [], 0
+    paths, pieces, done, tried = [], [], 0, 0
     for match in ENDS.finditer(line):
-        near = starts[bisect_left(starts, done) : bisect_left(starts, match.start())][-MOST_STARTS:]
+        near = starts[bisect_left(starts, tried) : bisect_left(starts, match.start())][-MOST_STARTS:]
+        tried = match.end()
         ends = [match.end() + 1] * line.startswith(("'", '"'), match.end()) + [match.end()]
         spans = [(start, end) for start in near for end in ends]
         found = next(((start, end, path) for start, end in spans if (path := file_of(line[start:end]))), None)
@@ -61,7 +62,7 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
         return rest, []
     question = AROUND.sub(lambda found: " " * (" " in found[0]), rest)
     question = re.sub(r" (?=[.,;:!?。，；：！？、])", "", question).strip(" ,;:，、；：")
-    return question if any(map(str.isalnum, question)) else "", paths
+    return question if question.strip(" .,;:!?…。，、；：！？") else "", paths
 
 
 def file_of(text: str) -> Path | None:

@@ -59,7 +59,7 @@ class Progress:
     def state_dict(self) -> dict:
         """Returns what was counted since the last report, for a resumed run to report."""
         counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": self._seconds()}
-        return {"progress": counted, "wandb_id": self.wandb_run and self.wandb_run.id}
+        return {"progress": counted, "wandb_id": None if self.wandb_run is None else self.wandb_run.id}
 
     def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
         """Counts an optimizer step; `losses` (2,), its summed loss and learned tokens over all ranks, is not synced."""
