@@ -59,17 +59,18 @@ def assert_same_weights(out, other):
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed, name, status):
+def test_a_signal_finishes_the_step_and_saves_it(world, tmp_path, undisturbed):
     out = world.copy_of_out(tmp_path / "out")
-    hook = AT_FORWARD.format(what=SIGNALLED.format(call=5, rank=0, name=name))
-    stopped = run(world, out, "--num_workers", 1, hook=hook)
-    assert stopped.code == status
-    assert f"{name}: finishing this step and saving" in stopped.err
-    assert "stopped after step 5 of 14, which is saved: the same command with --from_resume 1 resumes" in stopped.out
-    assert "Traceback" not in stopped.text
-    assert load(out / "sft_vlm_32_resume.pth")["step"] == 5
-    assert len(losses(out)) == 5
+    for name, status, call, step in (("SIGTERM", 143, 5, 5), ("SIGINT", 130, 4, 9), ("SIGHUP", 129, 2, 11)):
+        hook = AT_FORWARD.format(what=SIGNALLED.format(call=call, rank=0, name=name))
+        stopped = run(world, out, "--num_workers", 1, "--from_resume", 1, hook=hook)
+        assert stopped.code == status
+        assert f"{name}: finishing this step and saving" in stopped.err
+        words = f"stopped after step {step} of 14, which is saved: the same command with --from_resume 1 resumes"
+        assert words in stopped.out
+        assert "Traceback" not in stopped.text
+        assert load(out / "sft_vlm_32_resume.pth")["step"] == step
+        assert len(losses(out)) == step
     run(world, out, "--from_resume", 1).passed()
     assert_same_weights(out, undisturbed)
     assert losses(out) == losses(undisturbed)

@@ -16,7 +16,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 
 pytest_plugins = ["tiny"]
 
-BATCH, EPOCHS, RATE, SEED, MAX_LENGTH = 4, 3, 1e-3, 5, 640
+BATCH, EPOCHS, RATE, SEED, MAX_LENGTH = 4, 3, 1e-3, 5, 512
 FLAGS = ["--batch_size", BATCH, "--epochs", EPOCHS, "--learning_rate", RATE, "--seed", SEED, "--log_interval", 1]
 FLAGS += ["--max_seq_len", MAX_LENGTH, "--from_weight", "llm"]
 
