@@ -330,11 +330,11 @@ def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path)
     torch.save(language_model(num_hidden_layers=3), tmp_path / "deeper.pth")
     torch.save(language_model(steps=21), tmp_path / "other.pth")
     for weights, said in (
-        ("deeper.pth", "other model (hidden_size 32, 2 layers, 8 and 2 heads"),
-        ("other.pth", "other frozen weights ("),
+        ("deeper.pth", "another model (hidden_size 32, 2 layers, 8 and 2 heads"),
+        ("other.pth", "another frozen weights ("),
     ):
         again = way.run(world, out, "--from_resume", 1, "--from_weight", tmp_path / weights)
-        again.refused("pretrain_vlm_32_resume.pth is of a run with", said, "; now ")
+        again.refused("pretrain_vlm_32_resume.pth was saved with", said, "; now ")
 
 
 def changed(state: dict, place: str, value) -> dict:
@@ -351,7 +351,7 @@ NO_STATES = [
     *(("epoch", value, "epoch") for value in (-1, "x", 1.0, NAN, None, True, 10**9, 2**70)),
     *(("sample", value, "sample") for value in (-3, "x", NAN, 10**9, ROWS, [3])),
     *(("step", value, "step") for value in (-1, NAN, "7", 0, EPOCHS * ROWS + 1)),
-    ("epoch", EPOCHS + 1, f"epoch {EPOCHS + 1}, sample 0 is no place in a run of {EPOCHS} epochs over {ROWS} rows"),
+    ("epoch", EPOCHS + 1, f"{EPOCHS + 1}, sample 0 is not a valid position in a run of {EPOCHS} epochs over {ROWS} "),
     ("arguments/epochs", "many", "many epochs"),
     ("arguments", ["a list"], "arguments"),
     ("fingerprint", {"model": 5}, "fingerprint"),
