@@ -12,6 +12,7 @@ from tiny import SFT, read_jsonl
 pytest_plugins = ["tiny"]
 WARMED_UP = """
 import dataclasses, functools
+from common.errors import run_script
 from trainer import train_sft_vlm as sft
 from trainer.stage import cosine_learning_rate
 
@@ -30,9 +31,9 @@ def script(tmp_path):
     """A user's own script, which runs from any folder."""
     path = tmp_path / "train_with_warmup.py"
     start = f"import sys\nsys.path.insert(0, {str(SFT.parents[1])!r})\n{WARMED_UP}"
-    path.write_text(
-        f"{start}\nfrom common.errors import run_script\nrun_script(functools.partial(sft.main, STAGE), outlives_output=True)\n"
-    )
+    path.write_text(f"{start}
+run_script(functools.partial(sft.main, STAGE), outlives_output=True)
+")
     return path
 
 
