@@ -49,7 +49,7 @@ EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
 COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
 STATE = {
     **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
-    "learned_tokens?": COUNT,  # old checkpoints lack these two
+    "units?": COUNT,  # old checkpoints lack these two
     "pictures?": torch.Tensor,
     "bad_steps": [COUNT] * 3,
     "processes": Range(int, 1, 1 << 20),

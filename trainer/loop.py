@@ -53,7 +53,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
-    loss = partial(stage.loss, **{name: companion.to(device) for name, companion in companions.items()})
+    for name, part in companions.items():
+        companions[name] = part.to(device) if isinstance(part, torch.nn.Module) else part
+    loss = partial(stage.loss, **companions)
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
     evaluator = None
@@ -88,7 +90,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
                 data_seconds = time.perf_counter() - started
                 counts = count(micro_batches, processes)
-                learning_rate = stage.schedule(args, sampler.done(epoch, first_sample))
+                learning_rate = stage.schedule(args, sampler.done(epoch, first_sample), state.step)
                 losses, is_bad = take_step(micro_batches, counts, learning_rate)
                 unreadable.note(micro_batches)
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))

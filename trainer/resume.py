@@ -82,7 +82,7 @@ class Checkpoints:
             "data": f"{self.rows.sidecar['rows']:,} rows, {self.rows.content}",
             "vision tower": self.tower_sha256[:12],
             "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
-        } | {name: files.sha256_of(frozen.state_dict())[:12] for name, frozen in companions.items()}
+        } | {name: fingerprint_of(companion) for name, companion in companions.items()}
 
     def _check(self, state: dict):
         path = self.run.files.state
@@ -154,6 +154,11 @@ class Checkpoints:
                 f"lower --learning_rate than {args.learning_rate:g} or a lower --grad_clip than {args.grad_clip:g} "
                 "may help"
             )
+
+
+def fingerprint_of(companion) -> str:
+    is_model = isinstance(companion, torch.nn.Module)
+    return files.sha256_of(companion.state_dict())[:12] if is_model else str(companion)
 
 
 def check_place(state: dict, rows: int, path):

@@ -132,8 +132,21 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     state = read_state(args, files, processes)
     dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
     dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
-    models = tokenizer, sha256, weights, config, tower
-    return Run(stage, args, processes, *models, files, state, dtype, started, run_lock)
+    return Run(
+        stage=stage,
+        args=args,
+        processes=processes,
+        tokenizer=tokenizer,
+        tokenizer_sha256=sha256,
+        weights=weights,
+        config=config,
+        tower=tower,
+        files=files,
+        state=state,
+        dtype=dtype,
+        started=started,
+        lock=run_lock,
+    )
 
 
 def be_deterministic():

@@ -33,6 +33,7 @@ class Resampler(Projector):
 
     @classmethod
     def tokens(cls, patches: int, pixel_shuffle: int) -> int:
+        super().tokens(patches, pixel_shuffle)  # raises for a pixel shuffle
         return QUERIES
 
     @classmethod
