@@ -31,9 +31,7 @@ def script(tmp_path):
     """A user's own script, which runs from any folder."""
     path = tmp_path / "train_with_warmup.py"
     start = f"import sys\nsys.path.insert(0, {str(SFT.parents[1])!r})\n{WARMED_UP}"
-    path.write_text(f"{start}
-run_script(functools.partial(sft.main, STAGE), outlives_output=True)
-")
+    path.write_text(start + "\nrun_script(functools.partial(sft.main, STAGE), outlives_output=True)\n")
     return path
 
 
