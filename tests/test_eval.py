@@ -53,7 +53,7 @@ def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
     pictures = os.path.relpath(world.images, tmp_path)
     script, save_dir = os.path.relpath(EVAL, tmp_path), os.path.relpath(out, tmp_path)
     # Tokenizer and tower default to those of the weights.
-    result = world.start(script, "--save_dir", save_dir, "--image_dir", pictures, "--max_new_tokens", 4, cwd=tmp_path)
+    result = world.run(script, "--save_dir", save_dir, "--image_dir", pictures, "--max_new_tokens", 4, cwd=tmp_path)
     asked = re.findall(r"^(.*\.jpg): 描述这张图片$", result.passed().out, re.MULTILINE)
     assert sorted(asked) == sorted(f"{number}.jpg" for number in range(PICTURES))
     assert "sft_vlm_32.pth" in result.out

@@ -257,37 +257,36 @@ def test_three_steps_with_the_newest_experts_then_talk(world, published, tmp_pat
     world.run(EVAL, "--save_dir", out, *ask).passed()
 
 
-@pytest.mark.parametrize("use_moe", [False, True], ids=["qwen3", "qwen3_moe"])
-def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path, use_moe):
-    """The same prompts' ids and the same logits; reading the folder back gives the weights."""
-    tokenizer, out = save_tokenizer_3v(tmp_path / "tokenizer"), tmp_path / "out"
-    out.mkdir()
-    path = out / f"llm_64{'_moe' * use_moe}.pth"
-    path.write_bytes(weight_file(tmp_path, False, **SHAPE_3V, use_moe=use_moe)[0])
-    tower = save_siglip(tmp_path / "siglip")
-    files = ["--save_dir", out, "--weight", "llm", "--tokenizer_path", tokenizer, "--vision_model_path", tower]
-    world.run(EXPORT, *files).passed()
-    world.run(EXPORT, *files, "--to", "gguf").refused("not exported to GGUF")
-    folder = out / f"{path.stem}-hf"
-    assert json.loads((folder / "config.json").read_text())["model_type"] == ("qwen3_moe" if use_moe else "qwen3")
-
+def test_the_newest_language_model_is_a_qwen3_to_transformers(world, tmp_path):
+    """Without and with experts: the same prompts' ids, the same logits; reading the folder back gives the weights."""
+    tokenizer, tower = save_tokenizer_3v(tmp_path / "tokenizer"), save_siglip(tmp_path / "siglip")
     chat = [turn("user", "What is 2 @ 3?"), turn("assistant", "<think>\nsum\n</think>\n\n5"), turn("user", "你好")]
     chat += [turn("assistant", "\n好") | {"reasoning_content": "\n想\n"}, turn("user", "Sure?")]
-    Path(f"{folder}.chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
-    user = [sys.executable, "-W", "ignore", USER, folder]
+    folders = {"qwen3": tmp_path / "llm_64-hf", "qwen3_moe": tmp_path / "llm_64_moe-hf"}
+    for kind, folder in folders.items():
+        use_moe = kind == "qwen3_moe"
+        path = folder.with_name(f"{folder.name.removesuffix('-hf')}.pth")
+        path.write_bytes(weight_file(tmp_path, False, **SHAPE_3V, use_moe=use_moe)[0])
+        files = ["--save_dir", tmp_path, "--weight", "llm", "--tokenizer_path", tokenizer, "--vision_model_path", tower]
+        world.run(EXPORT, *files, "--use_moe", int(use_moe)).passed()
+        world.run(EXPORT, *files, "--use_moe", int(use_moe), "--to", "gguf").refused("not exported to GGUF")
+        assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+        Path(f"{folder}.chats.json").write_text(json.dumps({"conversations": [chat], "images": []}), encoding="utf-8")
+    user = [sys.executable, "-W", "ignore", USER, *folders.values()]
     done = subprocess.run(list(map(str, user)), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = torch.load(f"{folder}.pt")
     [ours] = ChatEncoder(load_tokenizer(tokenizer), 64).encode([chat], add_generation_prompt=True)
-    assert theirs["input_ids"].tolist() == [ours.input_ids]
-    weights = read_weights(path)
-    model = MiniMindVLM(weights.config).eval()
-    model.load_state_dict({**model.state_dict(), **weights.tensors})
-    with torch.inference_mode():
-        logits = model(theirs["input_ids"]).logits
-    torch.testing.assert_close(theirs["logits"], logits, atol=1e-4, rtol=0)
-    ask = ["--prompt", "你好", "--image_dir", world.images, "--max_new_tokens", 1, "--device", "cpu"]
-    world.run(EVAL, "--load_from", folder, "--vision_model_path", tower, *ask).passed()
+    for folder in folders.values():
+        theirs = torch.load(f"{folder}.pt")
+        assert theirs["input_ids"].tolist() == [ours.input_ids]
+        weights = read_weights(folder.with_name(f"{folder.name.removesuffix('-hf')}.pth"))
+        model = MiniMindVLM(weights.config).eval()
+        model.load_state_dict({**model.state_dict(), **weights.tensors})
+        with torch.inference_mode():
+            logits = model(theirs["input_ids"]).logits
+        torch.testing.assert_close(theirs["logits"], logits, atol=1e-4, rtol=0)
+        ask = ["--prompt", "你好", "--image_dir", world.images, "--max_new_tokens", 1, "--device", "cpu"]
+        world.run(EVAL, "--load_from", folder, "--vision_model_path", tower, *ask).passed()
 
 
 def test_the_helps_name_the_settings_of_minimind_3v(world):

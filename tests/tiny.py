@@ -1,7 +1,7 @@
 """A tiny world for the tests of the scripts (tower, language model, images, rows) and ways to run a script in it.
 
-`World.start` and `World.torchrun` run a script as its user types it: 5 to 20 seconds of imports. `World.run` runs it in
-a process forked from one that has done the imports: the same arguments, folder, output and exit status in a second.
+`World.start` runs a script as its user types it: 5 seconds of imports. `World.run` runs it in a process forked from one
+that has done the imports: the same arguments, folder, output and exit status in a second.
 
 PYTEST_DONT_REWRITE (the tests import this file before pytest takes its fixture from it)
 """
@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gc
 import io
 import json
@@ -117,7 +118,7 @@ class World:
     def run(
         self, script: Path, *arguments, cwd=None, env=None, ranks: int = 1, hook="", terminal=False, typed=b""
     ) -> Result:
-        """Runs a script in forked processes, `ranks` of them as torchrun would, and returns the result of rank 0.
+        """Runs a script in forked processes, `ranks` of them as torchrun would; returns rank 0's errors, all output.
 
         Args:
             hook: Python to execute before the script.
@@ -149,9 +150,10 @@ class World:
             codes = json.loads(self.launcher.stdout.readline())
         if terminal:
             return Result(codes[0], shown, "")
-        texts = [Path(name).read_text(encoding="utf-8") for name in jobs[0]["files"]]
-        assert ranks == 1 or len(set(codes)) == 1, f"the ranks ended differently: {codes}\n{''.join(texts)}"
-        return Result(codes[0], *texts)
+        out = "".join(Path(job["files"][0]).read_text(encoding="utf-8") for job in jobs)
+        err = Path(jobs[0]["files"][1]).read_text(encoding="utf-8")
+        assert len(set(codes)) == 1, f"the ranks ended differently: {codes}\n{out}{err}"
+        return Result(codes[0], out, err)
 
     def start(self, *command, cwd: Path, env: dict | None = None) -> Result:
         """Runs `python *command` as it is typed."""
@@ -165,11 +167,6 @@ class World:
             timeout=SECONDS,
         )
         return Result(done.returncode, done.stdout, done.stderr)
-
-    def torchrun(self, *command, cwd: Path) -> Result:
-        """Runs `torchrun --nproc_per_node 2 *command` on a free port."""
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        return self.start(*torchrun, *command, cwd=cwd)
 
     def _build(self):
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -299,6 +296,7 @@ def serve():
         __import__(module)
     sys.modules["trainer.report.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
     sys.modules["trainer.report.samples"].LOOKING_SECONDS = -1.0  # nor maps of what they look at
+    load_once()
     gc.freeze()  # a garbage collection in a forked process would copy every imported page
     for line in sys.stdin:
         processes = []
@@ -308,11 +306,23 @@ def serve():
                 signal.alarm(SECONDS)
                 code = run_job(job)
                 atexit._run_exitfuncs()
-                sys.stdout.flush()
+                if sys.stdout:  # a run that lost it sets None
+                    sys.stdout.flush()
                 os._exit(code)  # skips the half second of tearing modules down
             processes.append(process)
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
         print(json.dumps(codes), flush=True)
+
+
+def load_once():
+    """Keeps for all runs what each would compute again: compiled page templates and the versions of packages."""
+    jinja2, weights = sys.modules["jinja2"], sys.modules["model.weights"]
+    Path("templates").mkdir()
+    templates = jinja2.FileSystemBytecodeCache(str(Path("templates").resolve()))
+    jinja2.Environment.__init__ = functools.partialmethod(jinja2.Environment.__init__, bytecode_cache=templates)
+    weights.version = functools.cache(weights.version)
+    for name in weights.PACKAGES:
+        weights.version(name)
 
 
 def run_job(job: dict) -> int:

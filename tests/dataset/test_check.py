@@ -67,8 +67,8 @@ def test_a_good_file(check, world):
     assert all(len(line) <= 80 for line in done.out.splitlines() if str(world.root) not in line)
 
 
-def test_as_a_module_and_the_default_tokenizer(world):
-    done = world.start("-m", "dataset.check", world.root / "sft.jsonl", "--images_path", world.images, cwd=ROOT)
+def test_the_default_tokenizer(world):
+    done = world.run(CHECK, world.root / "sft.jsonl", "--images_path", world.images, cwd=ROOT)
     assert WOULD_START in done.passed().out
     assert re.search(r"tokenizer +model/tokenizer(_minimind2 \(the published one\)| \(the built-in one\))\n", done.out)
 

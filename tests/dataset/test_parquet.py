@@ -7,8 +7,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from published_parquet import write_published_form
-from tiny import ROOT, SFT, as_file, turn
+from tiny import SFT, as_file, turn
 
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
@@ -365,24 +363,18 @@ def test_a_full_disk_leaves_nothing_and_is_not_blamed_on_the_file(written, tmp_p
     assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}]
-from dataset import parquet
-from pathlib import Path
-def killed(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-parquet.Pictures.add = killed
-parquet.load_parquet(Path(sys.argv[1]), sys.argv[2])
-"""
-
-
 def test_a_process_that_was_killed_while_reading_leaves_nothing_behind(written, tmp_path):
     rows = [(said(ASKED), picture(0))]
     written(rows)
     shutil.rmtree(tmp_path / "cache")
-    command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), tmp_path / "rows.parquet", tmp_path / "cache"]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    process = os.fork()
+    if process == 0:
+        parquet.Pictures.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            parquet.load_parquet(tmp_path / "rows.parquet", tmp_path / "cache")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     assert kept_in(tmp_path).suffix == ".tmp"
     assert len(written(rows)) == 1
     assert kept_in(tmp_path).suffix == ""

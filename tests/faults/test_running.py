@@ -1,7 +1,6 @@
 """What goes wrong while training: signals, full disks, non-finite losses, lost ranks."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import pytest
 import torch
-from tiny import PRETRAIN, SECONDS, SFT, free_port, read_jsonl, write_jsonl
+from tiny import PRETRAIN, ROOT, SECONDS, SFT, free_port, read_jsonl, write_jsonl
 
 from common.errors import RankError
 from common.files import MARK, SCRATCH, TEMPORARY, lock_of, scratch_folder
@@ -220,13 +219,13 @@ def test_a_rank_with_only_a_broken_picture_gives_the_losses_of_one(world, tmp_pa
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-# A script for torchrun: runs the hook on rank 1 (unless restarted), then the training script.
+# A script for torchrun: runs the hook on rank 1, then the training script.
 WRAPPED = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 rank, restart = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-if rank == "1" and restart == "0":
-    exec({hook!r}, {{}})
+if rank == "1":
+    exec({hook!r}, {{"restart": restart}})
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -249,33 +248,28 @@ def started(world, cwd, *command) -> subprocess.Popen:
     return subprocess.Popen([*map(str, command)], env=world.environment, cwd=cwd, start_new_session=True, **pipes)
 
 
-def test_torchrun_restarts_and_resumes_after_a_killed_rank(world, tmp_path):
+def test_torchrun_restarts_after_a_killed_rank_and_ctrl_c_saves(world, tmp_path):
+    """Rank 1 is killed; after the restart Ctrl-C reaches torchrun, which signals its ranks, and rank 1."""
     out = world.copy_of_out(tmp_path / "out")
-    script = wrapped(world, tmp_path, PRETRAIN, "if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)")
+    script = wrapped(
+        world,
+        tmp_path,
+        PRETRAIN,
+        "if len(calls) == 6 and restart == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if len(calls) == 5 and restart == '1': [os.killpg(group, signal.SIGINT) for group in (os.getppid(), 0)]",
+    )
     flags = ["--epochs", 2, "--batch_size", 2, "--save_interval", 2, "--log_interval", 1, "--from_resume", 1]
-    command = ["--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", 1, script]
-    command = ["-m", "torch.distributed.run", *command, *world.files("pretrain", out), *flags]
-    done = world.start(*command, cwd=tmp_path).passed()
-    assert "so this run starts from the beginning" in done.out
-    assert "resumes      after step 4, 10 to go" in done.out
-    assert "another process of this run has ended or does not answer" in done.err
-    assert [row["step"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == list(range(1, 15))
-
-
-def test_ctrl_c_to_torchrun_saves(world, tmp_path):
-    """Ctrl-C reaches the whole group: torchrun, which signals its ranks too, and the ranks."""
-    out = world.copy_of_out(tmp_path / "out")
-    what = "if len(calls) == 5: os.killpg(0, signal.SIGINT)"
-    script = wrapped(world, tmp_path, SFT, what)
-    flags = ["--from_weight", "llm", "--epochs", 2, "--batch_size", 2, "--learning_rate", 1e-3, "--log_interval", 1]
-    command = torchrun("--nproc_per_node", 2, "--master_port", free_port(), script)
-    process = started(world, tmp_path, *command, *world.files("sft", out), *flags, "--num_workers", 1)
-    printed, _ = process.communicate(timeout=SECONDS)
+    command = torchrun("--nproc_per_node", 2, "--master_port", free_port(), "--max-restarts", 1, script)
+    process = started(world, tmp_path, *command, *world.files("pretrain", out), *flags, "--num_workers", 1)
+    printed, errors = process.communicate(timeout=SECONDS)
+    assert "so this run starts from the beginning" in printed
+    assert "resumes      after step 4, 10 to go" in printed
+    assert "another process of this run has ended or does not answer" in errors
     assert process.returncode != 0
     assert "which is saved: the same command with --from_resume 1 resumes" in printed
-    step = load(out / "sft_vlm_32_resume.pth")["step"]
-    assert 5 <= step < 14
-    assert len(losses(out)) == step
+    step = load(out / "pretrain_vlm_32_resume.pth")["step"]
+    assert 9 <= step < STEPS
+    assert [row["step"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl")] == list(range(1, step + 1))
 
 
 def test_two_agents_train_together_until_one_is_silent(world, tmp_path):
@@ -377,16 +371,13 @@ def test_a_run_removes_its_own_leftovers_only(world, tmp_path):
 def test_training_goes_on_if_stdout_cannot_be_written(world, tmp_path, undisturbed, where):
     """As `train >/dev/full` and `train | head -1`; the note goes to stderr."""
     out = world.copy_of_out(tmp_path / "out")
-    command = [sys.executable, "-W", "ignore", SFT, *world.files("sft", out), *FLAGS]
-    with open("/dev/full" if where == "full disk" else os.devnull, "w") as target:
-        stdout = target if where == "full disk" else subprocess.PIPE
-        process = subprocess.Popen(
-            [*map(str, command)], stdout=stdout, stderr=subprocess.PIPE, env=world.environment, text=True
-        )
-        if process.stdout:
-            process.stdout.close()
-        errors = process.stderr.read()
-        assert process.wait(SECONDS) == 0, errors
+    if where == "full disk":  # in a process of its own: at its end Python writes its buffers once more
+        code = "import os, runpy, trainer.report.samples as samples\nsamples.LONGEST, samples.LOOKING_SECONDS = 8, -1\n"
+        code += f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nrunpy.run_path({str(SFT)!r}, run_name='__main__')"
+        errors = world.start("-c", code, *world.files("sft", out), *FLAGS, cwd=ROOT).passed().err
+    else:
+        hook = "import os, sys\nreader, writer = os.pipe()\nos.close(reader)\nsys.stdout = open(writer, 'w')"
+        errors = run(world, out, hook=hook).passed().err
     assert "note: stdout could not be written" in errors
     assert "Traceback" not in errors and "Exception ignored" not in errors
     assert_same_weights(out, undisturbed)

@@ -154,20 +154,19 @@ def assert_same_end(way: Way, out, other):
         assert [record[field] for record in metrics] == [record[field] for record in expected]
 
 
-# The 5th step follows a save at the 3rd, the 8th one at the end of the first epoch.
-@pytest.mark.parametrize(("step", "saved"), [(5, 3), (8, 7)], ids=["inside an epoch", "at its end"])
 @pytest.mark.parametrize("name", WAYS)
-def test_a_run_that_was_killed_in_a_step_goes_on_as_if_it_had_not_been(
-    world, save_dir, tmp_path, in_one_go, name, step, saved
-):
+def test_a_run_that_was_killed_in_a_step_goes_on_as_if_it_had_not_been(world, save_dir, tmp_path, in_one_go, name):
+    """Twice: in step 5, after the save of step 3, and in step 8, after that at the end of the first epoch."""
     way, out = WAYS[name], save_dir(tmp_path / "out")
     passes = way.flags[way.flags.index("--accumulation_steps") + 1] if "--accumulation_steps" in way.flags else 1
-    # In the last pass of the step: with accumulation the others of its group are done.
-    killed = way.run(world, out, hook=KILLED_AT_FORWARD.format(call=passes * step))
-    assert killed.code == -9
-    assert load(out / f"{way.name}_resume.pth")["step"] == saved
+    for steps, saved in ((5, 3), (5, 7)):
+        # In the last pass of the step: with accumulation the others of its group are done.
+        killed = way.run(world, out, "--from_resume", 1, hook=KILLED_AT_FORWARD.format(call=passes * steps))
+        assert killed.code == -9
+        assert load(out / f"{way.name}_resume.pth")["step"] == saved
+    assert "resumes      after step 3, 11 to go\n" in killed.out
     result = way.run(world, out, "--from_resume", 1).passed()
-    assert f"resumes      after step {saved}, {EPOCHS * STEPS - saved} to go\n" in result.out
+    assert "resumes      after step 7, 7 to go\n" in result.out
     assert_same_end(way, out, in_one_go(way))
 
 

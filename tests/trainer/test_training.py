@@ -45,11 +45,11 @@ def everything_in(folder: Path) -> set[Path]:
 
 @pytest.fixture(scope="module")
 def pretrained(world, tmp_path_factory) -> Ran:
-    """Runs two epochs of stage 1 as typed in the repository's root, with relative paths."""
+    """Runs two epochs of stage 1 in the repository's root, with relative paths."""
     out = world.copy_of_out(tmp_path_factory.mktemp("trained") / "out")
     flags = ["--epochs", 2, "--batch_size", BATCH, "--log_interval", 3, "--save_interval", 100]
     before = everything_in(ROOT / "out")
-    result = world.start("trainer/train_pretrain_vlm.py", *world.files("pretrain", out, cwd=ROOT), *flags, cwd=ROOT)
+    result = world.run("trainer/train_pretrain_vlm.py", *world.files("pretrain", out, cwd=ROOT), *flags, cwd=ROOT)
     assert everything_in(ROOT / "out") == before
     return Ran(result, out, "pretrain_vlm_32")
 
@@ -65,13 +65,13 @@ def fine_tuned(world, pretrained) -> Ran:
 
 @pytest.fixture(scope="module")
 def fine_tuned_by_two(world, pretrained, tmp_path_factory) -> Ran:
-    """Runs the same by torchrun with two ranks, from a folder outside the repository."""
+    """Runs the same with two ranks, from a folder outside the repository."""
     cwd = tmp_path_factory.mktemp("elsewhere")
     out = cwd / "my" / "out"
     start = ["--from_weight", os.path.relpath(pretrained.out / "pretrain_vlm_32.pth", cwd)]
     files = world.files("sft", out, cwd=cwd)
     script = os.path.relpath(SFT, cwd)
-    result = world.torchrun(script, *files, *start, "--batch_size", BATCH // 2, *SFT_FLAGS, cwd=cwd)
+    result = world.run(script, *files, *start, "--batch_size", BATCH // 2, *SFT_FLAGS, cwd=cwd, ranks=2)
     assert {path.name for path in cwd.iterdir()} == {"my"}
     return Ran(result, out, "sft_vlm_32")
 
