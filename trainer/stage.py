@@ -1,4 +1,4 @@
-"""A stage's record: everything that makes a stage. Nothing about a stage is written anywhere else."""
+"""A stage's record: everything that defines a stage. A model's bundle may override its defaults."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def frozen_copy(model):
     return copy.deepcopy(model, {id(tower): tower}).requires_grad_(False).eval()
 
 
-def cosine_learning_rate(args, done: float) -> float:
+def cosine_learning_rate(args, done: float, step: int) -> float:
     """Returns the peak at 0 of the run done; cosine decay to 10 % at 1."""
     return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
@@ -79,13 +79,14 @@ class Stage:
             is divided by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).
         loss: (model, the batch's tensors, **companions) -> (loss summed over the batch's units, balancing loss of
             experts or None).
-        companions: (flags, model with its starting weights) -> frozen models that the loss takes by these names, such
-            as a reference model (`frozen_copy`). They go to the device; a checkpoint resumes only beside the same ones.
+        companions: (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen
+            models such as a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside
+            the same ones.
         evaluator: Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the
             companions; has its attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
         pad: (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as
             a CUDA graph, or None; a stage without it takes ordinary steps.
-        schedule: (flags, share of the run done) -> learning rate.
+        schedule: (flags, share of the run done, optimizer steps done) -> learning rate.
         add_flags: Adds the stage's own flags to a parser's `add_argument`.
     """
 

@@ -77,24 +77,29 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, path, answer = Headers(scope=scope), scope["path"].rstrip("/"), []
+        headers, path = Headers(scope=scope), scope["path"].rstrip("/")
+        answer, has_started = [], False
         if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.most_bytes:
             return await PlainTextResponse("", 413)(scope, receive, send)
         if self.is_local and headers.get("origin", "").lower() not in ("", f"http://{headers['host'].lower()}"):
             return await PlainTextResponse("This page answers to no other site.", 403)(scope, receive, send)
 
         async def send_counted(message: dict):
-            answer.append(message.get("body", b""))
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                self.uploads.add(b"".join(answer))  # before anybody can ask about them
+            nonlocal has_started
+            has_started = True
+            if path.endswith("/upload"):
+                answer.append(message.get("body", b""))
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    self.uploads.add(b"".join(answer))  # before anybody can ask about them
             await send(message)
 
         try:
-            await self.app(scope, receive, send_counted if path.endswith("/upload") else send)
-        except RuntimeError as error:  # starlette's, of an upload that was deleted while the page asked for it
-            if "/file=" not in path or not isinstance(error.__context__, FileNotFoundError):
+            await self.app(scope, receive, send_counted)
+        except (RuntimeError, FileNotFoundError) as error:  # an upload was deleted while the page asked for it
+            if "/file=" not in path or FileNotFoundError not in map(type, (error, error.__context__)):
                 raise
-            await PlainTextResponse("", 404)(scope, receive, send)
+            if not has_started:
+                await PlainTextResponse("", 404)(scope, receive, send)
         finally:
             if path.endswith(("/upload", "/deep_link")):  # both write files
                 self.uploads.enforce_bounds()

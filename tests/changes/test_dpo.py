@@ -1,18 +1,23 @@
-"""Another loss, data and figure, added from outside: direct preference optimisation (Rafailov et al. 2023).
+"""Another stage, added from outside: direct preference optimisation (Rafailov et al. 2023).
 
-A row has a second, "rejected" answer to its last question. The loss is over pairs, against a frozen reference model;
-measured is the share of pairs in the wrong order. This file is all it takes: `python my_dpo.py --data_path pairs.jsonl`
+A row has a second, "rejected" answer to its last question. The loss is over pairs, beside a frozen reference model; the
+metric is the share of misordered pairs. Without its test, this file is all it takes:
+
+    python my_dpo.py --data_path pairs.jsonl --images_path pictures --beta 0.1
 """
 
 import dataclasses
+import json
 import math
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EVAL, ROOT, language_model, read_jsonl, sft_row, turn, write_jsonl
+from tiny import EVAL, ROOT, language_model, read_jsonl, sft_row, write_jsonl
 
 from common.errors import run_script
 from dataset.lm_dataset import VLMCollator, VLMDataset, text_of
@@ -26,10 +31,12 @@ pytest_plugins = ["tiny"]
 class Pairs(VLMDataset):
     def __init__(self, data_path, *how):
         super().__init__(data_path, *how)
-        rows = read_jsonl(data_path)
-        for row in rows:
-            row["conversations"][-1] = turn("assistant", row["rejected"])
-        self.rejected = VLMDataset(write_jsonl(data_path.with_suffix(".rejected.jsonl"), rows), *how)
+        path = Path(tempfile.mkdtemp()) / "rejected.jsonl"
+        with data_path.open(encoding="utf-8") as lines, path.open("w", encoding="utf-8") as rejected:
+            for row in map(json.loads, lines):
+                row["conversations"][-1]["content"] = row["rejected"]
+                rejected.write(json.dumps(row) + "\n")
+        self.rejected = VLMDataset(path, *how)
         self.positions = np.intersect1d(self.positions, self.rejected.positions)
         self.bad_rows += {*self.rejected.bad_rows} - {*self.bad_rows}
         self.content_sha256 += self.rejected.content_sha256
@@ -56,28 +63,32 @@ def log_likelihoods(model, batch):
     return -losses.new_zeros(rows).index_add(0, places // length, losses)
 
 
-def margins(model, batch, reference):
+def margins(model, batch, reference, beta):
     chosen, rejected = (log_likelihoods(model, batch) - log_likelihoods(reference, batch)).view(2, -1)
-    return chosen - rejected
+    return beta * (chosen - rejected)
 
 
-def dpo_loss(model, batch, reference):
-    return -F.logsigmoid(0.1 * margins(model, batch, reference)).sum(), None
+def dpo_loss(model, batch, reference, beta):
+    return -F.logsigmoid(margins(model, batch, reference, beta)).sum(), None
 
 
-def wrong_order(model, batch, reference):
-    return (margins(model, batch, reference) <= 0).sum(), None
+def misordered(model, batch, reference, beta):
+    return (margins(model, batch, reference, beta) <= 0).sum(), None
 
 
 STAGE = dataclasses.replace(
     sft.STAGE,
     name="dpo",
-    defaults=sft.STAGE.defaults | {"save_weight": "dpo_vlm"},
+    title="Preferences",
+    story="stage 3, preferences: of two answers to a question, the chosen one becomes likelier",
+    defaults=sft.STAGE.defaults | {"from_weight": "sft_vlm", "save_weight": "dpo_vlm"},
+    data="dpo",
+    add_flags=lambda add: add("--beta", type=float, default=0.1, help="how far it may move from the reference"),
     dataset=Pairs,
     collator=PairCollator,
     loss=dpo_loss,
-    companions=lambda args, model: {"reference": frozen_copy(model)},
-    evaluator=lambda data, model, loss, *how: Evaluator(data, model, partial(wrong_order, **loss.keywords), *how),
+    companions=lambda args, model: {"reference": frozen_copy(model), "beta": args.beta},
+    evaluator=lambda data, model, loss, *how: Evaluator(data, model, partial(misordered, **loss.keywords), *how),
     pad=None,
 )
 
@@ -100,5 +111,4 @@ def test_pairs_are_learned_resumed_measured_talked_to_and_exported(world, tmp_pa
 
 
 if __name__ == "__main__":
-    sft.STAGE = STAGE
-    run_script(sft.main, outlives_output=True)
+    run_script(partial(sft.main, STAGE), outlives_output=True)

@@ -292,10 +292,14 @@ def test_a_file_deleted_while_the_page_asks_for_it_is_not_found_and_other_errors
     async def app(scope, receive, send):
         if scope["path"] == "/file=gone":
             await FileResponse(tmp_path / "gone")(scope, receive, send)
+        if scope["path"] == "/file=begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            raise FileNotFoundError("deleted since its headers were sent")
         raise RuntimeError("another")
 
     client = TestClient(guard.Guard(app, guard.Uploads(tmp_path), 100, False))
     assert client.get("/file=gone").status_code == 404
+    assert client.get("/file=begun").content == b""  # no error in the log
     with pytest.raises(RuntimeError, match="another"):
         client.get("/file=other")
 
