@@ -177,7 +177,7 @@ def test_what_comes_next_starts_from_these_weights(world, pretrained, tmp_path):
 
 def test_the_learning_rate_falls_to_a_tenth(pretrained, fine_tuned):
     args = SimpleNamespace(learning_rate=4e-4)
-    assert [cosine_learning_rate(args, done) for done in (0.0, 0.5, 1.0)] == pytest.approx([4e-4, 2.2e-4, 4e-5])
+    assert [cosine_learning_rate(args, done, 0) for done in (0.0, 0.5, 1.0)] == pytest.approx([4e-4, 2.2e-4, 4e-5])
     rates = [record["learning_rate"] for record in fine_tuned.metrics]
     assert rates[0] == 1e-3
     assert rates == sorted(rates, reverse=True)
