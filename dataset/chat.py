@@ -1,4 +1,4 @@
-"""A conversation to token ids: the ChatML prompt, which tokens are learned, and where its images stand."""
+"""Converts a conversation to token ids in ChatML form, with its learned spans and image positions."""
 
 import copy
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from dataset.conversation import IMAGE_TAG, RowError
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_CHARACTER = "@"
-BESIDE = ("", "\n", "a", "图")
+NEIGHBOUR_TEXTS = ("", "\n", "a", "图")
 BROKEN = -1  # the position of an image whose placeholders the tokenizer changed
 BROKEN_IMAGE = f"the tokenizer joins the `{IMAGE_CHARACTER}` of an image with the text beside it, or drops it"
-# Of minimind-3v: an image's placeholder is a special token, which no text can hold; every answer begins by thinking.
+# minimind-3v: the image placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"
 THINK, END_OF_THINKING = "<think>", "</think>"
 
@@ -59,8 +59,8 @@ class ChatEncoder:
             )
 
     def keeps_placeholders(self) -> bool:
-        """Tells whether images become the placeholder's id, as often as they must, whatever stands beside them."""
-        texts = [f"{before}{IMAGE_TAG}{after}" for before in BESIDE for after in BESIDE] + [IMAGE_TAG * 2]
+        """Tells whether each image becomes `image_tokens` placeholders, whatever text is beside it."""
+        texts = [f"{left}{IMAGE_TAG}{right}" for left in NEIGHBOUR_TEXTS for right in NEIGHBOUR_TEXTS] + [IMAGE_TAG * 2]
         chats = self.encode([[{"role": "user", "content": text}] for text in texts])
         return not any(BROKEN in chat.image_starts for chat in chats)
 
@@ -131,7 +131,7 @@ class ChatEncoder:
         return chat
 
     def _image_characters(self, turn: dict) -> list[int]:
-        """Returns where each image begins in the turn's expanded text; a user's own `@` beside it is no part of it."""
+        """Returns each image's start in the turn's expanded text; a user's own `@` beside it is not part of it."""
         if turn["role"] != "user" or self.is_3v:
             return []
         positions, position = [], len("user\n")
@@ -157,7 +157,7 @@ def thinking(reasoning: str) -> str:
 
 
 def with_thinking(turn: dict) -> str:
-    """Returns an answer after its think block: of its reasoning_content, else of what stands before `</think>`."""
+    """Returns an answer after its think block, which holds its reasoning_content, else the text before `</think>`."""
     answer = turn["content"]
     if "reasoning_content" in turn:
         return thinking(turn["reasoning_content"].strip("\n")) + answer.lstrip("\n")

@@ -98,7 +98,7 @@ def cut(data: VLMDataset) -> str:
         return f"nothing (the longest row has {longest:,} tokens)"
     parts = [f"{lost.sum():,} tokens of {counted(data.cut_rows, 'row')}"] if data.cut_rows else []
     parts += [f"the whole of {counted(len(refused), 'row')}"] if len(refused) else []
-    return f"{' and '.join(parts)}; --max_seq_len {longest} would cut none"
+    return f"{' and '.join(parts)}; --max_seq_len {longest} fits all"
 
 
 def duplicates(data: VLMDataset) -> str:
@@ -193,10 +193,10 @@ def main(argv=None):
     bad, limit = len(data.bad_rows), bad_rows_limit(data, args.max_bad_rows)
     if bad <= limit and len(data):
         left_out = f", {bad:,} left out" if bad else ""
-        print(f"\nTraining would start with this file: {counted(len(data), 'row')} to learn from{left_out}.")
+        print(f"\nTraining would start with this file: {counted(len(data), 'usable row')}{left_out}.")
         return
     allowed = f"{limit:,} (1 % of the rows)" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
-    why = f"{counted(bad, 'bad row')}, more than {allowed}" if bad > limit else "there is no row to learn from"
+    why = f"{counted(bad, 'bad row')}, more than {allowed}" if bad > limit else "there are no usable rows"
     if bad and not data.is_parquet:
         print(f"\nA good line looks like this:\n  {RIGHT_FORM}")
     print(f"\nTraining would refuse this file: {why}.")

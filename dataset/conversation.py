@@ -16,7 +16,7 @@ class RowError(ValueError):
 def parse_conversation(turns: list) -> list[dict]:
     """Returns the turns of a row: at most one system turn, first, then user and assistant in turn.
 
-    An answer's `reasoning_content` stays; an empty think block becomes an empty one.
+    An answer's `reasoning_content` stays; an empty think block becomes reasoning_content ''.
 
     Raises:
         RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.
@@ -89,7 +89,7 @@ def check_images(turns: list[dict], pictures: int) -> bool:
     """Raises RowError unless the conversation has as many `<image>` as there are pictures.
 
     Returns:
-        Whether a single picture had none: it is then put first, as LLaVA's loaders do.
+        Whether a single picture had no tag: it is then put first, as in LLaVA's loaders.
     """
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
     if tags == 0 and pictures == 1:

@@ -1,8 +1,8 @@
-"""The frozen tower's features of every picture, computed once before the first step and kept, a file for each picture.
+"""Caches the frozen tower's features, computed once before the first step, in one file per picture.
 
-A file is named by the picture's content: pictures that change are encoded, the others are not, whatever files or data
-sets they are in. Each is renamed when it is complete, so runs and ranks may share a folder. Its checksum is compared
-whenever it is read; damaged or cut off, it counts as missing and is made again.
+Files are named by a hash of the picture's content, so only new or changed pictures are encoded, whatever data set they
+are in. A file is renamed when complete, so runs and ranks may share a folder. Its checksum is verified at every read; a
+damaged file counts as missing and is computed again.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ BATCH = 64  # pictures that are decoded and written together, and on CUDA encode
 
 
 class FeatureCacheError(UsageError):
-    """The features cannot be kept."""
+    """The feature cache cannot be written."""
 
 
 class FeatureFolder:
     """Features by a picture's content (`VLMDataset.picture_keys`): files of a checksum and float16 (patches, width).
 
-    They are read, not mapped: a mapped file that another process cuts off would end this one without a word.
+    They are read, not mapped: a mapped file that another process truncates would crash this one.
 
     Args:
-        folder: Where such folders lie.
-        made_by: A hash of what makes the features; its beginning is the folder's name.
+        folder: Parent of these folders.
+        made_by: A hash of tower, dtype and picture format; its first 12 digits name the folder.
         shape: (patches, width).
     """
 
@@ -53,10 +53,10 @@ class FeatureFolder:
         self.file_bytes = CHECKSUM_BYTES + 2 * shape[0] * shape[1]  # 301 kB for CLIP
 
     def make_room(self, keys: np.ndarray) -> int:
-        """Makes the folder, and returns the bytes that the features of these pictures will still take in it.
+        """Makes the folder; returns the bytes that the missing features of these pictures need.
 
         Raises:
-            FeatureCacheError: If it cannot be written to, or its disk has no room for them.
+            FeatureCacheError: If it cannot be written to, or its disk has too little space.
         """
         needed = self.file_bytes * sum(not os.path.isfile(self._file(key)) for key in {*keys.tolist()} - {0})
         with self._explained(), scratch_folder(self.path):  # it can be written to
@@ -121,7 +121,7 @@ def compute_features(
     rank: int = 0,
     ranks: int = 1,
 ):
-    """Fills this rank's share of what `folder` lacks for the samples of `data`; each picture is encoded once.
+    """Computes this rank's share of the features that `folder` lacks for `data`, each picture once.
 
     Args:
         encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
@@ -130,7 +130,7 @@ def compute_features(
         FeatureCacheError: If they cannot be written.
     """
     keys, first = np.unique(data.picture_keys, return_index=True)
-    numbers = np.sort(first[keys != 0])[rank::ranks]  # of all, not of what is missing: other ranks are changing that
+    numbers = np.sort(first[keys != 0])[rank::ranks]  # a share of all: other ranks change which are missing
     numbers = [number for number in numbers.tolist() if folder.get(data.picture_keys[number]) is None]
     if not numbers:
         return
@@ -154,7 +154,7 @@ def compute_features(
 
 @contextlib.contextmanager
 def a_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yields as many threads as torch would use for one operation; each computes alone, which wastes less."""
+    """Yields a pool of torch's thread count, and lets each operation use one thread, which wastes less."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads)

@@ -56,7 +56,7 @@ def is_base64(value) -> bool:
 
 
 def form_of_file(path: Path) -> str | None:
-    """Names the kind of a file or folder by its content, whatever its name; None for an unknown one."""
+    """Names the kind of a file or folder by its content, not its name; None for an unknown one."""
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED_BY_DATASETS):
             return SAVED

@@ -1,4 +1,4 @@
-"""Opens jsonl files, and checks and explains what can be wrong with data files."""
+"""Opens jsonl files; checks data files and explains what is wrong with them."""
 
 import contextlib
 import errno
@@ -50,9 +50,9 @@ def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
 
 
 def content_key(path: Path) -> str:
-    """Hashes a whole file as its cache key, at 3 to 10 GB/s where memory holds it.
+    """Hashes a whole file as its cache key, at 3 to 10 GB/s if it is in memory.
 
-    Sizes, time stamps and samples of a file stay the same when a few letters are corrected in place.
+    Size, time stamp or a sample of it would miss a few letters corrected in place.
     """
     digest = xxh3_128()
     with open(path, "rb") as file:
@@ -121,7 +121,7 @@ def check_file(path: Path):
     except OSError as error:
         reason, form = error.strerror, None
     if form in foreign.FOREIGN_FILES:
-        raise DataError(f"{path} is {form}. This makes training data of it:\n  {foreign.command(path)}")
+        raise DataError(f"{path} is {form}. Convert it with:\n  {foreign.command(path)}")
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a data file")
     if reason:
@@ -155,5 +155,5 @@ def why_missing(folder: Path, name: str) -> str | None:
     if os.path.isfile(folder.parent / name):
         hint = f" (it is in {folder.parent}: give that as --images_path)"
     elif os.path.isfile(folder / name.replace("\\", "/")):
-        hint = f" (its path has backslashes; this makes training data of the file: {foreign.command('FILE')})"
+        hint = f" (its path has backslashes; convert it with: {foreign.command('FILE')})"
     return f"no such picture: {printable(name)}{hint}"

@@ -1,4 +1,4 @@
-"""Splitting off rows to measure on."""
+"""Splits off evaluation rows."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from dataset.lm_dataset import VLMDataset
 def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
     """Splits off the rows whose first image has the smallest hash, so that rows of one image stay together.
 
-    The file's order does not matter. A file with images gives rows with images only, of at least one if it has three.
+    The order of rows does not matter. If any have images, only those are held out, at least one from three images on.
     Training rows that show a held-out image beside others are left out, unless they are more than a fifth of all.
 
     Returns:
@@ -34,7 +34,7 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
 
 
 def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
-    """Returns the positions of `data` whose rows show an image that `held_out`, of the same file, shows too."""
+    """Returns the positions of rows in `data` that show an image of `held_out`, from the same file."""
     row_of_image = np.repeat(np.arange(len(data.rows)), data.list_lengths("image_starts"))
     held_out_images = data.picture_numbers[np.isin(row_of_image, held_out.positions)]
     return np.intersect1d(data.positions, row_of_image[np.isin(data.picture_numbers, held_out_images)])

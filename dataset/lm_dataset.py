@@ -31,8 +31,8 @@ class VLMDataset(TokenisedRows, Dataset):
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
     (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; after
     `use_features`, "image_features": float16 (images, patches, width) in place of the pixels, and "unencoded": bool
-    (images,), which of them are only zeros and come with pixels too. It raises `PictureError` where an image cannot
-    be decoded. Rows that cannot be learned from are no samples; they are in `bad_rows`.
+    (images,), True where features are missing: zeros, with pixels supplied. It raises `PictureError` if an image cannot
+    be decoded. Unusable rows are not samples; see `bad_rows`.
 
     Args:
         data_path: A jsonl file of rows in a form of `dataset.forms`, or a parquet (`conversations`, `image_bytes`).
@@ -104,18 +104,18 @@ class VLMDataset(TokenisedRows, Dataset):
         return digest.hexdigest()
 
     def use_features(self, features):
-        """Makes samples come with the tower's features (a `dataset.features.FeatureFolder`) in place of pixels."""
+        """Makes samples hold the tower's features (a `dataset.features.FeatureFolder`) instead of pixels."""
         self.features = features
 
     def with_pixels(self) -> "VLMDataset":
-        """Returns the same rows, coming with pixels."""
+        """Returns the same rows, yielding pixels."""
         return self.changed(features=None)
 
     def leaving_small_pictures(self) -> "VLMDataset":
-        """Returns the same rows; a batch of small squares of one size is left for the model to enlarge."""
+        """Returns the same rows; a batch of small squares of one size keeps that size, and the model resizes it."""
         return self.changed(leaves_small=True)
 
-    # A picture's number is the same wherever its name stands, or in a parquet its bytes.
+    # Duplicates (by name; in a parquet by bytes) share a number.
 
     @functools.cached_property
     def _names(self) -> pa.DictionaryArray:
@@ -123,7 +123,7 @@ class VLMDataset(TokenisedRows, Dataset):
 
     @functools.cached_property
     def picture_numbers(self) -> np.ndarray:
-        """(images of all rows,) which picture each is."""
+        """(images of all rows,) the picture number of each."""
         if self.is_parquet:
             return pc.list_flatten(self.rows.data.column("picture_numbers")).to_numpy()
         return self._names.indices.to_numpy()
@@ -136,7 +136,7 @@ class VLMDataset(TokenisedRows, Dataset):
 
     @property
     def shown_pictures(self) -> np.ndarray:
-        """(images of the samples,) which picture each is."""
+        """(images of the samples,) the picture number of each."""
         first, counts = self.first_slots[self.positions], self.image_counts
         return self.picture_numbers[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
 
@@ -163,7 +163,7 @@ class VLMDataset(TokenisedRows, Dataset):
             return 0
 
     def picture_source(self, number: int) -> tuple[Path | bytes, str]:
-        """Returns a picture's path or bytes, and what errors call it."""
+        """Returns a picture's path or bytes, and its name in errors."""
         if self.is_parquet:
             return self.image_files[number]["content"], f"picture {number + 1}"
         name = self._names.dictionary[number].as_py()
@@ -178,7 +178,7 @@ class VLMDataset(TokenisedRows, Dataset):
         return sample | texts | {"image_starts": sample["image_starts"][:0]}
 
     def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
-        """Returns the path or bytes of each image of a tokenised row, and what errors call it."""
+        """Returns the path or bytes of each image of a tokenised row, and its name in errors."""
         if not self.is_parquet:
             return [(self.images_path / name, name) for name in row["pictures"]]
         sources = map(self.picture_source, row["picture_numbers"])
@@ -213,10 +213,10 @@ class VLMDataset(TokenisedRows, Dataset):
         encoded = [self.features.get(key) for key in keys.tolist()]
         unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)
         features = np.zeros((len(encoded), *self.features.shape), np.float16)
-        for image, of_image in enumerate(encoded):
-            features[image] = 0 if of_image is None else of_image
+        for image, feature in enumerate(encoded):
+            features[image] = 0 if feature is None else feature
         sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
-        if unencoded.any():  # of a broken picture, or their file was damaged or deleted since the start
+        if unencoded.any():  # broken picture, or feature file lost since the start
             sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
         return sample
 
@@ -235,12 +235,12 @@ def text_of(row: dict) -> dict[str, torch.Tensor]:
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
-    """Returns how many bad rows are left out without refusing the file: as typed, else a hundredth of all rows."""
+    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
     return data.row_count // 100 if max_bad_rows is None else max_bad_rows
 
 
 def stack_pictures(samples: list, picture_format: PictureFormat) -> list:
-    """Stacks each sample's list of pictures, enlarged to the tower's size unless all samples' have one size."""
+    """Stacks each sample's list of pictures, enlarged to the tower's size unless all have the same size."""
     with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
     shapes = {picture.shape for sample in with_pixels for picture in sample["pixel_values"]}
     shape = shapes.pop() if len(shapes) == 1 else (3, picture_format.size, picture_format.size)
@@ -253,7 +253,7 @@ def stack_pictures(samples: list, picture_format: PictureFormat) -> list:
 
 
 class VLMCollator:
-    """Joins samples of any lengths and numbers of images to one batch.
+    """Joins samples of any lengths and numbers of images into one batch.
 
     Args:
         pad_token_id: Fills input_ids at the right; labels are filled with -100.
@@ -268,8 +268,8 @@ class VLMCollator:
 
         input_ids, labels (B, L); image_starts (all images, 2) sample and column; pixel_values or image_features (all
         images, ...) in reading order, or both, as `VLMDataset` says; learned_positions (N,) where labels.flatten() is
-        learned; units: N, which the loss is divided by; samples: B; tokens: how many there are without padding;
-        skipped: the PictureErrors of samples left out. Where nothing is left, the images are missing too.
+        learned; units: N, the divisor of the loss; samples: B; tokens: their number without padding;
+        skipped: the PictureErrors of samples left out. If no sample is left, there are no image tensors.
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]

@@ -1,4 +1,4 @@
-"""A parquet file, imported once into the cache: its rows, and its pictures, each once by its content.
+"""Imports a parquet file into the cache once: its rows, and its distinct pictures.
 
 Several rows may show one picture. Parquet stores it once (dictionary encoding), but an Arrow copy of the rows holds it
 in each of them, several times the file's size. Here the rows name their pictures by number; both parts are
@@ -33,7 +33,7 @@ ROWS = pa.schema(
         "conversations": pa.string(),  # JSON text
         "pictures": pa.list_(pa.int32()),  # their numbers; null where the file has only a picture's path
         "picture_hash": pa.int64(),  # of the first picture's content
-        "is_blank": pa.bool_(),  # the only picture is the black one that stands for none
+        "is_blank": pa.bool_(),  # the only picture is the black placeholder
     }
 )
 PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
@@ -45,7 +45,7 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
 
     Args:
         path: A parquet file with the columns `conversations` and `image_bytes` (or `image`).
-        cache_dir: Where the cache lies; by default that of `datasets`.
+        cache_dir: The cache's folder; by default that of `datasets`.
 
     Raises:
         DataError: If the file is missing, unreadable, empty or without these columns, if it changes meanwhile, or if
@@ -79,7 +79,7 @@ def open_table(folder: Path, name: str) -> datasets.Dataset:
 
 
 def import_file(path: Path, folder: Path):
-    """Makes a file's folder of the cache, whole or not at all, and removes the one of the file's former content."""
+    """Writes a file's cache folder, whole or not at all, and removes that of its former content."""
     for source in folder.parent.glob(f"*/{SOURCE}"):
         if source.read_text("utf-8", "surrogateescape") == str(path.resolve()):
             shutil.rmtree(source.parent, ignore_errors=True)
@@ -101,14 +101,14 @@ def import_file(path: Path, folder: Path):
 
 
 def image_column(path: Path, schema: pa.Schema) -> str:
-    """Returns the name of the image column; raises DataError unless the required columns are there, once and typed."""
+    """Returns the name of the image column; raises DataError unless the columns exist once, with the right types."""
     foreign.check_names(path, schema.names)
     name = "image" if "image" in schema.names and "image_bytes" not in schema.names else "image_bytes"
     if not {"conversations", name} <= set(schema.names):
         is_known = forms.form_of_row(dict.fromkeys(schema.names)) is not None
-        cure = f". This makes training data of it:\n  {foreign.command(path)}" if is_known else ""
+        hint = f". Convert it with:\n  {foreign.command(path)}" if is_known else ""
         needed = "the columns conversations and image_bytes (or image)"
-        raise DataError(f"{path} needs {needed}, it has {schema.names}{cure}")
+        raise DataError(f"{path} needs {needed}, it has {schema.names}{hint}")
     column = element = schema.field(name).type
     if pa.types.is_list(element) or pa.types.is_large_list(element):
         element = element.value_type
@@ -118,8 +118,8 @@ def image_column(path: Path, schema: pa.Schema) -> str:
         element = element.field("bytes").type
     if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
         raise DataError(
-            f"{path}: {name} must be a picture's bytes or a list of them, it is {column}. Of base64 text and of files' "
-            f"names, this makes training data:\n  {foreign.command(path)}"
+            f"{path}: {name} must be a picture's bytes or a list of them, it is {column}. Convert base64 text "
+            f"or file names with:\n  {foreign.command(path)}"
         )
     return name
 
@@ -136,7 +136,7 @@ def check_disk(path: Path, metadata: pq.FileMetaData, folder: Path):
 
 
 def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
-    """Writes the rows and, each once, the pictures; in memory are a block of rows and a hash for each picture."""
+    """Writes the rows and the distinct pictures; holds in memory a block of rows and a hash per picture."""
     rows, every = file.metadata.num_rows, 0.2 if sys.stderr.isatty() else 30.0
     with (
         open(part / "rows.arrow", "wb") as rows_file,
@@ -151,7 +151,7 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
             waiting.append(pa.record_batch(columns, schema=ROWS))
             read += len(batch)
             bar.update(len(batch))
-            # Opening the files looks at each block that was written, so there must not be many.
+            # Opening the files visits every block, so keep them few.
             is_block = len(waiting) == BATCHES or sum(map(len, pictures.new.values())) > BLOCK_BYTES
             if is_block or read == rows:
                 row_writer.write_table(pa.Table.from_batches(waiting).combine_chunks())

@@ -16,13 +16,13 @@ from common.paths import printable
 
 # A picture so long and thin that resizing its short edge makes it larger than this is refused.
 MAX_RESIZED_PIXELS = 50_000_000
-# Not every format Pillow reads: for EPS it starts another program, whatever the file is called.
+# Not every format Pillow reads: for EPS it starts another program, even if the file's name is a.jpg.
 Image.init()
 PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()))
 HEIC_CURE = "HEIC is not read: convert it to JPEG, as with `magick a.heic a.jpg` or `sips -s format jpeg a.heic`"
-BLANK_BYTES, NEARLY_BLACK = 4096, 16  # of a picture that stands for none: its file's size, and its levels of 255
+BLANK_BYTES, NEARLY_BLACK = 4096, 16  # limits of a placeholder picture: bytes of its file, and levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
-TURNS = {  # by EXIF orientation: what makes a picture upright
+TURNS = {  # by EXIF orientation: the transposition that makes a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,7 +35,7 @@ TURNS = {  # by EXIF orientation: what makes a picture upright
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """What a vision tower takes: how a picture is resized.
+    """Settings for resizing pictures for a vision tower.
 
     Attributes:
         size: Width and height in pixels.
@@ -129,7 +129,7 @@ def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.
 
 @contextlib.contextmanager
 def decoding(name: str):
-    """Raises PictureError of this name for whatever a damaged or missing file makes Pillow raise inside the block."""
+    """Raises PictureError of this name for any error that a damaged or missing file causes inside the block."""
     try:
         yield
     except Exception as error:  # Pillow's decoders and the libraries below them raise anything
@@ -142,7 +142,7 @@ def decoding(name: str):
 
 @contextlib.contextmanager
 def open_picture(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
-    """Yields a picture's file as Pillow opens it; raises PictureError for whatever Pillow raises inside the block."""
+    """Yields a picture's file as Pillow opens it; raises PictureError for any error inside the block."""
     with decoding(name):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=PICTURE_FORMATS) as image:
@@ -150,7 +150,7 @@ def open_picture(source: str | Path | bytes, name: str) -> Iterator[Image.Image]
 
 
 def is_blank(content: bytes) -> bool:
-    """Tells whether a picture's file is the black one of 8 x 8 pixels that stands for none in published rows."""
+    """Tells whether a file is the black 8 x 8 placeholder of published rows without a picture."""
     if len(content) > BLANK_BYTES:
         return False
     try:
@@ -173,7 +173,7 @@ def upright(image: Image.Image, size: int) -> Image.Image:
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """Returns what makes a decoded image upright by its EXIF orientation; None if nothing does, or EXIF is damaged."""
+    """Returns the transposition that makes a decoded image upright by EXIF; None if none does, or EXIF is damaged."""
     try:
         orientation = orientation_of(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
         return TURNS.get(orientation or image.getexif().get(ExifTags.Base.Orientation))  # of a TIFF, or in XMP
@@ -206,7 +206,7 @@ def load_picture(
 
     Args:
         source: A path, or the bytes of a picture's file.
-        name: What errors call it; by default the path.
+        name: Its name in errors; by default the path.
         picture_format: How it is resized.
         leaves_small: Leave a square as it is if it is smaller and the filter is one that `encode_images` knows.
 

@@ -32,7 +32,7 @@ def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
 
 
 def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the most common form among a VLMDataset's rows of one image; the default if that is half as common.
+    """Returns the most common form among a VLMDataset's rows of one image; the default if over half as common.
 
     A model answers worse when asked in a form it was not trained on. Looks at 256 rows, evenly spaced.
     """
@@ -102,6 +102,6 @@ def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int)
         left = longest - len(prompt)
         input_ids[row, left:], attention_mask[row, left:] = torch.as_tensor(prompt), 1
         starts += [[row, left + start] for start in image_starts[row]]
-    # Never None, which would have the model search: a user's own `@` are text, however many there are.
+    # Never None, or the model would search: a user's own `@` are text, however many there are.
     starts = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "image_starts": starts}

@@ -1,4 +1,4 @@
-"""The rows of a file, parsed and tokenised once: what is learned, where images stand, what is wrong with a row.
+"""The rows of a file, parsed and tokenised once: learned spans, image positions, what is wrong with a row.
 
 The `datasets` library keeps the result as memory-mapped Arrow, so neither start-up time nor memory grows with the file.
 """
@@ -37,28 +37,26 @@ COLUMNS = datasets.Features(
         "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
         "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
         "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "kinds": datasets.List(
-            datasets.Value("string")
-        ),  # those of KINDS that it is of; its form, if it is no conversation
+        "kinds": datasets.List(datasets.Value("string")),  # special kinds, and the form unless conversations
         "learned_tokens": datasets.Value("int32"),
-        "cut_tokens": datasets.Value("int32"),  # lost to max_length; of a row refused for it, all
+        "cut_tokens": datasets.Value("int32"),  # lost to max_length; all tokens if the row was refused for length
     }
 )
-NOTHING = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
+EMPTY_ROW = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
 # How special rows are treated, by kind.
 KINDS = {
     "no <image>": "the picture is put first",
-    "text only": "no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
-    "reasoning": "the prompt has no place for reasoning_content: it is dropped, the answer learned",
+    "text only": "no <image>, and the black 8 x 8 placeholder picture; learned as text",
+    "reasoning": "the prompt form has no reasoning_content: it is dropped, the answer learned",
     "empty think": "the empty think block before an answer is dropped",
-    "tool calls": "left out, as nothing here answers a call; not counted as bad",
+    "tool calls": "left out: tool calls are not supported; not counted as bad",
 }
 # In minimind-3v every answer begins with a think block.
 KINDS_3V = KINDS | {
     "reasoning": "reasoning_content is learned, in the answer's think block",
-    "empty think": "the answer keeps its empty think block, as every other has one",
+    "empty think": "the answer keeps its empty think block, like all answers",
 }
 
 
@@ -108,7 +106,7 @@ class TokenisedRows:
         vars(data).update(attributes)
         return data
 
-    # Computed when asked for: each of a loader's workers may get a copy of all attributes.
+    # Lazy: each of a loader's workers may get a copy of all attributes.
 
     @property
     def lengths(self) -> np.ndarray:
@@ -137,14 +135,14 @@ class TokenisedRows:
 
     @property
     def summary(self) -> str:
-        """What a run's header says of the samples."""
+        """The samples' line in a run's header."""
         cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
         learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
         return f"{len(self.positions):,} rows, {self.picture_count:,} pictures, {learned}"
 
     @property
     def rules(self) -> dict[str, str]:
-        """How many rows of each special kind there are, and how they are treated."""
+        """Number and treatment of rows, by special kind."""
         counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
         counts["tool calls"] = self.tool_rows
         in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
@@ -153,7 +151,7 @@ class TokenisedRows:
 
     @property
     def left_out(self) -> np.ndarray:
-        """Positions of the rows that are no samples: bad rows, blank lines, held-out rows."""
+        """Positions of the rows that are not samples: bad rows, blank lines, held-out rows."""
         return np.delete(np.arange(len(self.rows)), self.positions)
 
 
@@ -190,7 +188,7 @@ class RowTokeniser:
         parsed = [parse(*values) for values in zip(*columns, strict=True)]
         chats = iter(self.encoder.encode([row["turns"] for row in parsed if "turns" in row]))
         encoded = [self._encoded(row, next(chats)) if "turns" in row else row for row in parsed]
-        rows = [NOTHING | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
+        rows = [EMPTY_ROW | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
         return {name: [row[name] for row in rows] for name in COLUMNS}
 
     def _encoded(self, row: dict, chat: EncodedChat) -> dict:
@@ -223,7 +221,7 @@ def parse_line(line: str) -> dict:
     if not line.strip():
         raise RowError(BLANK_LINE)
     if "\ufffd" in line:
-        raise RowError("the line is not UTF-8 (or holds U+FFFD, the sign of a text once broken)")
+        raise RowError("the line is not UTF-8 (or holds U+FFFD, the replacement character)")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
@@ -233,15 +231,15 @@ def parse_line(line: str) -> dict:
     turns, images = read_row(row)
     listed = images if isinstance(images, list) else [images]
     if any(isinstance(one, str) and foreign.is_base64(one.rpartition(",")[2]) for one in listed):  # also a data: URL
-        raise RowError(f"its picture is base64 text; this makes training data of the file: {foreign.command('FILE')}")
+        raise RowError(f"its picture is base64 text; convert it with: {foreign.command('FILE')}")
     names = parse_picture_names(images)
     try:
         tag_added = check_images(turns, len(names))
     except RowError as error:
         if not isinstance(images, str) or len(names) < 2:
             raise
-        cure = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
-        raise RowError(f"{error} (commas divide names; {cure})") from error
+        hint = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
+        raise RowError(f"{error} (commas divide names; {hint})") from error
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
     kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
@@ -251,7 +249,7 @@ def parse_line(line: str) -> dict:
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
     turns, inside = read_row({"conversations": conversations})
     if inside:
-        raise RowError(f"its turns name pictures; this makes training data of the file: {foreign.command('FILE')}")
+        raise RowError(f"its turns name pictures; convert it with: {foreign.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)

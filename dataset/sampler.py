@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a pure function of seed and epoch, the same for any number of ranks."""
+"""The samples of each batch: a pure function of seed and epoch, the same for any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -83,13 +83,13 @@ class BatchSampler(Sampler):
         return (epoch, following) if following < len(self.lengths) else (epoch + 1, 0)
 
     def done(self, epoch: int, first: int) -> float:
-        """Returns how much of the run lies before this step: 0 at its first, 1 at its last."""
+        """Returns the share of the run done before this step: 0 at its first, 1 at its last."""
         samples = len(self.lengths)
         last = (samples - 1) // self.group * self.group
         return (epoch * samples + first) / max(1, (self.epochs - 1) * samples + last)
 
     def __len__(self) -> int:
-        """Batches of this process that are left."""
+        """Remaining batches of this process."""
         return self.accumulation_steps * sum(1 for _ in self.steps())
 
     def __iter__(self) -> Iterator[list[int]]:

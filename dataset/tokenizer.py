@@ -44,7 +44,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Path, tokenizer: PreTrainedTokenizerBase):
-    """Raises UsageError where the weights were trained with another tokenizer, or have too few rows.
+    """Raises UsageError if the weights were trained with another tokenizer, or have fewer rows than it has tokens.
 
     Weights without a sidecar do not name their tokenizer, but their generation fixes the id of an image's placeholder.
     """

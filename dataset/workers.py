@@ -1,4 +1,4 @@
-"""The processes that load batches: every way they end is reported as an error with its cure."""
+"""Worker processes that load batches; whatever ends one is reported with a hint."""
 
 import contextlib
 import multiprocessing
@@ -16,7 +16,7 @@ from common.errors import RankError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SHARED_MEMORY = "/dev/shm, where workers put pictures, is too small (Docker's has 64 MB: start it with --shm-size 8g)"
-CURES = (  # by what an error says; the first that fits
+HINTS = (  # by part of the error's text; the first match counts
     ("Too many open files", "too many files are open: raise the limit with ulimit -n 65536"),
     ("ancdata", "too many files are open: raise the limit with ulimit -n 65536"),
     ("/torch_", SHARED_MEMORY),
@@ -57,7 +57,7 @@ def worker_errors(num_workers: int):
 
 
 def give_up(error: Exception, num_workers: int) -> RankError:
-    """Kills all workers, as they may wait for a dead one; returns the error to raise, with its cure."""
+    """Kills all workers, as they may wait for a dead one; returns the error to raise, with a hint."""
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
     for process in multiprocessing.active_children():
@@ -65,9 +65,9 @@ def give_up(error: Exception, num_workers: int) -> RankError:
     text = str(error).strip()
     # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
     reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
-    cure = next(cure for words, cure in CURES if words in reason)
+    hint = next(hint for words, hint in HINTS if words in reason)
     return RankError(
-        f"a worker process that reads pictures was lost ({reason.strip():.160}): {cure}, or use fewer than "
+        f"a worker process that reads pictures was lost ({reason.strip():.160}): {hint}, or use fewer than "
         f"--num_workers {num_workers}; --num_workers 0 does without workers. What was saved is kept: the same command "
         "with --from_resume 1 resumes from there"
     )
@@ -79,7 +79,7 @@ def prepare_worker(worker: int):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error
-    # Its thread that hands over files of shared memory: if it fails, the main process would wait for the file for ever.
+    # Exit if the thread that hands over shared memory fails: the main process would wait for ever.
     sys.excepthook = lambda *error: os._exit(1)
     # No tracebacks: the main process reports what a worker could not do.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)

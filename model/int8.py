@@ -20,7 +20,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        scale = scale.bfloat16()  # what the kernel takes; the integers are of this rounded scale
+        scale = scale.bfloat16()  # what the kernel takes; the integers are computed with this rounded scale
         self.register_buffer("weight", (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
 

@@ -251,7 +251,7 @@ class MoEFeedForward(nn.Module):
 
 
 class MiniMindBlock(nn.Module):
-    """One pre-norm block: attention over all positions, then the feed-forward of those that `positions` takes."""
+    """One pre-norm block: attention over all positions, then the feed-forward of the selected `positions`."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -333,7 +333,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def forward(self, inputs_embeds, attention_mask, position_ids, cache, token_mask, positions):
         """Runs the blocks over (B, L, D); returns normed hidden states, and each sequence's balancing loss or None.
 
-        Hidden states are those of `positions`, see `take`: the last block computes no others.
+        Returns only `positions`, see `take`; the last block computes only those.
         """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
@@ -373,7 +373,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         super().__init__(config or MiniMindConfig())
         self.model = MiniMindModel(self.config)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        self.compute_loss = causal_lm_loss
+        self.compute_loss = causal_lm_loss  # an attribute, so CompiledVLM can replace it
         self.post_init()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -401,10 +401,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             input_ids: (B, L) token ids, or inputs_embeds: (B, L, D).
             attention_mask: (B, keys), 0 at pads. Pads at the right of a training batch need none: attention is causal.
             cache: transformers' own (past_key_values before 5.24), filled in place; any number of tokens may follow.
-            labels: (B, L), -100 where nothing is learned; the token at position i is learned from position i - 1.
+            labels: (B, L), -100 where nothing is learned; position i - 1 predicts label i.
             logits_to_keep: Compute the logits of this many last positions only; 0 is all of them.
             learned_positions: (N,) positions in the flattened (B * L) labels that are learned, to compute nothing else:
-                `logits` is then (N, V). What is labelled -100 at such a position counts for nothing.
+                `logits` is then (N, V). A label of -100 at such a position is ignored.
             reduction: "mean" over the learned tokens, plus the experts' balancing loss; or "sum", without it.
 
         Returns:

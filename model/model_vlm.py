@@ -124,7 +124,7 @@ class MiniMindVLM(MiniMindForCausalLM):
                 image_starts = self.match_images(input_ids, pixel_values, image_starts)
                 image_features = self.encode_images(pixel_values) if count_images(pixel_values) else None
             inputs_embeds = self.embed(input_ids)
-            if image_features is not None:  # of no image too: every batch then reaches the projection
+            if image_features is not None:  # even of zero images: every batch then reaches the projection
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
         text = input_ids, attention_mask, position_ids, past_key_values if cache is None else cache
         return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)

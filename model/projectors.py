@@ -13,10 +13,10 @@ PROJECTORS: dict[str, type["Projector"]] = {}
 
 
 class Projector(nn.Module):
-    """A projection (images, patches, width) to (images, tokens, hidden_size), and what the program must know of it.
+    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties.
 
     Attributes:
-        is_grid: Whether its tokens are a square grid over the image, as maps of what a word depends on need.
+        is_grid: Whether its tokens form a square grid over the image (word maps need that).
         llava_activation: transformers' name of the activation between the two layers of an equal LLaVA projector, which
             export.py writes; None if LLaVA has no such projector.
     """
@@ -110,7 +110,7 @@ class NormMLP(Projector):
 
 
 def read_projector(tensors: dict[str, torch.Tensor]) -> dict:
-    """Returns what a state dict tells of its projection, as settings of VLMConfig; {} if it has none of the table."""
+    """Reads the projection's VLMConfig settings from a state dict; {} if no projector of the table fits."""
     for name, kind in PROJECTORS.items():
         if width := kind.read_width(tensors):
             return {"projector": name, "vision_hidden_size": width}

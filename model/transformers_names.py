@@ -1,4 +1,4 @@
-"""The same weights under the names of transformers' LLaVA, there and back.
+"""Renames weights to those of transformers' LLaVA, and back.
 
 A MiniMind decoder is a Llama, with experts a Qwen2-MoE; one with norms per head is a Qwen3, with experts a Qwen3-MoE.
 LLaVA's projector is Linear, activation, Linear: a single linear layer is followed by the identity.

@@ -1,4 +1,4 @@
-"""The vision-language model's configuration: what it holds, how it is saved, and how it follows the tower's files."""
+"""The vision-language model's configuration: its settings, their schema, and how it is fitted to a tower."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from model.model_minimind import MiniMindConfig
 from model.projectors import PROJECTORS
 from model.tower_files import TowerSettings
 
-# What the tensors of minimind-3v do not tell. It is known by its per-head norms, which no older model has.
+# Settings that minimind-3v's tensors do not show. Its per-head norms, which no older model has, identify it.
 MINIMIND_3V = {
     "rms_norm_eps": 1e-6,
     "yarn_attention_factor": 1.0,
@@ -19,7 +19,7 @@ MINIMIND_3V = {
     "vision_patches": 64,
     "projector": "norm_mlp",
 }
-# Where a prompt has its images; the first is the default.
+# Image positions in a prompt; the first is the default.
 PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
 
 
@@ -56,7 +56,7 @@ class VLMConfig(MiniMindConfig):
 
 
 def allowed(name: str, default):
-    """Returns the schema of a setting in a file. (What does not fit together, VLMConfig refuses.)"""
+    """Returns the schema of a setting in a file. (VLMConfig refuses settings that do not fit together.)"""
     if isinstance(default, bool | str):
         return type(default)
     if name.endswith("_token_id") or name == "n_shared_experts":
@@ -81,7 +81,7 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
     Args:
         from_tensors: The configuration was read from a weight file's tensors, whose vision_hidden_size is the
             projection's input width: N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp is
-            minimind-3v's then, of a tower with 64 patches.
+            then minimind-3v's, for a tower with 64 patches.
 
     Raises:
         ValueError: If the pixel shuffle does not divide the tower's patches as a grid, or the weights are minimind-3v's

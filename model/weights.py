@@ -1,7 +1,6 @@
 """Weight files: plain state dicts in half precision, without the tower, as the original's.
 
-The JSON beside a file, its "sidecar", says what it is. A file without one is the original's: its shape is read from its
-tensors.
+The JSON beside a file, its "sidecar", describes it. A file without one is the original's: tensors tell its shape.
 """
 
 import datetime
@@ -28,13 +27,13 @@ from model.transformers_names import from_transformers
 from model.vlm_config import CONFIG, MINIMIND_3V, PROMPT_FORMS, config_fields
 
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
-ORIGINAL_HEADS = 8  # of all models whose tensors do not tell it, as they have no norms per head
+ORIGINAL_HEADS = 8  # of all models without per-head norms: their tensors do not show the number
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
 SHAPE_KEYS += ("qk_norm",)
 EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
 EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
-TRAINING = "training.json"  # in an exported folder: the sidecar of the weights that it was made of
+TRAINING = "training.json"  # in an exported folder: the sidecar of the exported weights
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
     "config": CONFIG,
@@ -126,7 +125,7 @@ def read_training(folder: Path) -> dict:
     path = folder / TRAINING
     try:
         sidecar = read_json(path, dict) if path.exists() else {}
-        check(sidecar, SIDECAR if sidecar else dict)  # {} is of weights that had none
+        check(sidecar, SIDECAR if sidecar else dict)  # {} if the weights had none
         return sidecar
     except SchemaError as error:
         raise UsageError(f"{display_path(path)} cannot be read: {error}. Export the weights again") from error
@@ -185,7 +184,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
-    """Returns the configuration that the tensors' names and shapes tell, overridden by `known` settings.
+    """Returns the configuration read from the tensors' names and shapes, overridden by `known` settings.
 
     Raises:
         UsageError: If they are not a MiniMind model's, or an earlier minimind-3v's.
@@ -193,7 +192,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
     first = tensors.get("vision_proj.mlp.0.weight")
     if first is not None and (first.dim() != 1 or len(first) == EARLIER_3V_WIDTH):
         raise UsageError(
-            f"{display_path(path)} is of an earlier minimind-3v, whose projection takes four patches at once "
+            f"{display_path(path)} belongs to an earlier minimind-3v, whose projection takes four patches at once "
             f"(vision_proj.mlp.0.weight is {tuple(first.shape)}). Only its later form, (768,), is supported"
         )
     block = "model.layers.0."
@@ -224,7 +223,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
 
 
 def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe):
-    """Raises UsageError where a flag that was given contradicts the file."""
+    """Raises UsageError if a flag contradicts the file."""
     flags = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "use_moe": use_moe}
     for flag, value in flags.items():
         actual = getattr(weights.config, flag)
@@ -252,7 +251,7 @@ def load_into(model: MiniMindVLM, weights: Weights):
 
 
 def load_learned(model: MiniMindVLM, state: dict, path: Path):
-    """Loads what learns from a checkpoint; raises UsageError if other tensors learn now, or of other shapes."""
+    """Loads the trainable parameters of a checkpoint; raises UsageError if their names or shapes differ now."""
     parameters, learned, saved = learned_parameters(model), state["learned"], state["optimizer"]["state"]
     moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
     shapes = {"step": torch.zeros(())}
@@ -265,7 +264,7 @@ def load_learned(model: MiniMindVLM, state: dict, path: Path):
     problems = mismatches(parameters, learned) + mismatches(expected, moments)
     if problems:
         raise UsageError(
-            f"{display_path(path)} is of another run: {problems[0]}. Leave --from_resume out, or repeat its flags"
+            f"{display_path(path)} belongs to another run: {problems[0]}. Leave --from_resume out, or repeat its flags"
         )
     model.load_state_dict(model.state_dict() | learned)
 
@@ -286,7 +285,7 @@ def mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
 
 
 def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters that learn, by name; the tied head appears once."""
+    """Returns the trainable parameters by name; the tied head appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -300,7 +299,7 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
     """Returns the weights in half precision and their sidecar, for `write_together`.
 
     Args:
-        frozen: What does not learn, as it was loaded: the model may hold it rounded to bfloat16.
+        frozen: The frozen tensors as loaded: the model may hold them rounded to bfloat16.
     """
     tensors = in_half_precision(model.state_dict() | frozen)
     text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
@@ -308,7 +307,7 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
 
 
 def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title=None) -> dict:
-    """Returns the sidecar: what a weight file is, and how it was made."""
+    """Returns the sidecar: a weight file's configuration, and how it was made."""
     return {
         "config": config_fields(config),
         "stage": stage,

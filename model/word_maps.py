@@ -1,4 +1,4 @@
-"""How much each word of an answer depends on each patch of the images.
+"""Measures how much each word of an answer depends on each patch of the images.
 
 The measure shows one patch of a blank image. It was chosen among ten by 112 words for 28 objects of held-out scenes
 (built-in model): how often the map's peak lies on the object that the word describes, the share of the map on it, and
@@ -29,7 +29,7 @@ MOST_LOGITS = 2**23  # computed at a time: 32 MB in float32
 def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor, stops=lambda: False) -> torch.Tensor | None:
     """Returns how much more probable each token of an answer becomes when one patch of a blank image is shown.
 
-    Blank is an image whose projected features are all their mean. One forward pass scores all tokens of the answer.
+    In a blank image, every projected feature is their mean. One forward pass scores all tokens of the answer.
 
     Args:
         model: With its tower.

@@ -1,4 +1,4 @@
-"""What belongs together: one record per generation of models, and which of them a command uses.
+"""Model generations: one record for each, and which of them a command uses.
 
 A new generation is one more record in BUNDLES.
 """
@@ -55,15 +55,15 @@ class Bundle:
     """A generation of models, and what was published with it.
 
     Attributes:
-        name: In the sidecars of its weights ("assets").
+        name: Its name in sidecars ("assets").
         tower, tokenizer: Their folders.
         layers: Layers of the published sizes, by hidden_size; the first is the default.
-        fits: (VLMConfig) -> whether weights that no sidecar describes are of this generation.
-        weights_dir: Where its weights are downloaded to.
-        downloads: Parts of scripts/download.py, by what they hold: tower, tokenizer, a weight's name.
-        recipes: Where its settings differ from a stage's own, by stage and flag.
-        sampling: How its own scripts draw answers, by flag; top_k 0 draws from all tokens.
-        prompt_form: Where a prompt has its images, if the weights' sidecar does not say.
+        fits: (VLMConfig) -> whether weights without a sidecar belong to this generation.
+        weights_dir: Download folder of its weights.
+        downloads: Names for scripts/download.py, by part: tower, tokenizer, a weight's name.
+        recipes: Settings that differ from a stage's defaults, by stage and flag.
+        sampling: Sampling defaults, by flag; top_k 0 samples from all tokens.
+        prompt_form: Image position in a prompt, unless the weights' sidecar says.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Bundle:
         return stage.defaults | self.recipes.get(stage.name, {})
 
     def command(self, part: str) -> str:
-        """Returns the command that downloads a part; words where it is not published."""
+        """Returns the command that downloads a part, or a hint if unpublished."""
         name = self.downloads.get(part)
         return f"python scripts/download.py {name}" if name else "not published: name it by its flag"
 
@@ -127,7 +127,7 @@ BUNDLES = {bundle.name: bundle for bundle in (BUILTIN, MINIMIND2, MINIMIND_3V)}
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file or folder that training needs, where it lies, and the command that downloads it."""
+    """A file or folder that training needs, its path, and the command that downloads it."""
 
     what: str
     path: Path
@@ -140,7 +140,7 @@ class PublishedFile:
 
 
 def bundle_of(weights: Weights) -> Bundle:
-    """Returns the generation of weights: the one that their sidecar names, else the first that their shape fits."""
+    """Returns the generation of weights: the one their sidecar names, else the first that fits their shape."""
     named = BUNDLES.get(weights.sidecar.get("assets"))
     return named or next(bundle for bundle in BUNDLES.values() if bundle.fits(weights.config))
 
@@ -155,10 +155,10 @@ def read_tower(folder: Path) -> TowerSettings:
 
 
 def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
-    """Chooses the generation, and the files that the flags leave open.
+    """Chooses the generation, and the files no flag names.
 
-    Without --data_path, what was downloaded is used; where nothing was, the built-in model learns the built-in set.
-    With it, the model is the one that --from_weight names, with the tower and tokenizer that it was trained with.
+    Without --data_path, downloaded files are used, or the built-in model and set if there are none. With it,
+    --from_weight names the model, and its sidecar the tower and tokenizer.
 
     Args:
         data: The data's name, see `Stage.data`.
@@ -190,13 +190,13 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     if missing:
         found = [display_path(files[flag].path) for flag in present] + [f"--{flag}" for flag in typed]
         expected = [file.path for file in files.values()]
-        found += [f"{display_path(path)} (not what is looked for)" for path in unknown if path not in expected]
+        found += [f"{display_path(path)} (unexpected name)" for path in unknown if path not in expected]
         raise UsageError(missing_message(missing, found))
     return bundle, {flag: file.path for flag, file in files.items() if flag != "from_weight"} | paths
 
 
 def needed_files(bundle: Bundle, args, data: str) -> dict[str, PublishedFile]:
-    """Returns the published files that are needed, by the flag that would name another."""
+    """Returns the needed published files, by the flag that replaces each."""
     folders, save_dir = bundle.folders, Path(args.save_dir)
     tower, tokenizer = folders["vision_model_path"], folders["tokenizer_path"]
     files = {
@@ -212,7 +212,7 @@ def needed_files(bundle: Bundle, args, data: str) -> dict[str, PublishedFile]:
             files["images_path"] = PublishedFile("pictures", images, f"python scripts/download.py {data}")
     if args.from_weight == "llm":
         size = args.hidden_size or next(iter(bundle.layers))
-        # One of another size will do here: find_weights reports a missing size.
+        # Any size is accepted here: find_weights reports a missing size.
         path = next(iter(matching_weights(save_dir, "llm")), save_dir / f"llm_{size}.pth")
         files["from_weight"] = PublishedFile("language model", path, f"{bundle.command('llm')} --hidden_size {size}")
     return files
@@ -228,16 +228,16 @@ def builtin_data(args, data: str) -> dict[str, Path | str]:
 
 
 def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
-    """Returns tower and tokenizer that the weights at `path` were trained with, by flag, as their sidecar says.
+    """Returns the tower and tokenizer that the weights at `path` were trained with, by flag, from their sidecar.
 
     Raises:
-        UsageError: If no folder can have such a name.
+        UsageError: If it names an invalid path.
     """
     arguments = sidecar.get("arguments", {})
     try:
         return {flag: ROOT / file_path(arguments[flag]) for flag in MODEL_FLAGS if arguments.get(flag)}
     except argparse.ArgumentTypeError as error:
-        raise UsageError(f"the sidecar of {display_path(path)} names a folder that cannot be one: {error}") from error
+        raise UsageError(f"the sidecar of {display_path(path)} names an invalid path: {error}") from error
 
 
 def missing_message(missing: list[PublishedFile], found: list[str]) -> str:
@@ -245,7 +245,7 @@ def missing_message(missing: list[PublishedFile], found: list[str]) -> str:
     lines = [f"  {file.what}: {display_path(file.path)} ({file.command})" for file in missing]
     return "\n".join(
         [
-            "some of the files are there and some are not. Missing:",
+            "some files are missing:",
             *lines,
             f"Download them, or name your own with {flags}. (With none of these files and none of these flags, the "
             f"small built-in set is used; found: {', '.join(found) or 'nothing'}.)",
@@ -264,7 +264,7 @@ def find_weights(
 
     Args:
         builtin: True takes only weights trained on the built-in set, False only others, None any.
-        log: Gets a line where there are several.
+        log: Called with a line if there are several.
 
     Raises:
         UsageError: If there is none.
@@ -299,10 +299,10 @@ def hint(name: str, save_dir: Path) -> str:
 
 
 def unknown_files(args) -> list[Path]:
-    """Returns what looks like weights, a tower, a tokenizer or data in their places, whatever it is called.
+    """Returns files of any name that look like weights, a tower, a tokenizer or data, in the folders for them.
 
-    Where such a file lies, the built-in set is not taken: somebody meant it to be used. Weights with a sidecar are of
-    runs here, as is what the run starts from or writes.
+    If there are any, the built-in set is not used: somebody meant to use them. Weights with a sidecar were written by
+    this project and do not count, nor do this run's inputs and outputs.
     """
     save_dir, model = Path(args.save_dir), TOWER_DIR.parents[1]
     names = (*WEIGHT_NAMES.get(args.from_weight, (args.from_weight,)), args.save_weight)
@@ -325,6 +325,6 @@ def unknown_files(args) -> list[Path]:
 
 
 def ending(path: Path) -> str:
-    """Returns a file's ending in small letters; of a download that was interrupted, that of the whole file."""
+    """Returns a file's ending in lower case, ignoring .part."""
     name = re.sub(r"(\.[0-9a-f]{12})?\.part$", "", path.name)
     return os.path.splitext(name)[1].lower()

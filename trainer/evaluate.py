@@ -46,7 +46,7 @@ class HeldOut:
 
     @property
     def gap_blind(self) -> float | None:
-        """How much it rises without images."""
+        """How much the loss rises without images."""
         return None if self.loss_blind is None else self.loss_blind - self.loss
 
     def as_dict(self) -> dict:
@@ -69,7 +69,7 @@ class Evaluator:
         loss: (model, batch) -> (loss sum, ...), as a stage's.
         collate: Samples to a batch, as a stage's collator.
         processes: The ranks that share the rows.
-        dtype: Of matrix products.
+        dtype: Compute dtype.
         batch_size: Rows per rank and forward pass.
     """
 
@@ -114,7 +114,7 @@ class Evaluator:
         return list(range(self.processes.rank, len(self.order), self.processes.world_size))
 
     def _sums(self, show_progress: bool) -> list[float]:
-        """This rank's summed losses with own, shuffled and no images, its units, and its rows."""
+        """Returns this rank's summed losses with own, shuffled and no images, its units, and its rows."""
         sums, places = [0.0, 0.0, 0.0, 0, 0], self.places()
         starts = range(0, len(places), self.batch_size)
         for start in tqdm(starts, "held-out loss", unit="batch", disable=not show_progress):
@@ -172,14 +172,14 @@ def perplexity(loss: float) -> float:
 
 
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bool = False) -> tuple[int, int]:
-    """Counts the short answers that the model gives word for word, over all ranks.
+    """Counts the short answers that the model gives exactly, over all ranks.
 
     Args:
-        evaluator: Says which rows, and which ranks share them.
-        longest: Rows whose first answer has at most so many tokens are asked.
+        evaluator: Its rows are asked, shared by its ranks.
+        longest: Only rows with a first answer of at most this many tokens are asked.
 
     Returns:
-        Right, and asked.
+        Number of exact answers, and of rows asked.
     """
     data, size, places = evaluator.data, evaluator.batch_size, evaluator.places()
     right = asked = 0

@@ -8,6 +8,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
+from model.tower_files import TOWERS
 from trainer.bundles import MINIMIND_3V, choose
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
@@ -54,7 +55,7 @@ def add_model_flags(add, default: dict):
 
 
 def freeze_word(text: str) -> str:
-    """Returns what `--freeze_llm` means by a word, or by the numbers 0 and 1 of this project's first generation."""
+    """Converts `--freeze_llm`: one of its words, or the numbers 0 and 1 of this project's first generation."""
     if text == "2":
         raise argparse.ArgumentTypeError(
             "2 is not the same in the original's two generations: write ends (projection and the decoder's first and "
@@ -94,7 +95,7 @@ def add_file_flags(add, stage: Stage):
     add("--images_path", type=file_path, help=f"folder of the jsonl's images (default: {folder})")
     what = "the tokenizer that belongs to the weights"
     add("--tokenizer_path", type=file_path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
-    what = "folder of the vision tower, CLIP or SigLIP"
+    what = f"folder of the vision tower: {', '.join(TOWERS)}"
     add("--vision_model_path", type=file_path, help=f"{what} (default: {display_path(TOWER_DIR)})")
     what = "where weights, checkpoints and metrics are written"
     add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
@@ -102,7 +103,7 @@ def add_file_flags(add, stage: Stage):
     what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
     add("--cache_vision", type=not_empty, metavar="DIR", help=f"{what} (default: {tenth})")
-    what = "held-out rows to measure on, jsonl or parquet, or: none"
+    what = "evaluation rows, jsonl or parquet, or: none"
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
     add("--eval_data", type=not_empty, metavar="FILE", help=f"{what} (default: {held_out})")
     add("--eval_images_path", type=file_path, help="folder of their images (default: --images_path)")
@@ -125,13 +126,13 @@ def add_optimisation_flags(add, default: dict):
         "--seed",
         type=number(int, 0, 2**63 - 1),
         default=42,
-        help="of the projection's first weights and the samples' order",
+        help="for the projection's initial weights and the order of samples",
     )
 
 
 def add_device_flags(add):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = "of matrix products (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
+    what = "compute dtype (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
     what += "that and heads are at least 32 wide, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=positive, default=10, help="a rank that does not answer for this long ends the run")
@@ -152,7 +153,7 @@ def add_saving_flags(add):
     add("--from_resume", type=int, choices=(0, 1), help=what)
     what = "optimizer steps between log lines; the first comes after step 1"
     add("--log_interval", type=COUNT, help=f"{what} (default: {LOG_INTERVAL})")
-    what = "optimizer steps between measurements on held-out rows"
+    what = "optimizer steps between evaluations on held-out rows"
     add("--eval_interval", type=COUNT, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
     add("--wandb_project", default="MiniMind-V", help="its project there")
@@ -161,7 +162,7 @@ def add_saving_flags(add):
 
 
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the flags and fills in what was not given: files, the stage's or the built-in settings, the device.
+    """Reads the flags and fills in missing ones: files, the stage's or the built-in settings, the device.
 
     Returns:
         The flags, none of them changed later, and `assets`, the name of the model's bundle.

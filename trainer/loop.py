@@ -31,11 +31,11 @@ from trainer.support.signals import StopSignals
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
-    """Trains what is not frozen; writes weights, checkpoints and metrics on the way, and measures on `heldout`.
+    """Trains the unfrozen parameters; saves, logs, and evaluates on `heldout`.
 
     Raises:
-        Stopped: If a signal asked for it; the run is saved then.
-        UsageError: If it cannot continue, as where the last save fails.
+        Stopped: On SIGINT or SIGTERM, after saving.
+        UsageError: If it cannot continue, e.g. if the last save fails.
     """
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
     share = processes.rank, processes.world_size
@@ -101,7 +101,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
-                # All ranks must do the same: any one's signal stops them, and the main rank's clock saves.
+                # Ranks stay in step: a signal on any rank stops all; the main rank's clock decides when to save.
                 saves, stops = processes.sum(checkpoints.are_due(state), signals.asked is not None)
                 if saves or stops:
                     checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
@@ -117,7 +117,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
 def make_step(
     run: Run, model: MiniMindVLM, loss: Callable, collate: Callable, data: VLMDataset
 ) -> tuple[TrainContext, Callable, bool]:
-    """Returns what a step works on, what takes it (`train_step`, or that captured), and whether it is compiled."""
+    """Returns the TrainContext, the step function (plain or captured), and whether the model is compiled."""
     args, forward = run.args, model
     if run.compiles:
         batches = extreme_batches(data, args.batch_size, collate, run.device)
@@ -146,7 +146,7 @@ def as_loaded(data: VLMDataset, device: torch.device) -> VLMDataset:
 
 
 def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder):
-    """Computes what is missing of the tower's features, ranks sharing the work; `data` yields them from then on."""
+    """Computes missing features, split over ranks; `data` yields them from then on."""
     workers = run.args.num_workers
     with worker_errors(workers):
         compute_features(data, features, model.encode_images, run.device, workers, *run.processes.local_share)
@@ -155,7 +155,7 @@ def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: Featur
 
 
 def seed_dropout(run: Run):
-    """Seeds each rank by its own number, or as it was where the run resumes."""
+    """Seeds each rank by its own number; restores the saved state on resume."""
     torch.manual_seed(run.args.seed + run.processes.rank)
     if run.state is not None:
         restore_random_state(run.state["random"], run.processes.rank, run.device)

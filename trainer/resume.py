@@ -24,7 +24,7 @@ MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "gr
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """What a checkpoint says of the rows that are trained on.
+    """Training-data facts kept in a checkpoint.
 
     Attributes:
         content: A hash of their content, which a resumed run must find again.
@@ -45,10 +45,10 @@ class TrainedRows:
 
 
 class Checkpoints:
-    """Saves a run; restores its model where it resumes (UsageError if the checkpoint is of another run).
+    """Saves a run; restores its model where it resumes (UsageError if the checkpoint belongs to another run).
 
-    Make it before the frozen weights are rounded: weight files hold them as they were loaded. `companions` are the
-    stage's, `settings` the flags in effect, for sidecar and state.
+    Construct before `round_frozen_weights`: weight files keep them unrounded. `companions` are the stage's, `settings`
+    the flags in effect, for sidecar and state.
     """
 
     def __init__(self, run: Run, model: MiniMindVLM, companions: dict, rows: TrainedRows, settings: dict):
@@ -89,8 +89,8 @@ class Checkpoints:
         for name, value in self.fingerprint.items():
             if (saved := state["fingerprint"].get(name)) != value:
                 raise UsageError(
-                    f"{display_path(path)} is of a run with other {name} ({saved}; now {value}): repeat that run's "
-                    "flags, or leave --from_resume out to start over"
+                    f"{display_path(path)} was saved with another {name} ({saved}; now {value}): repeat that "
+                    "run's flags, or leave --from_resume out to start over"
                 )
         check_place(state, self.rows.sidecar["rows"], path)
 
@@ -111,7 +111,7 @@ class Checkpoints:
 
         Raises:
             UsageError: If nothing was learned yet, the weights are not finite, or the run's last save cannot be written
-                (the disk is full); after another one training continues, and the files are those of the save before.
+                (the disk is full); other failed saves are logged and keep the previous files.
         """
         run, learned, error = self.run, weight_io.learned_parameters(self.model), None
         state = {name: value for part in parts for name, value in part.state_dict().items()}
@@ -167,8 +167,8 @@ def check_place(state: dict, rows: int, path):
     is_place = sample < rows and epochs.isdecimal() and (epoch, sample) <= (int(epochs), 0)
     if not (is_place and epoch + (sample > 0) <= step <= epoch * rows + sample):  # a step takes a sample at least
         raise UsageError(
-            f"{display_path(path)} is damaged: step {step:,}, epoch {epoch:,}, sample {sample:,} is no place in a run "
-            f"of {epochs} epochs over {rows:,} rows. --from_resume 0 starts over"
+            f"{display_path(path)} is damaged: step {step:,}, epoch {epoch:,}, sample {sample:,} is not a valid "
+            f"position in a run of {epochs} epochs over {rows:,} rows. --from_resume 0 starts over"
         )
 
 
@@ -191,7 +191,7 @@ def restore_random_state(states: list[dict], rank: int, device: torch.device):
 
 
 def report_resume(run: Run, step: int, total_steps: int, data: VLMDataset):
-    """Logs where the run continues, which settings changed since it was saved, and how many pictures."""
+    """Logs where the run continues, which settings changed since it was saved, and how many pictures changed."""
     before = run.state["arguments"] | {"processes": str(run.state["processes"])}
     now = {name: str(run.settings[name]) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
@@ -204,14 +204,14 @@ def report_resume(run: Run, step: int, total_steps: int, data: VLMDataset):
     if is_comparable and len(changed := np.flatnonzero(pictures != data.picture_keys)):
         run.log(
             f"warning: {len(changed):,} of the {len(pictures):,} pictures changed since this run was saved, the first "
-            f"is {data.picture_source(changed[0])[1]}: it continues with what they show now. To continue with what it "
-            "learned before, put the old ones back; --from_resume 0 starts over with the new ones"
+            f"is {data.picture_source(changed[0])[1]}: the run continues with their new content; restore the "
+            "old files to avoid that, or --from_resume 0 starts over with the new ones"
         )
 
 
 @dataclass
 class TrainState:
-    """How far a run is: optimizer steps done, and the epoch and sample that come next."""
+    """Progress: optimizer steps done, and the epoch and sample that come next."""
 
     step: int = 0
     epoch: int = 0
@@ -234,10 +234,9 @@ class TrainState:
 
 
 def keep_earlier_run(run: Run):
-    """Renames what an earlier run of this name reported, before this one reports; unless this one resumes it.
+    """Renames an earlier run's reports out of the way (not on resume), on the main rank.
 
-    Weights and state follow when this run's own are written, so that a run that fails before leaves them; those of an
-    unfinished run at once, so that nobody resumes it with another's reports. The main rank does it.
+    Its weights and state are renamed at this run's first save; an unfinished run's at once.
 
     Raises:
         UsageError: If a file cannot be renamed.

@@ -37,20 +37,20 @@ class RunFiles:
 
     @cached_property
     def aside(self) -> Path:
-        """What an earlier run of this name is kept as: no file begins with it, and no weights are looked for there."""
+        """The new name of an earlier run's files: not in use, and never taken for weights."""
         now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
         names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
         return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
 
     def keep_aside(self, *endings: str) -> bool:
-        """Renames what an earlier run wrote; tells whether there was anything. UsageError where that fails."""
+        """Renames an earlier run's files; returns whether there were any. Raises UsageError if that fails."""
         paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
         there = [path for path in paths if os.path.lexists(path)]
         for path in there:
             try:
                 path.rename(paths[path])
             except OSError as error:
-                raise UsageError(f"{display_path(path)} cannot get another name: {error.strerror}") from error
+                raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
         return bool(there)
 
 
@@ -58,12 +58,12 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
     """Reads the checkpoint to resume from; None to start over.
 
     Raises:
-        UsageError: If it cannot be read, or an unfinished run would be left behind unasked.
+        UsageError: If it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
     """
     if not args.from_resume:
         if args.from_resume is None and is_unfinished(files.state):
             raise UsageError(
-                f"{display_path(files.state)} is of a run that did not finish: --from_resume 1 resumes it, "
+                f"{display_path(files.state)} belongs to a run that did not finish: --from_resume 1 resumes it, "
                 "--from_resume 0 starts over; the old files get a timestamp"
             )
         return None
@@ -82,7 +82,7 @@ def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tells whether a checkpoint is of a run with epochs left; one that cannot be read is of no use to anybody."""
+    """Tells whether a checkpoint has epochs left; an unreadable one counts as finished."""
     if not path.is_file():
         return False
     try:

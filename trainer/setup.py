@@ -1,4 +1,4 @@
-"""What comes before training: functions that find, check and load what a run needs, and return it."""
+"""Setup before training: functions that find, check and load what a run needs."""
 
 import hashlib
 import os
@@ -34,17 +34,17 @@ SHOWN_BAD_ROWS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of; nobody changes it.
+    """Everything a run needs; immutable.
 
     Attributes:
         stage, args, processes: The stage, its flags, this process among all.
-        tokenizer, tokenizer_sha256: What texts are read with.
+        tokenizer, tokenizer_sha256: The tokenizer and its hash.
         weights: The starting weights' path and sidecar (their tensors go into the model), None for random ones.
         config: The model's shape.
-        tower: What the vision tower's own files say.
+        tower: The vision tower's settings, read from its files.
         files: Where everything is written.
         state: The checkpoint to resume from, or None.
-        dtype: Of matrix products.
+        dtype: Compute dtype.
         started: `time.perf_counter()` at the start.
         lock: Keeps another process from writing the same files.
     """
@@ -84,12 +84,12 @@ class Run:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile is wanted. A model with experts is no single graph: tokens choose their expert."""
+        """Whether to use torch.compile. Not with experts: routing breaks the graph."""
         return bool(self.args.compile) and not self.config.use_moe
 
     @property
     def captures(self) -> bool:
-        """Whether steps are CUDA graphs: one process, no experts, scaler or dropout, whose steps differ on the host."""
+        """Whether to capture steps as CUDA graphs; experts, scaler, dropout and other ranks need the host each step."""
         is_able = self.processes.world_size == 1 and not self.config.use_moe and self.config.dropout == 0
         return bool(self.args.capture) and self.device.type == "cuda" and is_able and self.dtype != torch.float16
 
@@ -99,7 +99,7 @@ class Run:
 
 
 def prepare_run(stage: Stage, args, processes: Processes) -> Run:
-    """Finds tokenizer, starting weights and checkpoint, and makes sure that all of them belong together.
+    """Finds tokenizer, starting weights and checkpoint, and checks that they fit together.
 
     Raises:
         UsageError: If a file is missing or does not fit.
@@ -122,7 +122,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
     if args.compile and config.use_moe:
-        processes.log("--compile 1: a model with experts cannot be compiled, so this one is not")
+        processes.log("--compile 1 is ignored: models with experts cannot be compiled")
     if weights is not None and weights.path.resolve() == files.weights.resolve():
         raise UsageError(
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
@@ -150,11 +150,11 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
 
 
 def be_deterministic():
-    """Makes torch use algorithms that give the same bits each time; it raises where there is none."""
+    """Makes torch use deterministic algorithms only, and raise where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order
-    torch.use_deterministic_algorithms(True)  # not warn_only, with which flash attention's gradient stays as it is
+    torch.use_deterministic_algorithms(True)  # warn_only leaves flash attention's backward nondeterministic
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its gradient has no such form
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # no deterministic backward
 
 
 def find_starting_weights(args, log) -> weight_io.Weights | None:
@@ -172,10 +172,10 @@ def find_starting_weights(args, log) -> weight_io.Weights | None:
 
 
 def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
-    """Returns the model's shape: the weights', or without weights the flags' (published sizes: 512 x 8, 768 x 16).
+    """Returns the model's shape: from the weights, or from the flags if there are none (published: 512 x 8, 768 x 16).
 
     Raises:
-        UsageError: If no model has such a shape, or the flags contradict the weights.
+        UsageError: If the shape is invalid, or the flags contradict the weights.
     """
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
     projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
@@ -188,11 +188,11 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
             config = VLMConfig(**shape, **of_tower, **projector, vocab_size=len(tokenizer))
         else:
             config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
-        if weights is not None and not weights.has_projection:  # a language model: the projection is yet to be made
+        if weights is not None and not weights.has_projection:  # a language model: the projection does not exist yet
             config = VLMConfig(**weight_io.config_fields(config) | projector)
     except ValueError as error:
         tower_flag = f"--vision_model_path {display_path(args.vision_model_path)}"
-        raise UsageError(f"no model has --hidden_size {hidden_size} and {tower_flag}: {error}") from error
+        raise UsageError(f"--hidden_size {hidden_size} and {tower_flag} make no valid model: {error}") from error
     for flag, value in projector.items():
         if getattr(config, flag) != value:
             raise UsageError(
@@ -209,7 +209,7 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     """Loads the tokenised rows; prints the report on bad ones.
 
     Returns:
-        The rows to train on, and the rows to measure on: those of --eval_data, or some held out; None for none.
+        The training rows, and the evaluation rows: those of --eval_data, or some held out; None for none.
 
     Raises:
         UsageError: If there are more bad rows than --max_bad_rows, or nothing is left.
@@ -220,11 +220,11 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     for kind, rule in data.rules.items():
         run.log(f"{kind}: {rule}")
     if len(data) == 0:
-        raise DataError(f"{data.data_path} has no row to learn from")
+        raise DataError(f"{data.data_path} has no usable rows")
     if data.picture_count == 0 and args.freeze_llm == "all":
         raise UsageError(
-            f"no row of {display_path(args.data_path)} has a picture, and only the projection would learn, which such "
-            "rows do not reach: name rows with pictures by --data_path, or let the decoder learn (--freeze_llm none)"
+            f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
+            "and text rows give it no gradient. Use rows with pictures, or train the decoder too (--freeze_llm none)"
         )
     if args.eval_data == "none":
         return data, None
@@ -244,26 +244,26 @@ def load_eval_data(run: Run, data: VLMDataset) -> VLMDataset:
     if heldout.bad_rows:
         count, first = len(heldout.bad_rows), heldout.bad_rows[0]
         reason = f"the first is {first.line}: {first.reason}"
-        run.log(f"{flag}: {count} rows cannot be measured on and are left out, {reason}")
+        run.log(f"{flag}: {count} rows cannot be used and are left out, {reason}")
     if len(heldout) == 0:
-        raise UsageError(f"{flag} has no row to measure on")
+        raise UsageError(f"{flag} has no usable rows")
     if both := rows_in_both(data, heldout):
         run.log(
-            f"warning: {both:,} of the {len(heldout):,} rows of {flag} are trained on too, so the held-out loss says "
-            "less than it seems to"
+            f"warning: {both:,} of the {len(heldout):,} rows of {flag} are trained on too, so the held-out loss "
+            "will look too good"
         )
     return heldout
 
 
 def report_shared_images(run: Run, data: VLMDataset, training: VLMDataset, heldout: VLMDataset):
-    """Says how many rows are left out, or trained on, although they show a held-out image."""
+    """Logs how many rows that show a held-out image are left out, or trained on all the same."""
     left_out, trained_on = len(data) - len(training) - len(heldout), len(showing_the_same(training, heldout))
     if left_out:
-        run.log(f"{left_out:,} rows show a held-out image beside others: neither learned nor measured on")
+        run.log(f"{left_out:,} rows show a held-out image beside others: used for neither training nor evaluation")
     if trained_on:
         run.log(
-            f"warning: {trained_on:,} rows to learn from show a held-out image, too many to leave out, so the held-out "
-            "loss says less than it seems to"
+            f"warning: {trained_on:,} training rows show a held-out image, too many to leave out, so the held-out "
+            "loss will look too good"
         )
 
 
@@ -274,7 +274,7 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 
 def report_bad_rows(run: Run, data: VLMDataset):
-    """Names the rows that cannot be learned from, in {name}.bad_rows.txt too; UsageError if they are too many."""
+    """Logs the unusable rows, lists them in {name}.bad_rows.txt; raises UsageError if there are too many."""
     path, bad = run.files.bad_rows, data.bad_rows
     if run.processes.is_main and run.state is None and run.files.weights.is_file():
         run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
@@ -302,19 +302,19 @@ def report_bad_rows(run: Run, data: VLMDataset):
     cut = data.column("cut_tokens")[data.left_out]
     if cut.any():
         too_long = f"{(cut > 0).sum()} of them are cut by --max_seq_len {run.args.max_seq_len}"
-        report.append(f"{too_long}; {cut.max()} cuts none.")
+        report.append(f"{too_long}; {cut.max()} fits all.")
     share = "1 % of the rows" if run.args.max_bad_rows is None else f"--max_bad_rows {limit}"
     report.append(f"More than {share}: training does not start. Fix them, or raise --max_bad_rows.")
     raise UsageError("\n".join(report))
 
 
 def load_model(run: Run) -> MiniMindVLM:
-    """Builds tower, projection and decoder on the CPU, in float32, with the starting weights in.
+    """Builds tower, projection and decoder on the CPU in float32, and loads the starting weights.
 
     Raises:
         UsageError: If the weights do not fit.
     """
-    torch.manual_seed(run.args.seed)  # the same first projection on every rank
+    torch.manual_seed(run.args.seed)  # same initial projection on every rank
     model = MiniMindVLM(run.config, vision_model_path=run.args.vision_model_path)
     if run.weights is not None:
         weight_io.load_into(model, run.weights)
@@ -323,7 +323,7 @@ def load_model(run: Run) -> MiniMindVLM:
 
 
 def freeze(model: MiniMindVLM, frozen: str):
-    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection learns, the tower never."""
+    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection trains, the tower never."""
     model.requires_grad_(frozen == "none")
     model.vision_proj.requires_grad_(True)
     if frozen == "ends":
@@ -342,16 +342,16 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 
 
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
-    """Opens the cache of the tower's features, where --cache_vision or its default says so, for all ranks.
+    """Opens the cache of the tower's features if --cache_vision or its default says so; all ranks decide alike.
 
     Raises:
-        FeatureCacheError: If a folder was named, and has no room for it.
+        FeatureCacheError: If --cache_vision names a folder without enough space.
     """
     flag = run.args.cache_vision
     folder = run.files.save_dir / "vision_features" if flag is None else Path(flag).expanduser().resolve()
     if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
-    # A tower rounded to another dtype, or one that takes its pictures another way, gives other features.
+    # Another tower, dtype or picture format gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))
     try:
@@ -362,6 +362,6 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolde
             raise
         run.log(f"warning: {error}")
         has_room = False
-    run.processes.barrier(patient=True)  # each has read all pictures
-    # What is free may change while ranks look, but all of them must decide the same.
+    run.processes.barrier(patient=True)  # each rank reads all pictures first
+    # Free space may change between ranks' checks; all must decide alike.
     return features if run.processes.sum(not has_room) == [0] else None

@@ -16,7 +16,7 @@ from trainer.support.processes import Processes, others_may_be_gone
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a step works on.
+    """Everything a step needs.
 
     Attributes:
         loss: A StageLoss; DistributedDataParallel over several processes.
@@ -43,9 +43,9 @@ class TrainContext:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an optimizer step consists of, summed over its micro-batches and all ranks."""
+    """Sizes of an optimizer step, summed over its micro-batches and all ranks."""
 
-    units: int | torch.Tensor  # what the stage's loss is divided by; a tensor in a captured step
+    units: int | torch.Tensor  # the divisor of the stage's loss; a tensor in a captured step
     samples: int
     tokens: int
     skipped: int
@@ -156,7 +156,7 @@ def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
 
 
 def count(micro_batches: list[dict], processes: Processes) -> Counts:
-    """Sums what a step consists of over all ranks."""
+    """Sums a step's sizes over all ranks."""
     counts = [sum(batch[name] for batch in micro_batches) for name in ("units", "samples", "tokens")]
     skipped = sum(len(batch["skipped"]) for batch in micro_batches)
     return Counts(*map(int, processes.sum(*counts, skipped)))

@@ -43,7 +43,7 @@ def main(stage: Stage = STAGE):
     args = parse_arguments(stage, __doc__)
     with Processes.start(args.device, args.timeout_minutes) as processes:
         run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
-        data, heldout = load_data(run)  # captions as token ids: rows to learn from, rows to measure on
+        data, heldout = load_data(run)  # captions as token ids: training rows, evaluation rows
         model = load_model(run)  # tower + projection + decoder
         freeze(model, args.freeze_llm)  # all: only the projection learns
         train(run, model, data, heldout)  # minimises the stage's loss

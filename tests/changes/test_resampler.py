@@ -19,7 +19,7 @@ QUERIES = 64
 
 @register("resampler")
 class Resampler(Projector):
-    is_grid = False  # a token is no place in the image, so there are no maps of what a word depends on
+    is_grid = False  # queries have no position in the image, so there are no word maps
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)

@@ -63,7 +63,7 @@ def test_a_good_file(check, world):
     assert "duplicates none" in report
     assert "bad rows" not in done.out
     assert "broken pictures:" not in done.out
-    assert done.out.endswith(f"\n{WOULD_START}{PRETRAIN_ROWS} rows to learn from.\n")
+    assert done.out.endswith(f"\n{WOULD_START}{PRETRAIN_ROWS} usable rows.\n")
     assert all(len(line) <= 80 for line in done.out.splitlines() if str(world.root) not in line)
 
 
@@ -156,7 +156,7 @@ def test_reasons_that_differ_in_names_and_numbers_are_of_one_kind():
         (99, 1, [], "1 bad row, more than 0 (1 % of the rows)"),
         (10, 3, ["--max_bad_rows", 3], None),
         (10, 3, ["--max_bad_rows", 2], "3 bad rows, more than --max_bad_rows 2"),
-        (2, 2, ["--max_bad_rows", 2], "there is no row to learn from"),
+        (2, 2, ["--max_bad_rows", 2], "there are no usable rows"),
     ],
 )
 def test_the_exit_status_is_what_training_would_do(check, world, tmp_path, rows, bad, flags, why):
@@ -166,7 +166,7 @@ def test_the_exit_status_is_what_training_would_do(check, world, tmp_path, rows,
     if why:
         assert (done.code, last) == (1, f"{WOULD_REFUSE}{why}.")
     else:
-        expected = f"{WOULD_START}{rows - bad} rows to learn from, {bad} left out."
+        expected = f"{WOULD_START}{rows - bad} usable rows, {bad} left out."
         assert (done.code, last) == (0, expected)
     if why or rows < 50:
         out = world.copy_of_out(tmp_path / "out")
@@ -178,7 +178,7 @@ def test_only_blank_lines(check):
     done = check(["", " "])
     assert done.code == 1
     assert "rows 0: 0 good, 0 bad, and 2 blank lines" in words(done.out)
-    assert done.out.endswith(f"{WOULD_REFUSE}there is no row to learn from.\n")
+    assert done.out.endswith(f"{WOULD_REFUSE}there are no usable rows.\n")
 
 
 def test_what_is_cut(check, world, tmp_path):
@@ -194,7 +194,7 @@ def test_what_is_cut(check, world, tmp_path):
     report = words(done.out)
     lost = lengths[1] - limit
     assert (
-        f"cut at {limit} {lost} tokens of 1 row and the whole of 2 rows; --max_seq_len {max(lengths)} would cut none"
+        f"cut at {limit} {lost} tokens of 1 row and the whole of 2 rows; --max_seq_len {max(lengths)} fits all"
         in report
     )
     assert "1 row an image is cut off" in report
@@ -246,7 +246,7 @@ def test_broken_pictures(check, tmp_path, world):
     assert re.search(
         r"cut\.jpg: (?i:.*truncated.*) \(lines 2, 4, 5\) text\.jpg: not a picture .* \(lines 3, 5\) ", report
     )
-    assert done.out.endswith(f"{WOULD_START}5 rows to learn from.\n")
+    assert done.out.endswith(f"{WOULD_START}5 usable rows.\n")
     assert "pictures 6 of 3 files" in report
     assert "broken pictures:" not in check(rows, "--images_path", folder).passed().out
     assert "broken pictures: none of 1" in check(rows[:1], "--images_path", folder, "--pictures").passed().out

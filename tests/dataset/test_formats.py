@@ -87,7 +87,7 @@ def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, 
         (ASKED | {"question": "<image><image>"}, "not read as a picture with question and answer: ValueError"),
         (
             ASKED | {"image": "data:image/png;base64," + "iVBORw0KGgo" + "A" * 80},
-            "base64 text; this makes training data",
+            "base64 text; convert it with",
         ),
         ({"messages": [turn("user", [{"type": "audio"}]), TURNS[1]]}, "a part that is neither text nor picture"),
     ],

@@ -106,7 +106,7 @@ def test_rows_of_text_with_a_black_picture_are_learned_as_text(written):
     assert data.bad_rows == []
     assert data.rules == {
         "no <image>": "in 1 row: the picture is put first",
-        "text only": "in 1 row: no <image>, and a black picture of 8 x 8 that stands for none; learned as text",
+        "text only": "in 1 row: no <image>, and the black 8 x 8 placeholder picture; learned as text",
     }
     lists = pa.array([[BLACK], [BLACK, BLACK], [BLACK, BLACK]])
     data = written([(said(TEXT), None), (two, None), (said(TEXT), None)], "lists.parquet", lists)
@@ -152,7 +152,7 @@ def test_tool_calls_are_left_out_but_are_not_bad(written):
     rows += [said(TEXT, tool_calls=none) for none in (None, "", [], "[]")]
     data = written([(turns, BLACK) for turns in rows])
     assert (len(data), data.row_count, data.bad_rows) == (5, 8, [])
-    assert data.rules["tool calls"] == "in 3 rows: left out, as nothing here answers a call; not counted as bad"
+    assert data.rules["tool calls"] == "in 3 rows: left out: tool calls are not supported; not counted as bad"
 
 
 def test_reasoning_and_empty_think_blocks_are_dropped_and_the_answer_learned(written):
@@ -270,7 +270,7 @@ def test_a_held_out_picture_is_not_trained_on_as_the_second_of_a_row(written):
     assert 0 < left_out <= 3 * len(held_out)
     assert len(kept.positions) == len(set(kept.positions.tolist()) - set(held_out.positions.tolist()))
     report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
-    assert said == [f"{left_out} rows show a held-out image beside others: neither learned nor measured on"]
+    assert said == [f"{left_out} rows show a held-out image beside others: used for neither training nor evaluation"]
 
 
 def test_a_picture_in_most_rows_is_not_left_out_with_them_but_said(written):
@@ -279,7 +279,7 @@ def test_a_picture_in_most_rows_is_not_left_out_with_them_but_said(written):
     said = []
     report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
     assert (len(kept), len(held_out)) == (99, 1)
-    assert len(said) == 1 and said[0].startswith("warning: 99 rows to learn from show a held-out image, too many")
+    assert len(said) == 1 and said[0].startswith("warning: 99 training rows show a held-out image, too many")
 
 
 def test_the_same_texts_with_other_pictures_are_other_data(written):
@@ -454,7 +454,7 @@ def test_a_run_on_the_published_form_says_its_rules_and_resumes_bit_identically(
     files = pa.array([file + b"other" for file in table["image_bytes"].to_pylist()])
     pq.write_table(table.set_column(1, "image_bytes", files), tmp_path / "other.parquet")
     flags += ["--data_path", tmp_path / "other.parquet", "--from_resume", 1]
-    world.run(SFT, *world.files("sft", out), *flags).refused("sft_vlm_32_resume.pth is of a run with other data")
+    world.run(SFT, *world.files("sft", out), *flags).refused("sft_vlm_32_resume.pth was saved with another data")
 
 
 KILLED_IN_STEP_9 = """

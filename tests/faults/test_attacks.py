@@ -90,7 +90,7 @@ WEIGHTS = {
 def test_only_files_count_as_weight_files(world, out, name):
     WEIGHTS[name](out / "llm_32.pth")
     missing = world.run(PRETRAIN, *world.files("pretrain", out))
-    missing.refused("Missing:\n  language model: ", "scripts/download.py llm", "llm_32.pth (not what is looked for)")
+    missing.refused("missing:\n  language model: ", "scripts/download.py llm", "llm_32.pth (unexpected name)")
     shutil.rmtree(out)
     world.copy_of_out(out)
     WEIGHTS[name](rows_named(out, "llm_64.pth"))  # ignored beside a good one

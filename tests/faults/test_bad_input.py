@@ -99,7 +99,7 @@ def test_a_value_that_a_flag_cannot_have(flag, value, capsys):
 def test_rows_without_a_picture_do_not_pretrain(world, out, tmp_path):
     text = {"conversations": [turn("user", "说。"), turn("assistant", "好。")]}
     data = write_jsonl(tmp_path / "rows.jsonl", [text] * 8)
-    assert "has a picture, and only the projection would learn" in refused(world, out, "--data_path", data)
+    assert "has a picture: --freeze_llm all trains only the projection" in refused(world, out, "--data_path", data)
     world.run(SFT, *world.files("sft", out), "--data_path", data, "--from_weight", "llm", "--epochs", 1).passed()
 
 
@@ -396,7 +396,7 @@ def test_the_originals_own_names_and_places_are_taken(place, names):
 )
 def test_what_lies_there_and_is_not_understood_is_named_and_the_built_in_set_not_taken(place, name):
     folder_or_file = name if name.startswith(("out", "dataset")) else name.rpartition("/")[0]
-    with pytest.raises(UsageError, match=rf"Missing:(.|\n)*{folder_or_file} \(not what is looked for\)"):
+    with pytest.raises(UsageError, match=rf"files are missing:(.|\n)*{folder_or_file} \(unexpected name\)"):
         place.has(name).choose()
 
 
@@ -478,7 +478,7 @@ def test_weights_of_an_earlier_minimind_3v_are_named_not_what_the_older_generati
     place.has("model/vision_model/siglip2-base-p32-256-ve/model.safetensors", "out/llm_768.pth")
     path = place.root / "out/llm_768.pth"
     torch.save(language_model(steps=0, qk_norm=True) | {"vision_proj.mlp.0.weight": torch.zeros(shape)}, path)
-    with pytest.raises(UsageError, match=r"llm_768.pth is of an earlier minimind-3v") as error:
+    with pytest.raises(UsageError, match=r"llm_768.pth belongs to an earlier minimind-3v") as error:
         parse_arguments(PRETRAIN_STAGE, "", ["--from_weight", str(path)])
     assert "Missing" not in str(error.value)
     path.write_bytes(b"damaged")

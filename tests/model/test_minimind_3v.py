@@ -136,7 +136,7 @@ def test_the_published_shape_is_read_from_its_97_tensors(tmp_path):
 @pytest.mark.parametrize("shape", [(768, 3072), (3072,)])
 def test_earlier_files_are_refused(tmp_path, shape):
     tensors = model_3v().state_dict() | {"vision_proj.mlp.0.weight": torch.zeros(shape)}
-    with pytest.raises(UsageError, match=r"llm_768.pth is of an earlier minimind-3v.*\(.*3072.*\)"):
+    with pytest.raises(UsageError, match=r"llm_768.pth belongs to an earlier minimind-3v.*\(.*3072.*\)"):
         config_of(tensors, tmp_path / "llm_768.pth")
 
 

@@ -337,7 +337,7 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     assert "left out 5 of 200 rows (2.5 %), all listed in left_out.txt there 3 rows no such" in report
     assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
     assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
-    assert "Training would start with this file: 195 rows to learn from." in printed
+    assert "Training would start with this file: 195 usable rows." in printed
     assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in error
     assert "--max_bad_rows 5" in error
     assert len((folder / "left_out.txt").read_text().splitlines()) == 5

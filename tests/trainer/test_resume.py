@@ -298,7 +298,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tm
         (["--freeze_llm", 1], "another run"),
     ):
         message = BASE.run(world, out, "--from_resume", 1, *flags)
-        message.refused("sft_vlm_32_resume.pth is of", said, "--from_resume out")
+        message.refused("sft_vlm_32_resume.pth ", said, "--from_resume out")
     assert before == {path: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
 
 
@@ -329,11 +329,11 @@ def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path)
     torch.save(language_model(num_hidden_layers=3), tmp_path / "deeper.pth")
     torch.save(language_model(steps=21), tmp_path / "other.pth")
     for weights, said in (
-        ("deeper.pth", "other model (hidden_size 32, 2 layers, 8 and 2 heads"),
-        ("other.pth", "other frozen weights ("),
+        ("deeper.pth", "another model (hidden_size 32, 2 layers, 8 and 2 heads"),
+        ("other.pth", "another frozen weights ("),
     ):
         again = way.run(world, out, "--from_resume", 1, "--from_weight", tmp_path / weights)
-        again.refused("pretrain_vlm_32_resume.pth is of a run with", said, "; now ")
+        again.refused("pretrain_vlm_32_resume.pth was saved with", said, "; now ")
 
 
 def changed(state: dict, place: str, value) -> dict:
@@ -350,7 +350,7 @@ NO_STATES = [
     *(("epoch", value, "epoch") for value in (-1, "x", 1.0, NAN, None, True, 10**9, 2**70)),
     *(("sample", value, "sample") for value in (-3, "x", NAN, 10**9, ROWS, [3])),
     *(("step", value, "step") for value in (-1, NAN, "7", 0, EPOCHS * ROWS + 1)),
-    ("epoch", EPOCHS + 1, f"epoch {EPOCHS + 1}, sample 0 is no place in a run of {EPOCHS} epochs over {ROWS} rows"),
+    ("epoch", EPOCHS + 1, f"{EPOCHS + 1}, sample 0 is not a valid position in a run of {EPOCHS} epochs over {ROWS} "),
     ("arguments/epochs", "many", "many epochs"),
     ("arguments", ["a list"], "arguments"),
     ("fingerprint", {"model": 5}, "fingerprint"),
@@ -400,7 +400,7 @@ def test_a_state_that_no_run_can_have_is_refused(finished, tmp_path, place, valu
 def test_a_run_that_such_a_state_would_begin_ends_in_words(world, finished, in_one_go, tmp_path, place):
     out = shutil.copytree(in_one_go(BASE), tmp_path / "out")
     torch.save(changed(finished, *place), out / "sft_vlm_32_resume.pth")
-    BASE.run(world, out, "--from_resume", 1, "--epochs", 3).refused("sft_vlm_32_resume.pth is")
+    BASE.run(world, out, "--from_resume", 1, "--epochs", 3).refused("sft_vlm_32_resume.pth ")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state", pickle.dumps({"a": 1})])

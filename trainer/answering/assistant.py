@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def add_speed_flags(group):
-    """Adds the flags of how an assistant computes to an argument group."""
+    """Adds the flags of device, dtype and compilation to an argument group."""
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = (
         "int8: the decoder's matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
@@ -34,7 +34,7 @@ def add_speed_flags(group):
 
 
 def add_generation_flags(group, max_new_tokens: int):
-    """Adds the flags of how answers are generated, whose defaults are the weights' recipe; see `sampling_of`."""
+    """Adds the flags of sampling, which default to the weights' recipe: see `sampling_of`."""
     add = group.add_argument
     add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, help="longest answer in tokens")
     for name, kind, what in (

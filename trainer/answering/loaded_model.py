@@ -35,8 +35,8 @@ class LoadedModel:
     Attributes:
         weights: Tensors and sidecar.
         config: The model's shape, fitted to the tower.
-        tokenizer, tokenizer_path: What texts are read with, and its folder.
-        tower, tower_path: What the vision tower's own files say, and its folder.
+        tokenizer, tokenizer_path: The tokenizer and its folder.
+        tower, tower_path: The vision tower's settings and its folder.
     """
 
     weights: weight_io.Weights
@@ -58,7 +58,7 @@ class LoadedModel:
 
     @property
     def bundle(self) -> Bundle:
-        """The generation that it belongs to."""
+        """The model's generation."""
         return bundle_of(self.weights)
 
     @property
@@ -125,7 +125,7 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
 
 
 def read_named_weights(args: argparse.Namespace) -> weight_io.Weights:
-    """Reads the weights that the flags name; the built-in language model where no other was downloaded."""
+    """Reads the weights that the flags name; the built-in language model if no other was downloaded."""
     if args.load_from != "model":
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:

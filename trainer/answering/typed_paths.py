@@ -39,7 +39,7 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
         ValueError: If something looks like a picture or a path but is no file: "NAME: why" each.
     """
     line = line.replace(MARK, " ")
-    # Of 'my cat.jpg' in quotes cat.jpg is no part.
+    # In a quoted 'my cat.jpg', cat.jpg is not a path of its own.
     inside = {place for match in QUOTED.finditer(line) for place in range(match.start() + 2, match.end())}
     starts = [match.start() for match in STARTS.finditer(line) if match.start() not in inside]
     paths, pieces, done, tried = [], [], 0, 0
@@ -71,7 +71,7 @@ def file_of(text: str) -> Path | None:
 
 
 def spellings(text: str) -> list[Path]:
-    """Returns the paths that a text may mean: as it stands, without a shell's quotes, and of a file:// address."""
+    """Returns the paths that a text may mean: as typed, without a shell's quotes, or from a file:// address."""
     texts = [text, SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text)]
     texts += [unquote(text.removeprefix("file://")) for text in texts if text.startswith("file:///")]
     return [Path(os.path.expanduser(text)) for text in dict.fromkeys(texts)]

@@ -16,7 +16,7 @@ LOG_FROM = 20  # ratio of the highest value to the lowest from which an axis may
 
 @dataclass
 class Chart:
-    """What is drawn where. The styles are CSS classes; c1, c2 ... are the curves'.
+    """The lines, dots and texts of a chart. Styles are CSS classes; c1, c2 ... are the curves'.
 
     Attributes:
         unit: Of the values.

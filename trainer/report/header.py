@@ -1,4 +1,4 @@
-"""What a run is about to do, printed before its first step."""
+"""The header printed before a run's first step."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from trainer.setup import Run
 
 
 def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
-    """Prints files, sizes and settings of the run; `lines` is what others say: data, held_out, features, steps."""
+    """Prints files, sizes and settings of the run; `lines` holds the texts of data, held_out, features, steps."""
     args, config = run.args, run.config
     if run.learns_scenes:
         assets = "nothing was downloaded and no path given, so this run uses the small built-in set of drawn scenes"
@@ -57,7 +57,7 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
 
 
 def describe_features(features: FeatureFolder | None, data: VLMDataset) -> str:
-    """Says where the features of the data's pictures are kept, and their size."""
+    """Describes where the features of the data's pictures are cached, and their size."""
     if features is None:
         return "computed in every epoch"
     gigabytes = (data.picture_keys != 0).sum() * features.file_bytes / 1e9

@@ -1,4 +1,4 @@
-"""What can go wrong in a run: a first loss no better than guessing, steps that are not finite, unreadable images."""
+"""Reports a run's faults: a first loss no better than guessing, steps that are not finite, unreadable images."""
 
 import contextlib
 import math
@@ -85,7 +85,7 @@ class UnreadableImages:
 
 
 def check_first_loss(run: Run, losses: torch.Tensor):
-    """Stops where weights of unknown tokenizer begin no better than guessing: most likely the tokenizer is wrong.
+    """Stops if weights with an unknown tokenizer start no better than guessing: most likely the tokenizer is wrong.
 
     Raises:
         UsageError: Unless --ignore_high_loss is set; unfamiliar text may be the reason, too.

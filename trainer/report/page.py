@@ -56,7 +56,7 @@ RECORDED = SIDECAR | {"config": {"*": PLAIN}}  # it is shown, not used
 
 @dataclass
 class Record:
-    """What a run's files hold; `missing` says which of them cannot be shown, and why."""
+    """The contents of a run's files; `missing` gives the reason for each that cannot be shown."""
 
     folder: Path
     name: str
@@ -76,7 +76,7 @@ class Record:
 
 
 def read_record(folder: Path, name: str) -> Record:
-    """Reads everything a run left.
+    """Reads a run's files.
 
     Raises:
         UsageError: If its metrics are missing, unreadable or empty.
@@ -143,7 +143,7 @@ def summary(record: Record) -> dict:
 
 
 def verdict(record: Record) -> list[str]:
-    """Returns what the losses and the gap mean, by the rules of trainer/README.md."""
+    """Interprets the losses and the gap by the rules of trainer/README.md."""
     losses = [(loss, step) for step, loss in points(record.evaluations, "loss") if loss is not None]
     if not losses:
         return ["Nothing was held out, so the loss on new images was not measured."]
@@ -192,7 +192,7 @@ def descriptions(record: Record) -> list[dict]:
         shown = np.linspace(0, len(stretches) - 1, min(len(stretches), MOST_STRETCHES)).round().astype(int)
         last = stretches[-1][-1]
         words = record.looks.get((last["step"], name, prompt), [])
-        if "".join(word for word, _ in words).strip() != last["description"]:  # they are of another description
+        if "".join(word for word, _ in words).strip() != last["description"]:  # they belong to another description
             words = []
         words = [(word.strip(), of_word) for word, of_word in words if any(map(str.isalnum, word))]
         images.append(
@@ -238,7 +238,7 @@ def base64_image(path: Path) -> str | None:
 
 
 def settings(record: Record) -> dict:
-    """Returns the run's main settings, the other ones, and the versions of what it ran with."""
+    """Returns the run's main settings, the other ones, and the versions of its packages."""
     every = {f"--{name}": value for name, value in record.sidecar["arguments"].items()} | record.sidecar["config"]
     return {
         "main_settings": {name: every[name] for name in MAIN_SETTINGS if name in every},

@@ -1,4 +1,4 @@
-"""What a run reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb if asked."""
+"""A run's reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb if asked."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ clock = tqdm.format_interval  # seconds to 02:03, 1:02:03
 
 
 class Progress:
-    """Counts what was learned since the last report and reports it (on the main rank; the others are silent).
+    """Sums loss and counts since the last report, and reports them (on the main rank; the others are silent).
 
     metrics.jsonl of a resumed run keeps the reports up to the step it resumes from.
 
@@ -57,7 +57,7 @@ class Progress:
         return self.counted["seconds_before"] + time.perf_counter() - self.interval_started
 
     def state_dict(self) -> dict:
-        """Returns what was counted since the last report, for a resumed run to report."""
+        """Returns the sums since the last report, for a resumed run to report."""
         counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": self._seconds()}
         return {"progress": counted, "wandb_id": None if self.wandb_run is None else self.wandb_run.id}
 
@@ -69,7 +69,7 @@ class Progress:
         self.bar.update(1)
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
-        """Reports the interval that ends here and begins the next; returns what was reported."""
+        """Reports the interval that ends here and begins the next; returns the record."""
         loss_sum, learned = self.losses.tolist()  # syncs
         seconds = max(1e-9, self._seconds())
         record = {
@@ -108,7 +108,7 @@ class Progress:
         self._send("eval", step, held_out)
 
     def exclude(self, seconds: float):
-        """Leaves time that was not training out of samples/s."""
+        """Leaves time not spent training out of samples/s."""
         self.interval_started += seconds
 
     def log_samples(self, step: int, generated: list[dict], folder: Path):

@@ -1,4 +1,4 @@
-"""How many of the built-in set's held-out scenes a model describes correctly."""
+"""Measures how many of the built-in set's held-out scenes a model describes correctly."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -29,10 +29,10 @@ def describe(
 
 
 def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """Returns the shares of attributes and whole captions that are right, beside shuffled images and chance.
+    """Returns the shares of correct attributes and whole captions, with shuffled images and chance to compare.
 
     Returns:
-        Rows {"name", "attributes", "captions"}; the first is of the right pictures, asked in Chinese.
+        Rows {"name", "attributes", "captions"}; the first is for the right pictures, asked in Chinese.
     """
     root, scenes = draw_builtin_dataset(), heldout_scenes()
     facts = [scene.facts for scene in scenes]

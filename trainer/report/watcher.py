@@ -28,7 +28,7 @@ class Watch:
         evaluator: Measures held-out rows; None for none, and the descriptions then come at the end.
         shown: The rows whose images are described, with pixels.
         interval: Optimizer steps between measurements.
-        done: Steps that a resumed run did before.
+        done: Steps done before a resume.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Watch:
 
     @property
     def plan(self) -> str:
-        """What the header says: which rows the run is measured on."""
+        """The evaluation rows, as the header names them."""
         if self.evaluator is None:
             few = "" if self.run.args.eval_data == "none" else " (fewer than three pictures)"
             return f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"

@@ -26,15 +26,15 @@ class Shape:
 
 
 class CapturedStep:
-    """Takes the optimizer steps of a context: as CUDA graphs where a stage can pad the batch, others as usual.
+    """Takes the optimizer steps of a context: as CUDA graphs if the stage can pad the batch, else as usual.
 
     The first batch of a shape runs over the buffers without a graph, which prepares what kernels need; the graph of the
     second has the same kernels. So a step computes the same bits whether its shape has a graph yet or not.
 
     Args:
         plain: `train_step`.
-        context: What it works on: one rank, without experts, gradient scaler or dropout.
-        pad: Batches that may differ in shape to batches of a few shapes, see `Stage`; None for a batch that it leaves.
+        context: The step's: one rank, without experts, gradient scaler or dropout.
+        pad: Pads batches of any shape to a few shapes, see `Stage`; None if it cannot.
     """
 
     def __init__(self, plain: Callable, context: TrainContext, pad: Callable[[dict], dict | None]):
@@ -56,7 +56,7 @@ class CapturedStep:
         is_full = False
         try:
             self.take(shape, counts)
-        except torch.OutOfMemoryError:  # graphs hold memory of their own, beside that of steps that are not captured
+        except torch.OutOfMemoryError:  # graphs need memory besides that of uncaptured steps
             is_full = self.stream is not None
             if not is_full:
                 raise
@@ -85,7 +85,7 @@ class CapturedStep:
         torch.cuda.empty_cache()
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> Shape:
-        """Copies a padded batch into the buffers of its shape; one of a name and a size serves all shapes."""
+        """Copies a padded batch into the buffers of its shape; shapes share buffers of the same name and size."""
         keys = [(name, tensor.shape) for name, tensor in tensors.items()]
         for key, tensor in zip(keys, tensors.values(), strict=True):
             if key not in self.buffers:
@@ -94,8 +94,8 @@ class CapturedStep:
         return self.shapes.setdefault(tuple(keys), Shape({key[0]: self.buffers[key] for key in keys}))
 
     def compute(self, shape: Shape, counts):
-        """Takes the step, as launches or, while capturing, as the graph's."""
-        # How many units the batch has is in `counts`, as a tensor: a number would be the graph's for ever.
+        """Takes the step, or while capturing records it in the graph."""
+        # `counts` holds the batch's units as a tensor: a number would be fixed in the graph.
         batch, counts = shape.inputs | {"units": True}, replace(counts, units=self.units)
         losses, is_bad = self.plain(self.context, [batch], counts, self.rate)
         self.losses.copy_(losses)

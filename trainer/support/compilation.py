@@ -88,12 +88,12 @@ class CompiledVLM:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         loss_sum, _ = loss(self, tensors_of(batch))
                     loss_sum.backward()
-        finally:  # a run goes on where compiling failed
+        finally:  # also if compiling failed: the run goes on
             self.model.zero_grad(set_to_none=True)
 
 
 def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Does what a convolution does whose stride is its kernel size, as one matrix product."""
+    """Computes a convolution with a stride equal to its kernel size as one matrix product."""
     size = convolution.kernel_size[0]
     patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (images, 3, rows, size, columns, size)
     rows, columns = patches.shape[2], patches.shape[4]

@@ -133,7 +133,7 @@ class Processes:
 
 @contextlib.contextmanager
 def others_may_be_gone():
-    """Turns the error of a collective that cannot be completed into words; others pass."""
+    """Explains the error of a collective that cannot be completed; lets others pass."""
     try:
         yield
     except RuntimeError as error:
