@@ -1,21 +1,15 @@
-"""Reading a vision tower's folder: the table of families, and what their files may say."""
+"""Loading a vision tower from its folder: the table of families, and what their files may say."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    CLIPVisionModel,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    DINOv3ViTModel,
-    PretrainedConfig,
-    SiglipVisionModel,
-)
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.utils import constants
 
 from common.errors import UsageError
@@ -28,21 +22,25 @@ class TowerKind:
     """What the program must know of a family of towers.
 
     Attributes:
-        model: transformers' class.
-        model_type: What config.json says it is; with _vision_model, as the vision half of a whole model.
-        mean, std, crops: Where its files do not say, what pixels are normalised by, and whether pictures are cropped to
-            a square or squashed.
-        any_size: Whether it takes pictures of the size that its preprocessor crops to, not only of its training's.
-        settings: What config.json may say beyond `TOWER`, a schema by key.
+        model: transformers' class; its configuration's model_type is the one in config.json.
+        mean, std, crops: Defaults for its preprocessor file: what pixels are normalised by, and whether pictures are
+            cropped to a square or squashed.
+        any_size: Whether pictures have the preprocessor's sizes; else the image_size of config.json.
+        settings: Schema of the keys of config.json that it needs beyond `TOWER`.
+        overrides: Values of its configuration, whatever config.json says.
+        arguments: Further arguments of `model`.
+        unused: Parts of the names of tensors that are not loaded, as the features do not need them.
     """
 
     model: type
-    model_type: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crops: bool
     any_size: bool = False
     settings: dict = field(default_factory=dict)
+    overrides: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
+    unused: tuple[str, ...] = ("pooler.", "classifier.", "head.")
 
 
 RATE, SIZE, COUNT, SIDE = Range(float, 0, 1), Range(int, 1, 1 << 16), Range(int, 1, 1 << 10), Range(int, 1, 1 << 12)
@@ -53,14 +51,13 @@ DINO_SETTINGS |= {"rope_theta?": Range(float, 1, 1e6), "num_register_tokens?": R
 DINO = {"any_size": True, "settings": DINO_SETTINGS}
 CLIP = constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD
 IMAGENET = constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD
+HALF = [0.5] * 3, [0.5] * 3
 TOWERS = {
-    "CLIP": TowerKind(CLIPVisionModel, "clip", *CLIP, crops=True),
-    "SigLIP": TowerKind(SiglipVisionModel, "siglip", [0.5] * 3, [0.5] * 3, crops=False),
-    "DINOv2": TowerKind(Dinov2Model, "dinov2", *IMAGENET, crops=True, **DINO),
-    "DINOv2 with registers": TowerKind(
-        Dinov2WithRegistersModel, "dinov2_with_registers", *IMAGENET, crops=True, **DINO
-    ),
-    "DINOv3": TowerKind(DINOv3ViTModel, "dinov3_vit", *IMAGENET, crops=False, **DINO),
+    "CLIP": TowerKind(transformers.CLIPVisionModel, *CLIP, crops=True),
+    "SigLIP": TowerKind(transformers.SiglipVisionModel, *HALF, crops=False, overrides={"vision_use_head": False}),
+    "DINOv2": TowerKind(transformers.Dinov2Model, *IMAGENET, crops=True, **DINO),
+    "DINOv2 with registers": TowerKind(transformers.Dinov2WithRegistersModel, *IMAGENET, crops=True, **DINO),
+    "DINOv3": TowerKind(transformers.DINOv3ViTModel, *IMAGENET, crops=False, **DINO),
 }
 TOWER = {  # only these keys of a config.json are used
     **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size")},
@@ -69,8 +66,7 @@ TOWER = {  # only these keys of a config.json are used
     **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps")},
     "num_channels?": frozenset({3}),
     "hidden_act?": frozenset(ACT2FN),
-    # Without effect on the features, but part of the hash that they are cached under. The published CLIP has null for
-    # some.
+    # Without effect on the features, but part of the hash that they are cached under; null for some in published CLIP.
     **{f"{name}?": (Range(float, 0, 1 << 16), None) for name in ("initializer_range", "initializer_factor")},
     **{"projection_dim?": (SIZE, None), "architectures?": ([str], None)},
     "dtype?": frozenset({"float32", "float16", "bfloat16", None}),
@@ -99,18 +95,15 @@ class TowerSettings:
     Attributes:
         kind: A name of `TOWERS`.
         config: transformers' configuration.
-        size: Width and height of the pictures that it takes.
         mean, std: What its pixels are normalised by, a number per channel.
-        resample: The filter its images are resized with, by Pillow's number.
-        crop: True: shortest edge, then centre crop; False: squashed to a square.
-        shortest_edge: What the shortest edge is resized to before the crop; None for `size`.
+        size, resample, crop, shortest_edge: As in `dataset.pictures.PictureFormat`.
     """
 
     kind: str
-    config: PretrainedConfig
-    size: int
+    config: transformers.PretrainedConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int
     resample: int
     crop: bool
     shortest_edge: int | None
@@ -127,7 +120,7 @@ class TowerSettings:
 
     @property
     def picture_settings(self) -> dict:
-        """How images are resized, for `dataset.pictures.PictureFormat`."""
+        """How images are resized, for `PictureFormat`."""
         return {name: getattr(self, name) for name in ("size", "resample", "crop", "shortest_edge")}
 
 
@@ -149,51 +142,88 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         whole = read_json(path / name, {"vision_config?": (dict, None)})
         content = whole.get("vision_config") or whole
         check(content, {"model_type?": str})
-        found = content.get("model_type", "clip").removesuffix("_vision_model")
-        kind = next((kind for kind in TOWERS if TOWERS[kind].model_type == found), None)
-        if kind is None:
-            raise unreadable(path, f"it is a {found:.40}, none of {', '.join(TOWERS)}")
-        schema = TOWER | TOWERS[kind].settings
-        check(content, schema)
-        known = {key: content.get(key) for key in (key.removesuffix("?") for key in schema)}
-        known = {key: value for key, value in known.items() if value is not None}
-        unused = {key: value for key, value in UNUSED.items() if repr(content.get(key, "")) == repr(value)}
-        config = TOWERS[kind].model.config_class(**known, **unused)
+        model_type = content.get("model_type", "clip").removesuffix("_vision_model")
+        kinds = {
+            tower.model.config_class.model_type.removesuffix("_vision_model"): kind for kind, tower in TOWERS.items()
+        }
+        if model_type not in kinds:
+            raise unreadable(path, f"it is a {model_type:.40}, none of {', '.join(TOWERS)}")
+        kind, tower = kinds[model_type], TOWERS[kinds[model_type]]
+        check(content, TOWER | tower.settings)
+        keys = [key.removesuffix("?") for key in TOWER | tower.settings]
+        known = {key: content[key] for key in keys if content.get(key) is not None}
+        known |= {key: value for key, value in UNUSED.items() if repr(content.get(key, "")) == repr(value)}
+        config = tower.model.config_class(**known | tower.overrides)
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
-        if kind == "SigLIP":
-            config.vision_use_head = False  # its pooled output is not used
         name = "preprocessor_config.json"
         preprocessor = read_json(path / name, PREPROCESSOR) if (path / name).is_file() else {}
     except FileNotFoundError as error:
         raise unreadable(path, f"{path / name} is missing") from error
     except (ValueError, StrictDataclassError) as error:
         raise unreadable(path, f"{name}: {str(error).splitlines()[0].rstrip(': .')}") from error
-    settings = TowerSettings(kind, config, **picture_settings(preprocessor, TOWERS[kind], config.image_size))
-    if settings.size < config.patch_size:
+    mean, std = (tuple(preprocessor.get(f"image_{key}", getattr(tower, key))) for key in ("mean", "std"))
+    resample = int(preprocessor.get("resample", Image.Resampling.BICUBIC))
+    crop, size, shortest = bool(preprocessor.get("do_center_crop", tower.crops)), config.image_size, None
+    if tower.any_size:
+        edges = (preprocessor.get(key) for key in ("size", "crop_size"))
+        edge, cropped = (min(edge.values(), default=None) if isinstance(edge, dict) else edge for edge in edges)
+        size = (cropped if crop else edge) or size
+        shortest = edge if crop and edge != size else None
+    if size < config.patch_size:
         raise unreadable(path, "its patches are larger than its images")
-    return settings
+    return TowerSettings(kind, config, mean, std, size, resample, crop, shortest)
 
 
-def picture_settings(preprocessor: dict, kind: TowerKind, image_size: int) -> dict:
-    """Returns how pictures are prepared by a preprocessor_config.json; the kind's own way where it does not say."""
-    edges = {}
-    for name in ("crop_size", "size"):
-        edge = preprocessor.get(name)
-        edges[name] = min(edge.values(), default=None) if isinstance(edge, dict) else edge
-    crop = bool(preprocessor.get("do_center_crop", kind.crops))
-    size = ((edges["crop_size"] if crop else edges["size"]) if kind.any_size else None) or image_size
-    return {
-        "size": size,
-        "mean": tuple(preprocessor.get("image_mean", kind.mean)),
-        "std": tuple(preprocessor.get("image_std", kind.std)),
-        "resample": int(preprocessor.get("resample", Image.Resampling.BICUBIC)),
-        "crop": crop,
-        "shortest_edge": edges["size"] if crop and kind.any_size and edges["size"] != size else None,
-    }
+def load_vision_tower(path: str | Path) -> torch.nn.Module:
+    """Loads a frozen tower, in eval mode and float32.
+
+    Args:
+        path: A folder with config.json and model.safetensors or pytorch_model.bin, of a vision tower or a whole model.
+
+    Returns:
+        transformers' model, with its `settings` (TowerSettings) and the buffers `pixel_mean`, `pixel_std` (1, 3, 1, 1).
+
+    Raises:
+        TowerError: If a file is missing or unreadable, or weights and configuration do not fit.
+    """
+    path = Path(path)
+    settings = read_tower_settings(path)
+    kind = TOWERS[settings.kind]
+    tower, wrong = build(kind, settings.config, read_tower_weights(path, kind.unused))
+    if wrong:
+        many = f"{len(wrong)} tensor(s) are missing, unexpected or of another shape, the first is {min(wrong)}"
+        raise unreadable(path, f"it does not fit its config.json: {many}")
+    for name, values in (("pixel_mean", settings.mean), ("pixel_std", settings.std)):
+        tower.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
+    tower.settings = settings
+    return tower.requires_grad_(False).eval()
 
 
-def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
+def build(kind: TowerKind, config, tensors: dict) -> tuple[torch.nn.Module | None, set[str]]:
+    """Returns a tower with these tensors, or None; and the names that do not fit."""
+    with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
+        wanted = kind.model(config, **kind.arguments).state_dict()
+    ours = {name.removeprefix("vision_model."): name for name in wanted}
+    tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    wrong = {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
+    # `from_pretrained` knows the names of other releases of transformers, but would make up whatever the file lacks.
+    if wrong or sum(map(torch.numel, wanted.values())) > 2 * sum(map(torch.numel, tensors.values())):
+        return None, wrong or wanted.keys() - tensors.keys()
+    with torch.device("cpu"):  # also where transformers builds the model around it without memory
+        if wanted.keys() != tensors.keys():
+            transformers.utils.logging.disable_progress_bar()
+            how = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            tower, found = kind.model.from_pretrained(None, config=config, state_dict=tensors, **how, **kind.arguments)
+            names = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[key]]
+            wrong, tensors = {name if isinstance(name, str) else name[0] for name in names}, tower.state_dict()
+        with no_init_weights():
+            tower = kind.model(config, **kind.arguments).float()
+    tower.load_state_dict(tensors)
+    return tower, wrong
+
+
+def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -> dict[str, torch.Tensor]:
     """Reads the vision tensors of a folder, by their names without `vision_model.`; a text half stays on disk.
 
     Raises:
@@ -205,10 +235,10 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if safetensors.is_file():
             with safe_open(safetensors, framework="pt") as checkpoint:
-                tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys())}
+                tensors = {name: checkpoint.get_tensor(name) for name in vision_names(checkpoint.keys(), unused)}
         else:
             checkpoint = load_tensors(pickled)
-            tensors = {name: checkpoint[name] for name in vision_names(checkpoint)}
+            tensors = {name: checkpoint[name] for name in vision_names(checkpoint, unused)}
     except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
         raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     except UsageError as error:
@@ -219,9 +249,8 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
 
 
-def vision_names(names) -> list[str]:
-    """Returns which of a checkpoint's names are the tower's weights (position_ids only count)."""
+def vision_names(names, unused: tuple[str, ...]) -> list[str]:
+    """Returns which of a checkpoint's names are the tower's weights (position_ids only count), also in a LLaVA."""
     names = [name for name in names if not name.endswith("position_ids")]
-    # "vision_tower.vision_model." in a whole LLaVA.
     names = [name for name in names if name.removeprefix("vision_tower.").startswith("vision_model.")] or names
-    return [name for name in names if not name.split("vision_model.")[-1].startswith("head.")]
+    return [name for name in names if not any(f".{part}" in f".{name}" for part in unused)]

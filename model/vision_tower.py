@@ -1,72 +1,12 @@
 """The frozen vision tower: any ViT of the table in model/tower_files.py, an image to one feature per patch."""
 
 import functools
-from pathlib import Path
 
 import torch
-from transformers.initialization import no_init_weights
 
-from model.tower_files import (
-    TOWERS,
-    TowerError,
-    TowerSettings,
-    read_tower_settings,
-    read_tower_weights,
-    unreadable,
-)
+from model.tower_files import TowerError, TowerSettings, load_vision_tower, read_tower_settings
 
 __all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
-
-
-def load_vision_tower(path: str | Path) -> torch.nn.Module:
-    """Loads a frozen tower, in eval mode and float32.
-
-    Args:
-        path: A folder with config.json and model.safetensors or pytorch_model.bin, of a vision tower or a whole model.
-
-    Returns:
-        transformers' model, with its `settings` (TowerSettings) and the buffers `pixel_mean`, `pixel_std` (1, 3, 1, 1).
-
-    Raises:
-        TowerError: If a file is missing or unreadable, or weights and configuration do not fit.
-    """
-    path = Path(path)
-    settings, tensors = read_tower_settings(path), read_tower_weights(path)
-    kind = TOWERS[settings.kind]
-    tower, wrong = (load_renamed if kind.any_size else load_by_name)(kind.model, settings.config, tensors)
-    if wrong:
-        many = f"{len(wrong)} tensor(s) are missing, too many or of another shape, the first is {min(wrong)}"
-        raise unreadable(path, f"it does not fit its config.json: {many}")
-    for name, values in (("pixel_mean", settings.mean), ("pixel_std", settings.std)):
-        tower.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
-    tower.settings = settings
-    return tower.requires_grad_(False).eval()
-
-
-def load_by_name(model: type, config, tensors: dict) -> tuple[torch.nn.Module | None, set[str]]:
-    """Returns a tower with these tensors, or None; and the names that do not fit."""
-    with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
-        wanted = {name.removeprefix("vision_model."): tensor for name, tensor in model(config).state_dict().items()}
-    wrong = wanted.keys() ^ tensors.keys()
-    wrong |= {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
-    if wrong:
-        return None, wrong
-    # On the CPU, and filled here, also where transformers builds the model around it without memory.
-    with torch.device("cpu"), no_init_weights():
-        tower = model(config).float()
-    tower.load_state_dict({name: tensors[name.removeprefix("vision_model.")] for name in tower.state_dict()})
-    return tower, wrong
-
-
-def load_renamed(model: type, config, tensors: dict) -> tuple[torch.nn.Module | None, set[str]]:
-    """Does what `load_by_name` does, for a family whose tensors other releases of transformers call otherwise."""
-    try:
-        tower, found = model.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-        )
-    except RuntimeError:  # transformers lists tensors of another shape, and raises
-        return None, {"in the report above"}
-    return tower, {str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[keys]}
 
 
 @torch.no_grad()

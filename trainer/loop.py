@@ -29,6 +29,8 @@ from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
 from trainer.support.signals import StopSignals
 
+RESUMES = "the same command with --from_resume 1 resumes from there"
+
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
     """Trains the unfrozen parameters; saves, logs, and evaluates on `heldout`.
@@ -53,26 +55,17 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
-    for name, part in companions.items():
-        companions[name] = part.to(device) if isinstance(part, torch.nn.Module) else part
-    loss = partial(stage.loss, **companions)
+    loss = partial(stage.loss, **moved(companions, device))
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
-    evaluator = None
-    if heldout is not None:
-        evaluator = stage.evaluator(heldout, model, loss, collate, processes, run.dtype, args.batch_size)
+    measured = heldout, model, loss, collate, processes, run.dtype, args.batch_size
+    evaluator = None if heldout is None else stage.evaluator(*measured)
     watch = Watch(run, model, evaluator, heldout or data.with_pixels(), eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
     an_epoch = math.ceil(len(data) / sampler.group)
-    print_header(
-        run,
-        model,
-        is_compiled,
-        data=data.summary,
-        held_out=watch.plan,
-        features=describe_features(features, data),
-        steps=f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)",
-    )
+    lines = {"data": data.summary, "held_out": watch.plan, "features": describe_features(features, data)}
+    lines["steps"] = f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)"
+    print_header(run, model, is_compiled, **lines)
     if run.state is not None:
         context.load_state_dict(run.state)
         report_resume(run, state.step, total_steps, data)
@@ -106,12 +99,14 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 if saves or stops:
                     checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
                 if stops and state.step < total_steps:
-                    progress.log(
-                        f"stopped after step {state.step:,} of {total_steps:,}, which is saved: the same command with "
-                        "--from_resume 1 resumes from there"
-                    )
+                    progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")
                     raise Stopped(signals.asked or signal.SIGTERM)
         finish(run, state, progress, watch)
+
+
+def moved(companions: dict, device: torch.device) -> dict:
+    """Moves the models among a stage's companions to the device."""
+    return {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
 
 
 def make_step(

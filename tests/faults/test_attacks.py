@@ -117,7 +117,7 @@ def test_eval_data_with_only_broken_pictures_is_an_error(world, out, tmp_path):
     for path in images.iterdir():
         path.write_bytes(b"no picture")
     flags = ["--weight", "llm", "--eval_data", world.root / "pretrain.jsonl", "--images_path", images]
-    world.run(EVAL, *world.eval_files(out), *flags).refused("no row of", "no picture can be read")
+    world.run(EVAL, *world.eval_files(out), *flags).refused("no row of", "none of its pictures can be read")
 
 
 def test_a_list_of_bad_rows_that_cannot_be_written_is_a_warning(world, out):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from model import tower_files
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -287,6 +287,29 @@ def test_a_damaged_tower_is_an_error_with_a_remedy(tmp_path, damage):
     change, *words = DAMAGES[damage]
     change(tiny_models.save_tower(tmp_path))
     assert_tower_error(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    {
+        "wider": (lambda folder: edit_config(folder, hidden_size=64), ["27 tensor(s)", "embeddings.cls_token"]),
+        "huge": (lambda folder: edit_config(folder, mlp_ratio=16, num_hidden_layers=1024), ["mlp.fc1.bias"]),
+        "deeper": (lambda folder: edit_config(folder, num_hidden_layers=3), ["18 tensor(s)", "layer.2."]),
+        "missing": (lambda folder: without_tensor(folder, "layernorm.weight"), ["1 tensor(s)", "layernorm.weight"]),
+    }.values(),
+)
+def test_the_error_names_a_tensor_of_another_family_too(tmp_path, damage, words):
+    Dinov2Model(Dinov2Config(**tiny_models.TOWER_SHAPE | {"hidden_size": 32})).save_pretrained(tmp_path)
+    damage(tmp_path)
+    assert_tower_error(tmp_path, *words)
+
+
+@pytest.mark.parametrize("model", [CLIPVisionModel, Dinov2Model])
+def test_a_tower_is_read_where_transformers_builds_the_model_around_it_without_memory(tmp_path, model):
+    model(model.config_class(**tiny_models.TOWER_SHAPE | {"hidden_size": 32})).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        tower = load_vision_tower(tmp_path)
+    assert {tensor.device.type for tensor in (*tower.parameters(), *tower.buffers())} == {"cpu"}
 
 
 def test_a_missing_folder_is_an_error_with_a_remedy(tmp_path):
