@@ -346,9 +346,14 @@ def test_a_chat_keeps_its_history_and_takes_pictures(world, watched):
     assert said.count("/new starts a new conversation") == 3  # at the start, for /help and for no command
 
 
-def test_a_question_that_makes_a_chat_too_long_is_refused(world, watched):
-    said = talk(world, watched[1], "你" * 20_000, "好" * 25_000, "你好", "/new", "好" * 25_000)
-    assert said.count("are more than the model's 32,768 positions") == 1
+def test_a_question_that_makes_a_chat_too_long_is_refused(world, watched, tmp_path):
+    for ending in (".pth", ".json"):
+        shutil.copy(watched[1] / f"sft_vlm_32{ending}", tmp_path)
+    sidecar = json.loads((tmp_path / "sft_vlm_32.json").read_text())
+    sidecar["config"]["max_position_embeddings"] = 3_000
+    (tmp_path / "sft_vlm_32.json").write_text(json.dumps(sidecar))
+    said = talk(world, tmp_path, "你" * 1_800, "好" * 2_300, "你好", "/new", "好" * 2_300)
+    assert said.count("are more than the model's 3,000 positions") == 1
     assert said.count("tokens/s") == 3
 
 
