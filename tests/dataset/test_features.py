@@ -320,7 +320,7 @@ def test_a_resumed_run_says_which_pictures_changed(world, tmp_path, flags):
         shutil.copy(images / "3.jpg", images / name)
         os.utime(images / name, ns=(times.st_atime_ns, times.st_mtime_ns))
     resumed = world.run(*command, "--epochs", 3, "--from_resume", 1).passed()
-    assert "warning: 2 of the 12 pictures changed since this run was saved, the first is 1.jpg: it" in resumed.out
+    assert "warning: 2 of the 12 pictures changed since this run was saved, the first is 1.jpg: the run" in resumed.out
 
 
 def test_a_named_folder_that_cannot_be_made_is_an_error(world, tmp_path):
