@@ -107,7 +107,7 @@ def test_rows_cached_for_another_number_of_tokens_are_not_used(run):
 
 
 THIRD_STAGE = """
-import sys
+import functools, sys
 sys.path.insert(0, {root!r})
 from common.errors import run_script
 from trainer import train_sft_vlm
@@ -117,7 +117,7 @@ def half_the_loss(model, inputs):
     loss, aux_loss = answer_loss(model, inputs)
     return loss / 2, aux_loss
 
-train_sft_vlm.STAGE = Stage(
+STAGE = Stage(
     name="polish",
     title="Polishing",
     story="stage 3, polishing: what the test says",
@@ -128,7 +128,7 @@ train_sft_vlm.STAGE = Stage(
 )
 
 if __name__ == "__main__":
-    run_script(train_sft_vlm.main)
+    run_script(functools.partial(train_sft_vlm.main, STAGE))
 """
 
 
