@@ -154,6 +154,12 @@ def read_tower(folder: Path) -> TowerSettings:
         raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
+def bundle_at(path: Path) -> Bundle:
+    """Returns the generation of a weight file; reads its tensors only if its sidecar names none."""
+    named = BUNDLES.get(read_sidecar_or_empty(path).get("assets"))
+    return named or bundle_of(read_weights(path))
+
+
 def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """Chooses the generation, and the files no flag names.
 
@@ -171,7 +177,7 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """
     candidates = matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
     published = [path for path in candidates if not is_builtin(path)]
-    bundle = bundle_of(read_weights(published[0])) if published else MINIMIND2
+    bundle = bundle_at(published[0]) if published else MINIMIND2
     own_data, weights_decide = args.data_path is not None, args.data_path is not None or is_path(args.from_weight)
     files = needed_files(bundle, args, data)
     paths = {"images_path": args.data_path.parent} if own_data and args.data_path.suffix != ".parquet" else {}
@@ -292,7 +298,7 @@ def hint(name: str, save_dir: Path) -> str:
     """Returns how to get weights of a name: a stage's script is called after the weights it writes."""
     script = ROOT / "trainer" / f"train_{name}.py"
     ways = [f"train it first: python {display_path(script)}"] if script.is_file() else []
-    bundle = MINIMIND_3V if save_dir.absolute() == MINIMIND_3V.weights_dir else MINIMIND2
+    bundle = next((it for it in BUNDLES.values() if it.weights_dir == save_dir.absolute()), MINIMIND2)
     ways += [f"download the published one: {bundle.command(name)}"] if name in bundle.downloads else []
     text = ", or ".join(ways)
     return text[:1].upper() + text[1:]

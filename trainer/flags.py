@@ -9,7 +9,7 @@ from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
 from model.tower_files import TOWERS
-from trainer.bundles import MINIMIND_3V, choose
+from trainer.bundles import BUILTIN, BUNDLES, choose
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
@@ -22,9 +22,10 @@ FREEZE = ("none", "ends", "all")
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
     """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
     epilog = "Nothing downloaded and no path given: the small built-in set is used, with settings of its own."
-    if recipe := MINIMIND_3V.recipes.get(stage.name):
-        settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
-        epilog += f"\nFrom minimind-3v's weights the defaults are: {settings}."
+    for bundle in BUNDLES.values():
+        if bundle is not BUILTIN and (recipe := bundle.recipes.get(stage.name)):
+            settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
+            epilog += f"\nFrom {bundle.name}'s weights the defaults are: {settings}."
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
     add_model_flags(parser.add_argument_group("model").add_argument, stage.defaults)
     add_file_flags(parser.add_argument_group("files").add_argument, stage)

@@ -17,7 +17,7 @@ from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
 from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel
-from trainer.bundles import MINIMIND2, MINIMIND_3V
+from trainer.bundles import BUNDLES, MINIMIND2
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -42,9 +42,10 @@ def add_generation_flags(group, max_new_tokens: int):
         ("top_p", number(float, 1e-3, 1), "sample from the likeliest tokens of this share"),
         ("top_k", number(int, 0), "sample from this many of the likeliest tokens; 0: from all"),
     ):
-        default, default_3v = MINIMIND2.sampling[name], MINIMIND_3V.sampling[name]
-        of_3v = f"; minimind-3v: {default_3v}" if default_3v != default else ""
-        add(f"--{name}", type=kind, help=f"{what} (default: {default}{of_3v})")
+        default = MINIMIND2.sampling[name]
+        others = {it.name: it.sampling[name] for it in BUNDLES.values() if it.sampling[name] != default}
+        defaults = "; ".join([str(default), *(f"{bundle}: {value}" for bundle, value in others.items())])
+        add(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
 
 
 def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:

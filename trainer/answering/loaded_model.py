@@ -18,8 +18,7 @@ from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
 from trainer.bundles import (
     BUILTIN,
-    MINIMIND2,
-    MINIMIND_3V,
+    BUNDLES,
     Bundle,
     bundle_of,
     find_weights,
@@ -130,7 +129,8 @@ def read_named_weights(args: argparse.Namespace) -> weight_io.Weights:
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
         save_dir = args.save_dir or SAVE_DIR
-        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in (MINIMIND2, MINIMIND_3V))
+        downloads = (bundle for bundle in BUNDLES.values() if bundle is not BUILTIN)
+        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in downloads)
         if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
             save_dir = BUILTIN.weights_dir
         name = os.path.expanduser(args.weight)
