@@ -46,24 +46,6 @@ SIDECAR = {  # what `describe` writes, and checkpoints add
 }
 EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_config")} | {"model_type?": (str, None)}
 EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
-COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
-STATE = {
-    **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
-    "units?": COUNT,  # old checkpoints lack these two
-    "pictures?": torch.Tensor,
-    "bad_steps": [COUNT] * 3,
-    "processes": Range(int, 1, 1 << 20),
-    **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
-    "learned": {"*": torch.Tensor},
-    "optimizer": {"state": {"*": {"*": torch.Tensor}}},
-    "scaler": {"*": Range(float, 0, 1e300)},
-    "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
-    "wandb_id": (str, None),
-    "progress": {
-        **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
-        **{"data_seconds": SECONDS, "seconds_before": SECONDS},
-    },
-}
 NAME = re.compile(r"(.+)_(\d+)(_moe)?")  # of a weight file, see `weight_name`
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 

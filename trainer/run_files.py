@@ -8,18 +8,36 @@ from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 
+import torch
 from filelock import Timeout
 
 from common.errors import RankError, UsageError
 from common.files import load_file, lock_of, scratch_folder
 from common.paths import display_path
-from common.schema import SchemaError, check
-from model.weights import STATE
+from common.schema import Range, SchemaError, check
 from trainer.support.processes import Processes
 
+COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
+STATE = {  # of a checkpoint, which is a file from outside too
+    **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
+    "units?": COUNT,  # old checkpoints lack these two
+    "pictures?": torch.Tensor,
+    "bad_steps": [COUNT] * 3,
+    "processes": Range(int, 1, 1 << 20),
+    **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
+    "learned": {"*": torch.Tensor},
+    "optimizer": {"state": {"*": {"*": torch.Tensor}}},
+    "scaler": {"*": Range(float, 0, 1e300)},
+    "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
+    "wandb_id": (str, None),
+    "progress": {
+        **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
+        **{"data_seconds": SECONDS, "seconds_before": SECONDS},
+    },
+}
 # Of the files a run writes, after its name.
 SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
-REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")
+REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")  # the last of earlier versions
 ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
 
 
