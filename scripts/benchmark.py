@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                  everything but gpu
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
-    python scripts/benchmark.py gpu                              five minutes of a GPU: what its steps take, and why
+    python scripts/benchmark.py gpu                              some six minutes of a GPU: what its steps take, and why
     python scripts/benchmark.py checks                           its steps: no syncs, same losses, same bits, ...
     python scripts/benchmark.py data --num_workers 16
     python scripts/benchmark.py generate

@@ -12,20 +12,19 @@ from scripts.bench.measuring import timed
 from scripts.bench.synthetic import Steps, settings_of
 from scripts.bench.training import matrix_product_flops, model_flops, peak_bytes, plain_loop, take_all
 
-WAYS = ("ordinary", "captured", "compiled", "compiled, captured")
-# Batches that fill the GPU, in every way; and those of a run without --batch_size, which the host's launches bound.
+WAYS = ("ordinary", "compiled, captured")
+# Batches that fill the GPU; and those of a run without --batch_size, which the host's launches bound.
 GPU_LINES = {
     f"{stage} of {size}, {way}": (stage, size, way)
     for (stage, size), ways in {
+        ("sft", 64): WAYS,
         ("pretrain", 256): ("plain", *WAYS),
-        ("sft", 64): ("plain", *WAYS),
-        ("pretrain", 16): WAYS[::3],
-        ("sft", 4): WAYS[::3],
+        ("pretrain", 16): WAYS,
     }.items()
     for way in ways
 }
 LARGE = 64  # from this batch size on, kernels are counted, and the fastest way is fed by the loader too
-ON_DEVICE, TIMED, FED = 12, 48, 300  # batches that lie on the GPU, and steps
+ON_DEVICE, TIMED, FED = 12, 48, 100  # batches that lie on the GPU, and steps
 PEAK = 790e12  # FLOP/s of an H100's bfloat16 matrix products, as measured
 # Kinds of kernels by parts of their names, the first that fits.
 KERNELS = {
