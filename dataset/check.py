@@ -9,9 +9,11 @@ would refuse it. The tokenised rows are cached, so training with the same tokeni
 """
 
 import argparse
+import itertools
 import re
 import sys
 import textwrap
+import unicodedata
 from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -35,6 +37,7 @@ from model.vlm_config import MINIMIND_3V, VLMConfig
 WIDTH = 80  # characters of a line
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
+MANY_TOKENS, LEAST_SHARE = 1.5, 0.01  # a character; of all characters (the built-in tokenizer: English 0.37)
 TOKENIZERS = {
     place_of(TOKENIZER_DIR): "the published one",
     place_of(TOKENIZER_3V_DIR): "minimind-3v's",
@@ -79,6 +82,29 @@ def overview(data: VLMDataset) -> list[str]:
         data.rules | {f"cut at {data.max_length}": cut(data)} | ({"duplicates": duplicates(data)} if len(data) else {})
     )
     return [line for name, text in facts.items() for line in fact(name, text)]
+
+
+def long_words(data: VLMDataset, tokenizer) -> list[str]:
+    """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
+    runs = defaultdict(list)  # of characters, by script
+    for row in data.read_rows(data.positions[:BATCH].tolist()):
+        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
+            text = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
+            for script, run in itertools.groupby(text, script_of):
+                runs[script].append("".join(run))
+    sizes, found = {script: sum(map(len, texts)) for script, texts in runs.items()}, []
+    for script in (script for script, size in sizes.items() if script and size >= LEAST_SHARE * sum(sizes.values())):
+        tokens = sum(map(len, tokenizer(runs[script], add_special_tokens=False)["input_ids"])) / sizes[script]
+        found += [f"{script} takes {tokens:.1f} tokens a character"] if tokens > MANY_TOKENS else []
+    what = "(English 0.4, Chinese 0.8): longer answers, slower learning"
+    return fact("words", f"{', '.join(found)} {what}") if found else []
+
+
+def script_of(character: str) -> str:
+    """Names a letter's script, such as cyrillic; "emoji" for pictograms, "" for spaces, digits and the like."""
+    category = unicodedata.category(character)
+    is_emoji = category == "So" and character != "\ufffd"  # half a character, where a row is cut
+    return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
 
 
 def pictures(data: VLMDataset) -> str:
@@ -186,7 +212,12 @@ def main(argv=None):
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
     data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
-    summary = [display_path(data_path), *fact("tokenizer", display_path(path) + which), *overview(data)]
+    summary = [
+        display_path(data_path),
+        *fact("tokenizer", display_path(path) + which),
+        *overview(data),
+        *long_words(data, tokenizer),
+    ]
     print("\n\n".join("\n".join(lines) for lines in (summary, bad_rows(data)) if lines), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)

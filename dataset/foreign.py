@@ -22,8 +22,8 @@ from dataset.pictures import PICTURE_FORMATS
 FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
 TABLE, LIST, TAR = "a table", "one JSON list", "a tar"
 LINES, OBJECT, PARQUET = "one JSON object a line", "one JSON object", "a parquet file"
-SHARDS = "a folder of data files"
-FOREIGN_FILES = (FOLDER, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
+SHARDS, CLASSES = "a folder of data files", "a folder of pictures"
+FOREIGN_FILES = (FOLDER, CLASSES, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
 COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
 BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
 
@@ -32,22 +32,26 @@ PICTURE_SUFFIXES = {
     ending for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")
 }
 
-DELIMITERS = ",\t;"  # a spreadsheet writes semicolons where the comma is the decimal point
+DELIMITERS = ",\t;|"  # a spreadsheet writes semicolons where the comma is the decimal point; Flickr30k bars
+NUMBER = re.compile(r"#\d+$")  # of a picture's caption, in Flickr8k
 HEAD = 1 << 16  # bytes that are looked at
-SHARD_ENDINGS = (".parquet", ".tar", ".jsonl")
+SHARD_ENDINGS = (".parquet", ".tar", ".tar.gz", ".tgz", ".jsonl", ".csv", ".tsv", ".txt")
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def command(source: str | Path) -> str:
-    """Returns the command that converts a file, a folder, or a folder's data files to training data."""
-    shards = f"/*{shard_ending(source)}" if isinstance(source, Path) and shard_ending(source) else ""
-    return f"python scripts/make_dataset.py {shlex.quote(str(source))}{shards} --to my_data"
+    """Returns the command that converts a file or a folder to training data."""
+    return f"python scripts/make_dataset.py {shlex.quote(str(source))} --to my_data"
 
 
-def shard_ending(folder: Path) -> str | None:
-    """Returns the ending of a folder's data files; None if it has none, or is a file."""
-    endings = {path.suffix for path in folder.iterdir()} if folder.is_dir() else set()
-    return next((ending for ending in SHARD_ENDINGS if ending in endings), None)
+def data_files(folder: Path) -> list[Path]:
+    """Returns a folder's files of the first of SHARD_ENDINGS that it has; a .txt counts if it is a table."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for ending in SHARD_ENDINGS:
+        found = [path for path in files if path.name.endswith(ending)]
+        if found := [path for path in found if ending != ".txt" or form_of_file(path) == TABLE]:
+            return found
+    return []
 
 
 def is_base64(value) -> bool:
@@ -60,8 +64,10 @@ def form_of_file(path: Path) -> str | None:
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED_BY_DATASETS):
             return SAVED
-        found = any(stem(name) in texts for _, names, texts in pictures_and_texts(path) for name in names)
-        return FOLDER if found else SHARDS if shard_ending(path) else None
+        found = [(stem(name), texts) for _, names, texts in pictures_and_texts(path) for name in names]
+        if any(name in texts for name, texts in found):
+            return FOLDER
+        return SHARDS if data_files(path) else CLASSES if found else None
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head.startswith(b"PAR1"):
@@ -84,8 +90,11 @@ def is_one_object(text: str) -> bool:
         return not is_line if newline else COCO.match(text) is not None  # a first line longer than what is looked at
 
 
-def table_header(text: str) -> tuple[str, list[str]] | None:
-    """Returns a table's delimiter and the column names in its first line; None if it is no table."""
+def table_header(text: str) -> tuple[str, list[str] | None] | None:
+    """Returns a table's delimiter and the column names in its first line; None if it is no table.
+
+    The names are None if the first line is already a row: a picture's name and its caption.
+    """
     line = text.partition("\n")[0].rstrip("\r")
     for delimiter in DELIMITERS:
         try:
@@ -94,6 +103,8 @@ def table_header(text: str) -> tuple[str, list[str]] | None:
             continue
         if form_of_row(dict.fromkeys(names)):
             return delimiter, names
+        if len(names) == 2 and is_picture(NUMBER.sub("", names[0])):
+            return delimiter, None
     return None
 
 

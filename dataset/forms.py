@@ -6,17 +6,26 @@ Another form is a function with `@register(...)`, here or in a file of your own:
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.conversation import IMAGE_TAG, RowError, parse_conversation
-from dataset.prompts import NEWLINE, with_images
+from dataset.prompts import NEWLINE, PROMPT, with_images
 from dataset.scenes.language import DESCRIBE
 
-PICTURE_FIELDS = ("image_bytes", "image", "images", "image_path", "file_name")
-CAPTION_FIELDS = ("caption", "text", "description")
-CAPTION = "a picture with its caption"
+# What a field, or a table's column, may be called; the first name that a row has counts.
+PICTURE_FIELDS = (
+    *("image_bytes", "image", "images", "image_path", "image_name", "img"),
+    *("file_name", "filename", "file", "path"),
+)
+CAPTION_FIELDS = ("caption", "text", "description", "comment", "title")
+LABEL_FIELDS = ("label", "class", "category")
+CAPTION, LABEL, NUMBERED = "a picture with its caption", "a picture with its label", "numbered images (MiniCPM)"
+QUESTIONS = {CAPTION: (DESCRIBE, "Describe this picture."), LABEL: ("这是什么？", "What is this?")}
+CHINESE = re.compile("(?s)(?!.*[\u3040-\u30ff]).*[\u4e00-\u9fff]")  # Japanese has kana beside these characters
+NUMBERED_TAG = re.compile(r"<image_\d+>")
 ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
 
@@ -88,8 +97,16 @@ def read_row(row: dict) -> tuple[list[dict], object]:
     fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, CAPTION_FIELDS) is not None,
     example={"image": "a.jpg", "caption": "A cat."},
 )
+@register(
+    LABEL,
+    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, LABEL_FIELDS) is not None,
+    example={"image": "a.jpg", "label": "cat"},
+)
 def read_caption(row: dict) -> tuple[list, object]:
-    return asked_about(row, row.get("question", DESCRIBE), row[field(row, CAPTION_FIELDS)])
+    """Asks the row's question, or the form's: in Chinese about a Chinese answer, else in English."""
+    answer = row[field(row, CAPTION_FIELDS + LABEL_FIELDS)]
+    chinese, english = QUESTIONS[LABEL if field(row, CAPTION_FIELDS) is None else CAPTION]
+    return asked_about(row, row.get("question", chinese if CHINESE.match(str(answer)) else english), answer)
 
 
 @register(
@@ -101,14 +118,48 @@ def read_question(row: dict) -> tuple[list, object]:
     return asked_about(row, row["question"], row["answer"])
 
 
-def asked_about(row: dict, question: str, answer: str) -> tuple[list, object]:
+def asked_about(row: dict, question: str, answer) -> tuple[list, object]:
     images = row[field(row, PICTURE_FIELDS)]
     if not images:
         raise RowError("no picture is named")
     if not isinstance(question, str):
         raise RowError("the question is no text")
-    asked = with_images(question, len(images) if isinstance(images, list) else 1)
+    options = [f"{letter}. {row[name]}" for letter in "ABCDEF"
+               if (name := field(row, (letter, letter.lower()))) and row[name]]  # fmt: skip
+    asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
+    answer = json.dumps(answer) if isinstance(answer, (bool, int, float)) else answer
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images
+
+
+@register(
+    "texts about images (FineVision)",
+    fits=lambda row: "texts" in row and field(row, PICTURE_FIELDS) is not None,
+    example={"images": ["a.jpg"], "texts": [{"user": "What is this?", "assistant": "A cat."}]},
+)
+@register(
+    "query and response (ms-swift)",
+    fits=lambda row: {"query", "response"} <= row.keys(),
+    example={"images": ["a.jpg"], "query": "<image>What is this?", "response": "A cat."},
+)
+def read_pairs(row: dict) -> tuple[list, object]:
+    if "texts" in row:
+        pairs = [(text["user"], text["assistant"]) for text in row["texts"]]
+    else:
+        pairs = [*(row.get("history") or []), (row["query"], row["response"])]
+    turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for question, answer in pairs:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    images = row.get(field(row, PICTURE_FIELDS))
+    return images_first(turns, images), images
+
+
+def images_first(turns: list[dict], images) -> list[dict]:
+    """Returns the turns, with the images before the first question if none has its place."""
+    count = len(images) if isinstance(images, list) else int(bool(images))
+    if not any(IMAGE_TAG in str(turn["content"]) for turn in turns):
+        asked = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+        asked["content"] = with_images(asked["content"], count, f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
+    return turns
 
 
 @register("conversations", fits=lambda row: "conversations" in row, example={"image": "a.jpg", "conversations": CAT})
@@ -128,6 +179,24 @@ def read_turns(row: dict) -> tuple[list, object]:
     inside = []
     turns = [read_turn(turn, inside) if isinstance(turn, dict) else turn for turn in turns]
     return turns, inside or row.get(field(row, PICTURE_FIELDS))
+
+
+def is_numbered(row: dict) -> bool:
+    names = list(row["image"]) if isinstance(row.get("image"), dict) else []
+    return NUMBERED_TAG.search(f"{names} {row.get('conversations')}") is not None
+
+
+@register(
+    NUMBERED,
+    fits=is_numbered,
+    example={"image": {"<image_00>": "a.jpg"}, "conversations": [{**CAT[0], "content": "<image_00>\nWhat?"}, CAT[1]]},
+)
+def read_numbered(row: dict) -> tuple[list, object]:
+    images = row["image"] if isinstance(row["image"], dict) else {"<image_00>": row["image"]}
+    turns, _ = read_turns(row)
+    shown = [images[tag] for turn in turns for tag in NUMBERED_TAG.findall(turn["content"])] or [*images.values()]
+    turns = [turn | {"content": NUMBERED_TAG.sub(IMAGE_TAG, turn["content"])} for turn in turns]
+    return images_first(turns, shown), shown
 
 
 def read_turn(turn: dict, images: list) -> dict:

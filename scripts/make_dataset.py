@@ -1,25 +1,20 @@
 """Make training data from pictures with texts in any common form.
 
     python scripts/make_dataset.py my_photos --to my_data
-        a folder with a .txt beside each picture
-    python scripts/make_dataset.py captions.csv --to my_data
-        a table of image,caption or image,question,answer
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
-    python scripts/make_dataset.py shards/*.tar --to my_data
+    python scripts/make_dataset.py --mix a.jsonl=0.3 b.csv=1 --to my_data
 
 It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
-of it or nothing. A source may also be JSON lines, ShareGPT, OpenAI messages,
-parquet, or a folder that `datasets` saved; its content says which. Every
-picture is decoded; one that is larger than --size is made smaller.
-
-Rows that cannot be used are left out, counted by reason, and listed in
-my_data/left_out.txt. More than 1 % of them is exit status 1, as training
-would refuse such a file (--max_bad_rows); the data are written all the same.
+of it or nothing, and prints the commands that train on them. Every picture is
+decoded; one that is larger than --size is made smaller. Rows that cannot be
+used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1,
+as training would refuse such a file (--max_bad_rows).
 """
 
 import argparse
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -28,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,13 +32,12 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
-from common.files import not_a_file, whole_folder
+from common.files import whole_folder
 from common.paths import display_path, printable
 from dataset import check
 from dataset.conversation import RowError
-from dataset.scenes.language import DESCRIBE
 from scripts.data.rows import make_row
-from scripts.data.sources import read_source
+from scripts.data.sources import KNOWN, read_source
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
 
@@ -51,6 +46,7 @@ AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures
 LEAST_ROWS = 20  # from here on at least one is held out
 SHOWN_PLACES = 5
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
+SAMPLES, MOST_EPOCHS = 10_000, 60  # that a stage is to see
 
 
 @dataclass
@@ -58,20 +54,20 @@ class Made:
     """Counts of what was written and what was left out.
 
     Attributes:
+        sources: Name of each source, the rows that it has, and how many were taken.
         keys: For each row the hash of its first picture, 0 for none.
         linked: Leads from a picture's hash to that of another in the same row, see `root`.
         left_out: For each kind of reason the first row's reason, and the places of all its rows.
         held_out: Rows held out.
         pictures: Distinct pictures.
-        picture_bytes: Total size of their files.
     """
 
+    sources: list[tuple[str, int, int]] = field(default_factory=list)
     keys: array = field(default_factory=lambda: array("Q"))
     linked: dict[int, int] = field(default_factory=dict)
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     held_out: int = 0
     pictures: int = 0
-    picture_bytes: int = 0
 
     @property
     def bad_rows(self) -> int:
@@ -79,7 +75,7 @@ class Made:
 
     @property
     def rows(self) -> int:
-        """Rows read, good or bad."""
+        """Rows taken, good or bad."""
         return len(self.keys) + self.bad_rows
 
     def add(self, names: list[str]):
@@ -111,12 +107,20 @@ def held_out(made: Made, share: float) -> np.ndarray:
     wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
     most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
-    taken, rows = [], 0
-    for group, size in zip(groups, sizes, strict=True):
-        if rows < wanted and rows + size <= most:
-            taken.append(group)
-            rows += size
-    return np.isin(roots, np.array(taken, dtype=np.uint64))
+    groups, sizes = groups[sizes <= most], sizes[sizes <= most]
+    rows = np.cumsum(sizes)
+    return np.isin(roots, groups[(rows - sizes < wanted) & (rows <= most)])
+
+
+def taken_rows(sources: list[tuple[Path, float]], made: Made) -> Iterator[tuple[Path, str, dict | RowError]]:
+    """Yields a share of each source's rows, chosen by a fixed seed, and counts them: source, place and row."""
+    for source, share in sources:
+        random, read, taken = Random(0), 0, 0
+        for read, (place, row) in enumerate(read_source(source), start=1):
+            if random.random() < share * read - taken:  # what was taken stays within one row of the share
+                taken += 1
+                yield source, place, row
+        made.sources.append((source.name, read, taken))
 
 
 def write_rows(args: argparse.Namespace, part: Path) -> Made:
@@ -128,14 +132,10 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     (part / IMAGES).mkdir()
     made, threads = Made(), min(cores(), MOST_THREADS)
 
-    def read() -> Iterator[tuple[Path, str, dict | RowError]]:
-        for source in args.sources:
-            for place, row in read_source(source):
-                yield source, place if len(args.sources) == 1 else f"{source.name} {place}", row
-
     def make(item: tuple[Path, str, dict | RowError]) -> tuple[str, dict | RowError]:
         source, place, row = item
         images_path = args.images_path or (source if source.is_dir() else source.parent)
+        place = place if len(args.sources) == 1 else f"{source.name} {place}"
         if not isinstance(row, RowError):
             row = make_row(row, args.question, args.size, images_path, part / IMAGES)
         return place, row
@@ -146,7 +146,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
         tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        items = read()
+        items = taken_rows(args.sources, made)
         while batch := list(itertools.islice(items, AHEAD * threads)):
             for place, row in pool.map(make, batch):
                 if isinstance(row, RowError):
@@ -160,7 +160,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
                 bar.update()
     if not made.keys:
-        sources = ", ".join(map(display_path, args.sources))
+        sources = ", ".join(name for name, *_ in made.sources)
         raise UsageError("\n".join([f"{sources}: none of {made.rows:,} rows can be used", *reasons(made)]))
     if not made.left_out:
         (part / LEFT_OUT).unlink()
@@ -178,8 +178,7 @@ def write_dataset(args: argparse.Namespace) -> Made:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
         made.held_out = int(is_held_out.sum())
-        sizes = [picture.stat().st_size for picture in (part / IMAGES).iterdir()]
-        made.pictures, made.picture_bytes = len(sizes), sum(sizes)
+        made.pictures = len(list((part / IMAGES).iterdir()))
         for split, is_taken in (("train", ~is_held_out), ("heldout", is_held_out)):
             if is_taken.any():
                 with open(part / ROWS, "rb") as rows, open(part / f"{split}.jsonl", "wb") as out:
@@ -190,27 +189,27 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 def check_folders(args: argparse.Namespace):
     """Raises UsageError if a source is missing, or would be replaced."""
-    for source in args.sources:
-        reason = not_a_file(source)
-        if reason and not source.is_dir():
-            raise UsageError(f"{display_path(source)} cannot be read: {reason}")
+    for source, _ in args.sources:
+        if not source.exists():
+            raise UsageError(f"{display_path(source)} cannot be read: no such file")
         if args.to.is_relative_to(source) or source.is_relative_to(args.to):
             raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
-    if args.images_path is not None and not args.images_path.is_dir():
+    if args.images_path and not args.images_path.is_dir():
         raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
-    if args.images_path is not None and args.images_path.is_relative_to(args.to):
+    if args.images_path and args.images_path.is_relative_to(args.to):
         raise UsageError(f"--to {display_path(args.to)} would replace the pictures in {display_path(args.images_path)}")
 
 
 def report(made: Made, folder: Path) -> list[str]:
     """Returns what was written, and what was left out and why."""
-    rows = f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"
-    lines = [display_path(folder), *check.fact("rows", rows)]
-    lines += check.fact("pictures", f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB")
-    if not made.left_out:
-        return [*lines, *check.fact("left out", "nothing")]
-    share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-    return [*lines, *check.fact("left out", f"{share}, all listed in {LEFT_OUT} there"), *reasons(made)]
+    facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
+    if any(taken < read for _, read, taken in made.sources):
+        facts["taken"] = ", ".join(f"{taken:,} of {read:,} rows of {name}" for name, read, taken in made.sources)
+    facts |= {"pictures": f"{made.pictures:,}", "left out": "nothing"}
+    if made.left_out:
+        share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
+        facts["left out"] = f"{share}, all listed in {LEFT_OUT} there"
+    return [display_path(folder), *(line for name in facts for line in check.fact(name, facts[name])), *reasons(made)]
 
 
 def reasons(made: Made) -> list[str]:
@@ -224,13 +223,46 @@ def reasons(made: Made) -> list[str]:
     return lines
 
 
+def epochs(rows: int) -> int:
+    """Returns the passes over so many rows that make enough samples for a stage."""
+    return min(MOST_EPOCHS, math.ceil(SAMPLES / rows))
+
+
+def commands(folder: Path, made: Made) -> str:
+    """Returns the commands that lead from these data to a model, in order."""
+    name = re.sub(r"\W+", "_", folder.name)[:40]
+    heldout = {"eval_data": folder / "heldout.jsonl"} if made.held_out else {}
+    data = {"data_path": folder / "train.jsonl"} | heldout
+    tower, passes = f"out/{name}_tower", {"epochs": epochs(len(made.keys) - made.held_out)}
+    to_pretrain = {"vision_model_path": tower, "save_weight": f"{name}_pretrain"} | passes
+    to_sft = {"save_weight": f"{name}_sft"} | passes
+    steps = {
+        "trainer/train_tower.py": data | {"save_tower": tower},
+        "trainer/train_pretrain_vlm.py": {"from_weight": "llm"} | data | to_pretrain,
+        "trainer/train_sft_vlm.py": {"from_weight": f"{name}_pretrain"} | data | to_sft,
+        "eval_vlm.py": {"weight": f"{name}_sft"} | heldout,
+    }
+    lines = []
+    for script, flags in steps.items():
+        lines.append(f"  python {script}")
+        for flag in (f" --{flag} {shlex.quote(display_path(str(value)))}" for flag, value in flags.items()):
+            if len(lines[-1] + flag) + len(" \\") > check.WIDTH:
+                lines[-1] += " \\"
+                lines.append(" " * 3)
+            lines[-1] += flag
+    return "\n".join(lines)
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}", formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("sources", metavar="SOURCE", nargs="+", type=file_path, help="files or folders to convert into one data set")
+    add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
+    what = "sources of which only a share of the rows, from 0 to 1, is taken"
+    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, default=[], help=what)
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
-    add("--question", default=DESCRIBE, help="question for pictures that have only a caption")
+    what = "question for pictures that have only a caption or a label (default: one in the language of that)"
+    add("--question", help=what)
     what = "larger pictures are resized to this shorter side, in pixels"
     add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     what = "share of the rows to hold out; 0: none"
@@ -239,26 +271,30 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_bad_rows", type=number(int, 0), help=what)
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
-    args.sources, args.to = [path.resolve() for path in args.sources], args.to.resolve()
+    if not args.sources and not args.mix:
+        parser.error("the following arguments are required: SOURCE")
+    sources = [*((path, 1.0) for path in args.sources), *args.mix]
+    args.sources, args.to = [(path.resolve(), share) for path, share in sources], args.to.resolve()
     args.images_path = args.images_path and args.images_path.resolve()
     return args
+
+
+def source_and_share(text: str) -> tuple[Path, float]:
+    source, _, share = text.rpartition("=")
+    return file_path(source), number(float, 0, 1)(share)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
     print("\n".join(report(made, args.to)))
-    name = re.sub(r"\W+", "_", args.to.name)[:40] + "_sft"  # not the quick start's
-    train, heldout = args.to / "train.jsonl", args.to / "heldout.jsonl"
-    flags = {"data_path": train} | ({"eval_data": heldout} if made.held_out else {}) | {"save_weight": name}
-    shown = [f"--{flag} {shlex.quote(display_path(value))}" for flag, value in flags.items()]
-    print("\n  python trainer/train_sft_vlm.py", " \\\n    ".join(shown), end="\n\n", flush=True)
-    check.main([str(train), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
+    print(flush=True)
+    check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
+    print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
     if made.bad_rows > limit:
-        most = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
         raise UsageError(
-            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {most}. The others are written; look "
+            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {limit:,}. The others are written; look "
             f"at the reasons in {display_path(args.to / LEFT_OUT)}, or accept them with --max_bad_rows {made.bad_rows}"
         )
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from urllib.parse import unquote
 
 from PIL import Image
 
@@ -24,20 +23,20 @@ from dataset.pictures import (
     turn_of,
     upright,
 )
-from dataset.prompts import NEWLINE, PROMPT, with_images
 
+IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 QUALITY = 95
 
 
-def make_row(row: dict, question: str, size: int, images_path: Path, folder: Path) -> dict | RowError:
+def make_row(row: dict, question: str | None, size: int, images_path: Path, folder: Path) -> dict | RowError:
     """Makes a row of this project, and writes each distinct picture once, under the hash of its content.
 
     Several threads may call it at once: they write the same content under the same name.
 
     Args:
         row: The row of a source.
-        question: What is asked where it has a caption only.
+        question: What is asked where it has only a caption or a label; None for the form's own question.
         size: The shorter side that larger pictures are resized to, in pixels.
         images_path: The folder of the pictures that it names.
         folder: Where pictures are written.
@@ -96,25 +95,23 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         return kind, file.getvalue()
 
 
-def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
+def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
     """Returns a row's turns, with an `<image>` for each picture, and its pictures: names or files' bytes.
 
     Raises:
         RowError: If it cannot be learned from, or a picture is missing.
     """
-    named = forms.field(row, forms.PICTURE_FIELDS)
-    row = row | ({named: as_pictures(row[named], images_path)} if named else {})
-    if forms.form_of_row(row) == forms.CAPTION:
-        row["question"] = question
+    named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
+    if named and form != forms.NUMBERED:
+        row = row | {named: as_pictures(row[named], images_path)}
+    if question and form in forms.QUESTIONS:
+        row = row | {"question": question}
     turns, pictures = forms.read_row(row)
     pictures = as_pictures(pictures, images_path)
     has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
     if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
         return turns, []
-    if pictures and not has_tag:
-        asked = next(turn for turn in turns if turn["role"] == "user")
-        asked["content"] = with_images(asked["content"], len(pictures), f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
-    check_images(turns, len(pictures))
+    check_images(forms.images_first(turns, pictures), len(pictures))
     for name in (picture for picture in pictures if isinstance(picture, str)):
         parse_picture_names([name])
         reason = why_missing(images_path, name)
@@ -125,9 +122,8 @@ def conversation_of(row: dict, question: str, images_path: Path) -> tuple[list[d
 
 def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
-    if isinstance(value, str) and not value.startswith("data:") and not os.path.isfile(images_path / value):
-        value = parse_picture_names(value)
-    values = value if isinstance(value, list) else [value]
+    is_names = isinstance(value, str) and not value.startswith("data:") and found(value, images_path) is None
+    values = parse_picture_names(value) if is_names else value if isinstance(value, list) else [value]
     return [as_picture(value, images_path) for value in values if value not in (None, "")]
 
 
@@ -145,8 +141,11 @@ def as_picture(value, images_path: Path) -> str | bytes:
             return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
         except binascii.Error as error:
             raise RowError(f"a data: URL that is no base64: {error}") from error
-    if value.startswith("file:"):
-        value = unquote(value.removeprefix("file://"))
-    slashed = value.replace("\\", "/")  # a name written on Windows
-    is_slashed = not os.path.isfile(images_path / value) and os.path.isfile(images_path / slashed)
-    return slashed if is_slashed else value
+    return found(value, images_path) or value
+
+
+def found(name: str, images_path: Path) -> str | None:
+    """Returns where a picture lies in the folder: as named, also with backslashes, or in its images/; None: nowhere."""
+    slashed = name.replace("\\", "/")
+    places = (name, slashed, *(f"{folder}/{slashed}" for folder in IMAGE_FOLDERS))
+    return next((place for place in places if os.path.isfile(images_path / place)), None)

@@ -6,7 +6,6 @@ A reader yields (place, row): where the row stands, and its fields, or a RowErro
 import csv
 import itertools
 import json
-import os
 import re
 import tarfile
 import zlib
@@ -18,28 +17,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UsageError
-from common.files import not_a_file
-from common.paths import display_path
+from common.paths import display_path, printable
 from dataset import foreign, forms
 from dataset.conversation import RowError
 from dataset.formats import with_plain_images
+from scripts.data.rows import IMAGE_FOLDERS
 
-CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
-LONGEST_ROW = 1 << 26
+LONGEST_FIELD = 1 << 26  # characters of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
-BETWEEN_ROWS = re.compile(r"[\s,]*")
+SHOWN = 80  # characters of an unknown file's first line
+BY_CAMERA = set(
+    "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot mmexport 图片 微信图片".split()
+)
+HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
+NO_LABEL = (
+    "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside each "
+    "picture"
+)
 KNOWN = """A source is one of these, recognised by its content:
-  a folder of pictures with a .txt of the same name beside each
-  a table (CSV, TSV) whose first line is image,caption or image,question,answer
-  JSON: a list, an object a line or COCO's captions, with conversations (LLaVA, ShareGPT), messages (OpenAI),
-    caption, or question and answer, and the picture's name as image
-  a WebDataset tar, a parquet file, a folder that datasets saved
-Text is UTF-8."""
+  a folder of pictures with a .txt of the same name beside each, or with a folder
+    for each class (photos/cat/1.jpg), or named by what they show (red_car_012.jpg)
+  a table (CSV, TSV) whose first line is image,caption or image,label or
+    image,question,answer; or Flickr8k's and Flickr30k's captions
+  JSON: a list, an object a line or COCO's captions, with the picture's name as
+    image, and conversations (LLaVA, ShareGPT, MiniCPM), messages (OpenAI), texts
+    (FineVision), query and response (ms-swift), question and answer, caption, label
+  a WebDataset tar, a parquet file, a folder of either, a folder that datasets saved
+Text is UTF-8. Pictures are looked for beside the source and in its images/."""
 Rows = Iterator[tuple[str, dict | RowError]]
 
 
 def read_source(path: Path) -> Rows:
-    """Yields a source's rows, reading only a little ahead.
+    """Yields a source's rows.
 
     Raises:
         UsageError: If it is of no known form, or cannot be read on.
@@ -47,11 +56,8 @@ def read_source(path: Path) -> Rows:
     name = display_path(path)
     try:
         form = foreign.form_of_file(path)
-        if form == foreign.SHARDS:
-            raise UsageError(f"{name} is {form}. Name them:\n  {foreign.command(path)}")
         if form is None:
-            is_empty = next(path.iterdir(), None) is None if path.is_dir() else path.stat().st_size == 0
-            raise UsageError(f"{name} is {'empty' if is_empty else 'of no known form'}. {KNOWN}")
+            raise UsageError(f"{name} is {what_is_found(path)}\n{KNOWN}")
         yield from READERS[form](path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
@@ -59,22 +65,25 @@ def read_source(path: Path) -> Rows:
         raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def what_is_found(path: Path) -> str:
+    """Says what a source of no known form begins with."""
+    head = b"" if path.is_dir() else path.open("rb").readline(SHOWN)
+    if path.is_dir() or not head:
+        return "of no known form." if path.is_dir() and any(path.iterdir()) else "empty."
+    line = printable(head.decode("utf-8-sig", "replace").strip())
+    return f"of no known form. Its first line is\n  {line}"
+
+
 def read_folder(path: Path) -> Rows:
     for folder, pictures, texts in foreign.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in pictures:
-            yield str(inside / name), captioned(folder, inside / name, texts.get(foreign.stem(name)))
+            place, text = str(inside / name), texts.get(foreign.stem(name))
+            row = with_caption({"image": [place]}, (folder / text).read_bytes()) if text else None
+            yield place, row or RowError("a picture without a .txt of its name")
         stems = set(map(foreign.stem, pictures))
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
-
-
-def captioned(folder: Path, picture: Path, text: str | None) -> dict | RowError:
-    if text is None:
-        return RowError("a picture without a .txt of its name")
-    if reason := not_a_file(folder / text):
-        return RowError(f"its .txt cannot be read: {reason}")
-    return with_caption({"image": [str(picture)]}, (folder / text).read_bytes())
 
 
 def with_caption(row: dict, text: bytes) -> dict | RowError:
@@ -84,18 +93,50 @@ def with_caption(row: dict, text: bytes) -> dict | RowError:
         return RowError("its .txt is not UTF-8")
 
 
+def read_classes(path: Path) -> Rows:
+    """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
+    for folder, pictures, _ in foreign.pictures_and_texts(path):
+        is_class = folder != path and folder.name not in IMAGE_FOLDERS
+        for name in pictures:
+            label, place = folder.name if is_class else name_as_label(name), str((folder / name).relative_to(path))
+            label = re.sub(r"[\s_-]+", " ", label).strip()
+            yield place, {"image": [place], "label": label} if label else RowError(NO_LABEL)
+
+
+def name_as_label(picture: str) -> str:
+    """Returns a picture's name without its ending and number; "" for a camera's name, a number or a hash."""
+    stem = foreign.stem(picture)
+    words = re.findall(r"[^\W\d_]+", stem.lower())
+    return "" if BY_CAMERA.issuperset(words) or HASH.fullmatch(stem) else re.sub(r"[\W\d_]+$", "", stem)
+
+
+def read_shards(path: Path) -> Rows:
+    files = foreign.data_files(path)
+    if len({split[0] for file in files if (split := re.match("train|val|test", file.name))}) > 1:
+        raise UsageError(f"{display_path(path)} holds several splits. Name the files of the one to train on")
+    for file in files:
+        yield from ((f"{file.name} {place}", row) for place, row in read_source(file))
+
+
 def read_table(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
         delimiter, names = foreign.table_header(file.readline())
+        is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
+        first = 2 if names else file.seek(0) + 1
+        names = names or ["image", "caption"]
         foreign.check_names(path, names)
-        reader, line = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True), 2
+        csv.field_size_limit(LONGEST_FIELD)
+        quoting = csv.QUOTE_NONE if is_flickr else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True, quoting=quoting)
+        line = first
         try:
             for fields in reader:
                 if len(fields) == len(names):
+                    fields[0] = foreign.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
                     yield f"line {line}", dict(zip(names, fields, strict=True))
                 elif fields:  # not a blank line
-                    yield f"line {line}", RowError(f"{len(fields)} fields, but the first line names {len(names)}")
-                line = reader.line_num + 2  # the header was line 1
+                    yield f"line {line}", RowError(f"{len(fields)} fields, but the first line has {len(names)}")
+                line = first + reader.line_num
         except csv.Error as error:  # where the row ends, nothing tells
             raise UsageError(f"{display_path(path)}, line {line}: a quote is wrong or not closed ({error})") from error
 
@@ -121,50 +162,23 @@ def checked(value) -> dict | RowError:
     return value if isinstance(value, dict) else RowError("not a JSON object")
 
 
-def read_list(path: Path) -> Rows:
-    """Decodes a JSON list object by object, as much of the file at a time as that takes."""
-    decoder, number = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(CHUNK)
-        at = text.index("[") + 1
-        while True:
-            at = BETWEEN_ROWS.match(text, at).end()
-            if text.startswith("]", at):
-                return
-            try:
-                value, at = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                rest = text[at:]
-                more = file.read(max(CHUNK, len(rest))) if len(rest) < LONGEST_ROW else ""
-                if not more:
-                    raise broken(path, error, f", row {number}") from error
-                text, at = rest + more, 0
-            else:
-                yield f"row {number}", checked(value)
-                number += 1
-
-
-def broken(path: Path, error: Exception, place: str = "") -> UsageError:
-    return UsageError(f"{display_path(path)}{place}: broken JSON, or the file is cut off ({error})")
-
-
-def read_object(path: Path) -> Rows:
-    """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
+def read_json(path: Path) -> Rows:
+    """Reads a JSON list, COCO's captions, the list that an object holds, or the object as the one row."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise broken(path, error) from error
-    lists = [value for value in whole.values() if isinstance(value, list)]
-    rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
-    if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
-        names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
-        rows = [
-            {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-            if isinstance(row, dict)
-            else row
-            for row in whole["annotations"]
-        ]
+        raise UsageError(f"{display_path(path)}: broken JSON, or the file is cut off ({error})") from error
+    rows = whole
+    if isinstance(whole, dict):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
+        if {"annotations", "images"} <= whole.keys():
+            names = {str(image.get("id")): image.get("file_name") for image in whole["images"]}
+            rows = [
+                {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
+                for row in whole["annotations"]
+            ]
     yield from numbered(map(checked, rows))
 
 
@@ -177,8 +191,7 @@ def read_tar(path: Path) -> Rows:
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     """Yields the key, name and content of each file that may belong to a row."""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # it would keep all of them
+    for member in archive:
         path = PurePosixPath(member.name)
         key, name = path.name.partition(".")[0], path.name.lower()
         if member.isfile() and key and (foreign.is_picture(name) or name.endswith((".txt", ".json"))):
@@ -204,26 +217,29 @@ def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
 
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
-        foreign.check_names(path, file.schema_arrow.names)
-        yield from numbered(row for batch in file.iter_batches(batch_size=BATCH) for row in batch.to_pylist())
+        schema = file.schema_arrow
+        foreign.check_names(path, schema.names)
+        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+        batches = file.iter_batches(batch_size=BATCH)
+        yield from numbered(with_names(row, features) for batch in batches for row in batch.to_pylist())
 
 
 def read_saved(path: Path) -> Rows:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # of damaged JSON
-        raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:
             names = " or ".join(display_path(path / name) for name in saved)
             raise UsageError(f"{display_path(path)} holds {len(saved)} splits. Name the one to train on: {names}")
         [saved] = saved.values()
-    for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
-        if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
-            raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
     batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
-    yield from numbered(row for batch in batches for row in batch.to_pylist())
+    yield from numbered(with_names(row, saved.features) for batch in batches for row in batch.to_pylist())
+
+
+def with_names(row: dict, features: dict) -> dict:
+    """Returns the row with the names of its classes, which `datasets` writes as numbers, -1 for none."""
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    return row | {name: None if row[name] in (None, -1) else names[row[name]] for name, names in classes.items()}
 
 
 def numbered(rows: Iterable[dict | RowError]) -> Rows:
@@ -233,10 +249,12 @@ def numbered(rows: Iterable[dict | RowError]) -> Rows:
 
 READERS = {
     foreign.FOLDER: read_folder,
+    foreign.CLASSES: read_classes,
+    foreign.SHARDS: read_shards,
     foreign.TABLE: read_table,
     foreign.LINES: read_lines,
-    foreign.LIST: read_list,
-    foreign.OBJECT: read_object,
+    foreign.LIST: read_json,
+    foreign.OBJECT: read_json,
     foreign.TAR: read_tar,
     foreign.PARQUET: read_parquet,
     foreign.SAVED: read_saved,

@@ -273,3 +273,12 @@ def test_many_rows_are_shown_as_a_few(check):
     assert len(out.splitlines()) < 25
     assert "30 rows no such picture: gone 0.jpg lines 1, 2, 3, 4, 5, 6, 7, 8, ..." in words(out)
     assert "29 rows seen before: lines 32 (as 31), 33 (as 31)" in words(out)
+
+
+def test_scripts_that_the_tokenizer_takes_apart_are_named(check):
+    russian, emoji, both = row("Красный дом стоит."), row("😀🎉🚗."), row("红色的房子。 A red house.")
+    report = words(check([russian, emoji, both]).passed().out)
+    found = re.search(r"words cyrillic takes (.*) tokens a character, emoji takes (.*) tokens a character \(", report)
+    assert 1.5 < float(found[1]) < 3 and float(found[2]) == 4
+    assert "(English 0.4, Chinese 0.8): longer answers, slower learning" in report
+    assert "a character" not in words(check([both]).passed().out)

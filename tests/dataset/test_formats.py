@@ -66,7 +66,11 @@ ASKED = {"image": "a.png", "question": "What?", "answer": "A cat."}
         ({"messages": [{"role": "user", "content": PARTS}, TURNS[1]]}, TURNS),
         (ASKED, [turn("user", "What?\n<image>"), TURNS[1]]),
         (ASKED | {"question": "<image>\nWhat?"}, TURNS),
-        ({"image": "a.png", "text": "A cat."}, [turn("user", f"{DESCRIBE}\n<image>"), TURNS[1]]),
+        ({"image": "a.png", "text": "一只猫。"}, [turn("user", f"{DESCRIBE}\n<image>"), turn("assistant", "一只猫。")]),
+        ({"images": ["a.png"], "texts": [{"user": "What?", "assistant": "A cat."}]}, TURNS),
+        ({"images": ["a.png"], "query": "<image>\nWhat?", "response": "A cat."}, TURNS),
+        ({"image": {"<image_00>": "a.png"}, "conversations": [turn("user", "<image_00>\nWhat?"), TURNS[1]]}, TURNS),
+        ({"image": "a.png", "text": "A cat."}, [turn("user", "Describe this picture.\n<image>"), TURNS[1]]),
     ],
 )
 def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, tokenizer, row, same):
@@ -80,10 +84,10 @@ def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"file": "a.png", "title": "A cat."}, "no known form: it has the fields file, title"),
+        ({"photo": "a.png", "words": "A cat."}, "no known form: it has the fields photo, words"),
         ({"image": "", "caption": "A cat."}, "no picture is named"),
         ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
-        ({"image": "a.png", "caption": 5}, "turn 2 has no text as content"),
+        ({"image": "a.png", "caption": None}, "turn 2 has no text as content"),
         (ASKED | {"question": "<image><image>"}, "not read as a picture with question and answer: ValueError"),
         (
             ASKED | {"image": "data:image/png;base64," + "iVBORw0KGgo" + "A" * 80},
@@ -153,13 +157,15 @@ def test_a_file_of_a_known_form_is_told_the_command_that_converts_it(folder, tok
     pq.write_table(pa.table({"image": [b""], "caption": ["A cat."]}), folder / "captions.parquet")
     forms = {"a list.json": "is one JSON list", "rows.csv": "is a table", "saved": "is a folder that datasets saved"}
     forms |= {"shard.tar": "is a tar", "captions": "is a folder of pictures with a .txt beside each"}
+    forms |= {"photos": "is a folder of pictures"}
+    (folder / "empty").mkdir()
     for name, form in (forms | {"captions.parquet": "needs the columns conversations and image_bytes"}).items():
         with pytest.raises(DataError) as error:
             opened(folder, tokenizer, name)
         command = f"python scripts/make_dataset.py {shlex.quote(str(folder / name))} --to my_data"
         assert form in str(error.value) and command in str(error.value)
     with pytest.raises(DataError, match="is a folder, not a data file$"):
-        opened(folder, tokenizer, "photos")
+        opened(folder, tokenizer, "empty")
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -148,7 +148,7 @@ def test_parts_without_a_source_take_the_row_s_pictures(make):
         ({"image": "a.png", "question": "What?", "answer": ""}, "the answer is empty"),
         ({"image": "", "caption": "a"}, "no picture is named"),
         ({"image": "a.png", "question": "<image><image>", "answer": "a"}, "has 2 <image> for 1 picture"),
-        ({"image": "a.png", "label": 3}, "no known form: it has the fields image, label"),
+        ({"image": "a.png", "words": 3}, "no known form: it has the fields image, words"),
         ({"image": "a.png", "conversations": "["}, "conversations is not JSON"),
         (
             {"image": "a.png", "conversations": {"from": ["human"], "value": []}},
