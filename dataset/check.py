@@ -86,16 +86,16 @@ def overview(data: VLMDataset) -> list[str]:
 
 def long_words(data: VLMDataset, tokenizer) -> list[str]:
     """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
-    runs = defaultdict(list)  # of characters, by script
-    for row in data.read_rows(data.positions[:BATCH].tolist()):
-        for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-            text = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
-            for script, run in itertools.groupby(text, script_of):
-                runs[script].append("".join(run))
-    sizes, found = {script: sum(map(len, texts)) for script, texts in runs.items()}, []
-    for script in (script for script, size in sizes.items() if script and size >= LEAST_SHARE * sum(sizes.values())):
-        tokens = sum(map(len, tokenizer(runs[script], add_special_tokens=False)["input_ids"])) / sizes[script]
-        found += [f"{script} takes {tokens:.1f} tokens a character"] if tokens > MANY_TOKENS else []
+    answers = (row["input_ids"][start:end] for row in data.read_rows(data.positions[:BATCH].tolist())
+               for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True))  # fmt: skip
+    text, runs, found = " ".join(tokenizer.batch_decode(list(answers), skip_special_tokens=True)), defaultdict(list), []
+    for script, run in itertools.groupby(text, script_of):
+        runs[script].append("".join(run))
+    for script, texts in runs.items():
+        size, tokens = sum(map(len, texts)), tokenizer(texts, add_special_tokens=False)["input_ids"]
+        share = sum(map(len, tokens)) / size
+        if script and share > MANY_TOKENS and size > LEAST_SHARE * len(text):
+            found.append(f"{script} takes {share:.1f} tokens a character")
     what = "(English 0.4, Chinese 0.8): longer answers, slower learning"
     return fact("words", f"{', '.join(found)} {what}") if found else []
 

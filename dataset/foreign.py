@@ -91,10 +91,7 @@ def is_one_object(text: str) -> bool:
 
 
 def table_header(text: str) -> tuple[str, list[str] | None] | None:
-    """Returns a table's delimiter and the column names in its first line; None if it is no table.
-
-    The names are None if the first line is already a row: a picture's name and its caption.
-    """
+    """Returns a table's delimiter and columns (None: the first line is already a picture and its caption), or None."""
     line = text.partition("\n")[0].rstrip("\r")
     for delimiter in DELIMITERS:
         try:

@@ -16,10 +16,7 @@ from dataset.prompts import NEWLINE, PROMPT, with_images
 from dataset.scenes.language import DESCRIBE
 
 # What a field, or a table's column, may be called; the first name that a row has counts.
-PICTURE_FIELDS = (
-    *("image_bytes", "image", "images", "image_path", "image_name", "img"),
-    *("file_name", "filename", "file", "path"),
-)
+PICTURE_FIELDS = tuple("image_bytes image images image_path image_name img file_name filename file path".split())
 CAPTION_FIELDS = ("caption", "text", "description", "comment", "title")
 LABEL_FIELDS = ("label", "class", "category")
 CAPTION, LABEL, NUMBERED = "a picture with its caption", "a picture with its label", "numbered images (MiniCPM)"
@@ -181,22 +178,16 @@ def read_turns(row: dict) -> tuple[list, object]:
     return turns, inside or row.get(field(row, PICTURE_FIELDS))
 
 
-def is_numbered(row: dict) -> bool:
-    names = list(row["image"]) if isinstance(row.get("image"), dict) else []
-    return NUMBERED_TAG.search(f"{names} {row.get('conversations')}") is not None
-
-
 @register(
     NUMBERED,
-    fits=is_numbered,
+    fits=lambda row: NUMBERED_TAG.search(str(row.get("conversations"))) is not None,
     example={"image": {"<image_00>": "a.jpg"}, "conversations": [{**CAT[0], "content": "<image_00>\nWhat?"}, CAT[1]]},
 )
 def read_numbered(row: dict) -> tuple[list, object]:
     images = row["image"] if isinstance(row["image"], dict) else {"<image_00>": row["image"]}
     turns, _ = read_turns(row)
-    shown = [images[tag] for turn in turns for tag in NUMBERED_TAG.findall(turn["content"])] or [*images.values()]
-    turns = [turn | {"content": NUMBERED_TAG.sub(IMAGE_TAG, turn["content"])} for turn in turns]
-    return images_first(turns, shown), shown
+    shown = [images[tag] for turn in turns for tag in NUMBERED_TAG.findall(turn["content"])]
+    return [turn | {"content": NUMBERED_TAG.sub(IMAGE_TAG, turn["content"])} for turn in turns], shown
 
 
 def read_turn(turn: dict, images: list) -> dict:

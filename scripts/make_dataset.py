@@ -18,6 +18,7 @@ import math
 import re
 import shlex
 import sys
+import textwrap
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,28 +47,20 @@ AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures
 LEAST_ROWS = 20  # from here on at least one is held out
 SHOWN_PLACES = 5
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
+NO_BREAK = "\xa0"
 SAMPLES, MOST_EPOCHS = 10_000, 60  # that a stage is to see
 
 
 @dataclass
 class Made:
-    """Counts of what was written and what was left out.
+    """Counts of what was written and what was left out."""
 
-    Attributes:
-        sources: Name of each source, the rows that it has, and how many were taken.
-        keys: For each row the hash of its first picture, 0 for none.
-        linked: Leads from a picture's hash to that of another in the same row, see `root`.
-        left_out: For each kind of reason the first row's reason, and the places of all its rows.
-        held_out: Rows held out.
-        pictures: Distinct pictures.
-    """
-
-    sources: list[tuple[str, int, int]] = field(default_factory=list)
-    keys: array = field(default_factory=lambda: array("Q"))
-    linked: dict[int, int] = field(default_factory=dict)
-    left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
-    held_out: int = 0
-    pictures: int = 0
+    sources: list[tuple[str, int, int]] = field(default_factory=list)  # name, rows in it, rows taken
+    keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
+    linked: dict[int, int] = field(default_factory=dict)  # from a picture's hash to another's of the same row: `root`
+    left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
+    held_out: int = 0  # rows
+    pictures: int = 0  # distinct ones
 
     @property
     def bad_rows(self) -> int:
@@ -95,13 +88,10 @@ def root(linked: dict[int, int], key: int) -> int:
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
-    """Chooses the held-out rows: those whose pictures have the smallest hashes, whatever their order.
+    """Returns which rows to hold out, bool (rows,): at least one of 20, unless `share` is 0; never more than half.
 
-    Rows that share a picture, directly or through other rows, go together, so no held-out picture is trained on. Rows
-    without a picture are never held out.
-
-    Returns:
-        bool (rows,): at least one row of 20 or more, unless `share` is 0; never more than half.
+    They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
+    through other rows, go together, so no held-out picture is trained on.
     """
     roots = np.array([root(made.linked, key) for key in made.keys], dtype=np.uint64)
     wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
@@ -124,11 +114,7 @@ def taken_rows(sources: list[tuple[Path, float]], made: Made) -> Iterator[tuple[
 
 
 def write_rows(args: argparse.Namespace, part: Path) -> Made:
-    """Writes every good row and picture, and the list of the others.
-
-    Raises:
-        UsageError: If a source cannot be read, or no row can be used.
-    """
+    """Writes every good row and picture, and the list of the others; raises UsageError if there is no good row."""
     (part / IMAGES).mkdir()
     made, threads = Made(), min(cores(), MOST_THREADS)
 
@@ -168,12 +154,14 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
 
 
 def write_dataset(args: argparse.Namespace) -> Made:
-    """Writes the folder --to as the flags say, whole or not at all.
-
-    Raises:
-        UsageError: If a flag or a source forbids it.
-    """
-    check_folders(args)
+    """Writes the folder --to as the flags say, whole or not at all; raises UsageError if something forbids it."""
+    for source, _ in args.sources:
+        if not source.exists():
+            raise UsageError(f"{display_path(source)} cannot be read: no such file")
+        if args.to.is_relative_to(source) or source.is_relative_to(args.to):
+            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
+    if args.images_path and not args.images_path.is_dir():
+        raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
     with whole_folder(args.to, {"dataset_by": "scripts/make_dataset.py"}, args.overwrite, "--to") as part:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
@@ -185,19 +173,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
                     out.writelines(itertools.compress(rows, is_taken))
         (part / ROWS).unlink()
     return made
-
-
-def check_folders(args: argparse.Namespace):
-    """Raises UsageError if a source is missing, or would be replaced."""
-    for source, _ in args.sources:
-        if not source.exists():
-            raise UsageError(f"{display_path(source)} cannot be read: no such file")
-        if args.to.is_relative_to(source) or source.is_relative_to(args.to):
-            raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
-    if args.images_path and not args.images_path.is_dir():
-        raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
-    if args.images_path and args.images_path.is_relative_to(args.to):
-        raise UsageError(f"--to {display_path(args.to)} would replace the pictures in {display_path(args.images_path)}")
 
 
 def report(made: Made, folder: Path) -> list[str]:
@@ -229,51 +204,49 @@ def epochs(rows: int) -> int:
 
 
 def commands(folder: Path, made: Made) -> str:
-    """Returns the commands that lead from these data to a model, in order."""
+    """Returns the commands that lead from these data to a model, in order, each wrapped between its flags."""
+
+    def shown(flag: str, path: str | Path) -> str:
+        return f"--{flag} {shlex.quote(display_path(path))}".replace(" ", NO_BREAK)
+
     name = re.sub(r"\W+", "_", folder.name)[:40]
-    heldout = {"eval_data": folder / "heldout.jsonl"} if made.held_out else {}
-    data = {"data_path": folder / "train.jsonl"} | heldout
-    tower, passes = f"out/{name}_tower", {"epochs": epochs(len(made.keys) - made.held_out)}
-    to_pretrain = {"vision_model_path": tower, "save_weight": f"{name}_pretrain"} | passes
-    to_sft = {"save_weight": f"{name}_sft"} | passes
-    steps = {
-        "trainer/train_tower.py": data | {"save_tower": tower},
-        "trainer/train_pretrain_vlm.py": {"from_weight": "llm"} | data | to_pretrain,
-        "trainer/train_sft_vlm.py": {"from_weight": f"{name}_pretrain"} | data | to_sft,
-        "eval_vlm.py": {"weight": f"{name}_sft"} | heldout,
-    }
-    lines = []
-    for script, flags in steps.items():
-        lines.append(f"  python {script}")
-        for flag in (f" --{flag} {shlex.quote(display_path(str(value)))}" for flag, value in flags.items()):
-            if len(lines[-1] + flag) + len(" \\") > check.WIDTH:
-                lines[-1] += " \\"
-                lines.append(" " * 3)
-            lines[-1] += flag
-    return "\n".join(lines)
+    heldout = shown("eval_data", folder / "heldout.jsonl") if made.held_out else ""
+    data, tower = f"{shown('data_path', folder / 'train.jsonl')} {heldout}", f"out/{name}_tower"
+    passes = f"--epochs{NO_BREAK}{epochs(len(made.keys) - made.held_out)}"
+    steps = [
+        f"trainer/train_tower.py {data} {shown('save_tower', tower)}",
+        f"trainer/train_pretrain_vlm.py {shown('from_weight', 'llm')} {data} {shown('vision_model_path', tower)} "
+        f"{shown('save_weight', f'{name}_pretrain')} {passes}",
+        f"trainer/train_sft_vlm.py {shown('from_weight', f'{name}_pretrain')} {data} "
+        f"{shown('save_weight', f'{name}_sft')} {passes}",
+        f"eval_vlm.py {shown('weight', f'{name}_sft')} {heldout}",
+    ]
+    wrap = textwrap.TextWrapper(check.WIDTH - len(" \\"), "  ", "    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(" \\\n".join(wrap.wrap(f"python{NO_BREAK}{step}")) for step in steps).replace(NO_BREAK, " ")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}", formatter_class=HelpFormatter)
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
-    what = "sources of which only a share of the rows, from 0 to 1, is taken"
-    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, default=[], help=what)
+    what = "take only this share of a source's rows, from 0 to 1"
+    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help=what)
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
-    what = "question for pictures that have only a caption or a label (default: one in the language of that)"
-    add("--question", help=what)
-    what = "larger pictures are resized to this shorter side, in pixels"
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
-    what = "share of the rows to hold out; 0: none"
-    add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help=what)
-    what = "rows that may be left out without exit status 1 (default: 1 %% of the rows)"
-    add("--max_bad_rows", type=number(int, 0), help=what)
+    add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
+    add(
+        "--size",
+        type=number(int, 1, LARGEST_SIZE),
+        default=256,
+        help="shorter side that larger pictures get, in pixels",
+    )
+    add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
+    add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
     if not args.sources and not args.mix:
         parser.error("the following arguments are required: SOURCE")
-    sources = [*((path, 1.0) for path in args.sources), *args.mix]
+    sources = [*((path, 1.0) for path in args.sources), *(args.mix or [])]
     args.sources, args.to = [(path.resolve(), share) for path, share in sources], args.to.resolve()
     args.images_path = args.images_path and args.images_path.resolve()
     return args
@@ -287,8 +260,7 @@ def source_and_share(text: str) -> tuple[Path, float]:
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
-    print("\n".join(report(made, args.to)))
-    print(flush=True)
+    print("\n".join(report(made, args.to)), end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows

@@ -30,16 +30,10 @@ QUALITY = 95
 
 
 def make_row(row: dict, question: str | None, size: int, images_path: Path, folder: Path) -> dict | RowError:
-    """Makes a row of this project, and writes each distinct picture once, under the hash of its content.
+    """Makes a row of this project, and writes each distinct picture once, under the hash of its content, to `folder`.
 
-    Several threads may call it at once: they write the same content under the same name.
-
-    Args:
-        row: The row of a source.
-        question: What is asked where it has only a caption or a label; None for the form's own question.
-        size: The shorter side that larger pictures are resized to, in pixels.
-        images_path: The folder of the pictures that it names.
-        folder: Where pictures are written.
+    Several threads may call it at once: they write the same content under the same name. `question` is asked where
+    there is only a caption or a label (None: the form's own). Pictures get a shorter side of at most `size` pixels.
 
     Returns:
         {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
@@ -74,13 +68,9 @@ def prepared(source: str | bytes, size: int, images_path: Path, folder: Path) ->
 def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
     """Returns the kind (JPEG or PNG) and content of a picture's file as training is to read it.
 
-    A picture whose shorter side is longer than `size` is resized to it and becomes a JPEG. Others lose nothing: an
-    upright RGB JPEG or PNG stays as it is, anything else becomes an RGB PNG.
-
-    Raises:
-        PictureError: If it cannot be decoded.
+    A picture whose shorter side is longer than `size` becomes a JPEG of that size. Others lose nothing: an upright RGB
+    JPEG or PNG stays as it is, anything else becomes an RGB PNG. Raises PictureError if it cannot be decoded.
     """
-
     with open_picture(content, name) as image:
         kind, is_small = image.format, min(image.size) <= size
         is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
@@ -98,8 +88,7 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
 def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
     """Returns a row's turns, with an `<image>` for each picture, and its pictures: names or files' bytes.
 
-    Raises:
-        RowError: If it cannot be learned from, or a picture is missing.
+    Raises RowError if it cannot be learned from, or a picture is missing.
     """
     named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
     if named and form != forms.NUMBERED:
@@ -114,8 +103,7 @@ def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple
     check_images(forms.images_first(turns, pictures), len(pictures))
     for name in (picture for picture in pictures if isinstance(picture, str)):
         parse_picture_names([name])
-        reason = why_missing(images_path, name)
-        if reason:
+        if reason := why_missing(images_path, name):
             raise RowError(reason)
     return turns, pictures
 

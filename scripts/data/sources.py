@@ -25,15 +25,10 @@ from scripts.data.rows import IMAGE_FOLDERS
 
 LONGEST_FIELD = 1 << 26  # characters of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
-SHOWN = 80  # characters of an unknown file's first line
-BY_CAMERA = set(
-    "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot mmexport 图片 微信图片".split()
-)
+BY_CAMERA = set("img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot 图片 微信图片".split())
+BEFORE_DOT = re.compile(r"(.*/)?[^/.]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
-NO_LABEL = (
-    "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside each "
-    "picture"
-)
+NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
 KNOWN = """A source is one of these, recognised by its content:
   a folder of pictures with a .txt of the same name beside each, or with a folder
     for each class (photos/cat/1.jpg), or named by what they show (red_car_012.jpg)
@@ -48,11 +43,7 @@ Rows = Iterator[tuple[str, dict | RowError]]
 
 
 def read_source(path: Path) -> Rows:
-    """Yields a source's rows.
-
-    Raises:
-        UsageError: If it is of no known form, or cannot be read on.
-    """
+    """Yields a source's rows; raises UsageError if it is of no known form, or cannot be read on."""
     name = display_path(path)
     try:
         form = foreign.form_of_file(path)
@@ -67,11 +58,11 @@ def read_source(path: Path) -> Rows:
 
 def what_is_found(path: Path) -> str:
     """Says what a source of no known form begins with."""
-    head = b"" if path.is_dir() else path.open("rb").readline(SHOWN)
-    if path.is_dir() or not head:
-        return "of no known form." if path.is_dir() and any(path.iterdir()) else "empty."
-    line = printable(head.decode("utf-8-sig", "replace").strip())
-    return f"of no known form. Its first line is\n  {line}"
+    if path.is_dir():
+        return "of no known form." if any(path.iterdir()) else "empty."
+    with open(path, "rb") as file:
+        line = file.readline(80).decode("utf-8-sig", "replace").strip()
+    return f"of no known form. Its first line is\n  {printable(line)}" if path.stat().st_size else "empty."
 
 
 def read_folder(path: Path) -> Rows:
@@ -122,8 +113,7 @@ def read_table(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
         delimiter, names = foreign.table_header(file.readline())
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
-        first = 2 if names else file.seek(0) + 1
-        names = names or ["image", "caption"]
+        first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
         foreign.check_names(path, names)
         csv.field_size_limit(LONGEST_FIELD)
         quoting = csv.QUOTE_NONE if is_flickr else csv.QUOTE_MINIMAL
@@ -152,8 +142,6 @@ def parsed(text: bytes) -> dict | RowError:
     """Returns the fields of a JSON object."""
     try:
         return checked(json.loads(text.decode("utf-8-sig")))
-    except UnicodeDecodeError:
-        return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowError(f"not JSON: {error}")
 
@@ -174,28 +162,23 @@ def read_json(path: Path) -> Rows:
         lists = [value for value in whole.values() if isinstance(value, list)]
         rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
         if {"annotations", "images"} <= whole.keys():
-            names = {str(image.get("id")): image.get("file_name") for image in whole["images"]}
-            rows = [
-                {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-                for row in whole["annotations"]
-            ]
+            names = {image.get("id"): image.get("file_name") for image in whole["images"]}
+            captions = ((names.get(row.get("image_id")), row.get("caption")) for row in whole["annotations"])
+            rows = [{"image": name, "caption": caption} for name, caption in captions]
     yield from numbered(map(checked, rows))
 
 
 def read_tar(path: Path) -> Rows:
     """Reads a WebDataset: neighbouring files of one name up to the first dot are a row."""
     with tarfile.open(path, mode="r|*") as archive:
-        for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
-            yield key, tar_row([(name, content) for _, name, content in files])
+        parts = itertools.groupby(filter(is_part, archive), lambda member: BEFORE_DOT.match(member.name)[0])
+        for key, members in parts:
+            yield key, tar_row([(member.name.lower(), archive.extractfile(member).read()) for member in members])
 
 
-def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the key, name and content of each file that may belong to a row."""
-    for member in archive:
-        path = PurePosixPath(member.name)
-        key, name = path.name.partition(".")[0], path.name.lower()
-        if member.isfile() and key and (foreign.is_picture(name) or name.endswith((".txt", ".json"))):
-            yield str(path.parent / key), name, archive.extractfile(member).read()
+def is_part(member: tarfile.TarInfo) -> bool:
+    name = PurePosixPath(member.name.lower())
+    return member.isfile() and name.suffix in (*foreign.PICTURE_SUFFIXES, ".txt", ".json") and name.name[0] != "."
 
 
 def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:

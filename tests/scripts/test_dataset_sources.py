@@ -77,7 +77,7 @@ def test_lines_that_are_no_rows(source):
         ("line 1", {"image": "a"}),
         ("line 4", "bad: not a JSON object"),
         ("line 5", "bad: not JSON: Expecting value: line 1 column 6 (char 5)"),
-        ("line 6", "bad: not UTF-8"),
+        ("line 6", "bad: not JSON: 'utf-8' codec can't decode byte 0xff in position 7: invalid start byte"),
         (
             "line 7",
             "bad: not JSON: maximum recursion depth exceeded while decoding a JSON object from a unicode string",

@@ -330,7 +330,7 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3" in report
     assert "left out 5 of 200 rows (2.5 %), all listed in left_out.txt there 3 rows no such" in report
     assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
-    assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
+    assert "2 rows not JSON: Unterminated string" in report
     assert "Training would start with this file: 195 usable rows." in printed
     assert "5 of 200 rows were left out, more than 2. The others are written" in error
     assert "--max_bad_rows 5" in error
@@ -354,9 +354,8 @@ def test_what_is_there_is_not_overwritten(pictures):
         (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
     make(source, "--images_path", pictures, "--overwrite")
     before = (folder / "train.jsonl").read_bytes()
-    for images_path in (pictures / "sub", folder / "images"):  # nothing is found there, or it would be deleted
-        with pytest.raises(UsageError, match="none of 3 rows can be used|would replace the pictures"):
-            make(source, "--images_path", images_path, "--overwrite")
+    with pytest.raises(UsageError, match="none of 3 rows can be used"):
+        make(source, "--images_path", pictures / "sub", "--overwrite")
     for inside in (folder / "train.jsonl", pictures.parent):
         with pytest.raises(UsageError, match="must not contain each other"):
             write_dataset(parse_arguments([str(inside), "--to", str(folder), "--overwrite"]))
