@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -34,9 +35,7 @@ def make_row(row: dict, question: str | None, size: int, images_path: Path, fold
 
     Several threads may call it at once: they write the same content under the same name. `question` is asked where
     there is only a caption or a label (None: the form's own). Pictures get a shorter side of at most `size` pixels.
-
-    Returns:
-        {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
+    Returns {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
     """
     try:
         turns, sources = conversation_of(row, question, images_path)
@@ -129,6 +128,7 @@ def as_picture(value, images_path: Path) -> str | bytes:
             return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
         except binascii.Error as error:
             raise RowError(f"a data: URL that is no base64: {error}") from error
+    value = unquote(value.removeprefix("file://")) if value.startswith("file:") else value
     return found(value, images_path) or value
 
 

@@ -6,6 +6,7 @@ A reader yields (place, row): where the row stands, and its fields, or a RowErro
 import csv
 import itertools
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -17,16 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UsageError
+from common.files import not_a_file
 from common.paths import display_path, printable
 from dataset import foreign, forms
 from dataset.conversation import RowError
 from dataset.formats import with_plain_images
 from scripts.data.rows import IMAGE_FOLDERS
 
-LONGEST_FIELD = 1 << 26  # characters of a table's field, which may be a picture in base64
+CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
+LONGEST_ROW = 1 << 26  # also of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
 BY_CAMERA = set("img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot 图片 微信图片".split())
-BEFORE_DOT = re.compile(r"(.*/)?[^/.]*")
+BROKEN = "broken JSON, or the file is cut off"
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
+BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
 NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
 KNOWN = """A source is one of these, recognised by its content:
@@ -69,12 +74,18 @@ def read_folder(path: Path) -> Rows:
     for folder, pictures, texts in foreign.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in pictures:
-            place, text = str(inside / name), texts.get(foreign.stem(name))
-            row = with_caption({"image": [place]}, (folder / text).read_bytes()) if text else None
-            yield place, row or RowError("a picture without a .txt of its name")
+            yield str(inside / name), captioned(folder, inside / name, texts.get(foreign.stem(name)))
         stems = set(map(foreign.stem, pictures))
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
+
+
+def captioned(folder: Path, picture: Path, text: str | None) -> dict | RowError:
+    if text is None:
+        return RowError("a picture without a .txt of its name")
+    if reason := not_a_file(folder / text):
+        return RowError(f"its .txt cannot be read: {reason}")
+    return with_caption({"image": [str(picture)]}, (folder / text).read_bytes())
 
 
 def with_caption(row: dict, text: bytes) -> dict | RowError:
@@ -115,7 +126,7 @@ def read_table(path: Path) -> Rows:
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
         first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
         foreign.check_names(path, names)
-        csv.field_size_limit(LONGEST_FIELD)
+        csv.field_size_limit(LONGEST_ROW)
         quoting = csv.QUOTE_NONE if is_flickr else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True, quoting=quoting)
         line = first
@@ -142,6 +153,8 @@ def parsed(text: bytes) -> dict | RowError:
     """Returns the fields of a JSON object."""
     try:
         return checked(json.loads(text.decode("utf-8-sig")))
+    except UnicodeDecodeError:
+        return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowError(f"not JSON: {error}")
 
@@ -150,35 +163,56 @@ def checked(value) -> dict | RowError:
     return value if isinstance(value, dict) else RowError("not a JSON object")
 
 
-def read_json(path: Path) -> Rows:
-    """Reads a JSON list, COCO's captions, the list that an object holds, or the object as the one row."""
+def read_list(path: Path) -> Rows:
+    """Decodes a JSON list object by object, as much of the file at a time as that takes."""
+    decoder, number = json.JSONDecoder(), 1
+    with open(path, encoding="utf-8-sig") as file:
+        at = (text := file.read(CHUNK)).index("[") + 1
+        while not text.startswith("]", at := BETWEEN_ROWS.match(text, at).end()):
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                rest = text[at:]
+                more = file.read(max(CHUNK, len(rest))) if len(rest) < LONGEST_ROW else ""
+                if not more:
+                    raise UsageError(f"{display_path(path)}, row {number}: {BROKEN} ({error})") from error
+                text, at = rest + more, 0
+            else:
+                yield f"row {number}", checked(value)
+                number += 1
+
+
+def read_object(path: Path) -> Rows:
+    """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{display_path(path)}: broken JSON, or the file is cut off ({error})") from error
-    rows = whole
-    if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
-        if {"annotations", "images"} <= whole.keys():
-            names = {image.get("id"): image.get("file_name") for image in whole["images"]}
-            captions = ((names.get(row.get("image_id")), row.get("caption")) for row in whole["annotations"])
-            rows = [{"image": name, "caption": caption} for name, caption in captions]
+        raise UsageError(f"{display_path(path)}: {BROKEN} ({error})") from error
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
+    if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
+        names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
+        rows = [{"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
+                if isinstance(row, dict) else row for row in whole["annotations"]]  # fmt: skip
     yield from numbered(map(checked, rows))
 
 
 def read_tar(path: Path) -> Rows:
     """Reads a WebDataset: neighbouring files of one name up to the first dot are a row."""
     with tarfile.open(path, mode="r|*") as archive:
-        parts = itertools.groupby(filter(is_part, archive), lambda member: BEFORE_DOT.match(member.name)[0])
-        for key, members in parts:
-            yield key, tar_row([(member.name.lower(), archive.extractfile(member).read()) for member in members])
+        for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
+            yield key, tar_row([(name, content) for _, name, content in files])
 
 
-def is_part(member: tarfile.TarInfo) -> bool:
-    name = PurePosixPath(member.name.lower())
-    return member.isfile() and name.suffix in (*foreign.PICTURE_SUFFIXES, ".txt", ".json") and name.name[0] != "."
+def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """Yields the key, name and content of each file that may belong to a row."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # it would keep all of them
+        path = PurePosixPath(member.name)
+        key, name = path.name.partition(".")[0], path.name.lower()
+        if member.isfile() and key and (foreign.is_picture(name) or name.endswith((".txt", ".json"))):
+            yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
 def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
@@ -202,27 +236,36 @@ def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
         foreign.check_names(path, schema.names)
-        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+        try:
+            features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+        except DAMAGED as error:
+            raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
         batches = file.iter_batches(batch_size=BATCH)
         yield from numbered(with_names(row, features) for batch in batches for row in batch.to_pylist())
 
 
 def read_saved(path: Path) -> Rows:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except DAMAGED as error:
+        raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:
             names = " or ".join(display_path(path / name) for name in saved)
             raise UsageError(f"{display_path(path)} holds {len(saved)} splits. Name the one to train on: {names}")
         [saved] = saved.values()
+    for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
+        if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
+            raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
     batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
     yield from numbered(with_names(row, saved.features) for batch in batches for row in batch.to_pylist())
 
 
 def with_names(row: dict, features: dict) -> dict:
-    """Returns the row with the names of its classes, which `datasets` writes as numbers, -1 for none."""
+    """Returns the row with the names of its classes, which `datasets` writes as numbers; None for unknown ones."""
     classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    return row | {name: None if row[name] in (None, -1) else names[row[name]] for name, names in classes.items()}
+    return row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
 
 
 def numbered(rows: Iterable[dict | RowError]) -> Rows:
@@ -236,8 +279,8 @@ READERS = {
     foreign.SHARDS: read_shards,
     foreign.TABLE: read_table,
     foreign.LINES: read_lines,
-    foreign.LIST: read_json,
-    foreign.OBJECT: read_json,
+    foreign.LIST: read_list,
+    foreign.OBJECT: read_object,
     foreign.TAR: read_tar,
     foreign.PARQUET: read_parquet,
     foreign.SAVED: read_saved,

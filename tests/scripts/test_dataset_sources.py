@@ -1,6 +1,8 @@
 """Sources read row by row: what is damaged is named with its place, and nothing is read ahead of its use."""
 
 import io
+import json
+import shutil
 import tarfile
 
 import datasets
@@ -77,12 +79,44 @@ def test_lines_that_are_no_rows(source):
         ("line 1", {"image": "a"}),
         ("line 4", "bad: not a JSON object"),
         ("line 5", "bad: not JSON: Expecting value: line 1 column 6 (char 5)"),
-        ("line 6", "bad: not JSON: 'utf-8' codec can't decode byte 0xff in position 7: invalid start byte"),
+        ("line 6", "bad: not UTF-8"),
         (
             "line 7",
             "bad: not JSON: maximum recursion depth exceeded while decoding a JSON object from a unicode string",
         ),
     ]
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 1 << 20])
+def test_a_list_is_decoded_alike_in_chunks_of_any_size(source, monkeypatch, chunk):
+    monkeypatch.setattr(dataset_sources, "CHUNK", chunk)
+    rows = [{"image": "猫.jpg", "n": [1.5, {"a": '],"{'}, None, True]}, {}, {"text": "x" * 100}]
+    for options in ({}, {"indent": 4}, {"ensure_ascii": False, "separators": (",", ":")}):
+        read = source("\n " + json.dumps([*rows, 3], **options) + "\n")
+        assert read == [
+            *((f"row {n}", row) for n, row in enumerate(rows, start=1)),
+            ("row 4", "bad: not a JSON object"),
+        ]
+    for broken in ('[{"a": 1}, {"b": ', '[{"a": 1}, {"b": tru}]', '[{"a": 1}', '[{"a": 1}, {"b": "\n"}]'):
+        with pytest.raises(UsageError, match="source, row 2: broken JSON, or the file is cut off"):
+            source(broken)
+
+
+def test_a_long_broken_list_is_not_read_to_its_end(source, monkeypatch):
+    monkeypatch.setattr(dataset_sources, "CHUNK", 10)
+    monkeypatch.setattr(dataset_sources, "LONGEST_ROW", 100)
+    with pytest.raises(UsageError, match="row 1: broken JSON"):
+        source('[{"a" 1}, ' + '{"b": 2},' * 10_000)
+
+
+def test_a_list_is_read_no_further_than_the_row_in_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_sources, "CHUNK", 1 << 10)
+    path = tmp_path / "list.json"
+    path.write_bytes(b'[{"image": "a.jpg", "caption": "x"}, ' + b" " * (1 << 15) + b"\xff")  # not UTF-8, if it is read
+    rows = read_source(path)
+    assert next(rows) == ("row 1", {"image": "a.jpg", "caption": "x"})
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        next(rows)
 
 
 def test_a_tar_s_rows_and_damage(tmp_path):
@@ -105,6 +139,18 @@ def test_a_tar_s_rows_and_damage(tmp_path):
     path.write_bytes(path.read_bytes()[: 512 * 3 + 100])  # within the second file
     with pytest.raises(UsageError, match="a.tar cannot be read: unexpected end of data"):
         read(path)
+
+
+def test_tarfile_does_not_keep_what_was_read(tmp_path, monkeypatch):
+    kept, read_next = [], tarfile.TarFile.next
+
+    def counted(archive):
+        kept.append(len(archive.members))
+        return read_next(archive)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", counted)
+    assert len(read(tar(tmp_path / "a.tar", [(f"{number}.jpg", b"x") for number in range(50)]))) == 50
+    assert len(kept) > 50 and max(kept) <= 1
 
 
 def test_a_folder_names_what_has_no_counterpart(tmp_path):
@@ -130,6 +176,33 @@ def test_splits_are_chosen_by_the_user(tmp_path):
         read(tmp_path / "two")
     wanted = [("row 1", {"image_path": "a.jpg", "caption": "a"})]
     assert read(tmp_path / "one") == read(tmp_path / "two" / "train") == wanted
+    (tmp_path / "one" / "train" / "state.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read(tmp_path / "one")
+
+
+SAVED = [
+    *((name, text) for name in ("state.json", "dataset_info.json") for text in ("[]", "null", "5", "[" * 10_000, "")),
+    *(("state.json", {"_split": value}) for value in (5, [1])),
+    *(("state.json", {"_data_files": value}) for value in (5, [{}], [{"filename": "../outside.arrow"}])),
+    *(("dataset_info.json", {"features": value}) for value in ("x", 5, {"caption": 5}, {"caption": {"_type": "x"}})),
+    *(("dataset_dict.json", {"splits": value}) for value in (5, ["../other"])),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), SAVED, ids=lambda value: str(value)[:40])
+def test_a_saved_folder_that_is_damaged_or_leads_elsewhere_is_refused(tmp_path, name, content):
+    datasets.Dataset.from_dict({"image": ["a.jpg"], "caption": ["a"]}).save_to_disk(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved/data-00000-of-00001.arrow", tmp_path / "outside.arrow")
+    path = tmp_path / "saved" / name
+    if name == "dataset_dict.json":  # of a folder with splits, which has none of the others
+        (tmp_path / "saved/state.json").unlink()
+        (tmp_path / "saved/dataset_info.json").unlink()
+    if isinstance(content, dict):
+        content = json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | content)
+    path.write_text(content)
+    with pytest.raises(UsageError, match="saved cannot be read: "):
+        list(read_source(tmp_path / "saved"))
 
 
 def test_a_parquet_is_read_in_small_batches(tmp_path, monkeypatch):

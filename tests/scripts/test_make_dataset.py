@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import tarfile
 
 import datasets
@@ -18,6 +19,7 @@ from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import foreign
 from dataset.lm_dataset import VLMDataset
+from dataset.scenes.language import DESCRIBE
 from dataset.tokenizer import load_tokenizer
 from scripts.make_dataset import LARGEST_SIZE, Made, held_out, main, parse_arguments, write_dataset
 
@@ -185,6 +187,10 @@ FORMS = {
         FIRST,
     ),
     "parts": (lambda pictures: as_lines(pictures, messages(lambda name: name)), FIRST),
+    "parts of file: URLs": (
+        lambda pictures: as_list(pictures, messages(lambda name: (pictures / name).as_uri())),
+        FIRST,
+    ),
     "parts of data: URLs": (
         lambda pictures: as_lines(pictures, messages(lambda name: data_url(pictures / name))),
         FIRST,
@@ -250,7 +256,7 @@ def test_several_sources_are_put_together_and_a_picture_of_both_stands_once(pict
     table, lines = as_table(pictures, ["image", "caption"]), as_lines(pictures, [*dialogues(), {"a": 1}])
     made, folder = make(table, lines, "--images_path", pictures)
     rows = read_jsonl(folder / "train.jsonl")
-    assert rows[0]["conversations"][0]["content"] == "Describe this picture.\n<image>"
+    assert rows[0]["conversations"][0]["content"] == f"{DESCRIBE}\n<image>"
     assert [row["image"] for row in rows[:3]] == [row["image"] for row in rows[3:]]
     assert {f"images/{path.name}" for path in (folder / "images").iterdir()} == {row["image"] for row in rows}
     assert (folder / "left_out.txt").read_text() == (
@@ -327,12 +333,12 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     printed, error = run(*flags)
     folder = pictures.parent / "new data"
     report = " ".join(printed.split())
-    assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3" in report
+    assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3, 0.00 MB" in report
     assert "left out 5 of 200 rows (2.5 %), all listed in left_out.txt there 3 rows no such" in report
     assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
-    assert "2 rows not JSON: Unterminated string" in report
+    assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
     assert "Training would start with this file: 195 usable rows." in printed
-    assert "5 of 200 rows were left out, more than 2. The others are written" in error
+    assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in error
     assert "--max_bad_rows 5" in error
     assert len((folder / "left_out.txt").read_text().splitlines()) == 5
     assert all(len(line) <= 80 for line in printed.splitlines() if str(folder) not in line)
@@ -354,8 +360,9 @@ def test_what_is_there_is_not_overwritten(pictures):
         (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
     make(source, "--images_path", pictures, "--overwrite")
     before = (folder / "train.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="none of 3 rows can be used"):
-        make(source, "--images_path", pictures / "sub", "--overwrite")
+    for images_path in (pictures / "sub", folder / "images"):  # nothing is found there, or it would be deleted
+        with pytest.raises(UsageError, match="none of 3 rows can be used|would replace the pictures"):
+            make(source, "--images_path", images_path, "--overwrite")
     for inside in (folder / "train.jsonl", pictures.parent):
         with pytest.raises(UsageError, match="must not contain each other"):
             write_dataset(parse_arguments([str(inside), "--to", str(folder), "--overwrite"]))
@@ -366,9 +373,31 @@ def test_what_is_there_is_not_overwritten(pictures):
 def test_a_source_that_breaks_off_leaves_nothing(pictures):
     source = as_list(pictures, llava())
     source.write_bytes(source.read_bytes()[:-20])
-    with pytest.raises(UsageError, match="rows.txt: broken JSON, or the file is cut off"):
+    with pytest.raises(UsageError, match="row 3: broken JSON, or the file is cut off"):
         make(source, "--images_path", pictures)
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.txt"}
+
+
+def test_no_source_or_caption_is_a_pipe_and_shards_are_named(pictures, tokenizer):
+    """Training names the same command."""
+    os.mkfifo(pictures.with_name("pipe.csv"))
+    with pytest.raises(UsageError, match="it is a pipe, not a file"):
+        make(pictures.with_name("pipe.csv"))
+    folder = as_folder(pictures)
+    draw(folder / "last.png", 9)
+    os.mkfifo(folder / "last.txt")
+    made, _ = make(folder)
+    assert (len(made.keys), [reason for reason, _ in made.left_out.values()]) == (
+        3,
+        ["its .txt cannot be read: it is a pipe, not a file"],
+    )
+    shards = pictures.with_name("my shards")
+    shards.mkdir()
+    as_parquet(pictures).rename(shards / "0.parquet")
+    command = rf"make_dataset.py '{shards}'/\*.parquet --to my_data"
+    for read_it in (lambda: make(shards, "--overwrite"), lambda: read(shards, tokenizer)):
+        with pytest.raises(UsageError, match=f"a folder of data files(.|\n)*{command}"):
+            read_it()
 
 
 def test_training_names_the_command_for_what_it_does_not_read(pictures, tokenizer):
@@ -419,7 +448,7 @@ def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(pictures, run):
     assert error == ""
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert {path.name for path in source.parent.iterdir()} == {"photos", "photos.part", "cache"}
-    assert "--save_weight photos_sft --epochs 60" in printed  # not the quick start's sft_vlm
+    assert "photos/train.jsonl \\\n    --save_weight photos_sft\n" in printed  # not the quick start's sft_vlm
 
 
 @pytest.mark.parametrize(
