@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
-from common.files import whole_folder
+from common.files import not_a_file, whole_folder
 from common.paths import display_path, printable
 from dataset import check
 from dataset.conversation import RowError
@@ -44,8 +44,7 @@ from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
-LEAST_ROWS = 20  # from here on at least one is held out
-SHOWN_PLACES = 5
+LEAST_ROWS, SHOWN_PLACES = 20, 5  # from so many on at least one is held out; of a reason
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 NO_BREAK = "\xa0"
 SAMPLES, MOST_EPOCHS = 10_000, 60  # that a stage is to see
@@ -61,6 +60,7 @@ class Made:
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
     pictures: int = 0  # distinct ones
+    picture_bytes: int = 0  # of their files
 
     @property
     def bad_rows(self) -> int:
@@ -97,9 +97,12 @@ def held_out(made: Made, share: float) -> np.ndarray:
     wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
     most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
-    groups, sizes = groups[sizes <= most], sizes[sizes <= most]
-    rows = np.cumsum(sizes)
-    return np.isin(roots, groups[(rows - sizes < wanted) & (rows <= most)])
+    taken, rows = [], 0
+    for group, size in zip(groups, sizes, strict=True):
+        if rows < wanted and rows + size <= most:
+            taken.append(group)
+            rows += size
+    return np.isin(roots, np.array(taken, dtype=np.uint64))
 
 
 def taken_rows(sources: list[tuple[Path, float]], made: Made) -> Iterator[tuple[Path, str, dict | RowError]]:
@@ -146,7 +149,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
                 bar.update()
     if not made.keys:
-        sources = ", ".join(name for name, *_ in made.sources)
+        sources = ", ".join(display_path(source) for source, _ in args.sources)
         raise UsageError("\n".join([f"{sources}: none of {made.rows:,} rows can be used", *reasons(made)]))
     if not made.left_out:
         (part / LEFT_OUT).unlink()
@@ -156,17 +159,20 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
 def write_dataset(args: argparse.Namespace) -> Made:
     """Writes the folder --to as the flags say, whole or not at all; raises UsageError if something forbids it."""
     for source, _ in args.sources:
-        if not source.exists():
-            raise UsageError(f"{display_path(source)} cannot be read: no such file")
+        if (reason := not_a_file(source)) and not source.is_dir():
+            raise UsageError(f"{display_path(source)} cannot be read: {reason}")
         if args.to.is_relative_to(source) or source.is_relative_to(args.to):
             raise UsageError(f"--to {display_path(args.to)} and {display_path(source)} must not contain each other")
     if args.images_path and not args.images_path.is_dir():
         raise UsageError(f"--images_path: no such folder: {display_path(args.images_path)}")
+    if args.images_path and args.images_path.is_relative_to(args.to):
+        raise UsageError(f"--to {display_path(args.to)} would replace the pictures in {display_path(args.images_path)}")
     with whole_folder(args.to, {"dataset_by": "scripts/make_dataset.py"}, args.overwrite, "--to") as part:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
         made.held_out = int(is_held_out.sum())
-        made.pictures = len(list((part / IMAGES).iterdir()))
+        sizes = [picture.stat().st_size for picture in (part / IMAGES).iterdir()]
+        made.pictures, made.picture_bytes = len(sizes), sum(sizes)
         for split, is_taken in (("train", ~is_held_out), ("heldout", is_held_out)):
             if is_taken.any():
                 with open(part / ROWS, "rb") as rows, open(part / f"{split}.jsonl", "wb") as out:
@@ -180,7 +186,7 @@ def report(made: Made, folder: Path) -> list[str]:
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
     if any(taken < read for _, read, taken in made.sources):
         facts["taken"] = ", ".join(f"{taken:,} of {read:,} rows of {name}" for name, read, taken in made.sources)
-    facts |= {"pictures": f"{made.pictures:,}", "left out": "nothing"}
+    facts |= {"pictures": f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB", "left out": "nothing"}
     if made.left_out:
         share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
         facts["left out"] = f"{share}, all listed in {LEFT_OUT} there"
@@ -234,12 +240,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    add(
-        "--size",
-        type=number(int, 1, LARGEST_SIZE),
-        default=256,
-        help="shorter side that larger pictures get, in pixels",
-    )
+    what = "shorter side that larger pictures get, in pixels"
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
@@ -265,8 +267,9 @@ def main(argv=None):
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
     if made.bad_rows > limit:
+        most = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
         raise UsageError(
-            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {limit:,}. The others are written; look "
+            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {most}. The others are written; look "
             f"at the reasons in {display_path(args.to / LEFT_OUT)}, or accept them with --max_bad_rows {made.bad_rows}"
         )
 
