@@ -212,12 +212,8 @@ def main(argv=None):
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
     data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
-    summary = [
-        display_path(data_path),
-        *fact("tokenizer", display_path(path) + which),
-        *overview(data),
-        *long_words(data, tokenizer),
-    ]
+    summary = [display_path(data_path), *fact("tokenizer", display_path(path) + which), *overview(data)]
+    summary += long_words(data, tokenizer)
     print("\n\n".join("\n".join(lines) for lines in (summary, bad_rows(data)) if lines), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)

@@ -71,11 +71,7 @@ def form_of_row(row: dict) -> str | None:
 
 
 def read_row(row: dict) -> tuple[list[dict], object]:
-    """Returns a row's turns, checked, and its images as `Form.read` says.
-
-    Raises:
-        RowError: If it is of no known form, or cannot be learned from.
-    """
+    """Returns a row's turns, checked, and its images as `Form.read` says; raises RowError if it is not learnable."""
     name = form_of_row(row)
     if name is None:
         raise RowError(f"conversations is missing, and it is no known form: it has the fields {', '.join(row):.80}")
@@ -180,14 +176,20 @@ def read_turns(row: dict) -> tuple[list, object]:
 
 @register(
     NUMBERED,
-    fits=lambda row: NUMBERED_TAG.search(str(row.get("conversations"))) is not None,
+    fits=lambda row: (
+        {"image", "conversations"} <= row.keys()
+        and NUMBERED_TAG.search(f"{row['conversations']}{list(row['image']) if isinstance(row['image'], dict) else ''}")
+    ),
     example={"image": {"<image_00>": "a.jpg"}, "conversations": [{**CAT[0], "content": "<image_00>\nWhat?"}, CAT[1]]},
 )
 def read_numbered(row: dict) -> tuple[list, object]:
     images = row["image"] if isinstance(row["image"], dict) else {"<image_00>": row["image"]}
     turns, _ = read_turns(row)
-    shown = [images[tag] for turn in turns for tag in NUMBERED_TAG.findall(turn["content"])]
-    return [turn | {"content": NUMBERED_TAG.sub(IMAGE_TAG, turn["content"])} for turn in turns], shown
+    tags = [tag for turn in turns for tag in NUMBERED_TAG.findall(turn["content"])]
+    if unnamed := [tag for tag, image in images.items() if image is not None and tag not in tags]:
+        raise RowError(f"the text does not say where the picture {unnamed[0]} belongs")
+    turns = [turn | {"content": NUMBERED_TAG.sub(IMAGE_TAG, turn["content"])} for turn in turns]
+    return turns, [images[tag] for tag in tags]
 
 
 def read_turn(turn: dict, images: list) -> dict:

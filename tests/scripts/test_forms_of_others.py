@@ -44,15 +44,20 @@ def parquet(table: pa.Table) -> bytes:
     return file.getvalue()
 
 
-def classes() -> bytes:
-    """Returns a parquet of images and numbers of classes, whose names `datasets` put beside them."""
+def classes(described: bytes | None = None) -> bytes:
+    """Returns a parquet of images and numbers of classes, with their names, or this, in the metadata of `datasets`."""
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"img": [{"bytes": PICTURE, "path": None}] * 2, "label": [1, 0]}
     file = io.BytesIO()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
-    return file.getvalue()
+    return (
+        parquet(pq.read_table(file).replace_schema_metadata({"huggingface": described}))
+        if described
+        else file.getvalue()
+    )
 
 
+CLASS = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": []}}}}'  # no name for any number
 SHARD = parquet(pa.table({"image": [PICTURE], "caption": ["A cat."]}))
 SOURCES = {  # name: files, with PICTURE for ""; the source; the turns' contents of each row
     "class folders": (
@@ -173,6 +178,17 @@ def test_a_camera_s_names_are_no_labels(tmp_path, name):
         ({"src": jsonl({"images": ["a.jpg"], "texts": [{"user": "Who?"}]})}, "KeyError('assistant'). A good row is"),
         ({"src": jsonl({"query": "Who?", "response": None})}, "turn 2 has no text as content"),
         ({"src": jsonl({"image": {"<image_00>": "a.jpg"}, "conversations": TURNS})}, "KeyError('<image_01>')"),
+        (
+            {"src": jsonl({"image": {"<image_00>": "a.jpg", "<image_01>": "b.jpg"}, "conversations": NUMBERED})},
+            "the text does not say where the picture <image_01> belongs",
+        ),
+        (
+            {"src": jsonl({"image": {"<image_00>": "a.jpg"}, "conversations": [turn("user", "Who?"), TURNS[1]]})},
+            "the text does not say where the picture <image_00> belongs",
+        ),
+        ({"src": classes(b"{")}, "src cannot be read: Expecting property name"),
+        ({"src": classes(b"5")}, "src cannot be read: argument of type 'int'"),
+        ({"src": classes(CLASS)}, "turn 2 has no text as content"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_what_was_found(tmp_path, files, words):
