@@ -1,6 +1,6 @@
 """Build the small language model that stands in for MiniMind2 until that is downloaded, see README.md here.
 
-    python scripts/builtin/build_llm.py                     # 75 to 110 minutes on one core, into model/builtin
+    python scripts/builtin/build_llm.py                     # about 110 minutes on one core, into model/builtin
     python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
 
 It is trained on text only: the conversations of the built-in data set, with the scene described in place of the image,
@@ -19,8 +19,6 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -41,7 +39,6 @@ CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=buil
 _CHINESE = ("空", *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
 _ENGLISH = (" empty", *(f" {word.split('the ')[-1]}" for word in language.ENGLISH.words.values()))  # " top", no article
 GRID_WORDS = tuple(zip(_CHINESE, _ENGLISH, strict=True))
-HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
 IN_A_SENTENCE = 0.35  # share of the steps
 COARSE_UNTIL = 0.7  # of the training: until then most grids have every second row and column only, for speed
 Example = tuple[list[dict], list[np.ndarray]]  # a conversation, and the weights of its grids
@@ -169,21 +166,9 @@ def initialise(model: MiniMindForCausalLM):
             nn.init.normal_(weight, std=(weight.shape[1] * depth) ** -0.5)
 
 
-class Float32Attention(TorchFunctionMode):
-    """Computes attention in float32 under autocast: for heads of 16, bfloat16 makes a CPU's step twice as long."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*(states.float() for states in args), **kwargs).to(args[0].dtype)
-
-
 def training_loss(model: MiniMindForCausalLM, words: list[list[int]], batch: dict) -> Tensor:
     learned = (batch["labels"].flatten() != -100).nonzero()[:, 0]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_BFLOAT16), Float32Attention():
-        return model(inputs_embeds=embed(model, batch, words), labels=batch["labels"], learned_positions=learned).loss
+    return model(inputs_embeds=embed(model, batch, words), labels=batch["labels"], learned_positions=learned).loss
 
 
 @torch.no_grad()
@@ -233,7 +218,7 @@ def main():
         {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
         {"params": others, "factor": 1.0, "weight_decay": 0.05},
     ]
-    batches = draw_batches(encoder, args.steps, args.batch_size, args.seed)
+    batches = draw_batches(encoder, args.steps, args.batch_size, build_tower.SEED)
     build_tower.train(args, groups, batches, partial(training_loss, model, words), measure_and_save)
 
 

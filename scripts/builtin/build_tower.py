@@ -29,7 +29,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -45,6 +45,7 @@ GROUPS = {
 }
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
 LOG_INTERVAL = 50  # steps
+SEED = 0  # of the initial weights and the texts
 
 
 def word_targets(facts: Facts) -> list[int]:
@@ -126,19 +127,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def parse_arguments(description: str, **defaults) -> Namespace:
-    """Reads the flags of both build scripts, beside settings that are no flags; sets torch's threads and seed."""
+    """Reads the flags of both build scripts, beside settings that are no flags; one thread and one seed."""
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--out_dir", type=file_path, help="folder to write")
-    add("--steps", type=number(int, 1), help="optimizer steps")
-    add("--batch_size", type=number(int, 2), default=32, help="examples per step, each a new scene")
-    add("--seed", type=int, default=0, help="seed of the initial weights and the texts")
-    add("--threads", type=number(int, 1), default=1, help="CPU threads")
+    parser.add_argument("--out_dir", type=file_path, help="folder to write")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=32, help="examples per step, each a new scene")
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    return args
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    return parser.parse_args()
 
 
 def train(args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of: Callable, measure_and_save: Callable):

@@ -8,7 +8,6 @@ that they depend on (model/word_maps.py). Prints how often the map's peak is on 
 
 import argparse
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, HelpFormatter
 from common.errors import UsageError, run_script
-from common.paths import display_path
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
@@ -30,7 +28,7 @@ from model.answers import generate
 from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 
-SCENES, TOKENS = 50, 64
+SCENES, TOKENS = 50, 64  # the first of the 200 scenes
 ATTRIBUTES = ("place", "size", "colour", "shape")  # in the caption's order
 
 
@@ -61,23 +59,20 @@ def widened(mask: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))
 
 
-def look_at_scenes(trained: LoadedModel, count: int, language: Language) -> tuple[list[tuple], float]:
-    """Returns (covered patches, attribute maps) of each scene described word for word, and the seconds per map set."""
+def look_at_scenes(trained: LoadedModel, language: Language) -> list[tuple]:
+    """Returns (covered patches, attribute maps) of each scene described word for word."""
     model, tokenizer = trained.load_model(), trained.tokenizer
     encoder = ChatEncoder(tokenizer, model.config.image_tokens)
     question = [{"role": "user", "content": with_images(language.requests[0], 1, trained.prompt_form)}]
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
-    paths, seen, seconds = sorted((draw_builtin_dataset() / "heldout_images").iterdir()), [], 0.0
-    for scene, path in zip(tqdm(heldout_scenes()[:count], unit="scene"), paths, strict=False):
+    paths, seen = sorted((draw_builtin_dataset() / "heldout_images").iterdir()), []
+    for scene, path in zip(tqdm(heldout_scenes()[:SCENES], unit="scene"), paths, strict=False):
         inputs = prompt_batch(encoder, [question], [[load_picture(path, picture_format=picture_format)]])
         [ids] = generate(model, inputs, TOKENS)
-        if tokenizer.decode(ids, skip_special_tokens=True) != caption(scene.facts, language):
-            continue
-        started = time.process_time()
-        words = word_maps(model, tokenizer, inputs, ids)
-        seconds += time.process_time() - started
-        seen.append((covered_patches(scene, len(words[0][1][0])), attribute_maps(scene, words, language)))
-    return seen, seconds / max(1, len(seen))
+        if tokenizer.decode(ids, skip_special_tokens=True) == caption(scene.facts, language):
+            words = word_maps(model, tokenizer, inputs, ids)
+            seen.append((covered_patches(scene, len(words[0][1][0])), attribute_maps(scene, words, language)))
+    return seen
 
 
 def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
@@ -87,63 +82,37 @@ def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
         others = seen[(index + len(seen) // 2) % len(seen)][1]
         for (attribute, number), of_word in maps.items():
             on = covered[number]
-            peak, positive = np.unravel_index(of_word.argmax(), on.shape), of_word.clip(0)
+            peak = np.unravel_index(of_word.argmax(), on.shape)
+            other_peak = np.unravel_index(others[attribute, 0].argmax(), on.shape)
             results = {
                 "peak on the object": on[peak],
                 "peak on it or beside it": widened(on)[peak],
-                "share of the map on it": positive[on].sum() / max(positive.sum(), 1e-12),
+                "another scene's map: peak on the object": on[other_peak],
+                "chance: patches of the object": on.mean(),
             }
             if len(covered) == 2:
-                results["two objects: peak on the right one"] = on[peak]
                 results["two objects: peak on the other one"] = covered[1 - number][peak] and not on[peak]
-            other_peak = np.unravel_index(others[attribute, 0].argmax(), on.shape)
-            results |= {
-                "another scene's map: peak on the object": on[other_peak],
-                "another scene's map: on it or beside it": widened(on)[other_peak],
-                "chance: patches of the object": on.mean(),
-                "chance: patches of it or beside it": widened(on).mean(),
-            }
             for row, result in results.items():
                 rows[row][attribute].append(float(result))
     return {row: {name: np.mean(shares) for name, shares in of_row.items()} for row, of_row in rows.items()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; raises UsageError unless --scenes is 1 to 200."""
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
-    add = parser.add_argument_group("the check").add_argument
-    add("--scenes", type=int, default=SCENES, metavar="N", help="how many of the 200 scenes")
-    args = parser.parse_args(arguments)
-    if not 1 <= args.scenes <= len(heldout_scenes()):
-        raise UsageError(f"--scenes {args.scenes}: must be 1 to {len(heldout_scenes())}")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main():
-    args = parse_arguments()
-    trained = find_model(args)
+    trained = find_model(parse_arguments())
     for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
-        print_language(trained, args.scenes, name, language)
-
-
-def print_language(trained: LoadedModel, count: int, name: str, language: Language):
-    """Prints the table of one language; raises UsageError if fewer than two scenes are described word for word."""
-    seen, seconds = look_at_scenes(trained, count, language)
-    weights = display_path(trained.weights.path)
-    if len(seen) < 2:
-        raise UsageError(
-            f"{weights} describes {len(seen)} of {count} scenes word for word in {name}: at least two are needed. The "
-            "check is for weights that were trained on the built-in set"
-        )
-    print(f"{weights} in {name}: {len(seen)} of {count} scenes are described word for word, with")
-    print(
-        f"{sum(len(covered) for covered, _ in seen)} objects; the maps of a description take {seconds:.1f} CPU seconds"
-    )
-    print(f"\n{'':<42}" + "".join(f"{attribute:>9}" for attribute in ATTRIBUTES))
-    for row, shares in measure(seen).items():
-        print(f"{row:<42}" + "".join(f"{shares[attribute]:>9.1%}" for attribute in ATTRIBUTES))
-    print()
+        seen = look_at_scenes(trained, language)
+        print(f"{len(seen)} of {SCENES} scenes are described word for word in {name}")
+        if len(seen) < 2:
+            raise UsageError("at least two are needed: the check is for weights trained on the built-in set")
+        print(f"{'':<42}" + "".join(f"{attribute:>9}" for attribute in ATTRIBUTES))
+        for row, shares in measure(seen).items():
+            print(f"{row:<42}" + "".join(f"{shares[attribute]:>9.1%}" for attribute in ATTRIBUTES))
 
 
 if __name__ == "__main__":

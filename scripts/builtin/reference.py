@@ -1,11 +1,11 @@
 """Run both stages on the built-in set, and check that they learn as well as when scripts/reference.json was recorded.
 
-    python scripts/builtin/reference.py             runs both stages with one seed, compares with the recorded figures
-    python scripts/builtin/reference.py --record    runs three seeds, writes scripts/reference.json; resumes
-    python scripts/builtin/reference.py --quick     both stages on their first rows only; --record records that too
-    python scripts/builtin/reference.py --short     the same on fewer rows, as the tests do
-    python scripts/builtin/reference.py --wide      a decoder of the published size on a few rows, from random weights
-    python scripts/builtin/reference.py --quick --dtype bfloat16    does it learn as well in another precision?
+    python scripts/builtin/reference.py            runs both stages with one seed, compares with the recorded figures
+    python scripts/builtin/reference.py --record   runs three seeds, writes scripts/reference.json; resumes
+    python scripts/builtin/reference.py quick      both stages on their first rows only; --record records that too
+    python scripts/builtin/reference.py short      the same on fewer rows in one process, as the tests do
+    python scripts/builtin/reference.py wide       stage 2's first rows, 512 wide and 8 layers deep, from random weights
+    python scripts/builtin/reference.py quick --dtype bfloat16    does it learn as well in another precision?
 
 The held-out loss (on scenes whose combinations of colour, shape and place are never trained on) must not exceed the
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR
@@ -146,19 +146,11 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--record", action="store_true", help="run three seeds and record the figures")
-    sizes = parser.add_mutually_exclusive_group()
-    for size, what in {
-        "quick": "both stages on their first rows only",
-        "short": "the same on fewer rows, in one process",
-        "wide": "stage 2's first rows, 512 wide and 8 layers deep",
-    }.items():
-        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=what)
+    add("size", nargs="?", choices=tuple(SIZES), help="default: both stages on all rows")
     add("--seed", type=int, default=SEEDS[0], help="seed of the run that is compared")
-    what = "precision of the run that is compared (default: what training chooses); the record is float32"
-    add("--dtype", choices=("float32", "bfloat16"), help=what)
-    add("--folder", type=file_path, help="folder of the runs (default: out/reference, out/reference_quick, ...)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the run that is compared (default: training's choice)")
     args = parser.parse_args()
-    folder = args.folder or SAVE_DIR / "_".join(filter(None, ("reference", args.size)))
+    folder = SAVE_DIR / "_".join(filter(None, ("reference", args.size)))
     if args.record:
         record(args.size, folder)
         return

@@ -1,11 +1,8 @@
-"""Train a tokenizer: byte-level BPE with 6400 entries, for Chinese and English.
+"""Train the shipped tokenizer: byte-level BPE with 6400 entries, for Chinese and English.
 
-    python scripts/builtin/train_tokenizer.py   rebuild the shipped one, into out/tokenizer
-    python scripts/builtin/train_tokenizer.py --data_path a.jsonl b.txt   train on your own text
+    python scripts/builtin/train_tokenizer.py   into out/tokenizer; needs jieba's word list: pip install jieba==0.42.1
 
-A language model works only with the tokenizer that it was trained with, so you need this for a new one only.
-
-Without --data_path, the corpus is jieba's word list (MIT licence), each word repeated in proportion to its frequency;
+The corpus is jieba's word list (MIT licence), each word repeated in proportion to its frequency;
 the docstrings of Python's standard library (PSF licence); and words of simple image descriptions, listed below. The
 result is reproducible byte for byte with the same jieba, Python and tokenizers (shipped: 0.42.1, 3.11.7, 0.23.3).
 
@@ -14,7 +11,6 @@ Byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909; over bytes: GPT-2 (R
 
 import ast
 import importlib.util
-import json
 import re
 import sys
 import sysconfig
@@ -26,14 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
-from common.errors import UsageError, run_script
-from common.files import not_a_file, write_atomically
+from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.files import write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
 from dataset.chat import IMAGE_CHARACTER
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+VOCAB_SIZE = 6400
 MAX_TOKEN_BYTES = 12  # four Chinese characters; longer tokens would be phrases, too rare for a small model to learn
 
 JIEBA_DIVISOR = 80  # jieba's frequencies sum to 60 million; this gives about two Chinese merges for each English one
@@ -56,47 +51,10 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "tkin
 NOT_PROSE = (">>>", "...", "==", "--", "+-", "|")  # code examples, rules and tables
 
 
-def read_texts(paths: list[Path]) -> Iterator[str]:
-    """Yields every line of .txt files; of .jsonl files, each row's "text" and the "content" of its turns.
-
-    Raises:
-        UsageError: If a file cannot be read, is not UTF-8, or has a row of another form.
-    """
-    for path in paths:
-        if reason := not_a_file(path):
-            raise UsageError(f"{path} cannot be read: {reason}")
-        try:
-            with path.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if path.suffix == ".txt":
-                        yield line
-                    elif line.strip():
-                        yield from texts_of_row(line, f"{path}, line {number}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def texts_of_row(line: str, where: str) -> list[str]:
-    try:
-        row = json.loads(line)
-        values = [row.get("text"), *(turn.get("content") for turn in row.get("conversations", []))]
-        texts = [value for value in values if isinstance(value, str)]
-        if not texts:
-            raise ValueError("no text")
-    except (ValueError, AttributeError, TypeError) as error:  # not JSON, or not the expected objects and lists
-        expected = '{"text": "..."} or {"conversations": [{"role": "...", "content": "..."}]}'
-        raise UsageError(f"{where}: expected {expected} ({error})") from error
-    return texts
-
-
 def chinese_words() -> Iterator[str]:
-    """Yields each word of jieba's list, repeated in proportion to its frequency; raises UsageError without jieba."""
+    """Yields each word of jieba's list, repeated in proportion to its frequency."""
     package = importlib.util.find_spec("jieba")  # not imported: that is slow and prints
-    words_file = Path(package.origin).with_name("dict.txt") if package else None
-    if words_file is None or not words_file.is_file():
-        raise UsageError(
-            "the built-in corpus needs jieba's word list: pip install jieba==0.42.1, or use your own text (--data_path)"
-        )
+    words_file = Path(package.origin).with_name("dict.txt")
     for line in words_file.read_text(encoding="utf-8").splitlines():
         word, frequency = line.split(" ")[:2]
         # Outside GB 2312 the frequent "words" are nearly all pieces of wrongly decoded text.
@@ -132,11 +90,7 @@ def built_in_corpus() -> Iterator[str]:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer with `vocab_size` entries: special tokens, 256 bytes, and merges.
-
-    Raises:
-        UsageError: If the corpus is too small for that many entries.
-    """
+    """Trains a byte-level BPE tokenizer with `vocab_size` entries: special tokens, 256 bytes, and merges."""
     # No merge may hold an image character or special token, so each becomes a line break, which separates words.
     unwanted = re.compile("|".join(map(re.escape, (IMAGE_CHARACTER, *SPECIAL_TOKENS))))
     tokenizer = Tokenizer(models.BPE())
@@ -150,34 +104,19 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator((unwanted.sub("\n", text) for text in texts), trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise UsageError(
-            f"the corpus is too small: it yields {tokenizer.get_vocab_size()} of {vocab_size} entries. "
-            "Add text with --data_path, or lower --vocab_size."
-        )
     return tokenizer
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--data_path", type=file_path, nargs="+", help=".txt or .jsonl (default: the built-in corpus)")
-    add("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
-    add("--vocab_size", type=number(int, MIN_VOCAB_SIZE), default=6400, help="number of entries")
-    args = parser.parse_args()
-    if args.save_dir.exists() and not args.save_dir.is_dir():
-        parser.error(f"--save_dir {args.save_dir} is a file, not a folder")
-    if (args.save_dir / "tokenizer.json").exists():
-        parser.error(f"--save_dir {args.save_dir} holds a tokenizer already: name another folder")
-    for path in args.data_path or []:
-        if path.suffix not in (".txt", ".jsonl"):
-            parser.error(f"--data_path takes .txt and .jsonl files, not {path}")
-    tokenizer = train(read_texts(args.data_path) if args.data_path else built_in_corpus(), args.vocab_size)
+    parser.add_argument("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
+    folder = parser.parse_args().save_dir
+    tokenizer = train(built_in_corpus(), VOCAB_SIZE)
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
-    write_atomically(args.save_dir / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
-    write_atomically(args.save_dir / config.name, lambda file: file.write(config.read_bytes()))
-    print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {args.save_dir}")
+    write_atomically(folder / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
+    write_atomically(folder / config.name, lambda file: file.write(config.read_bytes()))
+    print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -1,6 +1,6 @@
 """Train with deliberate mistakes, to show what held-out loss, grounding gap and descriptions look like then.
 
-    python scripts/builtin/wrong_runs.py    nine short runs on the built-in set (ten minutes on two cores), then a table
+    python scripts/builtin/wrong_runs.py    nine short runs into out/wrong_runs (ten minutes on two cores), then a table
 
 Two of them are correct, for comparison. trainer/README.md explains the figures.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter
 from common.errors import run_script
 from common.paths import SAVE_DIR
 from scripts.builtin.reference import PRETRAIN, QUICK, SEEDS, SFT, few_flags, first_lines, read_jsonl, run_stage
@@ -62,8 +62,8 @@ def outcome(folder: Path) -> tuple[str, list[str], list[str]]:
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--folder", type=file_path, help="folder of the runs (default: out/wrong_runs)")
-    folder, results = parser.parse_args().folder or SAVE_DIR / "wrong_runs", {}
+    parser.parse_args()
+    folder, results = SAVE_DIR / "wrong_runs", {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):
         print(f"\n== {number}. {name}", flush=True)
         flags = few_flags(stage, lines, folder / str(number), cache_vision=folder / "features", **changed)

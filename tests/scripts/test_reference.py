@@ -61,7 +61,7 @@ def test_the_recorded_runs_look_at_the_pictures():
 
 
 @pytest.mark.parametrize(
-    ("size", "runs_expected", "line"), [("--quick", 2, "stage 2, quick"), ("--wide", 1, "stage 2, wide")]
+    ("size", "runs_expected", "line"), [("quick", 2, "stage 2, quick"), ("wide", 1, "stage 2, wide")]
 )
 def test_a_run_in_bfloat16_is_compared_with_those_in_float32(size, runs_expected, line, tmp_path, monkeypatch, capsys):
     runs = []
@@ -71,8 +71,8 @@ def test_a_run_in_bfloat16_is_compared_with_those_in_float32(size, runs_expected
         return [[40, 0.0, 2.0]]
 
     monkeypatch.setattr(reference, "run_stage", run_stage)
-    flags = size, "--dtype", "bfloat16", "--folder", str(tmp_path)
-    monkeypatch.setattr("sys.argv", ["reference.py", *flags])
+    monkeypatch.setattr(reference, "SAVE_DIR", tmp_path)
+    monkeypatch.setattr("sys.argv", ["reference.py", size, "--dtype", "bfloat16"])
     reference.main()
     assert runs == ["bfloat16"] * runs_expected
     assert f"{line}: held-out loss 0.0000, recorded" in capsys.readouterr().out
@@ -102,12 +102,13 @@ def test_captions_get_the_pictures_of_other_rows():
 
 def test_wrong_runs_end_in_a_table(short, tmp_path, monkeypatch, capsys):
     """Each with the files of a run that was right."""
-    monkeypatch.setattr("sys.argv", ["wrong_runs.py", "--folder", str(tmp_path)])
-    ran = []
+    monkeypatch.setattr("sys.argv", ["wrong_runs.py"])
+    monkeypatch.setattr(wrong_runs, "SAVE_DIR", tmp_path)
+    ran, runs = [], tmp_path / "wrong_runs"
 
     def run_stage(stage, seed, folder, *flags):
-        (tmp_path / "1").mkdir(exist_ok=True)
-        (tmp_path / "1" / "pretrain_vlm_128.pth").touch()
+        (runs / "1").mkdir(exist_ok=True)
+        (runs / "1" / "pretrain_vlm_128.pth").touch()
         args = build_parser(stage, "").parse_args(flags)
         assert args.data_path.parent == folder
         assert args.from_weight == "none" or Path(args.from_weight).is_file()

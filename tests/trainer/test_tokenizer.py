@@ -1,9 +1,6 @@
 """The tokenizer that ships, and the script that trains one, on a tiny corpus."""
 
-import contextlib
-import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,11 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from common.errors import UsageError
 from common.paths import ROOT
 from scripts.builtin import train_tokenizer
 
-SCRIPT = ROOT / "scripts" / "builtin" / "train_tokenizer.py"
 SHIPPED = ROOT / "model" / "tokenizer"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SCENE_WORDS = """
@@ -30,49 +25,17 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(str(SHIPPED))
 
 
-def train(*arguments) -> str:
-    """Runs the script in this process; returns what it prints."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
-        train_tokenizer.main()
-    return output.getvalue()
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(*arguments) -> str:
-        """Runs the script, which must end in an error; returns its message."""
-        with pytest.raises((UsageError, SystemExit)) as raised:
-            train(*arguments)
-        return capsys.readouterr().err or str(raised.value)
-
-    return refused
-
-
-def write_corpus(folder):
-    """Chinese, English, image characters and a special token, in both kinds of file."""
-    text = folder / "corpus.txt"
-    text.write_text("图中有一个红色的圆形。\nThe red circle is here @@@@ a@b.com\n" * 50, encoding="utf-8")
-    rows = [
-        {"text": "两个蓝色的三角形 @home"},
-        {
-            "conversations": [
-                {"role": "user", "content": "描述@图片"},
-                {"role": "assistant", "content": "zzqqzzqq<|im_end|>"},
-            ]
-        },
-    ]
-    jsonl = folder / "corpus.jsonl"
-    jsonl.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows * 50) + "\n", encoding="utf-8")
-    return text, jsonl
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """The script's folder, with a tiny corpus: Chinese, English, image characters and a special token."""
+    texts = ["图中有一个红色的圆形。\nThe red circle is here @@@@ a@b.com\n", "描述@图片 zzqqzzqq<|im_end|>"] * 50
     folder = tmp_path_factory.mktemp("tokenizer")
-    saved = folder / "saved"
-    return folder, saved, train("--data_path", *write_corpus(folder), "--save_dir", saved, "--vocab_size", 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "built_in_corpus", lambda: texts)
+        patch.setattr(train_tokenizer, "VOCAB_SIZE", 300)
+        patch.setattr(sys, "argv", ["train_tokenizer.py", "--save_dir", str(folder)])
+        train_tokenizer.main()
+    return folder
 
 
 def assert_form(folder, vocab_size):
@@ -87,68 +50,12 @@ def assert_form(folder, vocab_size):
 
 
 def test_script_trains_the_form(trained):
-    _, saved, output = trained
-    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
-    assert_form(saved, vocab_size=300)
-    assert "vocabulary: 300" in output and str(saved) in output
-    tokenizer = AutoTokenizer.from_pretrained(str(saved))
+    assert sorted(path.name for path in trained.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert (trained / "tokenizer_config.json").read_bytes() == (SHIPPED / "tokenizer_config.json").read_bytes()
+    assert_form(trained, vocab_size=300)
+    tokenizer = AutoTokenizer.from_pretrained(str(trained))
     assert len(tokenizer) == 300
-    assert len(tokenizer.encode("红色")) < 6  # learned from the .txt
-    assert len(tokenizer.encode("zzqq")) < 4  # learned from a turn of the .jsonl
-    assert len(tokenizer.encode("蓝色")) < 6  # learned from "text" of the .jsonl
-
-
-def test_another_process_in_another_folder_writes_identical_files(trained, tmp_path):
-    folder, saved, _ = trained
-    flags = ["--data_path", "corpus.txt", "corpus.jsonl", "--save_dir", str(tmp_path), "--vocab_size", "300"]
-    subprocess.run([sys.executable, str(SCRIPT), *flags], cwd=folder, check=True, timeout=60)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
-    assert (tmp_path / "tokenizer_config.json").read_bytes() == (SHIPPED / "tokenizer_config.json").read_bytes()
-
-
-def test_a_tokenizer_is_not_written_over_another(trained, refused):
-    folder, saved, _ = trained
-    before = (saved / "tokenizer.json").read_bytes()
-    assert f"--save_dir {saved} holds a tokenizer already" in refused("--save_dir", saved)
-    assert (saved / "tokenizer.json").read_bytes() == before
-
-
-def test_a_corpus_that_is_too_small_is_refused(trained, tmp_path, refused):
-    message = refused("--data_path", trained[0] / "corpus.txt", "--save_dir", tmp_path / "none")
-    assert all(word in message for word in ("too small", "6400", "--vocab_size"))
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("absent.txt", None, ["absent.txt", "no such file"]),
-        ("table.csv", b"a,b", ["table.csv", ".jsonl"]),
-        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["bad.jsonl, line 2", "Expecting value"]),
-        ("list.jsonl", b"[1]\n", ["list.jsonl, line 1", "conversations"]),
-        ("turns.jsonl", b'{"conversations": "hello"}\n', ["turns.jsonl, line 1", "conversations"]),
-        ("gbk.txt", "红色".encode("gbk"), ["gbk.txt", "UTF-8"]),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, refused, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    message = refused("--data_path", tmp_path / name, "--save_dir", tmp_path / "saved", "--vocab_size", 260)
-    assert all(word in message for word in words)
-
-
-def test_a_bad_flag_is_named(tmp_path, refused):
-    (tmp_path / "file").write_text("")
-    assert "--vocab_size: 258: must be at least 259" in refused("--vocab_size", 258)
-    assert "is a file, not a folder" in refused("--save_dir", tmp_path / "file")
-
-
-def test_the_package_that_the_built_in_corpus_needs_is_named(tmp_path, refused, monkeypatch):
-    (tmp_path / "jieba.py").write_text("")  # hides an installed jieba, and has no word list
-    monkeypatch.syspath_prepend(tmp_path)
-    message = refused("--save_dir", tmp_path / "saved")
-    assert "pip install jieba==0.42.1" in message and "--data_path" in message
+    assert len(tokenizer.encode("红色")) < 6 and len(tokenizer.encode("zzqq")) < 4  # learned
 
 
 def test_shipped_form(tokenizer):
