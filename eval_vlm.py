@@ -29,7 +29,7 @@ from transformers import TextStreamer
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
-from common.paths import EVAL_IMAGES_DIR, display_path, printable
+from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
@@ -39,8 +39,9 @@ from dataset.tokenizer import quiet_libraries
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
-from trainer.evaluate import Evaluator, exact_match, perplexity
+from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match, perplexity
 from trainer.report.scene_table import scene_table
+from trainer.report.verdict import verdict
 from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
@@ -68,7 +69,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--batch_size", type=number(int, 1), default=16, help="rows, or pictures of a folder, at once")
     add("--max_seq_len", type=number(int, 8), default=1536, help="tokens a row is cut at")
     what = "also generate answers of at most this many tokens, and compare them word for word; 0: none"
-    add("--short_answer", type=number(int, 0), default=16, help=what)
+    add("--short_answer", type=number(int, 0), default=SHORT_ANSWER, help=what)
     add("--json", type=new_file, help="also write the results to this file")
     group = parser.add_argument_group("generation")
     add_generation_flags(group, max_new_tokens=512)
@@ -107,7 +108,10 @@ class Chat:
             f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
         if loaded.knows_only_scenes and not args.eval_data:
-            processes.log("These weights know only the drawn shapes of the built-in set.")
+            processes.log("These weights know only the drawn shapes of the built-in set: photos mean nothing to them.")
+        elif loaded.tower_path == BUILTIN_TOWER_DIR and loaded.weights.has_projection:
+            seen = "has seen drawn shapes only: trainer/train_tower.py makes one that has seen your pictures"
+            processes.log(f"The tower of these weights {seen}.")
         if not loaded.weights.has_projection:
             untrained = "the projection is untrained, so it cannot see the pictures yet."
             processes.log(f"These weights are a language model's: {untrained}")
@@ -210,18 +214,17 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
             f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
         )
     short = args.short_answer
-    right, asked = exact_match(evaluator, assistant.tokenizer, short, shows_progress) if short else (0, 0)
+    exact = exact_match(evaluator, assistant.tokenizer, short, show_progress=shows_progress) if short else {}
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
         return
     result = held_out.as_dict() | {"perplexity": perplexity(held_out.loss)}
-    result |= {"short_answers": asked, "exact_match": right / asked if asked else None}
+    result |= {"short_answers": 0, "exact_match": None} | exact
     result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
     print(f"{held_out.samples:,} rows with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s")
     print(f"{held_out} (perplexity {result['perplexity']:.3f})")
-    if asked:
-        print(f"short answers: {right / asked:.1%} of {asked:,} to the letter")
+    print("\n".join(verdict(result, assistant.loaded.weights.sidecar)))
     if data.bad_rows:
         print(f"left out: {len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)")
     if args.json:

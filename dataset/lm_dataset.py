@@ -140,6 +140,14 @@ class VLMDataset(TokenisedRows, Dataset):
         first, counts = self.first_slots[self.positions], self.image_counts
         return self.picture_numbers[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
 
+    @property
+    def first_pictures(self) -> np.ndarray:
+        """(samples,) the picture number of each sample's first image; -1 for a sample without."""
+        first = np.full(len(self), -1)
+        with_images = self.image_counts > 0
+        first[with_images] = self.picture_numbers[self.first_slots[self.positions[with_images]]]
+        return first
+
     @functools.cached_property
     def picture_keys(self) -> np.ndarray:
         """(pictures,) int64 content hash of each picture that samples show; 0 for others and unreadable ones.

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from trainer.support.processes import Processes
 
 # The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 CACHED_PICTURES = 2048
+EXACT = ("exact_match", "exact_shuffled", "exact_frequent")
+SHORT_ANSWER = 16  # tokens
+# Of pictures, whose gaps are compared to tell how sure the gap is; fewer than the least tell nothing.
+GROUPS, FEWEST_GROUPS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class HeldOut:
         loss: With the right images.
         loss_shuffled: With the images of another row.
         loss_blind: Without images, their placeholders left out of the text.
+        gap_error: The standard error of `gap_shuffled`, over up to 32 groups of pictures, each with all its rows; None
+            for fewer than 8 pictures.
         samples, tokens: Rows and units measured.
         seconds: Duration of the measurement.
     """
@@ -35,6 +42,7 @@ class HeldOut:
     loss: float | None
     loss_shuffled: float | None
     loss_blind: float | None
+    gap_error: float | None
     samples: int
     tokens: int
     seconds: float
@@ -57,6 +65,7 @@ class HeldOut:
     def __str__(self):
         figures = (self.loss, self.loss_shuffled, self.loss_blind, self.gap_shuffled)
         loss, shuffled, blind, gap = ("-" if value is None else f"{value:.4f}" for value in figures)
+        gap += "" if self.gap_error is None else f" ± {self.gap_error:.4f}"
         return f"held out: loss {loss}  shuffled images {shuffled}  no images {blind}  grounding gap {gap}"
 
 
@@ -85,10 +94,17 @@ class Evaluator:
     ):
         self.data, self.model, self.loss, self.collate = data, model, loss, collate
         self.processes, self.dtype, self.batch_size = processes, dtype, batch_size
-        self.order = np.argsort(data.lengths, kind="stable")  # by length, for little padding
-        # A row's partner, whose images it gets, is the row half the set away among those with images.
-        pictured = np.flatnonzero(data.image_counts[self.order] > 0)
+        first = data.first_pictures
+        first = np.where(first < 0, -1 - np.arange(len(first)), first)  # each row without images counts as one
+        pictures = np.unique(first, return_inverse=True)[1]
+        groups = pictures * GROUPS // (pictures.max(initial=0) + 1)
+        self.order = np.lexsort((data.lengths, groups))  # by length in each group, for little padding
+        self.groups = groups[self.order]
+        # A row's partner, whose images it gets, is half the set away among those with images, sorted by picture.
+        pictured = np.lexsort((self.order, pictures[self.order]))
+        pictured = pictured[data.image_counts[self.order[pictured]] > 0]
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
+        self.shown = len(np.unique(first[first >= 0]))
         self.samples: dict[int, dict | None] = {}  # by place in `order`; None for one with a broken image
         self.skipped: list[PictureError] = []
 
@@ -101,24 +117,33 @@ class Evaluator:
                 sums = self._sums(show_progress)
         finally:
             self.model.train(was_training)
-        *sums, units, samples = self.processes.sum(*sums)
-        losses = [total / units if units else None for total in sums]
-        if len(self.partners) < 2:  # no other row has images
+        by_group = np.reshape(self.processes.sum(*sums.flatten()), sums.shape)
+        *sums, units, samples = by_group.sum(0).tolist()
+        losses, error = [total / units if units else None for total in sums], None
+        if self.shown < 2:  # no row has another image
             losses[1] = None
         if not self.partners:
             losses[2] = None
-        return HeldOut(*losses, samples=int(samples), tokens=int(units), seconds=time.perf_counter() - started)
+        measured = by_group[by_group[:, 3] > 0]
+        if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
+            deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
+            error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
+        seconds = time.perf_counter() - started
+        return HeldOut(*losses, error, samples=int(samples), tokens=int(units), seconds=seconds)
 
-    def places(self) -> list[int]:
-        """Returns this rank's places in `order`."""
-        return list(range(self.processes.rank, len(self.order), self.processes.world_size))
+    def batches(self) -> list[list[int]]:
+        """Returns this rank's places in `order`, in batches of one group each."""
+        batches = []
+        for group in np.unique(self.groups)[self.processes.rank :: self.processes.world_size]:
+            places = np.flatnonzero(self.groups == group).tolist()
+            batches += [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
+        return batches
 
-    def _sums(self, show_progress: bool) -> list[float]:
-        """Returns this rank's summed losses with own, shuffled and no images, its units, and its rows."""
-        sums, places = [0.0, 0.0, 0.0, 0, 0], self.places()
-        starts = range(0, len(places), self.batch_size)
-        for start in tqdm(starts, "held-out loss", unit="batch", disable=not show_progress):
-            part = places[start : start + self.batch_size]
+    def _sums(self, show_progress: bool) -> np.ndarray:
+        """Returns each group's summed losses with own, shuffled and no images, its units, and its rows."""
+        sums = np.zeros((GROUPS, 5))
+        for part in tqdm(self.batches(), "held-out loss", unit="batch", disable=not show_progress):
+            of_group = sums[self.groups[part[0]]]
             partners = {self.partners[place] for place in part if place in self.partners}
             self._load(sorted({*part, *partners} - self.samples.keys()))
             part = [place for place in part if self.samples[place] is not None]
@@ -127,9 +152,9 @@ class Evaluator:
             blind = [self.data.without_images(row) | {"image_features": row["image_features"][:0]} for row in own]
             for way, rows in enumerate((own, shuffled, blind) if part else ()):
                 loss, units = self._loss(rows)
-                sums[way] += loss
+                of_group[way] += loss
             if part:
-                sums[3:] = sums[3] + units, sums[4] + len(part)  # the units are the same in all three ways
+                of_group[3:] += units, len(part)  # the units are the same in all three ways
             if self.data.picture_count > CACHED_PICTURES:
                 self.samples.clear()
         return sums
@@ -153,8 +178,7 @@ class Evaluator:
         """Partner's features, repeated to this row's image count; its own without a partner, or with a broken one."""
         own = self.samples[place]["image_features"]
         partner = self.samples.get(self.partners.get(place))
-        other = own if partner is None else partner["image_features"]
-        return other.repeat(-(-len(own) // max(1, len(other))), 1, 1)[: len(own)]
+        return repeated(own if partner is None else partner["image_features"], len(own))
 
     def _loss(self, samples: list[dict]) -> tuple[float, int]:
         batch, device = self.collate(samples), self.processes.device
@@ -171,29 +195,59 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def exact_match(evaluator: Evaluator, tokenizer, longest: int, show_progress: bool = False) -> tuple[int, int]:
-    """Counts the short answers that the model gives exactly, over all ranks.
+def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 62, show_progress=False) -> dict:
+    """Counts the short answers that the model gives to the letter, over all ranks.
 
     Args:
         evaluator: Its rows are asked, shared by its ranks.
         longest: Only rows with a first answer of at most this many tokens are asked.
+        most: About how many rows are looked at, at most, on each rank.
 
     Returns:
-        Number of exact answers, and of rows asked.
+        "short_answers" asked; the shares of exact ones with the right images ("exact_match") and with those of other
+        rows ("exact_shuffled"), and what always giving a question's most frequent answer makes ("exact_frequent"). {}
+        if nothing is asked, and on ranks other than the main one.
     """
-    data, size, places = evaluator.data, evaluator.batch_size, evaluator.places()
-    right = asked = 0
-    for start in tqdm(range(0, len(places), size), "short answers", disable=not show_progress):
-        rows = data.__getitems__(evaluator.order[places[start : start + size]].tolist())
-        spans = [(row, *first_answer(row["labels"])) for row in rows if not isinstance(row, PictureError)]
-        short = [(row, begin, end) for row, begin, end in spans if end - begin <= longest]
-        if not short:
+    data, model, right, expected = evaluator.data, evaluator.model, [0, 0], Counter()
+    rng, batches, rows = np.random.default_rng(0), evaluator.batches(), 0
+    chosen = []  # any of them: in each group the short rows come first
+    for number in rng.permutation(len(batches)):
+        chosen += [batches[number]] if rows < most else []
+        rows += len(batches[number])
+    for part in tqdm(chosen, "short answers", disable=not show_progress):
+        places = [*part, *(evaluator.partners.get(place, place) for place in part)]
+        rows = data.__getitems__(evaluator.order[places].tolist())
+        pairs = [
+            pair
+            for pair in zip(rows, rows[len(part) :], strict=False)
+            if not any(isinstance(row, PictureError) for row in pair)
+        ]
+        asked = [(row, other, *first_answer(row["labels"])) for row, other in pairs]
+        asked = [(row, other, begin, end) for row, other, begin, end in asked if end - begin <= longest]
+        if not asked:
             continue
-        prompts = row_prompts([row for row, *_ in short], evaluator.model.config.pad_token_id)
-        answers = generate_answers(evaluator.model, tokenizer, prompts, longest)
-        for (row, begin, end), text in zip(short, answers, strict=True):
-            expected = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True)
-            right += text.strip() == expected.strip()
-        asked += len(short)
-    right, asked = evaluator.processes.sum(right, asked)
-    return int(right), int(asked)
+        texts = [tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
+                 for row, _, begin, end in asked]  # fmt: skip
+        shuffled = [row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
+                    for row, other, *_ in asked]  # fmt: skip
+        for way, shown in enumerate(([row for row, *_ in asked], shuffled)):
+            prompts = row_prompts(shown, model.config.pad_token_id)
+            answers = generate_answers(model, tokenizer, prompts, longest)
+            right[way] += sum(map(str.__eq__, map(str.strip, answers), texts))
+        questions = [tuple(row["input_ids"][:begin].tolist()) for row, _, begin, _ in asked]
+        expected.update(zip(questions, texts, strict=True))
+    of_ranks = evaluator.processes.gather((right, expected))
+    expected = sum((of_rank for _, of_rank in of_ranks), Counter())
+    if not (asked := expected.total()):
+        return {}
+    most = defaultdict(int)
+    for (question, _), count in expected.items():
+        most[question] = max(most[question], count)
+    counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), sum(count for count in most.values() if count > 1)]
+    shares = [float(count / asked) for count in counts]
+    return {"short_answers": asked} | dict(zip(EXACT, shares, strict=True))
+
+
+def repeated(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns `count` of another row's images, (count, ...), one after the other."""
+    return images.repeat(-(-count // max(1, len(images))), *[1] * (images.dim() - 1))[:count]

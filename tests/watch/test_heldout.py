@@ -67,8 +67,8 @@ def summed_loss(model, sample, pixel_values) -> tuple[float, int]:
 
 def test_the_three_losses_are_those_of_each_row_alone(world, tokenizer, model):
     data = rows_of(world, tokenizer)
-    samples = [data[index] for index in np.argsort(data.lengths, kind="stable")]
-    pictured = [sample for sample in samples if len(sample["image_starts"])]
+    samples, first = [data[index] for index in range(len(data))], data.first_pictures
+    pictured = [samples[index] for index in sorted(range(len(data)), key=first.__getitem__) if first[index] >= 0]
     partners = pictured[len(pictured) // 2 :] + pictured[: len(pictured) // 2]
     others = {id(sample): partner["pixel_values"] for sample, partner in zip(pictured, partners, strict=True)}
     sums = np.zeros(3)
@@ -240,7 +240,9 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     progress = Progress(run, 4, 0, {})
     watch = Watch.__new__(Watch)
     watch.run, watch.model, watch.interval = run, None, 1
-    watch.evaluator = SimpleNamespace(measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 8, 80, 5.0)), skipped=[])
+    watch.evaluator = SimpleNamespace(
+        measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 0.1, 8, 80, 5.0)), skipped=[]
+    )
     watch.samples = SimpleNamespace(describe=taking(7.0, []))
     watch.measure_if_due(progress, 1, 1)
     taking(2.0, None)()
@@ -306,20 +308,38 @@ def test_eval_measures_a_file_the_same_on_one_rank_and_two(world, watched, tmp_p
     assert one["short_answers"] == two["short_answers"] > 0
 
 
-def test_exact_match_counts_short_answers_only(world, tokenizer, model, monkeypatch, tmp_path):
+def test_short_answers_stand_beside_other_images_and_the_most_frequent_answer(
+    world, tokenizer, model, monkeypatch, tmp_path
+):
     rows = [pretrain_row(number) for number in range(5)]
-    for row, answer in zip(rows, ["红", "绿", "蓝", "黄", "长" * 60], strict=True):
+    for row, answer in zip(rows, ["红", "红", "蓝", "黄", "长" * 60], strict=True):  # the last is too long
         row["conversations"][1]["content"] = answer
     data = VLMDataset(write_jsonl(tmp_path / "rows.jsonl", rows), world.images, tokenizer, 640, 196, cache_dir=tmp_path)
-    said = iter(["红", " 绿\n", "别的", "黄色"])  # for four rows of equal length in order; the fifth is too long
-    monkeypatch.setattr(
-        evaluation,
-        "generate_answers",
-        lambda model, tokenizer, inputs, longest: [next(said) for _ in inputs["input_ids"]],
-    )
+    pictures = [data[number]["pixel_values"][0] for number in range(5)]
+
+    def answers(model, tokenizer, inputs, longest):
+        shown = inputs["pixel_values"].flatten(0, -4)
+        number = [next(n for n, picture in enumerate(pictures) if torch.equal(picture, one)) for one in shown]
+        return [("红", " 红\n", "别的", "蓝", "蓝")[n] for n in number]
+
+    monkeypatch.setattr(evaluation, "generate_answers", answers)
     evaluator = evaluator_of(data, model, 2)
-    assert [len(data[int(index)]["input_ids"]) for index in evaluator.order[:4]] == [len(data[0]["input_ids"])] * 4
-    assert evaluation.exact_match(evaluator, tokenizer, 16) == (2, 4)
+    found = evaluation.exact_match(evaluator, tokenizer, 16)
+    # Row 2 alone is answered rightly with another's image, as its partner is the fifth picture.
+    assert found == {"short_answers": 4, "exact_match": 0.5, "exact_shuffled": 0.25, "exact_frequent": 0.5}
+    assert evaluation.exact_match(evaluator, tokenizer, 0) == {}
+
+
+def test_the_gap_s_error_is_over_pictures_not_rows(world, tokenizer, model, tmp_path):
+    rows = [pretrain_row(number) for number in range(12)]
+    once = write_jsonl(tmp_path / "once.jsonl", rows)
+    often = write_jsonl(tmp_path / "often.jsonl", rows * 4)
+    held_out = [
+        measured(VLMDataset(path, world.images, tokenizer, 640, 196, cache_dir=tmp_path), model)
+        for path in (once, often)
+    ]
+    assert held_out[0].gap_error > 0
+    assert held_out[1].gap_error == pytest.approx(held_out[0].gap_error, rel=1e-3)
 
 
 def talk(world, out, *lines: str) -> str:

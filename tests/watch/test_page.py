@@ -120,9 +120,8 @@ def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
     assert "prefers-color-scheme: dark" in page.source
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
     assert len(page.all("image")) == 1 and len(page.all("svg")) == 4 + 1
-    texts = (
-        "Held-out loss 0.321|grounding gap 1.789 nats|100 steps in 03:20|2026-11-21 21:52|2.110|It looks at the images"
-    )
+    texts = "Held-out loss 0.321|grounding gap 1.789 nats|100 steps in 03:20|2026-11-21 21:52|2.110"
+    texts += "|Its answers depend on the images"
     texts += "|96.6%|89.5%|28.4%|–|200 held-out scenes|10,000|31.5|log_interval|77|not given|2.13.0|描述这张图片|✓"
     texts += "|Fine-tuning · built-in model · data built-in scenes|abcdef0123456789+"
     assert [text for text in texts.split("|") if text not in page.text] == []
@@ -292,7 +291,7 @@ def test_equal_descriptions_of_several_steps_are_one_line(out):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([evaluation_row(50, gap=0.001)], "It ignores the images"),
+        ([evaluation_row(50, gap=0.001)], "It hardly looks at the images"),
         ([evaluation_row(50, 0.3), evaluation_row(100, 0.4)], "lowest at step 50 (0.300) and has risen since"),
         ([evaluation_row(50, 0.4), evaluation_row(100, 0.3)], "The held-out loss fell to the end."),
         ([evaluation_row(50, 5.0), evaluation_row(100, 4.9)], "The held-out loss is far above the training loss"),

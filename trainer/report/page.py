@@ -28,10 +28,10 @@ from trainer.report import charts
 from trainer.report.charts import line_chart
 from trainer.report.progress import clock, reports_until
 from trainer.report.samples import LOOKS, SAMPLE, read_lines, read_looks
+from trainer.report.verdict import verdict
 from trainer.setup import RunFiles
 
 MOST_IMAGES, MOST_STRETCHES, MOST_EPOCHS = 8, 6, 12
-NO_GAP = 0.01  # nats per token; a few hundred samples cannot tell a smaller gap from none
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest
 FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training loss
 DARKEST = 0.75  # opacity over a patch that does nothing for a word
@@ -138,23 +138,18 @@ def summary(record: Record) -> dict:
         "gap": last_of(record.evaluations, "gap_shuffled"),
         "last_step": max(row["step"] for row in record.training + record.evaluations),
         "duration": clock(sum(b - a if b >= a else b for a, b in pairwise(seconds))),
-        "verdict": verdict(record),
+        "verdict": judgement(record),
     }
 
 
-def verdict(record: Record) -> list[str]:
+def judgement(record: Record) -> list[str]:
     """Interprets the losses and the gap by the rules of trainer/README.md."""
     losses = [(loss, step) for step, loss in points(record.evaluations, "loss") if loss is not None]
     if not losses:
         return ["Nothing was held out, so the loss on new images was not measured."]
-    gap, trained = last_of(record.evaluations, "gap_shuffled"), last_of(record.training, "loss")
+    trained = last_of(record.training, "loss")
     (first, _), (last, _), (best, step) = losses[0], losses[-1], min(losses)
-    sentences = []
-    if gap is not None and gap >= NO_GAP:
-        sentences.append(f"It looks at the images: shuffled images raise the loss by {gap:.3f} nats per token.")
-    elif gap is not None:
-        ignores = "It ignores the images: shuffled images do not raise the loss."
-        sentences.append(f"{ignores} Do they match their texts, and was stage 1 done?")
+    sentences = verdict(record.evaluations[-1], record.sidecar)
     if last > OVERFITTED * best:
         lowest = f"The held-out loss was lowest at step {step:,} ({best:.3f}) and has risen since"
         sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")

@@ -32,7 +32,7 @@ class Samples:
     """Describes up to 8 images and writes every description to `folder`/samples.jsonl.
 
     Args:
-        data: Its first rows with images are described.
+        data: Its first rows with different pictures are described.
         tokenizer: The model's.
         folder: Where the images and samples.jsonl go.
         done_steps: Steps done before a resume; descriptions of later ones are dropped.
@@ -40,8 +40,8 @@ class Samples:
 
     def __init__(self, data: VLMDataset, tokenizer: PreTrainedTokenizerBase, folder: Path, done_steps: int):
         self.tokenizer, self.folder, self.done_steps = tokenizer, folder, done_steps
-        with_images = np.flatnonzero(data.image_counts > 0)[: 4 * IMAGES].tolist()  # some may be broken
-        samples = data.__getitems__(with_images)
+        pictures, rows = np.unique(data.first_pictures, return_index=True)
+        samples = data.__getitems__(np.sort(rows[pictures >= 0])[: 4 * IMAGES].tolist())  # some may be broken
         self.rows = [sample for sample in samples if not isinstance(sample, PictureError)][:IMAGES]
         self.questions = []
         for number, row in enumerate(self.rows):

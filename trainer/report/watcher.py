@@ -11,14 +11,16 @@ from common.paths import display_path
 from dataset.lm_dataset import VLMDataset
 from dataset.scenes.draw import heldout_scenes
 from model.model_vlm import MiniMindVLM
-from trainer.evaluate import Evaluator
+from model.weights import read_sidecar_or_empty
+from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import write_report
 from trainer.report.progress import Progress
 from trainer.report.samples import Samples
 from trainer.report.scene_table import scene_table
+from trainer.report.verdict import verdict
 from trainer.setup import Run
 
-FEW_ROWS = 30
+FEW_ROWS, MOST_ASKED = 30, 256
 
 
 class Watch:
@@ -35,6 +37,7 @@ class Watch:
         self, run: Run, model: MiniMindVLM, evaluator: Evaluator | None, shown: VLMDataset, interval: int, done: int
     ):
         self.run, self.model, self.evaluator, self.interval = run, model, evaluator, interval
+        self.figures: dict = {}  # of the newest measurement
         self.samples = Samples(shown, run.tokenizer, run.files.samples, done) if run.processes.is_main else None
 
     @property
@@ -55,7 +58,11 @@ class Watch:
             torch.cuda.synchronize(self.run.device)  # the time of steps still running is training's
         started = time.perf_counter()
         held_out = self.evaluator.measure()
-        progress.report_heldout(step, epoch, held_out.as_dict(), f"step {step}  {held_out}")
+        figures = held_out.as_dict()
+        if step == progress.total_steps and isinstance(self.evaluator, Evaluator):
+            figures |= exact_match(self.evaluator, self.run.tokenizer, SHORT_ANSWER, most=MOST_ASKED)
+        progress.report_heldout(step, epoch, figures, f"step {step}  {held_out}")
+        self.figures = figures
         for error in dict.fromkeys(map(str, self.evaluator.skipped)):
             progress.log(f"left out of the held-out rows, its picture cannot be read: {error}")
         self.evaluator.skipped.clear()
@@ -72,6 +79,11 @@ class Watch:
             progress.log(f"warning: the descriptions of step {step} cannot be written, training continues: {error}")
             return
         progress.log_samples(step, generated, self.run.files.samples)
+        answers, expected = ({row[of] for row in generated} for of in ("description", "reference"))
+        if len(answers) == 1 < len(expected):
+            progress.log(
+                f"step {step}  the same answer to all {len(generated)} pictures: {generated[0]['description']}"
+            )
         if self.evaluator is None and generated:
             right = sum(row["description"] == row["reference"] for row in generated)
             progress.log(f"{right} of {len(generated)} pictures that were trained on are described word for word")
@@ -90,6 +102,8 @@ class Watch:
                 table = {"step": step, "scenes": len(heldout_scenes())}
                 text = json.dumps(table | {"rows": scene_table(self.model, run.tokenizer)}, indent=2)
                 write_atomically(run.files.samples / "scenes.json", lambda file: file.write(text.encode("utf-8")))
+            for sentence in verdict(self.figures, read_sidecar_or_empty(run.files.weights)):
+                progress.log(sentence)
             progress.log(f"its page: {display_path(write_report(run.files.save_dir, run.files.name))}")
         except (OSError, UsageError) as error:
             progress.log(f"warning: the run's page cannot be written: {error}")
