@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from common.paths import printable
+from common.paths import display_path, printable
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -70,3 +72,12 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
 def temperature(text: str) -> float:
     """Converts a command line's text to 0 or a temperature that logits can be divided by without an overflow."""
     return float(text) and number(float, 1e-3)(text)
+
+
+def command(script: str, flags: dict[str, object]) -> str:
+    """Returns the command that runs a script with these flags, without those that are None, a line for each few."""
+    words = [f"--{name} {shlex.quote(display_path(str(value)))}" for name, value in flags.items() if value is not None]
+    # Each flag stays beside its value: only the spaces between flags may break.
+    text = " ".join(word.replace(" ", "\0") for word in [f"python {script}", *words])
+    lines = textwrap.wrap(text, 74, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines).replace("\0", " ")

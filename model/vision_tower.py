@@ -4,9 +4,17 @@ import functools
 
 import torch
 
+from common.files import sha256_of
 from model.tower_files import TowerError, TowerSettings, load_vision_tower, read_tower_settings
 
-__all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
+__all__ = [
+    "TowerError",
+    "TowerSettings",
+    "encode_images",
+    "load_vision_tower",
+    "read_tower_settings",
+    "tower_weights_sha256",
+]
 
 
 @torch.no_grad()
@@ -78,3 +86,9 @@ def bicubic_weights(source: int, target: int, device: torch.device) -> torch.Ten
     weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
     weights = (weights + torch.where(weights < 0, -0.5, 0.5)).long()  # rounded as Pillow does; long() cuts towards 0
     return torch.cat((weights >> 11, weights & 2047)).float().to(device)
+
+
+def tower_weights_sha256(tower: torch.nn.Module) -> str:
+    """Returns the SHA-256 (hex) of a tower's weights, the same in every release of transformers."""
+    names = {name: name.removeprefix("vision_model.") for name in tower.state_dict() if "position_ids" not in name}
+    return sha256_of({names[name]: tensor for name, tensor in tower.state_dict().items() if name in names})

@@ -24,6 +24,7 @@ from common.schema import Range, SchemaError, check, read_json
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.projectors import read_projector
 from model.transformers_names import from_transformers
+from model.vision_tower import tower_weights_sha256
 from model.vlm_config import CONFIG, MINIMIND_3V, PROMPT_FORMS, config_fields
 
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
@@ -37,7 +38,7 @@ TRAINING = "training.json"  # in an exported folder: the sidecar of the exported
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
     "config": CONFIG,
-    **{f"{name}?": str for name in ("stage", "title", "assets", "tokenizer_sha256", "written")},
+    **{f"{name}?": str for name in ("stage", "title", "assets", "tokenizer_sha256", "tower_sha256", "written")},
     "arguments?": {"data_path?": PATH, "tokenizer_path?": PATH, "vision_model_path?": PATH, "*": PLAIN},
     "versions?": {"*": str},
     "git_commit?": (str, None),
@@ -108,6 +109,7 @@ def read_training(folder: Path) -> dict:
     try:
         sidecar = read_json(path, dict) if path.exists() else {}
         check(sidecar, SIDECAR if sidecar else dict)  # {} if the weights had none
+        sidecar.pop("tower_sha256", None)  # the tower was exported with the weights, in another precision
         return sidecar
     except SchemaError as error:
         raise UsageError(f"{display_path(path)} cannot be read: {error}. Export the weights again") from error
@@ -216,7 +218,17 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits. Only a language model may lack the projection."""
+    """Loads the weights; raises UsageError unless every tensor fits. Only a language model may lack the projection.
+
+    A projection trained beside another tower is refused too, where the sidecar says so.
+    """
+    expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
+    if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
+        recorded = weights.sidecar.get("arguments", {}).get("vision_model_path")
+        raise UsageError(
+            f"{display_path(weights.path)} was trained with another vision tower than this one: name the right one "
+            f"by --vision_model_path (it was {recorded}); a new tower needs stages 1 and 2 anew, from a language model"
+        )
     expected, found = model.state_dict(), dict(weights.tensors)
     if not weights.has_projection:
         found |= {name: tensor for name, tensor in expected.items() if name.startswith("vision_proj.")}

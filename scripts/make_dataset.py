@@ -14,9 +14,7 @@ as training would refuse such a file (--max_bad_rows).
 import argparse
 import itertools
 import json
-import math
 import re
-import shlex
 import sys
 import textwrap
 from array import array
@@ -31,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
 from common.errors import UsageError, run_script
 from common.files import not_a_file, whole_folder
-from common.paths import display_path, printable
+from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
 from dataset.conversation import RowError
 from scripts.data.rows import make_row
 from scripts.data.sources import KNOWN, read_source
+from trainer.stage import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
 
@@ -46,8 +45,6 @@ ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
 LEAST_ROWS, SHOWN_PLACES = 20, 5  # from so many on at least one is held out; of a reason
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
-NO_BREAK = "\xa0"
-SAMPLES, MOST_EPOCHS = 10_000, 60  # that a stage is to see
 
 
 @dataclass
@@ -204,31 +201,22 @@ def reasons(made: Made) -> list[str]:
     return lines
 
 
-def epochs(rows: int) -> int:
-    """Returns the passes over so many rows that make enough samples for a stage."""
-    return min(MOST_EPOCHS, math.ceil(SAMPLES / rows))
-
-
 def commands(folder: Path, made: Made) -> str:
-    """Returns the commands that lead from these data to a model, in order, each wrapped between its flags."""
-
-    def shown(flag: str, path: str | Path) -> str:
-        return f"--{flag} {shlex.quote(display_path(path))}".replace(" ", NO_BREAK)
-
+    """Returns the commands that lead from these data to a model, in order."""
     name = re.sub(r"\W+", "_", folder.name)[:40]
-    heldout = shown("eval_data", folder / "heldout.jsonl") if made.held_out else ""
-    data, tower = f"{shown('data_path', folder / 'train.jsonl')} {heldout}", f"out/{name}_tower"
-    passes = f"--epochs{NO_BREAK}{epochs(len(made.keys) - made.held_out)}"
-    steps = [
-        f"trainer/train_tower.py {data} {shown('save_tower', tower)}",
-        f"trainer/train_pretrain_vlm.py {shown('from_weight', 'llm')} {data} {shown('vision_model_path', tower)} "
-        f"{shown('save_weight', f'{name}_pretrain')} {passes}",
-        f"trainer/train_sft_vlm.py {shown('from_weight', f'{name}_pretrain')} {data} "
-        f"{shown('save_weight', f'{name}_sft')} {passes}",
-        f"eval_vlm.py {shown('weight', f'{name}_sft')} {heldout}",
-    ]
-    wrap = textwrap.TextWrapper(check.WIDTH - len(" \\"), "  ", "    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(" \\\n".join(wrap.wrap(f"python{NO_BREAK}{step}")) for step in steps).replace(NO_BREAK, " ")
+    heldout, tower = folder / "heldout.jsonl" if made.held_out else None, SAVE_DIR / f"{name}_tower"
+    files = {"data_path": folder / "train.jsonl", "eval_data": heldout}
+    epochs = {stage: {"epochs": epochs_for(stage, len(made.keys) - made.held_out)} for stage in ("pretrain", "sft")}
+    first = {"from_weight": "llm", "vision_model_path": tower, "save_weight": f"{name}_pretrain"}
+    second = {"from_weight": f"{name}_pretrain", "save_weight": f"{name}_sft"}
+    asked = {"eval_data": heldout} if heldout else {"image_dir": folder / IMAGES}
+    steps = {
+        "trainer/train_tower.py": files | {"save_tower": tower},
+        "trainer/train_pretrain_vlm.py": files | first | epochs["pretrain"],
+        "trainer/train_sft_vlm.py": files | second | epochs["sft"],
+        "eval_vlm.py": {"weight": f"{name}_sft"} | asked,
+    }
+    return "\n".join(textwrap.indent(command(script, flags), "  ") for script, flags in steps.items())
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

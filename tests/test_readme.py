@@ -14,7 +14,7 @@ from dataset import check
 from scripts import download, export, make_dataset, publish, web_demo_vlm
 from scripts.builtin import check_looking
 from scripts.share import check_llama_cpp
-from trainer import train_pretrain_vlm, train_sft_vlm
+from trainer import train_pretrain_vlm, train_sft_vlm, train_tower
 from trainer.flags import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,7 @@ PARSERS = {
     "dataset.check": check.parse_arguments,
     "trainer/train_pretrain_vlm.py": build_parser(train_pretrain_vlm.STAGE, "").parse_args,
     "trainer/train_sft_vlm.py": build_parser(train_sft_vlm.STAGE, "").parse_args,
+    "trainer/train_tower.py": train_tower.parse_arguments,
     "eval_vlm.py": eval_vlm.parse_arguments,
     "scripts/share/check_llama_cpp.py": check_llama_cpp.parse_arguments,
     "scripts/builtin/check_looking.py": check_looking.parse_arguments,
@@ -93,7 +94,7 @@ def test_own_photos_are_learned_and_described_as_the_readme_says(tmp_path):
         assert done.returncode == 0, done.stderr
         out.append(done.stdout)
     assert "Training would start with this file" in out[0]
-    assert "your data, learned by the small built-in model" in out[1]
+    assert "your data, learned by the small built-in language model" in out[1]
     assert "8 of 8 pictures that were trained on are described word for word" in out[1]
     rows = [json.loads(line) for line in (ROOT / "dataset/example/photos.jsonl").read_text().splitlines()]
     for row in rows:

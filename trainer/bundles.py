@@ -156,7 +156,7 @@ def read_tower(folder: Path) -> TowerSettings:
 
 def bundle_at(path: Path) -> Bundle:
     """Returns the generation of a weight file; reads its tensors only if its sidecar names none."""
-    named = BUNDLES.get(read_sidecar_or_empty(path).get("assets"))
+    named = BUILTIN if is_builtin(path) else BUNDLES.get(read_sidecar_or_empty(path).get("assets"))
     return named or bundle_of(read_weights(path))
 
 
@@ -182,13 +182,17 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     files = needed_files(bundle, args, data)
     paths = {"images_path": args.data_path.parent} if own_data and args.data_path.suffix != ".parquet" else {}
     typed = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
+    named = candidates[0] if candidates and weights_decide else None
     present = [flag for flag, file in files.items() if file.path.exists()]
     unknown = unknown_files(args)
-    sidecar = read_sidecar_or_empty(candidates[0]) if candidates and weights_decide else {}
-    may_be_builtin = not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
+    # Beside data and a tower of one's own, but not beside another tokenizer.
+    own_parts = own_data and args.tokenizer_path in (None, BUILTIN.tokenizer) and args.from_weight != "none"
+    may_be_builtin = own_parts or not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
     if may_be_builtin and args.hidden_size in (None, *BUILTIN.layers):
-        if sidecar.get("assets") == BUILTIN.name or not (sidecar or present or unknown or is_path(args.from_weight)):
-            return BUILTIN, paths | BUILTIN.folders | ({} if own_data else builtin_data(args, data))
+        if is_builtin(named) if named else not (present or unknown or is_path(args.from_weight)):
+            recorded = recorded_folders(read_sidecar_or_empty(named), named) if named else {}
+            paths |= BUILTIN.folders | {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
+            return BUILTIN, paths | ({} if own_data else builtin_data(args, data))
     if weights_decide and published:
         recorded = recorded_folders(read_sidecar_or_empty(published[0]), published[0])
         paths |= {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
@@ -254,13 +258,15 @@ def missing_message(missing: list[PublishedFile], found: list[str]) -> str:
             "some files are missing:",
             *lines,
             f"Download them, or name your own with {flags}. (With none of these files and none of these flags, the "
-            f"small built-in set is used; found: {', '.join(found) or 'nothing'}.)",
+            "small built-in set is used. With --data_path of your own and nothing downloaded, the built-in language "
+            f"model and tokenizer are, also beside your own tower. Found: {', '.join(found) or 'nothing'}.)",
         ]
     )
 
 
 def is_builtin(path: Path) -> bool:
-    return read_sidecar_or_empty(path).get("assets") == BUILTIN.name
+    """Tells whether weights are the built-in language model, or were trained from it."""
+    return path.parent == BUILTIN.weights_dir or read_sidecar_or_empty(path).get("assets") == BUILTIN.name
 
 
 def find_weights(
@@ -279,11 +285,15 @@ def find_weights(
     if is_path(name) and not of_size:
         raise UsageError(f"no weight file {name}")
     matching = [path for path in of_size if is_path(name) or builtin in (None, is_builtin(path))]
+    if of_size and not matching:
+        whose = "another model than the built-in one" if builtin else "the built-in model"
+        raise UsageError(
+            f"{display_path(of_size[0])} was trained from {whose}, which this run is not about: name its data with "
+            f"--data_path, or its path with --from_weight. {hint(name, save_dir)}".rstrip()
+        )
     if not matching:
         wanted = weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
         found = ", ".join(path.name for path in matching_weights(save_dir, name) or list_weights(save_dir))
-        if of_size:
-            found += ", trained on " + ("other files than the built-in set" if builtin else "the built-in set")
         raise UsageError(
             f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {found or 'no weights'}). "
             f"{hint(name, save_dir)}".rstrip()

@@ -23,6 +23,7 @@ from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
 from trainer.resume import Checkpoints, TrainedRows, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
+from trainer.stage import next_command
 from trainer.step import TrainContext, count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
@@ -101,7 +102,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 if stops and state.step < total_steps:
                     progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")
                     raise Stopped(signals.asked or signal.SIGTERM)
-        finish(run, state, progress, watch)
+        finish(run, state, progress, watch, data)
 
 
 def moved(companions: dict, device: torch.device) -> dict:
@@ -171,12 +172,10 @@ def load_batches(
     return on_device(batches, device)
 
 
-def finish(run: Run, state: TrainState, progress: Progress, watch: Watch):
+def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: VLMDataset):
     """Writes the run's page, and says what comes next."""
     if state.skipped_pictures:
         progress.log(f"{state.skipped_pictures} sample(s) were skipped, see {display_path(run.files.bad_rows)}")
     watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
-    name = run.args.save_weight
-    sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
-    progress.log(f"next: {run.stage.following.format(save_weight=name, sft_weight=sft)}")
+    progress.log(f"next: {next_command(run.stage.following, run.args, data)}")

@@ -16,8 +16,9 @@ from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM
-from trainer.run_files import REPORTED, SAVED, is_unfinished
+from model.vision_tower import tower_weights_sha256
 from trainer.setup import Run
+from trainer.support.run_files import REPORTED, SAVED, is_unfinished
 
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
 
@@ -58,6 +59,7 @@ class Checkpoints:
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
+        self.tower_weights = tower_weights_sha256(model.vision_encoder)
         self.fingerprint = self._fingerprint(companions)
         if run.state is not None:
             self._check(run.state)
@@ -98,6 +100,7 @@ class Checkpoints:
         run, config = self.run, self.model.config
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
         sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.rows.sidecar
+        sidecar["tower_sha256"] = self.tower_weights
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
 
     def are_due(self, state: "TrainState") -> bool:

@@ -25,9 +25,9 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
-from trainer.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
+from trainer.support.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
 
 SHOWN_BAD_ROWS = 20
 

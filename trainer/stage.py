@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from common.cli import command
+from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR
 from dataset.lm_dataset import VLMCollator, VLMDataset
+from trainer.bundles import BUILTIN
 from trainer.evaluate import Evaluator
 from trainer.support.capture import round_up
 
+ROWS_SHOWN, MOST_EPOCHS = {"pretrain": 10_000, "sft": 25_000}, 60
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 
@@ -64,6 +68,34 @@ def cosine_learning_rate(args, done: float, step: int) -> float:
     return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+def epochs_for(stage: str, rows: int) -> int:
+    """Returns the epochs in which a stage of the built-in model learns so many rows of a user: see ROWS_SHOWN."""
+    return max(1, min(MOST_EPOCHS, math.ceil(ROWS_SHOWN[stage] / max(1, rows))))
+
+
+def next_command(following: str, args, data: VLMDataset) -> str:
+    """Returns the command that follows a stage: the next stage on the same rows, or questions to the model."""
+    name, path, shown = args.save_weight, args.data_path, data.first_pictures
+    published = {DATASET_DIR / form.format(of_stage) for form in DATA_NAMES for of_stage in ("pretrain", "sft")}
+    is_own = path.parent != BUILTIN_DATASET_DIR and path not in published
+    images = None if args.images_path in (None, path.parent) else args.images_path
+    heldout = {"eval_data": None if args.eval_data == "none" else args.eval_data}
+    save_dir = {"save_dir": None if args.save_dir == SAVE_DIR else args.save_dir}
+    if following == "eval_vlm.py":
+        asked = {}
+        if is_own and heldout["eval_data"]:
+            asked = heldout | {"images_path": args.eval_images_path or images}
+        elif is_own and not data.is_parquet and shown.max(initial=-1) >= 0:
+            asked = {"image_dir": data.picture_source(shown.max())[0].parent}
+        return command(following, {"weight": name} | save_dir | asked)
+    sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
+    flags = {"from_weight": name, "save_weight": sft} | save_dir
+    if is_own:
+        flags |= {"data_path": path, "images_path": images} | heldout | {"eval_images_path": args.eval_images_path}
+        flags["epochs"] = epochs_for("sft", len(data)) if args.assets == BUILTIN.name else None
+    return command(following, flags)
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """What makes a stage.
@@ -73,7 +105,7 @@ class Stage:
         title, story: What it is called, and what it does, in a line.
         defaults: The published settings, by flag; trainer/bundles.py has where a model needs others.
         data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
-        following: The command that comes next; {save_weight} and {sft_weight} are filled in.
+        following: The script that comes next, for `next_command`.
         dataset: A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
         collator: (pad id, multiple of lengths) -> samples to a batch: tensors, and the numbers `units` (what the loss
             is divided by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).

@@ -33,7 +33,7 @@ STAGE = Stage(
         "max_seq_len": 640,
     },
     data="pretrain",
-    following="python trainer/train_sft_vlm.py --from_weight {save_weight} --save_weight {sft_weight}",
+    following="trainer/train_sft_vlm.py",
     loss=answer_loss,
     pad=pad_answers,
 )

@@ -33,7 +33,7 @@ STAGE = Stage(
         "max_seq_len": 1536,
     },
     data="sft",
-    following="python eval_vlm.py --weight {save_weight}",
+    following="eval_vlm.py",
     loss=answer_loss,
     pad=pad_answers,
 )

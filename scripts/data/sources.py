@@ -28,7 +28,8 @@ from scripts.data.rows import IMAGE_FOLDERS
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
 LONGEST_ROW = 1 << 26  # also of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
-BY_CAMERA = set("img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot 图片 微信图片".split())
+PROGRAMS = "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot whatsapp telegram signal from at"
+BY_CAMERA = {*PROGRAMS.split(), "图片", "微信图片"}
 BROKEN = "broken JSON, or the file is cut off"
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
 BETWEEN_ROWS = re.compile(r"[\s,]*")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 import tarfile
 
 import datasets
@@ -13,7 +14,7 @@ from PIL import Image
 from tiny import as_file, read_jsonl, turn
 
 from common.errors import UsageError
-from scripts.make_dataset import commands, epochs, main, parse_arguments, report, write_dataset
+from scripts.make_dataset import commands, main, parse_arguments, report, write_dataset
 
 PICTURE = as_file(Image.new("RGB", (8, 8), "red"), "PNG")
 TEXT = base64.b64encode(as_file(Image.linear_gradient("L"), "PNG")).decode()
@@ -172,7 +173,7 @@ def test_a_camera_s_names_are_no_labels(tmp_path, name):
     [
         ({"src": "id;width;height\n1;2;3\n"}, "src is of no known form. Its first line is id;width;height A source"),
         ({"src/notes.md": "x"}, "src is of no known form. A source is one of these"),
-        ({"src": jsonl({"photo": "a.jpg", "words": "x"})}, "no known form: it has the fields photo, words"),
+        ({"src": jsonl({"snapshot": "a.jpg", "words": "x"})}, "no known form: it has the fields snapshot, words"),
         ({"src": parquet(pa.table({"pixels": [1]}))}, "no known form: it has the fields pixels"),
         ({"src/train-0.parquet": SHARD, "src/test-0.parquet": SHARD}, "src holds several splits. Name the files"),
         ({"src": jsonl({"images": ["a.jpg"], "texts": [{"user": "Who?"}]})}, "KeyError('assistant'). A good row is"),
@@ -223,19 +224,23 @@ def test_the_commands_lead_from_the_data_to_an_answer(tmp_path, monkeypatch, cap
     main([str(tmp_path / "cats"), "--to", str(tmp_path / "my cats")])
     printed = capsys.readouterr().out
     data, heldout = f"--data_path '{tmp_path}/my cats/train.jsonl'", f"--eval_data '{tmp_path}/my cats/heldout.jsonl'"
-    assert printed.replace(" \\\n   ", "").split("\n\n  ")[1].splitlines() == [
-        f"python trainer/train_tower.py {data} {heldout} --save_tower out/my_cats_tower",
-        f"  python trainer/train_pretrain_vlm.py --from_weight llm {data} {heldout} "
-        "--vision_model_path out/my_cats_tower --save_weight my_cats_pretrain --epochs 60",
-        f"  python trainer/train_sft_vlm.py --from_weight my_cats_pretrain {data} {heldout} "
-        "--save_weight my_cats_sft --epochs 60",
-        f"  python eval_vlm.py --weight my_cats_sft {heldout}",
+    printed_commands = printed.replace(" \\\n     ", "").split("\n\n  ")[1].splitlines()
+    assert [shlex.split(line) for line in printed_commands] == [
+        shlex.split(f"python {line}")
+        for line in (
+            f"trainer/train_tower.py {data} {heldout} --save_tower out/my_cats_tower",
+            f"trainer/train_pretrain_vlm.py {data} {heldout} --from_weight llm --vision_model_path out/my_cats_tower "
+            "--save_weight my_cats_pretrain --epochs 60",
+            f"trainer/train_sft_vlm.py {data} {heldout} --from_weight my_cats_pretrain --save_weight my_cats_sft "
+            "--epochs 60",
+            f"eval_vlm.py --weight my_cats_sft {heldout}",
+        )
     ]
     assert all(len(line) <= 80 for line in printed.splitlines() if str(tmp_path) not in line)
 
 
-def test_epochs_and_no_held_out_rows(tmp_path):
-    assert [epochs(rows) for rows in (1, 100, 167, 3000, 10_000, 10**6)] == [60, 60, 60, 4, 1, 1]
+def test_without_held_out_rows_the_pictures_are_described(tmp_path):
     write(tmp_path, {"t.csv": "image,caption\na.jpg,A cat.\n"})
     made, folder = make(tmp_path, tmp_path / "t.csv")
-    assert "eval_data" not in commands(folder, made) and commands(folder, made).endswith("--weight made_sft")
+    assert "eval_data" not in commands(folder, made)
+    assert shlex.split(commands(folder, made))[-2:] == ["--image_dir", str(folder / "images")]

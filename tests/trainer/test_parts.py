@@ -123,7 +123,7 @@ STAGE = Stage(
     story="stage 3, polishing: what the test says",
     defaults=train_sft_vlm.STAGE.defaults | {{"from_weight": "sft_vlm", "save_weight": "polished"}},
     data="sft",
-    following="python eval_vlm.py --weight {{save_weight}}",
+    following="eval_vlm.py",
     loss=half_the_loss,
 )
 
@@ -138,7 +138,7 @@ def test_a_third_stage_is_a_script_with_its_own_stage(world, run, tmp_path):
     script.write_text(THIRD_STAGE.format(root=str(ROOT)))
     printed, _ = run(script, "--epochs", 1)
     assert printed.startswith("stage 3, polishing")
-    assert printed.rstrip().endswith("next: python eval_vlm.py --weight polished")
+    assert "\nnext: python eval_vlm.py --weight polished \\\n    --save_dir " in printed
     sidecar = json.loads((out / "polished_32.json").read_text(encoding="utf-8"))
     assert (sidecar["stage"], sidecar["title"]) == ("polish", "Polishing")
     run(SFT, "--from_weight", "sft_vlm", "--save_weight", "other")

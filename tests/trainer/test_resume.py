@@ -17,7 +17,7 @@ from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from model.weights import describe, list_weights, load_learned
 from trainer.resume import check_place, restore_random_state
-from trainer.run_files import ENDINGS, read_state
+from trainer.support.run_files import ENDINGS, read_state
 
 pytest_plugins = ["tiny"]
 

@@ -36,6 +36,7 @@ class Ran:
         self.state = torch.load(out / f"{name}_resume.pth", weights_only=True)
         self.metrics = read_jsonl(out / f"{name}.metrics.jsonl")
         self.lines = result.out.splitlines()
+        self.text = result.out
 
 
 def everything_in(folder: Path) -> set[Path]:
@@ -166,13 +167,15 @@ def test_the_last_step_is_saved(pretrained):
 
 
 def test_what_comes_next_starts_from_these_weights(world, pretrained, tmp_path):
-    assert (
-        pretrained.lines[-1] == "next: python trainer/train_sft_vlm.py --from_weight pretrain_vlm --save_weight sft_vlm"
+    said = " ".join(pretrained.text.partition("\nnext: ")[2].replace("\\", "").split())
+    assert said == (
+        "python trainer/train_sft_vlm.py --from_weight pretrain_vlm --save_weight sft_vlm "
+        f"--save_dir {pretrained.out} --data_path {world.root / 'pretrain.jsonl'} --images_path {world.images}"
     )
     out = world.copy_of_out(tmp_path / "out")
     flags = ["--save_weight", "mine", "--epochs", 1, "--batch_size", PRETRAIN_ROWS]
-    said = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed().out.splitlines()[-1]
-    assert said == "next: python trainer/train_sft_vlm.py --from_weight mine --save_weight mine_sft"
+    said = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed().out
+    assert "\nnext: python trainer/train_sft_vlm.py --from_weight mine --save_weight mine_sft" in said
 
 
 def test_the_learning_rate_falls_to_a_tenth(pretrained, fine_tuned):

@@ -103,8 +103,8 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     weights = read_named_weights(args)
     folder = weights.path.parent
     usual = bundle_of(weights).folders
-    if bundle_of(weights) is not BUILTIN:
-        usual |= recorded_folders(weights.sidecar, weights.path)
+    for flag, recorded in recorded_folders(weights.sidecar, weights.path).items():
+        usual[flag] = recorded if recorded.is_dir() or bundle_of(weights) is not BUILTIN else usual[flag]
     if args.load_from != "model" and (folder / "tokenizer.json").is_file():
         usual["tokenizer_path"] = folder
     if args.load_from != "model" and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
