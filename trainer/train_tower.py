@@ -73,10 +73,12 @@ def parse_arguments(argv=None) -> Namespace:
     add("--eval_data", type=file_path, help="evaluation rows (default: 1 %% of the training rows, held out)")
     add("--save_tower", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     what = "the tower to start from: a CLIP or SigLIP folder, or none (random weights, the built-in tower's shape)"
+    what += f" (default: {display_path(BUILTIN_TOWER_DIR)})"
     add("--from_tower", type=file_path, default=BUILTIN_TOWER_DIR, help=what)
     what = f"width and height in pixels that the tower sees (default: {SMALL} from the built-in tower, else as it is)"
     add("--size", type=number(int, 32, 1024), help=what)
-    add("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help="divides answers into words")
+    what = f"divides answers into words (default: {display_path(BUILTIN_TOKENIZER_DIR)})"
+    add("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help=what)
     add("--minutes", type=number(float, 0.01), default=6, help="how long to train")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of minutes")
     add("--batch_size", type=number(int, 2), default=64, help="pictures a step")
