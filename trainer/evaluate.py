@@ -209,12 +209,14 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 
         if nothing is asked, and on ranks other than the main one.
     """
     data, model, right, expected = evaluator.data, evaluator.model, [0, 0], Counter()
-    rng, batches, rows = np.random.default_rng(0), evaluator.batches(), 0
-    chosen = []  # any of them: in each group the short rows come first
-    for number in rng.permutation(len(batches)):
-        chosen += [batches[number]] if rows < most else []
-        rows += len(batches[number])
-    for part in tqdm(chosen, "short answers", disable=not show_progress):
+    batches = evaluator.batches()
+    shuffled = [batches[n] for n in np.random.default_rng(0).permutation(len(batches))]  # short rows come first in each
+    before = np.cumsum([0, *map(len, shuffled)])
+    for part in tqdm(
+        [part for part, rows in zip(shuffled, before, strict=False) if rows < most],
+        "short answers",
+        disable=not show_progress,
+    ):
         places = [*part, *(evaluator.partners.get(place, place) for place in part)]
         rows = data.__getitems__(evaluator.order[places].tolist())
         pairs = [
@@ -228,9 +230,9 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 
             continue
         texts = [tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
                  for row, _, begin, end in asked]  # fmt: skip
-        shuffled = [row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
+        others = [row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
                     for row, other, *_ in asked]  # fmt: skip
-        for way, shown in enumerate(([row for row, *_ in asked], shuffled)):
+        for way, shown in enumerate(([row for row, *_ in asked], others)):
             prompts = row_prompts(shown, model.config.pad_token_id)
             answers = generate_answers(model, tokenizer, prompts, longest)
             right[way] += sum(map(str.__eq__, map(str.strip, answers), texts))
@@ -240,10 +242,11 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 
     expected = sum((of_rank for _, of_rank in of_ranks), Counter())
     if not (asked := expected.total()):
         return {}
-    most = defaultdict(int)
+    frequent = defaultdict(int)
     for (question, _), count in expected.items():
-        most[question] = max(most[question], count)
-    counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), sum(count for count in most.values() if count > 1)]
+        frequent[question] = max(frequent[question], count)
+    frequent = sum(count for count in frequent.values() if count > 1)  # an answer given once was not to be foreseen
+    counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), frequent]
     shares = [float(count / asked) for count in counts]
     return {"short_answers": asked} | dict(zip(EXACT, shares, strict=True))
 

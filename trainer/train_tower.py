@@ -42,7 +42,7 @@ from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer, quiet_libraries
 from dataset.views import random_views
 from dataset.workers import load_in_workers, worker_errors
-from model.vision_tower import encode_images, load_vision_tower
+from model.vision_tower import TowerError, encode_images, load_vision_tower
 from trainer.report.progress import clock
 from trainer.stage import epochs_for
 from trainer.support.processes import Processes, cores, pick_dtype
@@ -225,7 +225,10 @@ class Words:
 
 def load_tower(args: Namespace) -> nn.Module:
     """Loads the tower to start from, for pictures of --size, or draws random weights of the built-in tower's shape."""
-    loaded = load_vision_tower(BUILTIN_TOWER_DIR if args.from_tower == NO_TOWER else args.from_tower)
+    try:
+        loaded = load_vision_tower(BUILTIN_TOWER_DIR if args.from_tower == NO_TOWER else args.from_tower)
+    except TowerError as error:
+        raise UsageError(str(error).replace("--vision_model_path", "--from_tower")) from error
     settings, config = loaded.settings, loaded.config
     if settings.kind not in ("CLIP", "SigLIP"):
         raise UsageError(f"--from_tower {display_path(args.from_tower)} is a {settings.kind}, neither CLIP nor SigLIP")
@@ -262,8 +265,8 @@ def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Picture
         data = VLMDataset(path, args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form)
         if len(data.bad_rows) > bad_rows_limit(data, None):
             line, reason = data.bad_rows[0]
-            check = f"python -m dataset.check {display_path(path)} lists all"
-            raise UsageError(f"{display_path(path)}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {check}")
+            hint = f"python -m dataset.check {display_path(path)} lists all; --images_path names the pictures' folder"
+            raise UsageError(f"{display_path(path)}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")
         found.append(data)
     training, heldout = found if args.eval_data else hold_out(found[0])
     pictures = [Pictures(data, tokenizer) for data in (training, heldout) if data is not None]
@@ -336,14 +339,7 @@ def train(args: Namespace, device: torch.device) -> int:
     state_path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
     print_header(args, learner, len(words), len(pictures), len(heldout), may_flip, f"{device.type.upper()}, {dtype}")
     if (state := read_state(args, state_path, fingerprint)) is not None:
-        try:
-            learner.load_state_dict(state["learner"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            torch.set_rng_state(state["random"])
-            run = {name: type(value)(state["run"][name]) for name, value in run.items()}
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(f"{display_path(state_path)} is damaged: --from_resume 0 starts over ({error})") from error
+        run = restore(state, state_path, run, learner, optimizers)
         sampler.start_at(run["epoch"], run["sample"])
         print(f"  resumes       after step {run['step']:,}", flush=True)
 
@@ -378,14 +374,9 @@ def train(args: Namespace, device: torch.device) -> int:
             run |= {"step": run["step"] + 1, "epoch": epoch, "sample": sample}
             run["seconds"] += time.perf_counter() - started
             if int(min(1, done()) * REPORTS) > int(at * REPORTS):
-                right, frequent = measure(learner, words, heldout, is_guide, device)
-                who = "guide" if is_guide else "tower"
-                figures = f"word right {right:.1%} (always the most frequent word: {frequent:.1%})"
-                loss = f"step {run['step']:,}  loss {np.mean(losses):.3f}"
-                print(f"  {min(1, done()):4.0%}  {who}  {loss}  {figures}", flush=True)
-                if not losses or not np.isfinite(losses).all():
-                    hint = "a lower --learning_rate may help" if losses else "none of the pictures can be read"
-                    raise UsageError(f"nothing was learned up to step {run['step']:,}: {hint}")
+                report(
+                    run["step"], min(1, done()), losses, measure(learner, words, heldout, is_guide, device), is_guide
+                )
                 losses = []
                 save()
             if done() >= 1:
@@ -397,6 +388,28 @@ def train(args: Namespace, device: torch.device) -> int:
     write_tower(args, learner.tower)
     state_path.unlink(missing_ok=True)
     return pictures.row_count
+
+
+def restore(state: dict, path: Path, run: dict, learner: Learner, optimizers: list) -> dict:
+    """Restores a checkpoint; returns its place in the run, with the fields of `run`. Raises UsageError if damaged."""
+    try:
+        learner.load_state_dict(state["learner"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        return {name: type(value)(state["run"][name]) for name, value in run.items()}
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{display_path(path)} is damaged: --from_resume 0 starts over ({error})") from error
+
+
+def report(step: int, done: float, losses: list[float], held_out: tuple[float, float], is_guide: bool):
+    """Prints the held-out figures; raises UsageError if nothing was learned."""
+    if not losses or not np.isfinite(losses).all():
+        hint = "a lower --learning_rate may help" if losses else "none of the pictures can be read"
+        raise UsageError(f"nothing was learned up to step {step:,}: {hint}")
+    who, (right, frequent) = "guide" if is_guide else "tower", held_out
+    figures = f"likeliest word right {right:.1%} (always the most frequent word: {frequent:.1%})"
+    print(f"  {done:4.0%}  {who}  step {step:,}  loss {np.mean(losses):.3f}  held out: {figures}", flush=True)
 
 
 def take_step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, learning_rate: float):

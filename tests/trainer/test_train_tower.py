@@ -72,7 +72,7 @@ def test_it_writes_a_tower_that_sees_pictures_of_the_size(world, trained, photos
     assert any(not torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items() if "fc1" in name)
     assert read_record(folder)["data"] == str(photos / "train.jsonl")
     assert re.search(r"18 pictures, \d+ words\n", result.out) and "held out      6 pictures" in result.out
-    assert re.search(r"100%  tower  step 10  loss .* word right \d", result.out)
+    assert re.search(r"100%  tower  step 10  loss .* likeliest word right \d", result.out)
     assert not list(folder.parent.glob("*_resume.pth"))
 
 
@@ -171,3 +171,16 @@ def test_every_command_names_the_next_until_the_answers_are_counted(world, photo
 def test_few_rows_are_shown_more_often():
     assert [epochs_for("pretrain", rows) for rows in (10, 167, 3000, 100_000)] == [60, 60, 4, 1]
     assert epochs_for("sft", 5000) == 5
+
+
+def test_the_built_in_language_model_takes_a_tower_of_ones_own_only_beside_own_data(world, trained, photos, tmp_path):
+    tower = ["--vision_model_path", trained[1], "--save_dir", tmp_path / "out", "--device", "cpu", "--num_workers", 0]
+    world.run(PRETRAIN, *tower).refused("some files are missing", "built-in language model")
+    files = ["--data_path", photos / "train.jsonl", "--eval_data", "none", "--epochs", 1]
+    named = ["--tokenizer_path", ROOT / "model/tokenizer", "--from_weight", ROOT / "model/builtin/llm_128.pth"]
+    said = (
+        world.run(PRETRAIN, *tower, *files, *named, hook="import trainer.report.header as h; h.MUCH = 9").passed().out
+    )
+    assert "learning_rate 0.004 (the built-in recipe)" in said  # also where every part is named
+    assert "of its cores' time: do other programs run?" in said
+    assert "which has read about drawn shapes only" in said and "its tower has seen only these" not in said

@@ -330,6 +330,26 @@ def test_short_answers_stand_beside_other_images_and_the_most_frequent_answer(
     assert evaluation.exact_match(evaluator, tokenizer, 0) == {}
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 12])
+def test_ranks_share_all_rows_however_few_pictures_there_are(world, tokenizer, model, tmp_path, rows):
+    path = write_jsonl(tmp_path / "rows.jsonl", [pretrain_row(number) for number in range(rows)])
+    data = VLMDataset(path, world.images, tokenizer, 640, 196, cache_dir=tmp_path)
+    for ranks in (1, 2, 5):
+        shares = []
+        for rank in range(ranks):
+            processes = Processes(rank, ranks, torch.device("cpu"))
+            evaluator = Evaluator(data, model, answer_loss, VLMCollator(), processes, torch.float32, 4)
+            shares.append([place for part in evaluator.batches() for place in part])
+        assert sorted([place for share in shares for place in share]) == list(range(rows))
+        assert sum(map(bool, shares)) == min(ranks, rows)
+
+
+def test_one_picture_has_no_partner_even_in_several_rows(world, tokenizer, model, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [pretrain_row(0)] * 4)
+    held_out = measured(VLMDataset(path, world.images, tokenizer, 640, 196, cache_dir=tmp_path), model)
+    assert held_out.gap_shuffled is held_out.gap_error is None
+
+
 def test_the_gap_s_error_is_over_pictures_not_rows(world, tokenizer, model, tmp_path):
     rows = [pretrain_row(number) for number in range(12)]
     once = write_jsonl(tmp_path / "once.jsonl", rows)
