@@ -77,19 +77,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image, kind: str) -> Image.Image:
-    """Converts grey of more than 8 bits to 8, where Pillow would clip everything above 255; returns others unchanged.
+    """Converts grey of 16 bits to 8, where Pillow would clip everything above 255; returns others unchanged.
 
-    16 bits are divided by 256; 32-bit integers and floats have no fixed range and are scaled by the image's own.
-    Raises ValueError if a float image holds NaN or infinity.
+    Raises ValueError for grey of 32 bits, integers or floats, which has no fixed range.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        if not np.isfinite(high - low):
-            raise ValueError("it holds NaN or infinity")
-        return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
+        raise ValueError("grey of 32 bits is not read: save it with 8 or 16")
     return image
 
 

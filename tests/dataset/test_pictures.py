@@ -289,26 +289,20 @@ def grey(values, mode, kind) -> bytes:
         ("uint16", "PNG", lambda values: values // 256),
         ("uint16", "TIFF", lambda values: values // 256),
         ("uint16", "PPM", lambda values: values // 256),
-        ("int32", "TIFF", lambda values: np.round((values - values.min()) / (values.max() - values.min()) * 255)),
-        ("float32", "TIFF", lambda values: np.round((values - values.min()) / (values.max() - values.min()) * 255)),
     ],
 )
-def test_grey_of_any_depth_keeps_its_shades(mode, kind, scale):
+def test_grey_of_16_bits_keeps_its_shades(mode, kind, scale):
     """Compared with arithmetic, as Pillow itself would make all above 255 white."""
-    highest = {"uint8": 255, "uint16": 65535, "int32": 10**6, "float32": 1000}[mode]
-    values = np.random.default_rng(0).integers(-highest if mode in ("int32", "float32") else 0, highest, (14, 14))
+    values = np.random.default_rng(0).integers(0, {"uint8": 255, "uint16": 65535}[mode], (14, 14))
     pixels = load_picture(grey(values, mode, kind)).numpy()
     expected = np.kron(scale(values.astype(np.float64)), np.ones((16, 16))).astype(np.uint8)
     assert (pixels == expected).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_float_picture_with_nan_or_infinity_is_refused(value):
-    values = np.zeros((14, 14))
-    values[3, 4] = value
-    with pytest.raises(PictureError, match="NaN or infinity"):
-        load_picture(grey(values, "float32", "TIFF"))
-    assert (load_picture(grey(np.full((14, 14), 7.0), "float32", "TIFF")) == 0).all()  # one shade only
+@pytest.mark.parametrize("mode", ["int32", "float32"])
+def test_grey_of_32_bits_is_refused(mode):
+    with pytest.raises(PictureError, match="32 bits is not read"):
+        load_picture(grey(np.zeros((14, 14)), mode, "TIFF"))
 
 
 def test_a_picture_of_too_many_pixels_is_refused_unless_a_jpeg_is_reduced(monkeypatch):
