@@ -1,4 +1,4 @@
-"""Worker processes that load batches; whatever ends one is reported with a hint."""
+"""Worker processes that load batches; whatever ends one is reported with likely causes."""
 
 import contextlib
 import multiprocessing
@@ -15,16 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from common.errors import RankError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-SHARED_MEMORY = "/dev/shm, where workers put pictures, is too small (Docker's has 64 MB: start it with --shm-size 8g)"
-HINTS = (  # by part of the error's text; the first match counts
-    ("Too many open files", "too many files are open: raise the limit with ulimit -n 65536"),
-    ("ancdata", "too many files are open: raise the limit with ulimit -n 65536"),
-    ("/torch_", SHARED_MEMORY),
-    ("shared memory", SHARED_MEMORY),
-    ("No space left", SHARED_MEMORY),
-    ("temporarily unavailable", "too many processes run: raise ulimit -u, or Docker's --pids-limit"),
-    ("start new thread", "too many processes run: raise ulimit -u, or Docker's --pids-limit"),
-    ("", "most likely memory ran out, or too few files may be open (ulimit -n 65536 allows more)"),
+CAUSES = (
+    "most likely memory ran out, /dev/shm, where workers put pictures, is too small (Docker's has 64 MB: start it with "
+    "--shm-size 8g), or too few files or processes are allowed (raise ulimit -n and -u, and Docker's --pids-limit)"
 )
 
 
@@ -57,7 +50,7 @@ def worker_errors(num_workers: int):
 
 
 def give_up(error: Exception, num_workers: int) -> RankError:
-    """Kills all workers, as they may wait for a dead one; returns the error to raise, with a hint."""
+    """Kills all workers, as they may wait for a dead one; returns the error to raise, with likely causes."""
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
     for process in multiprocessing.active_children():
@@ -65,9 +58,8 @@ def give_up(error: Exception, num_workers: int) -> RankError:
     text = str(error).strip()
     # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
     reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
-    hint = next(hint for words, hint in HINTS if words in reason)
     return RankError(
-        f"a worker process that reads pictures was lost ({reason.strip():.160}): {hint}, or use fewer than "
+        f"a worker process that reads pictures was lost ({reason.strip():.160}): {CAUSES}; use fewer than "
         f"--num_workers {num_workers}; --num_workers 0 does without workers. What was saved is kept: the same command "
         "with --from_resume 1 resumes from there"
     )
