@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
-from common.errors import UsageError, run_script
+from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
 from dataset.chat import has_image_pad
 from dataset.formats import hash_63
@@ -38,11 +38,7 @@ WIDTH = 80  # characters of a line
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 MANY_TOKENS, LEAST_SHARE = 1.5, 0.01  # a character; of all characters (the built-in tokenizer: English 0.37)
-TOKENIZERS = {
-    place_of(TOKENIZER_DIR): "the published one",
-    place_of(TOKENIZER_3V_DIR): "minimind-3v's",
-    BUILTIN_TOKENIZER_DIR: "the built-in one",
-}
+TOKENIZERS = (place_of(TOKENIZER_DIR), place_of(TOKENIZER_3V_DIR), BUILTIN_TOKENIZER_DIR)
 IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_patches"]
 
 
@@ -53,16 +49,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
     add("--tokenizer_path", type=file_path, help=f"training's (default: the first that exists of {tokenizers})")
     what = "tokens a sample is cut at; training's defaults are 640, fine-tuning 1536 (minimind-3v: 450, 768)"
-    add("--max_seq_len", type=int, default=640, help=what)
+    add("--max_seq_len", type=number(int, 8), default=640, help=what)
     what = f"tokens of a picture (default: {IMAGE_TOKENS}; minimind-3v: {IMAGE_TOKENS_3V})"
-    add("--image_tokens", type=int, help=what)
-    add("--max_bad_rows", type=int, help="rows that may be left out (default: 1 %% of the rows)")
+    add("--image_tokens", type=number(int, 1), help=what)
+    add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
     add("--pictures", action="store_true", help="decode every picture too, and name the broken ones")
-    args = parser.parse_args(argv)
-    for name, least in {"max_seq_len": 8, "image_tokens": 1, "max_bad_rows": 0}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UsageError(f"--{name} {value}: must be at least {least}")
-    return args
+    return parser.parse_args(argv)
 
 
 def overview(data: VLMDataset) -> list[str]:
@@ -75,18 +67,18 @@ def overview(data: VLMDataset) -> list[str]:
         lengths, learned = data.lengths, int(data.learned_tokens.sum())
         total, (half, most) = int(lengths.sum()), np.percentile(lengths, (50, 95))
         images = percent(data.picture_count * data.image_tokens, total)
-        facts["pictures"] = pictures(data)
+        by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
+        files = counted(len(np.unique(data.shown_pictures)), "file")
+        facts["pictures"] = f"{data.picture_count:,} of {files}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
-    facts |= (
-        data.rules | {f"cut at {data.max_length}": cut(data)} | ({"duplicates": duplicates(data)} if len(data) else {})
-    )
+    facts |= data.rules | {f"cut at {data.max_length}": cut(data), "duplicates": duplicates(data)}
     return [line for name, text in facts.items() for line in fact(name, text)]
 
 
 def long_words(data: VLMDataset, tokenizer) -> list[str]:
     """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
-    answers = (row["input_ids"][start:end] for row in data.read_rows(data.positions[:BATCH].tolist())
+    answers = (row["input_ids"][start:end] for row in data.read_rows(data.row_indices[:BATCH].tolist())
                for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True))  # fmt: skip
     text, runs, found = " ".join(tokenizer.batch_decode(list(answers), skip_special_tokens=True)), defaultdict(list), []
     for script, run in itertools.groupby(text, script_of):
@@ -107,17 +99,9 @@ def script_of(character: str) -> str:
     return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
 
 
-def pictures(data: VLMDataset) -> str:
-    if data.picture_count == 0:
-        return "none"
-    by_row = ", ".join(f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items()))
-    files = counted(len(np.unique(data.shown_pictures)), "file")
-    return f"{data.picture_count:,} of {files}; pictures by row: {by_row}"
-
-
 def cut(data: VLMDataset) -> str:
     cut_tokens = data.column("cut_tokens")
-    lost, refused = cut_tokens[data.positions], cut_tokens[data.left_out]
+    lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
     refused = refused[refused > 0]  # rows that max_length leaves without an image or an answer
     longest = max((data.lengths + lost).max(initial=0), refused.max(initial=0))
     if longest <= data.max_length:
@@ -130,7 +114,7 @@ def cut(data: VLMDataset) -> str:
 def duplicates(data: VLMDataset) -> str:
     first, copies = {}, []
     for start in range(0, len(data), BATCH):
-        for row in data.read_rows(data.positions[start : start + BATCH].tolist()):
+        for row in data.read_rows(data.row_indices[start : start + BATCH].tolist()):
             content = row["input_ids"], row["pictures"], row["picture_numbers"]
             original = first.setdefault(hash_63(repr(content).encode()), row["line"])
             copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
@@ -176,16 +160,12 @@ def broken_pictures(data: VLMDataset) -> list[str]:
         decoded = pool.imap(decode, pictures, 16)
         bar = tqdm(decoded, "decoding", len(pictures), unit=" pictures", leave=False, disable=None)
         errors = {picture: error for picture, error in zip(pictures, bar, strict=True) if error}
-    if not errors:
-        return [f"broken pictures: none of {len(pictures):,}"]
-    lines = np.repeat(data.column("line")[data.positions], data.image_counts)
+    lines = np.repeat(data.column("line")[data.row_indices], data.image_counts)
     skipped = counted(len(np.unique(lines[np.isin(shown, list(errors))])), "row")
     report = [f"broken pictures: {len(errors):,} of {len(pictures):,}; training skips {skipped}"]
-    for picture, error in list(errors.items())[:SHOWN_PICTURES]:
-        text = f"{error} ({places(data, np.unique(lines[shown == picture]).tolist())})"
-        report += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    more = len(errors) - SHOWN_PICTURES
-    return [*report, f"  ... and {more:,} more"] if more > 0 else report
+    for picture, error in itertools.islice(errors.items(), SHOWN_PICTURES):
+        report += fact("", f"{error} ({places(data, np.unique(lines[shown == picture]).tolist())})")
+    return report + fact("", "...") * (len(errors) > SHOWN_PICTURES)
 
 
 def fact(name: str, text: str) -> list[str]:
@@ -207,12 +187,11 @@ def main(argv=None):
     quiet_libraries(is_main=True)
     path = args.tokenizer_path or next(folder for folder in TOKENIZERS if (folder / "tokenizer.json").is_file())
     path = path.resolve()
-    which = f" ({TOKENIZERS[path]})" if path in TOKENIZERS else ""
     tokenizer = load_tokenizer(path)
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
     data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
-    summary = [display_path(data_path), *fact("tokenizer", display_path(path) + which), *overview(data)]
+    summary = [display_path(data_path), *fact("tokenizer", display_path(path)), *overview(data)]
     summary += long_words(data, tokenizer)
     print("\n\n".join("\n".join(lines) for lines in (summary, bad_rows(data)) if lines), flush=True)
     if args.pictures:

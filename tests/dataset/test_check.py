@@ -59,7 +59,7 @@ def test_a_good_file(check, world):
     assert f"rows {PRETRAIN_ROWS}: {PRETRAIN_ROWS} good, 0 bad " in report
     assert f"pictures {PRETRAIN_ROWS} of {PICTURES} files; pictures by row: 1 in {PRETRAIN_ROWS}" in report
     assert "cut at 640 nothing (the longest row has " in report
-    assert "tokenizer model/tokenizer (the built-in one)" in report
+    assert "tokenizer model/tokenizer " in report
     assert "duplicates none" in report
     assert "bad rows" not in done.out
     assert "broken pictures:" not in done.out
@@ -70,7 +70,7 @@ def test_a_good_file(check, world):
 def test_the_default_tokenizer(world):
     done = world.run(CHECK, world.root / "sft.jsonl", "--images_path", world.images, cwd=ROOT)
     assert WOULD_START in done.passed().out
-    assert re.search(r"tokenizer +model/tokenizer(_minimind2 \(the published one\)| \(the built-in one\))\n", done.out)
+    assert re.search(r"tokenizer +model/tokenizer(_minimind2)?\n", done.out)
 
 
 def test_the_newest_tokenizer_is_taken_where_it_alone_was_downloaded(world, tmp_path):
@@ -78,7 +78,7 @@ def test_the_newest_tokenizer_is_taken_where_it_alone_was_downloaded(world, tmp_
     alone += "paths.TOKENIZER_DIR = paths.ROOT / 'nowhere'"
     files = [world.root / "sft.jsonl", "--images_path", world.images]
     said = world.run(CHECK, *files, hook=alone).passed().out
-    assert f"{tmp_path}(minimind-3v's)" in "".join(said.split())  # a long path is broken over lines
+    assert str(tmp_path) in "".join(said.split())  # a long path is broken over lines
 
 
 def test_tokens_and_learned_share_counted_by_hand(check):
@@ -249,14 +249,15 @@ def test_broken_pictures(check, tmp_path, world):
     assert done.out.endswith(f"{WOULD_START}5 usable rows.\n")
     assert "pictures 6 of 3 files" in report
     assert "broken pictures:" not in check(rows, "--images_path", folder).passed().out
-    assert "broken pictures: none of 1" in check(rows[:1], "--images_path", folder, "--pictures").passed().out
+    assert "broken pictures: 0 of 1" in check(rows[:1], "--images_path", folder, "--pictures").passed().out
 
 
 def test_mistakes_end_in_one_message(check, world, tmp_path):
     check(tmp_path / "nowhere.jsonl").refused("no such data file", "nowhere.jsonl")
     check([row()], "--images_path", tmp_path / "nowhere").refused("their folder is missing", "nowhere")
-    check([row()], "--max_seq_len", 3).refused("--max_seq_len 3: must be at least 8")
-    check([row()], "--max_bad_rows", -1).refused("--max_bad_rows -1: must be at least 0")
+    for flag, value, least in (("--max_seq_len", 3, 8), ("--max_bad_rows", -1, 0)):
+        done = check([row()], flag, value)
+        assert (done.code, f"{flag}: {value}: must be at least {least}" in done.err) == (2, True)
     check([row()], "--tokenizer_path", tmp_path).refused("no tokenizer in", "tokenizer.json is missing")
 
 
