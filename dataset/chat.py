@@ -10,8 +10,6 @@ from dataset.conversation import IMAGE_TAG, RowError
 SYSTEM_PROMPT = "You are a helpful assistant"
 IMAGE_CHARACTER = "@"
 NEIGHBOUR_TEXTS = ("", "\n", "a", "图")
-BROKEN = -1  # the position of an image whose placeholders the tokenizer changed
-BROKEN_IMAGE = f"the tokenizer joins the `{IMAGE_CHARACTER}` of an image with the text beside it, or drops it"
 # minimind-3v: the image placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"
 THINK, END_OF_THINKING = "<think>", "</think>"
@@ -30,7 +28,7 @@ class ChatEncoder:
     """Turns conversations into token ids.
 
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
-    and ends nothing; the special tokens around each turn are added by their ids.
+    and ends nothing; the special tokens around each turn, and images' placeholders, are added by their ids.
 
     With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
     turn, and every answer begins with a think block, its own or an empty one.
@@ -52,17 +50,14 @@ class ChatEncoder:
         self.is_3v, self.image_token_id = has_image_pad(tokenizer), image_token_id(tokenizer)
         self.image_tokens, self.image_ids = image_tokens, [self.image_token_id] * image_tokens
         self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
-        if None in (self.begin_id, self.end_id, self.pad_id) or not self.keeps_placeholders():
+        texts = [f"{left}@@@{right}" for left in NEIGHBOUR_TEXTS for right in NEIGHBOUR_TEXTS]
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        is_alone = self.is_3v or all(encoding.ids.count(self.image_token_id) == 3 for encoding in encodings)
+        if None in (self.begin_id, self.end_id, self.pad_id) or not is_alone:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
                 f"tokens, and `@` as a token of its own that is part of no other, or a special token {IMAGE_PAD}"
             )
-
-    def keeps_placeholders(self) -> bool:
-        """Tells whether each image becomes `image_tokens` placeholders, whatever text is beside it."""
-        texts = [f"{left}{IMAGE_TAG}{right}" for left in NEIGHBOUR_TEXTS for right in NEIGHBOUR_TEXTS] + [IMAGE_TAG * 2]
-        chats = self.encode([[{"role": "user", "content": text}] for text in texts])
-        return not any(BROKEN in chat.image_starts for chat in chats)
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
@@ -88,10 +83,8 @@ class ChatEncoder:
         """Returns the first `max_length` tokens.
 
         Raises:
-            RowError: If that cuts an image off, or the tokenizer did, or it leaves nothing to learn.
+            RowError: If that cuts an image off, or it leaves nothing to learn.
         """
-        if BROKEN in chat.image_starts:
-            raise RowError(BROKEN_IMAGE)
         end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
         if end > max_length:
             raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
@@ -108,37 +101,28 @@ class ChatEncoder:
         text = f"{turn['role']}\n{turn['content']}"
         if turn["role"] != "user":
             return [text]
-        return text.split(IMAGE_TAG) if self.is_3v else [text.replace(IMAGE_TAG, IMAGE_CHARACTER * self.image_tokens)]
+        # What is beside an image is tokenised as beside its placeholder; `_join` takes that off.
+        mark = "" if self.is_3v else IMAGE_CHARACTER
+        return text.replace(IMAGE_TAG, f"{mark}{IMAGE_TAG}{mark}").split(IMAGE_TAG)
 
     def _join(self, turns: list[dict], encodings) -> EncodedChat:
         chat = EncodedChat([], [], [])
         ids = chat.input_ids
         for turn in turns:
             ids.append(self.begin_id)
-            for index in range(len(self._texts(turn))):
-                encoding = next(encodings)
-                if index and turn["role"] == "user":  # minimind-3v's: an image between two texts
+            last = len(self._texts(turn)) - 1
+            for index in range(last + 1):
+                piece = next(encodings).ids
+                if index and turn["role"] == "user":  # an image between two texts
                     chat.image_starts.append(len(ids))
                     ids += self.image_ids
                 elif index:  # the answer, its <|im_end|> and the newline after it
-                    chat.learned.append((len(ids), len(ids) + len(encoding.ids) + 1 + len(self.newline_ids)))
-                for character in self._image_characters(turn):
-                    start = encoding.char_to_token(character)
-                    is_whole = start is not None and encoding.ids[start : start + self.image_tokens] == self.image_ids
-                    chat.image_starts.append(len(ids) + start if is_whole else BROKEN)
-                ids += encoding.ids
+                    chat.learned.append((len(ids), len(ids) + len(piece) + 1 + len(self.newline_ids)))
+                if turn["role"] == "user" and not self.is_3v:
+                    piece = piece[index > 0 : len(piece) - (index < last)]
+                ids += piece
             ids += [self.end_id, *self.newline_ids]
         return chat
-
-    def _image_characters(self, turn: dict) -> list[int]:
-        """Returns each image's start in the turn's expanded text; a user's own `@` beside it is not part of it."""
-        if turn["role"] != "user" or self.is_3v:
-            return []
-        positions, position = [], len("user\n")
-        for piece in turn["content"].split(IMAGE_TAG)[:-1]:
-            positions.append(position + len(piece))
-            position += len(piece) + self.image_tokens
-        return positions
 
 
 def has_image_pad(tokenizer: PreTrainedTokenizerBase) -> bool:

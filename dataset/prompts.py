@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UsageError
-from dataset.chat import BROKEN, BROKEN_IMAGE, ChatEncoder
+from dataset.chat import ChatEncoder
 from dataset.conversation import IMAGE_TAG
 from model.vlm_config import PROMPT_FORMS
 
@@ -38,7 +37,7 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
-    rows = data.read_rows(data.positions[places].tolist())
+    rows = data.read_rows(data.row_indices[places].tolist())
     counts = Counter(form_of(row, data.image_tokens, tokenizer) for row in rows)
     del counts[None]
     [(usual, count)] = counts.most_common(1) or [(DEFAULT_FORM, 0)]
@@ -67,8 +66,6 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):
-        if BROKEN in chat.image_starts:
-            raise UsageError(f"{BROKEN_IMAGE}: put a line break between image and text")
         if len(chat.image_starts) != len(of_chat):
             tags = f"{len(chat.image_starts)} {IMAGE_TAG}"
             raise ValueError(f"conversation {number} has {tags}, but {len(of_chat)} picture(s) were given")

@@ -149,14 +149,16 @@ def test_a_tokenizer_that_does_not_keep_an_images_placeholders_is_refused(tmp_pa
         load_tokenizer(folder)
 
 
-def test_an_image_that_is_joined_with_an_odd_text_is_a_bad_row_or_question(tmp_path, tokenizer):
+def test_an_image_beside_an_odd_text_stays_whole(tmp_path, tokenizer):
     """Which text that is, nothing told when the tokenizer was loaded."""
     kept = load_tokenizer(with_part(tokenizer, tmp_path, "normalizer", replaced_text("zebra@@", "@")))
     encoder, asked = ChatEncoder(kept, 196), said("zebra<image>", "a zebra")
     row = json.dumps({"conversations": asked, "image": "a.jpg"})
-    assert "the tokenizer joins" in RowTokeniser(encoder, 640)([row], [7])["reason"][0]
-    with pytest.raises(UsageError, match="the tokenizer joins"):
-        prompt_batch(encoder, [asked[:1]], [[torch.zeros(3, 224, 224, dtype=torch.uint8)]])
+    columns = RowTokeniser(encoder, 640)([row], [7])
+    [ids], [[start]], [reason] = (columns[name] for name in ("input_ids", "image_starts", "reason"))
+    assert (ids.count(34), ids[start : start + 196], reason) == (196, [34] * 196, "")
+    batch = prompt_batch(encoder, [asked[:1]], [[torch.zeros(3, 224, 224, dtype=torch.uint8)]])
+    assert batch["image_starts"].tolist() == [[0, start]]
 
 
 def test_an_unsuitable_tokenizer_is_refused(tmp_path, tokenizer):
