@@ -25,23 +25,15 @@ class DataError(UsageError):
 
 
 def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
-    """Returns the lines of a jsonl, memory-mapped, as `text`.
-
-    Raises:
-        DataError: If the file is missing, of another kind, unreadable or empty, or changes meanwhile.
-    """
+    """Returns the lines of a jsonl, memory-mapped, as `text`; raises DataError, or an error that `reading` explains."""
     check_file(data_path)
     # utf-8-sig: some editors on Windows begin a file with a byte order mark.
     how = {"encoding": "utf-8-sig", "encoding_errors": "replace", "split": "train", "cache_dir": cache_dir}
     files = glob.escape(str(data_path.resolve()))  # the library would take a folder named [a] for a pattern
-    try:
-        key = content_key(data_path)
-        with without_bars():  # "Generating train split" means nothing to the user
-            lines = datasets.load_dataset("text", data_files=files, name=key, **how)
-        has_changed = content_key(data_path) != key
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-        raise data_error(data_path, error.__cause__ or error) from error
-    if has_changed:
+    key = content_key(data_path)
+    with without_bars():  # "Generating train split" means nothing to the user
+        lines = datasets.load_dataset("text", data_files=files, name=key, **how)
+    if content_key(data_path) != key:
         shutil.rmtree(Path(lines.cache_files[0]["filename"]).parent, ignore_errors=True)
         raise changed_error(data_path)
     if len(lines) == 0:
@@ -83,12 +75,12 @@ def without_bars():
 
 
 @contextlib.contextmanager
-def keeping_rows_of(data_path: Path):
-    """Explains an error, such as a full disk or a killed process, while tokenised rows are written to the cache."""
+def reading(data_path: Path):
+    """Explains what a damaged file, a full disk or a killed process raises while rows are read into the cache."""
     try:
         yield
-    except OSError as error:
-        raise data_error(data_path, error) from error
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+        raise data_error(data_path, error.__cause__ or error) from error
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise

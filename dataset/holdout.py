@@ -14,7 +14,7 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
     Returns:
         Training rows, and held-out rows (`share` of all, at most about `most`) or None.
     """
-    candidates = data.positions[data.image_counts > 0] if data.picture_count else data.positions
+    candidates = data.row_indices[data.image_counts > 0] if data.picture_count else data.row_indices
     hashes = data.column("picture_hash")[candidates]
     images = len(np.unique(hashes)) if data.picture_count else 0
     share_of_all = int(share * len(data))
@@ -26,26 +26,27 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
     if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
         count = wanted
     taken = np.sort(candidates[order[:count]])
-    training, held_out = data.at(np.setdiff1d(data.positions, taken)), data.at(taken)
+    training = data.changed(row_indices=np.setdiff1d(data.row_indices, taken))
+    held_out = data.changed(row_indices=taken)
     leaking = showing_the_same(training, held_out)
     if len(leaking) <= len(data) // 5:
-        training = data.at(np.setdiff1d(training.positions, leaking))
+        training = data.changed(row_indices=np.setdiff1d(training.row_indices, leaking))
     return training, held_out
 
 
 def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
-    """Returns the positions of rows in `data` that show an image of `held_out`, from the same file."""
+    """Returns the indices of rows in `data` that show an image of `held_out`, from the same file."""
     row_of_image = np.repeat(np.arange(len(data.rows)), data.list_lengths("image_starts"))
-    held_out_images = data.picture_numbers[np.isin(row_of_image, held_out.positions)]
-    return np.intersect1d(data.positions, row_of_image[np.isin(data.picture_numbers, held_out_images)])
+    held_out_images = data.picture_numbers[np.isin(row_of_image, held_out.row_indices)]
+    return np.intersect1d(data.row_indices, row_of_image[np.isin(data.picture_numbers, held_out_images)])
 
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
     """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
-    hashes = [rows.column("picture_hash")[rows.positions] for rows in (data, heldout)]
+    hashes = [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
     suspects = [np.flatnonzero(np.isin(of_these, of_those)) for of_these, of_those in (hashes, hashes[::-1])]
     tokens = [
-        [tuple(row["input_ids"]) for row in rows.read_rows(rows.positions[places].tolist())]
+        [tuple(row["input_ids"]) for row in rows.read_rows(rows.row_indices[places].tolist())]
         for rows, places in zip((data, heldout), suspects, strict=True)
     ]
     learned = set(tokens[0])

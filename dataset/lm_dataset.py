@@ -29,8 +29,8 @@ class VLMDataset(TokenisedRows, Dataset):
     """Conversations about images, tokenised.
 
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
-    (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; after
-    `use_features`, "image_features": float16 (images, patches, width) in place of the pixels, and "unencoded": bool
+    (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; with
+    `features`, "image_features": float16 (images, patches, width) in place of the pixels, and "unencoded": bool
     (images,), True where features are missing: zeros, with pixels supplied. It raises `PictureError` if an image cannot
     be decoded. Unusable rows are not samples; see `bad_rows`.
 
@@ -61,23 +61,23 @@ class VLMDataset(TokenisedRows, Dataset):
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.picture_format = picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
-        if self.is_parquet:
-            raw, self.image_files = load_parquet(self.data_path, cache_dir)
-        else:
-            raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
-        with formats.keeping_rows_of(self.data_path):
+        with formats.reading(self.data_path):
+            if self.is_parquet:
+                raw, self.image_files = load_parquet(self.data_path, cache_dir)
+            else:
+                raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
             super().__init__(raw, tokenizer, max_length, image_tokens)
-        self.features = None  # a dataset.features.FeatureFolder, see use_features
-        self.leaves_small = False
+        self.features = None  # a dataset.features.FeatureFolder
+        self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
         missing = {} if self.is_parquet else self._missing_pictures()
-        self.positions = np.setdiff1d(self.positions, list(missing))
+        self.row_indices = np.setdiff1d(self.row_indices, list(missing))
         self.bad_rows += [BadRow(int(self.column("line")[i]), reason) for i, reason in missing.items()]
         self.bad_rows.sort(key=lambda row: row.line)
 
     def _missing_pictures(self) -> dict[int, str]:
         """Returns the reason for each row that lacks an image. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
-        named = self.positions[self.image_counts > 0]
+        named = self.row_indices[self.image_counts > 0]
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
@@ -103,18 +103,6 @@ class VLMDataset(TokenisedRows, Dataset):
                     digest.update(values.to_numpy())
         return digest.hexdigest()
 
-    def use_features(self, features):
-        """Makes samples hold the tower's features (a `dataset.features.FeatureFolder`) instead of pixels."""
-        self.features = features
-
-    def with_pixels(self) -> "VLMDataset":
-        """Returns the same rows, yielding pixels."""
-        return self.changed(features=None)
-
-    def leaving_small_pictures(self) -> "VLMDataset":
-        """Returns the same rows; a batch of small squares of one size keeps that size, and the model resizes it."""
-        return self.changed(leaves_small=True)
-
     # Duplicates (by name; in a parquet by bytes) share a number.
 
     @functools.cached_property
@@ -137,7 +125,7 @@ class VLMDataset(TokenisedRows, Dataset):
     @property
     def shown_pictures(self) -> np.ndarray:
         """(images of the samples,) the picture number of each."""
-        first, counts = self.first_slots[self.positions], self.image_counts
+        first, counts = self.first_slots[self.row_indices], self.image_counts
         return self.picture_numbers[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
 
     @property
@@ -145,7 +133,7 @@ class VLMDataset(TokenisedRows, Dataset):
         """(samples,) the picture number of each sample's first image; -1 for a sample without."""
         first = np.full(len(self), -1)
         with_images = self.image_counts > 0
-        first[with_images] = self.picture_numbers[self.first_slots[self.positions[with_images]]]
+        first[with_images] = self.picture_numbers[self.first_slots[self.row_indices[with_images]]]
         return first
 
     @functools.cached_property
@@ -193,7 +181,7 @@ class VLMDataset(TokenisedRows, Dataset):
         return [(content, f"row {row['line']}, picture {n}") for n, (content, _) in enumerate(sources, start=1)]
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.row_indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         [sample] = self.__getitems__([index])
@@ -203,20 +191,20 @@ class VLMDataset(TokenisedRows, Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
         """Returns samples for the collator: a PictureError in place of one with a broken image."""
-        positions = self.positions[indices].tolist() if len(indices) else []
+        row_indices = self.row_indices[indices].tolist() if len(indices) else []
         samples = []
-        for position, row in zip(positions, self.read_rows(positions), strict=True):
+        for row_index, row in zip(row_indices, self.read_rows(row_indices), strict=True):
             try:
-                samples.append(self._sample(position, row))
+                samples.append(self._sample(row_index, row))
             except PictureError as error:
                 samples.append(error)
         return stack_pictures(samples, self.picture_format)
 
-    def _sample(self, position: int, row: dict) -> dict[str, torch.Tensor]:
+    def _sample(self, row_index: int, row: dict) -> dict[str, torch.Tensor]:
         sample, sources = text_of(row), self.picture_sources(row)
         if self.features is None:
             return sample | {"pixel_values": self._pixels(sources)}
-        first = self.first_slots[position]
+        first = self.first_slots[row_index]
         keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
         encoded = [self.features.get(key) for key in keys.tolist()]
         unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)

@@ -6,28 +6,24 @@ memory-mapped.
 """
 
 import json
-import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import Timeout
 from tqdm import tqdm
 
 from common.files import flush, lock_of, scratch_folder
 from common.paths import display_path
 from dataset import foreign, forms
-from dataset.formats import DataError, changed_error, check_file, content_key, data_error, hash_63
+from dataset.formats import DataError, changed_error, check_file, content_key, hash_63
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be imported differently
 BATCH, BATCHES = 100, 40  # rows that are read, and such batches that are written, at once
 BLOCK_BYTES = 1 << 26  # of pictures that are written at once
 BAR_ROWS = 20_000  # from here on a progress bar is shown
-BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
 ROWS = pa.schema(
     {
         "conversations": pa.string(),  # JSON text
@@ -37,7 +33,6 @@ ROWS = pa.schema(
     }
 )
 PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
-SOURCE = "source.txt"  # names the file that a folder of the cache was made from
 
 
 def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -48,25 +43,15 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
         cache_dir: The cache's folder; by default that of `datasets`.
 
     Raises:
-        DataError: If the file is missing, unreadable, empty or without these columns, if it changes meanwhile, or if
-            the disk is too small.
+        DataError: If the file is missing, empty or without these columns, or if it changes meanwhile.
+        pa.ArrowException, OSError: If it is unreadable, or the cache cannot be written.
     """
     check_file(path)
-    try:
-        key = f"{content_key(path)}-{VERSION}"
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / key
-        if not folder.is_dir():
-            lock = lock_of(folder)
-            try:
-                locked = lock.acquire(timeout=0)
-            except Timeout:
-                print(f"{display_path(path)} is being read into {folder} by another process: waiting", flush=True)
-                locked = lock.acquire()
-            with locked:
-                if not folder.is_dir():
-                    import_file(path, folder)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise data_error(path, error) from error
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / f"{content_key(path)}-{VERSION}"
+    if not folder.is_dir():
+        with lock_of(folder):
+            if not folder.is_dir():  # no other process was faster
+                import_file(path, folder)
     try:
         return open_table(folder, "rows"), open_table(folder, "pictures")
     except (pa.ArrowException, OSError) as error:
@@ -79,18 +64,20 @@ def open_table(folder: Path, name: str) -> datasets.Dataset:
 
 
 def import_file(path: Path, folder: Path):
-    """Writes a file's cache folder, whole or not at all, and removes that of its former content."""
-    for source in folder.parent.glob(f"*/{SOURCE}"):
-        if source.read_text("utf-8", "surrogateescape") == str(path.resolve()):
-            shutil.rmtree(source.parent, ignore_errors=True)
+    """Writes a file's cache folder, whole or not at all."""
     with pq.ParquetFile(path, memory_map=True) as file:
         column = image_column(path, file.schema_arrow)
         if file.metadata.num_rows == 0:
             raise DataError(f"{path} has no rows")
-        check_disk(path, file.metadata, folder.parent)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        size = tqdm.format_sizeof(sum(group.total_byte_size for group in groups), suffix="B")
+        print(f"{display_path(path)} is read once into the cache: it takes up to {size} in {folder.parent}", flush=True)
         with scratch_folder(folder.parent) as part:
-            (part / SOURCE).write_text(str(path.resolve()), encoding="utf-8", errors="surrogateescape")
-            write_tables(file, column, part)
+            try:
+                write_tables(file, column, part)
+            except TypeError as error:
+                cure = f"Convert base64 text or file names with:\n  {foreign.command(path)}"
+                raise DataError(f"{path}: {column} must be a picture's bytes or a list of them. {cure}") from error
             if not folder.name.startswith(content_key(path)):
                 raise changed_error(path)
             for written in part.iterdir():
@@ -101,7 +88,7 @@ def import_file(path: Path, folder: Path):
 
 
 def image_column(path: Path, schema: pa.Schema) -> str:
-    """Returns the name of the image column; raises DataError unless the columns exist once, with the right types."""
+    """Returns the name of the image column; raises DataError unless the columns exist once."""
     foreign.check_names(path, schema.names)
     name = "image" if "image" in schema.names and "image_bytes" not in schema.names else "image_bytes"
     if not {"conversations", name} <= set(schema.names):
@@ -109,30 +96,7 @@ def image_column(path: Path, schema: pa.Schema) -> str:
         hint = f". Convert it with:\n  {foreign.command(path)}" if is_known else ""
         needed = "the columns conversations and image_bytes (or image)"
         raise DataError(f"{path} needs {needed}, it has {schema.names}{hint}")
-    column = element = schema.field(name).type
-    if pa.types.is_list(element) or pa.types.is_large_list(element):
-        element = element.value_type
-    if pa.types.is_dictionary(element):
-        element = element.value_type
-    if pa.types.is_struct(element) and element.get_field_index("bytes") >= 0:  # {"bytes", "path"}, as `datasets` writes
-        element = element.field("bytes").type
-    if not any(is_bytes(element) for is_bytes in BYTES_TYPES):
-        raise DataError(
-            f"{path}: {name} must be a picture's bytes or a list of them, it is {column}. Convert base64 text "
-            f"or file names with:\n  {foreign.command(path)}"
-        )
     return name
-
-
-def check_disk(path: Path, metadata: pq.FileMetaData, folder: Path):
-    """Prints how much disk the import takes; raises DataError if less is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    free, human = shutil.disk_usage(folder).free, partial(tqdm.format_sizeof, suffix="B")
-    sizes = f"up to {human(needed)} in {folder}, which has {human(free)} free"
-    if free < needed:
-        raise DataError(f"{path} takes {sizes}: make room, or set HF_HOME to another folder")
-    print(f"{display_path(path)} is read once into the cache: it takes {sizes}", flush=True)
 
 
 def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
@@ -191,9 +155,9 @@ def as_files(images) -> list[bytes] | None:
     """
     images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
     images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
-    if any(image["bytes"] is None and image.get("path") for image in images):
+    if any(image.get("bytes") is None and image.get("path") for image in images):
         return None
-    return [image["bytes"] for image in images if image["bytes"] is not None]
+    return [image["bytes"] for image in images if image.get("bytes") is not None]
 
 
 def as_json(column: pa.Array) -> pa.Array:

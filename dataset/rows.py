@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import ChatEncoder, EncodedChat, has_image_pad
+from dataset.chat import ChatEncoder, EncodedChat
 from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
 from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
@@ -49,14 +49,9 @@ EMPTY_ROW = {name: [] if isinstance(column, datasets.List) else 0 for name, colu
 KINDS = {
     "no <image>": "the picture is put first",
     "text only": "no <image>, and the black 8 x 8 placeholder picture; learned as text",
-    "reasoning": "the prompt form has no reasoning_content: it is dropped, the answer learned",
-    "empty think": "the empty think block before an answer is dropped",
+    "reasoning": "minimind-3v learns it in the answer's think block, others the answer alone",
+    "empty think": "minimind-3v begins every answer so; for others the empty think block is dropped",
     "tool calls": "left out: tool calls are not supported; not counted as bad",
-}
-# In minimind-3v every answer begins with a think block.
-KINDS_3V = KINDS | {
-    "reasoning": "reasoning_content is learned, in the answer's think block",
-    "empty think": "the answer keeps its empty think block, like all answers",
 }
 
 
@@ -68,18 +63,17 @@ class BadRow(NamedTuple):
 
 
 class TokenisedRows:
-    """The tokenised rows of a file; the rows at `positions` are its samples.
+    """The tokenised rows of a file; those at `row_indices` are its samples.
 
     `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
     """
 
     def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
         self.max_length, self.image_tokens = max_length, image_tokens
-        self.kinds = KINDS_3V if has_image_pad(tokenizer) else KINDS
         self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
         reasons, lines = self.rows.data.column("reason"), self.column("line")
         refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
-        self.positions = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
         self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
         self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
         bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)}
@@ -93,15 +87,12 @@ class TokenisedRows:
         """Returns (rows,) lengths of a list column, of all rows."""
         return pc.list_value_length(self.rows.data.column(name)).to_numpy()
 
-    def read_rows(self, positions: list[int]) -> list[dict]:
-        """Returns the tokenised rows (COLUMNS) at these positions among all rows."""
-        return self.rows.with_format("arrow")[positions].to_pylist() if positions else []
-
-    def at(self, positions: np.ndarray) -> "TokenisedRows":
-        """Returns a data set of only the rows at these positions among all rows."""
-        return self.changed(positions=positions)
+    def read_rows(self, row_indices: list[int]) -> list[dict]:
+        """Returns the tokenised rows (COLUMNS) at these indices among all rows."""
+        return self.rows.with_format("arrow")[row_indices].to_pylist() if row_indices else []
 
     def changed(self, **attributes) -> "TokenisedRows":
+        """Returns a copy with other attributes, such as the `row_indices` of some of the rows."""
         data = copy.copy(self)
         vars(data).update(attributes)
         return data
@@ -111,17 +102,17 @@ class TokenisedRows:
     @property
     def lengths(self) -> np.ndarray:
         """(samples,) tokens of each sample."""
-        return self.list_lengths("input_ids")[self.positions]
+        return self.list_lengths("input_ids")[self.row_indices]
 
     @property
     def image_counts(self) -> np.ndarray:
         """(samples,) images of each sample."""
-        return self.list_lengths("image_starts")[self.positions]
+        return self.list_lengths("image_starts")[self.row_indices]
 
     @property
     def learned_tokens(self) -> np.ndarray:
         """(samples,) learned tokens of each sample."""
-        return self.column("learned_tokens")[self.positions]
+        return self.column("learned_tokens")[self.row_indices]
 
     @property
     def picture_count(self) -> int:
@@ -131,28 +122,28 @@ class TokenisedRows:
     @property
     def cut_rows(self) -> int:
         """Samples that lose tokens to max_length."""
-        return int((self.column("cut_tokens")[self.positions] > 0).sum())
+        return int((self.column("cut_tokens")[self.row_indices] > 0).sum())
 
     @property
     def summary(self) -> str:
         """The samples' line in a run's header."""
         cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
         learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
-        return f"{len(self.positions):,} rows, {self.picture_count:,} pictures, {learned}"
+        return f"{len(self.row_indices):,} rows, {self.picture_count:,} pictures, {learned}"
 
     @property
     def rules(self) -> dict[str, str]:
         """Number and treatment of rows, by special kind."""
-        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.positions))).to_pylist())
+        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.row_indices))).to_pylist())
         counts["tool calls"] = self.tool_rows
         in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
-        rules = dict.fromkeys(counts, "read as conversations") | self.kinds
+        rules = dict.fromkeys(counts, "read as conversations") | KINDS
         return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
 
     @property
     def left_out(self) -> np.ndarray:
-        """Positions of the rows that are not samples: bad rows, blank lines, held-out rows."""
-        return np.delete(np.arange(len(self.rows)), self.positions)
+        """Indices of the rows that are not samples: bad rows, blank lines, held-out rows."""
+        return np.delete(np.arange(len(self.rows)), self.row_indices)
 
 
 def tokenise_rows(

@@ -61,7 +61,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
     measured = heldout, model, loss, collate, processes, run.dtype, args.batch_size
     evaluator = None if heldout is None else stage.evaluator(*measured)
-    watch = Watch(run, model, evaluator, heldout or data.with_pixels(), eval_interval, state.step)
+    watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
     an_epoch = math.ceil(len(data) / sampler.group)
     lines = {"data": data.summary, "held_out": watch.plan, "features": describe_features(features, data)}
@@ -71,7 +71,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         context.load_state_dict(run.state)
         report_resume(run, state.step, total_steps, data)
     if features is not None:
-        encode_once(run, model, data, features)
+        data = encode_once(run, model, data, features)
     seed_dropout(run)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
@@ -138,16 +138,16 @@ def extreme_batches(data: VLMDataset, batch_size: int, collate: Callable, device
 
 def as_loaded(data: VLMDataset, device: torch.device) -> VLMDataset:
     """Returns the rows as batches are loaded from them: a GPU enlarges small pictures itself."""
-    return data.leaving_small_pictures() if device.type == "cuda" else data
+    return data.changed(leaves_small=True) if device.type == "cuda" else data
 
 
-def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder):
-    """Computes missing features, split over ranks; `data` yields them from then on."""
+def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder) -> VLMDataset:
+    """Computes missing features, split over ranks; returns the data set that yields them."""
     workers = run.args.num_workers
     with worker_errors(workers):
         compute_features(data, features, model.encode_images, run.device, workers, *run.processes.local_share)
     run.processes.barrier(patient=True)
-    data.use_features(features)
+    return data.changed(features=features)
 
 
 def seed_dropout(run: Run):

@@ -180,12 +180,12 @@ class Pictures:
 
     def __init__(self, data: VLMDataset, tokenizer):
         self.row_count = len(data)
-        data = data.at(data.positions[data.image_counts == 1])
+        data = data.changed(row_indices=data.row_indices[data.image_counts == 1])
         _, first, numbers = np.unique(data.first_pictures, return_index=True, return_inverse=True)
-        self.rows = data.at(data.positions[first]).leaving_small_pictures()
+        self.rows = data.changed(row_indices=data.row_indices[first], leaves_small=True)
         self.said, special = [set() for _ in first], {*tokenizer.all_special_ids}
         for start in range(0, len(data), 1000):
-            rows = [text_of(row)["labels"] for row in data.read_rows(data.positions[start : start + 1000].tolist())]
+            rows = [text_of(row)["labels"] for row in data.read_rows(data.row_indices[start : start + 1000].tolist())]
             for picture, labels in zip(numbers[start : start + 1000].tolist(), rows, strict=True):
                 answer = tuple(token for token in labels[labels >= 0].tolist() if token not in special)
                 self.said[picture] |= {*answer, answer}
@@ -322,7 +322,7 @@ def train(args: Namespace, device: torch.device) -> int:
     words = Words(pictures.said)
     may_flip = pictures.may_flip if args.flip is None else torch.full((len(pictures),), bool(args.flip))
     fingerprint = {"data": pictures.rows.content_sha256, "starting tower": sha256_of(tower.state_dict())}
-    fingerprint["pictures"] = sha256_of({"rows": torch.from_numpy(pictures.rows.positions), "flips": may_flip})
+    fingerprint["pictures"] = sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices), "flips": may_flip})
     fingerprint |= {
         name: str(getattr(args, name)) for name in ("batch_size", "learning_rate", "seed", "minutes", "steps")
     }

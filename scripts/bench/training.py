@@ -57,7 +57,7 @@ def plain_loop(args) -> tuple[Iterator[dict], Callable[[dict], None]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return load(load_data(args).leaving_small_pictures(), args, PlainCollator(multiple=args.max_seq_len)), take
+    return load(load_data(args).changed(leaves_small=True), args, PlainCollator(multiple=args.max_seq_len)), take
 
 
 def load(data: VLMDataset, args, collate: VLMCollator) -> Iterator[dict]:
@@ -115,12 +115,12 @@ def encode_pictures(steps: Steps, few: list[np.ndarray], folder: Path) -> float:
     Returns:
         Seconds a picture: the synthetic rows share few pictures, and are measured as if each had its own.
     """
-    rows, model = steps.data.with_pixels(), steps.model
-    rows.positions = np.unique(rows.positions[np.concatenate(few)])
+    indices, model = steps.data.row_indices, steps.model
+    rows = steps.data.changed(row_indices=np.unique(indices[np.concatenate(few)]))
     features = FeatureFolder(folder, "tower", (model.config.vision_patches, model.config.vision_hidden_size))
     settings = rows, features, model.encode_images, steps.device, steps.workers
     seconds, _ = timed(steps.device, compute_features, *settings)
-    steps.data.use_features(features)
+    steps.data = steps.data.changed(features=features)
     return seconds / len(np.unique(rows.shown_pictures))
 
 
@@ -170,7 +170,7 @@ def measure_loader(args, line: str) -> dict:
     if line == "plain":
         collate = PlainCollator()
     if line == "plain" or args.device.startswith("cuda"):  # a GPU enlarges them
-        data = data.leaving_small_pictures()
+        data = data.changed(leaves_small=True)
     batches = load(data, args, collate)
     for _ in range(5 * args.num_workers):
         next(batches)

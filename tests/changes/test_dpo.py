@@ -37,12 +37,12 @@ class Pairs(VLMDataset):
                 row["conversations"][-1]["content"] = row["rejected"]
                 rejected.write(json.dumps(row) + "\n")
         self.rejected = VLMDataset(path, *how)
-        self.positions = np.intersect1d(self.positions, self.rejected.positions)
+        self.row_indices = np.intersect1d(self.row_indices, self.rejected.row_indices)
         self.bad_rows += {*self.rejected.bad_rows} - {*self.bad_rows}
         self.content_sha256 += self.rejected.content_sha256
 
     def __getitems__(self, indices):
-        others = map(text_of, self.rejected.read_rows(self.positions[indices].tolist()))
+        others = map(text_of, self.rejected.read_rows(self.row_indices[indices].tolist()))
         rows = zip(super().__getitems__(indices), others, strict=True)  # a row is a PictureError where that is broken
         return [row | {"rejected": other} if isinstance(row, dict) else row for row, other in rows]
 

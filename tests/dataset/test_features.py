@@ -137,7 +137,7 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
     for rank in range(ranks):
         kept = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
     assert encoder.images == len(np.unique(data.shown_pictures)) == 10 < len(data.shown_pictures) == data.picture_count
-    data.use_features(kept)
+    data.features = kept
     for index, means in enumerate(expected):
         sample = data[index]
         assert "pixel_values" not in sample
@@ -173,13 +173,13 @@ def test_a_picture_edited_in_place_is_encoded_again_though_size_and_time_are_the
         file.write(bytes([value ^ 255]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
-    data.use_features(computed(data, tmp_path, changed := Encoder()))
+    data.features = computed(data, tmp_path, changed := Encoder())
     assert changed.images == 1
     assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
 def means_of(data: VLMDataset, index: int) -> torch.Tensor:
-    return data.with_pixels()[index]["pixel_values"].float().mean(dim=(1, 2, 3)).half()
+    return data.changed(features=None)[index]["pixel_values"].float().mean(dim=(1, 2, 3)).half()
 
 
 def test_a_picture_that_several_files_hold_is_encoded_once(data, tmp_path):
@@ -188,7 +188,7 @@ def test_a_picture_that_several_files_hold_is_encoded_once(data, tmp_path):
         shutil.copy(data.images_path / first, data.images_path / name)
     kept = computed(data, tmp_path, encoder := Encoder())
     assert encoder.images == 10 - 3
-    data.use_features(kept)
+    data.features = kept
     assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
@@ -198,18 +198,18 @@ def test_files_that_swap_their_pictures_swap_their_features(data, tmp_path):
         shutil.copy(data.images_path / other, data.images_path / f"new {name}")
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         (data.images_path / f"new {name}").replace(data.images_path / name)
-    data.use_features(computed(data, tmp_path, Encoder()))
+    data.features = computed(data, tmp_path, Encoder())
     assert all(torch.equal(data[i]["image_features"][:, 0, 0], means_of(data, i)) for i in range(15))
 
 
 def test_another_run_with_other_pictures_of_the_same_names_changes_nothing(data, tmp_path):
     other = copy.copy(data)
     other.images_path = shutil.copytree(data.images_path, tmp_path / "other")
-    data.use_features(computed(data, tmp_path, Encoder()))
+    data.features = computed(data, tmp_path, Encoder())
     before = {path: path.read_bytes() for path in files_of(tmp_path)}
     for number, path in enumerate(sorted(other.images_path.iterdir())):
         Image.new("RGB", (9, 9), (number * 20, 0, 0)).save(path, "PNG")
-    other.use_features(computed(other, tmp_path, encoder := Encoder()))
+    other.features = computed(other, tmp_path, encoder := Encoder())
     assert encoder.images == 10 and len(files_of(tmp_path)) == 20
     assert all(path.read_bytes() == content for path, content in before.items())
     for rows in (data, other):
@@ -244,7 +244,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_computed_again_also_while_training(data, tmp_path, damage):
-    data.use_features(computed(data, tmp_path, encoder := Encoder()))
+    data.features = computed(data, tmp_path, encoder := Encoder())
     samples = data.__getitems__(range(15))
     for path in files_of(tmp_path)[:3]:
         DAMAGES[damage](path)
@@ -261,8 +261,8 @@ def test_what_is_damaged_is_computed_again_also_while_training(data, tmp_path, d
 
 def test_a_broken_image_is_named_when_its_sample_is_read(data, tmp_path):
     (data.images_path / "3.jpg").write_bytes(b"no picture")
-    data.use_features(computed(data, tmp_path, Encoder()))
-    broken = [i for i, row in enumerate(data.read_rows(data.positions.tolist())) if "3.jpg" in row["pictures"]]
+    data.features = computed(data, tmp_path, Encoder())
+    broken = [i for i, row in enumerate(data.read_rows(data.row_indices.tolist())) if "3.jpg" in row["pictures"]]
     for index, sample in enumerate(data.__getitems__(range(15))):
         assert isinstance(sample, PictureError) == (index in broken)
     with pytest.raises(PictureError, match="3.jpg: not a picture of a known format"):

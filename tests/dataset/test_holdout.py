@@ -55,7 +55,7 @@ def test_rows_about_one_picture_are_held_out_together(world, tokenizer, tmp_path
     data, held_out = held_out_of(world, tokenizer, tmp_path, many_rows(400, pictures=100))
     assert len(held_out) == 4
     shown = [
-        {name for row in of.read_rows(of.positions.tolist()) for name in row["pictures"]} for of in (data, held_out)
+        {name for row in of.read_rows(of.row_indices.tolist()) for name in row["pictures"]} for of in (data, held_out)
     ]
     assert len(shown[1]) == 1
     assert not shown[0] & shown[1]
@@ -86,7 +86,7 @@ def test_a_row_that_shows_a_held_out_picture_beside_its_own_is_left_out(world, t
         (images / f"copy_{number}.jpg").symlink_to(world.images / "0.jpg")
     data, held_out = held_out_of(world, tokenizer, tmp_path, rows)
     shown = [
-        {name for row in of.read_rows(of.positions.tolist()) for name in row["pictures"]} for of in (data, held_out)
+        {name for row in of.read_rows(of.row_indices.tolist()) for name in row["pictures"]} for of in (data, held_out)
     ]
     assert not shown[0] & shown[1]
     assert len(held_out) == 4 and 400 - 4 - 2 * 4 <= len(data) < 396

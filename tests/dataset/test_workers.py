@@ -89,5 +89,5 @@ def test_errors_of_the_training_itself_are_not_taken_for_a_workers():
 def test_a_killed_process_that_tokenises_is_said(tmp_path):
     died = "One of the subprocesses has abruptly died during map operation."
     with pytest.raises(formats.DataError, match=r"tokenises .*rows.jsonl was killed, most likely because memory"):
-        with formats.keeping_rows_of(tmp_path / "rows.jsonl"):
+        with formats.reading(tmp_path / "rows.jsonl"):
             raise RuntimeError(died)
