@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from common.errors import UsageError
+from common.files import fail
 from common.paths import display_path, printable
 from dataset.forms import form_of_row
 from dataset.pictures import PICTURE_FORMATS
@@ -114,15 +115,11 @@ def check_names(path: Path, names: list[str]):
 
 def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
     """Yields each folder inside, its pictures' names, and its texts' names by stem; skips hidden ones."""
-    for where, folders, names in os.walk(folder, onerror=raise_it):
+    for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         texts = {stem(name): name for name in names if name.lower().endswith(".txt")}
         yield Path(where), [name for name in names if is_picture(name)], texts
-
-
-def raise_it(error: OSError):
-    raise error
 
 
 def is_picture(name: str) -> bool:

@@ -80,7 +80,16 @@ def reading(data_path: Path):
     try:
         yield
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-        raise data_error(data_path, error.__cause__ or error) from error
+        cause = error.__cause__ or error
+        named = str(getattr(cause, "filename", None) or "")
+        is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not is_full and named in ("", str(data_path)):
+            raise DataError(f"{data_path} cannot be read: {cause}") from error
+        cache, where = datasets.config.HF_DATASETS_CACHE, f" ({named})" if named else ""
+        raise DataError(
+            f"the rows of {data_path} cannot be kept in {cache}: {cause.strerror}{where}. Make room, or set HF_HOME to "
+            "another folder"
+        ) from error
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
@@ -88,19 +97,6 @@ def reading(data_path: Path):
             f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
             "then run the same command again"
         ) from error
-
-
-def data_error(data_path: Path, error: BaseException) -> DataError:
-    """Explains an error of `datasets`: the file is unreadable, or the cache cannot be written."""
-    named = str(getattr(error, "filename", None) or "")
-    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if not is_full and named in ("", str(data_path)):
-        return DataError(f"{data_path} cannot be read: {error}")
-    cache, where = datasets.config.HF_DATASETS_CACHE, f" ({named})" if named else ""
-    return DataError(
-        f"the rows of {data_path} cannot be kept in {cache}: {error.strerror}{where}. Make room, or set HF_HOME to "
-        "another folder"
-    )
 
 
 def check_file(path: Path):

@@ -48,23 +48,18 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Pat
 
     Weights without a sidecar do not name their tokenizer, but their generation fixes the id of an image's placeholder.
     """
-    file, folder = display_path(weights.path), display_path(tokenizer_path)
-    vocab_size, placeholder = len(tokenizer), image_token_id(tokenizer)
-    expected = weights.sidecar.get("tokenizer_sha256")
+    expected, problem = weights.sidecar.get("tokenizer_sha256"), None
+    placeholder, its_placeholder = image_token_id(tokenizer), weights.config.image_token_id
     if expected is not None and expected != tokenizer_sha256:
+        problem = f"SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}..."
+    elif expected is None and placeholder != its_placeholder:
+        problem = f"of different generations: an image is token {its_placeholder} to it, {placeholder} in this one"
+    elif len(tokenizer) > weights.config.vocab_size:
+        problem = f"{weights.config.vocab_size} tokens, this one has {len(tokenizer)}"
+    if problem:
         raise UsageError(
-            f"{file} was trained with another tokenizer than {folder} (SHA-256 {expected[:12]}..., this one "
-            f"{tokenizer_sha256[:12]}...): name the right one with --tokenizer_path"
-        )
-    if expected is None and placeholder != weights.config.image_token_id:
-        raise UsageError(
-            f"an image is token {weights.config.image_token_id} to {file}, but {placeholder} in the tokenizer "
-            f"{folder}: they are of different generations; name the right one with --tokenizer_path"
-        )
-    if vocab_size > weights.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer {folder} has {vocab_size} tokens, {file} only {weights.config.vocab_size}: they do not "
-            "belong together"
+            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
+            f"({problem}): name the right one with --tokenizer_path"
         )
 
 

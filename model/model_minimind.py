@@ -34,7 +34,7 @@ class MiniMindConfig(PretrainedConfig):
         balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
 
     Raises:
-        ValueError: If a size is out of range, or the head counts do not fit the hidden size.
+        ValueError: If the numbers of heads or experts do not fit.
     """
 
     model_type = "minimind"
@@ -76,20 +76,15 @@ class MiniMindConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": True} | settings)
         for name, value in own.items():
             setattr(self, name, value)
-        sizes = (self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads)
-        sizes += (self.vocab_size, self.max_position_embeddings, self.num_experts_per_tok, self.n_routed_experts)
-        if min(sizes) < 1:
-            raise ValueError("sizes, heads, layers, positions and experts must be at least 1")
         if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(f"{self.num_experts_per_tok} of {self.n_routed_experts} experts cannot be used")
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+        # Twice the heads, as rotary positions pair the dimensions of a head.
+        if self.hidden_size % (2 * self.num_attention_heads) or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}, "
-                f"and that a multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and that a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
         self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise ValueError(f"the head size {self.head_dim} must be even: rotary positions pair its dimensions")
         self.intermediate_size = self.intermediate_size or 64 * math.ceil(int(self.hidden_size * 8 / 3) / 64)
         self.yarn_attention_factor = self.yarn_attention_factor or 0.1 * math.log(self.yarn_factor) + 1.0
 
@@ -272,15 +267,14 @@ class MiniMindBlock(nn.Module):
 
 
 def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
-    """Returns attention's mask, None where plain causal attention (or one token that sees all) is enough.
+    """Returns attention's mask, boolean (B or 1, 1, length, key_length), True where a query may look.
+
+    None where plain causal attention (or one token that sees all) is enough.
 
     Args:
         attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
         length, past_length: New positions, and those in the cache.
         key_length: Keys that attention will see (more than `past_length + length` with a static cache).
-
-    Returns:
-        None, or a boolean (B or 1, 1, length, key_length), True where a query may look.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask

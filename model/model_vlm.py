@@ -140,18 +140,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         if image_starts is None:
             image_starts = find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
         runs = torch.bincount(image_starts[:, 0], minlength=len(input_ids)).tolist()
-        expected = [pixel_values.shape[1]] * len(pixel_values) if per_sample else None
-        if runs == expected or (not per_sample and sum(runs) == given):
+        expected = [pixel_values.shape[1]] * len(pixel_values) if per_sample else runs
+        if runs == expected and sum(runs) == given:
             return image_starts
-        each = f", {pixel_values.shape[1]} in each of {len(pixel_values)} samples" if per_sample else ""
         counts = ", ".join(f"sample {sample}: {run}" for sample, run in enumerate(runs))
-        problem = f"{given} image(s) were given{each}, but there are placeholders for {sum(runs)} ({counts})"
-        placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        leftovers = [count - run * self.config.image_tokens for count, run in zip(placeholders, runs, strict=True)]
-        if longest := max(leftovers):
-            sample = leftovers.index(longest)
-            problem += f"; sample {sample} has {longest} placeholder(s) that are no whole image: was it cut off?"
-        raise ValueError(problem)
+        each = f", {pixel_values.shape[1]} in each of {len(pixel_values)} samples" if per_sample else ""
+        raise ValueError(
+            f"{given} image(s) were given{each}, but there are placeholders for {sum(runs)} ({counts}), "
+            f"{self.config.image_tokens} in a row each: was a text cut off?"
+        )
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(

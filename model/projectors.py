@@ -63,7 +63,11 @@ class VisionProj(Projector):
         self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size))
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.vision_proj(shuffle_pixels(image_features, self.pixel_shuffle))
+        if self.pixel_shuffle > 1:  # each square of neighbouring patches becomes one, https://arxiv.org/abs/1609.05158
+            side = math.isqrt(image_features.shape[1])
+            grid = image_features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            image_features = F.pixel_unshuffle(grid, self.pixel_shuffle).flatten(2).transpose(1, 2)
+        return self.vision_proj(image_features)
 
     @classmethod
     def tokens(cls, patches: int, pixel_shuffle: int) -> int:
@@ -115,16 +119,3 @@ def read_projector(tensors: dict[str, torch.Tensor]) -> dict:
         if width := kind.read_width(tensors):
             return {"projector": name, "vision_hidden_size": width}
     return {}
-
-
-def shuffle_pixels(image_features: torch.Tensor, factor: int) -> torch.Tensor:
-    """Joins each square of factor x factor neighbouring patches: (N, P, W) to (N, P / factor^2, W * factor^2).
-
-    The reverse of https://arxiv.org/abs/1609.05158.
-    """
-    if factor == 1:
-        return image_features
-    images, patches, width = image_features.shape
-    side = math.isqrt(patches)
-    grid = image_features.view(images, side, side, width).permute(0, 3, 1, 2)
-    return F.pixel_unshuffle(grid, factor).flatten(2).transpose(1, 2)

@@ -239,10 +239,8 @@ def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -
         else:
             checkpoint = load_tensors(pickled)
             tensors = {name: checkpoint[name] for name in vision_names(checkpoint, unused)}
-    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
-        raise unreadable(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    except UsageError as error:
-        raise unreadable(path, str(error).partition(". Delete")[0]) from error
+    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError, UsageError) as error:
+        raise unreadable(path, (str(error) or repr(error)).splitlines()[0].partition(". Delete")[0]) from error
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise unreadable(path, f"{name} holds something else than finite numbers")

@@ -1,5 +1,6 @@
 """Grades descriptions of the built-in scenes, and computes what guessing would score."""
 
+import functools
 import re
 from collections.abc import Sequence
 from itertools import permutations
@@ -61,6 +62,7 @@ class Score(NamedTuple):
     captions: float
 
 
+@functools.cache
 def parse_caption(text: str) -> list[dict[str, str]]:
     """Parses a description's objects, tolerating other spellings, missing words and other punctuation.
 
@@ -83,10 +85,7 @@ def parse_caption(text: str) -> list[dict[str, str]]:
 
 def grade(text: str, objects: Sequence[Facts]) -> Grade:
     """Grades a description of an image that shows these objects (`Scene.facts`), in whichever order gets most right."""
-    return _grade(parse_caption(text), objects)
-
-
-def _grade(described: list[dict[str, str]], objects: Sequence[Facts]) -> Grade:
+    described = parse_caption(text)
     candidates = described[:4] + [{}] * len(objects)  # {}: an object left out
     right = max(
         sum(
@@ -120,10 +119,9 @@ def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
         The score of true captions of other scenes (the mean over all others: what shuffled images should fall to), and
         the score of the single caption that, given to every other scene, gets the most attributes right.
     """
-    described = [parse_caption(caption(objects)) for objects in scenes]
     others = [
-        [_grade(parsed, objects) for index, objects in enumerate(scenes) if index != source]
-        for source, parsed in enumerate(described)
+        [grade(text, objects) for objects in scenes if objects is not described]
+        for described, text in zip(scenes, map(caption, scenes), strict=True)
     ]
     everything = [grade for grades in others for grade in grades]
     return _overall(everything), max(map(_overall, others))  # by attributes, then by captions
