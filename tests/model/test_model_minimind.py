@@ -125,7 +125,7 @@ def test_a_saved_model_loads_as_the_same(any_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, words", [({"hidden_size": 30}, "30"), ({"num_key_value_heads": 3}, "3"), ({"hidden_size": 36}, "9")]
+    "shape, words", [({"hidden_size": 30}, "30"), ({"num_key_value_heads": 3}, "3"), ({"hidden_size": 36}, "even")]
 )
 def test_shape_that_does_not_divide_is_refused(shape, words):
     with pytest.raises(ValueError, match=words):

@@ -142,13 +142,13 @@ MISMATCHES = {
     "one too many": ([TEXT, ONE], 2, "2 image(s) were given", "sample 1: 1"),
     "none given": ([TEXT, ONE], None, "0 image(s) were given", "sample 1: 1"),
     "nothing to put them": ([TEXT, TEXT], 1, "1 image(s) were given", "sample 1: 0"),
-    "cut off": ([ONE, CUT], 2, "sample 1 has 150 placeholder(s)"),
-    "cut off beside a user's own": ([OWN, CUT, TEXT], 2, "sample 1 has 150 placeholder(s)"),
-    "cut off after a whole one": ([TWO, (TWO[0][:300], [])], 4, "sample 1 has 103 placeholder(s)"),
+    "cut off": ([ONE, CUT], 2, "sample 1: 0", "cut off"),
+    "cut off beside a user's own": ([OWN, CUT, TEXT], 2, "sample 1: 0", "cut off"),
+    "cut off after a whole one": ([TWO, (TWO[0][:300], [])], 4, "sample 1: 1", "cut off"),
     "per sample, too many": ([ONE, TEXT], (2, 1), "1 in each of 2 samples", "sample 1: 0"),
     "per sample, too few": ([ONE, TWO], (2, 1), "1 in each of 2 samples", "sample 1: 2"),
     "per sample, swapped": ([ONE, prompt([1], *[IMAGE] * 3), TWO], (3, 2), "2 in each of 3 samples", "sample 0: 1"),
-    "per sample, cut off": ([ONE, CUT], (2, 1), "sample 1", "150 placeholder(s)"),
+    "per sample, cut off": ([ONE, CUT], (2, 1), "sample 1: 0", "cut off"),
     "another number of samples": ([ONE, ONE], (1, 2), "1 samples", "2"),
 }
 
