@@ -11,11 +11,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from xxhash import xxh3_128
 
@@ -24,7 +24,6 @@ from common.files import scratch_folder
 from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, decoding, load_picture
-from dataset.workers import load_in_workers
 
 VERSION = 1  # part of the checksum: raise it when the same picture must give other features
 CHECKSUM_BYTES = 16
@@ -115,7 +114,6 @@ def compute_features(
     folder: FeatureFolder,
     encode_images: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
-    num_workers: int,
     rank: int = 0,
     ranks: int = 1,
 ):
@@ -132,22 +130,22 @@ def compute_features(
     numbers = [number for number in numbers.tolist() if folder.get(data.picture_keys[number]) is None]
     if not numbers:
         return
-    batches = load_in_workers(Images(data, numbers), num_workers, batch_size=BATCH, collate_fn=list, prefetch_factor=8)
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every, is_cuda = 0.2 if sys.stderr.isatty() else 30.0, device.type == "cuda"
     with (
         tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar,
         a_thread_each() as pool,
     ):
-        for batch in batches:
-            images = dict(image for image in batch if image is not None)
+        for start in range(0, len(numbers), BATCH):
+            part = numbers[start : start + BATCH]
+            images = dict(image for image in pool.map(partial(read_image, data), part) if image is not None)
             if images:
                 # Pictures encoded together change each other's last bits, so off CUDA each is encoded by itself.
                 groups = torch.stack([*images.values()]).split(len(images) if is_cuda else 1)
                 encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)
                 features = torch.cat([*encoded]).to("cpu", torch.float16).numpy()
                 folder.write(dict(zip(images, features, strict=True)))
-            bar.update(len(batch))
+            bar.update(len(part))
 
 
 @contextlib.contextmanager
@@ -163,20 +161,12 @@ def a_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-class Images(Dataset):
-    """The images of these numbers: (hash of the content, pixels), or None for one that cannot be read."""
-
-    def __init__(self, data: VLMDataset, numbers: list[int]):
-        self.data, self.numbers = data, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor] | None:
-        source, name = self.data.picture_source(self.numbers[index])
-        try:
-            with decoding(name):
-                content = source if isinstance(source, bytes) else source.read_bytes()
-            return hash_63(content), load_picture(content, name, self.data.picture_format)
-        except PictureError:
-            return None
+def read_image(data: VLMDataset, number: int) -> tuple[int, torch.Tensor] | None:
+    """Returns the hash of a picture's content and its pixels; None for one that cannot be read."""
+    source, name = data.picture_source(number)
+    try:
+        with decoding(name):
+            content = source if isinstance(source, bytes) else source.read_bytes()
+        return hash_63(content), load_picture(content, name, data.picture_format)
+    except PictureError:
+        return None

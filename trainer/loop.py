@@ -143,9 +143,7 @@ def as_loaded(data: VLMDataset, device: torch.device) -> VLMDataset:
 
 def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder) -> VLMDataset:
     """Computes missing features, split over ranks; returns the data set that yields them."""
-    workers = run.args.num_workers
-    with worker_errors(workers):
-        compute_features(data, features, model.encode_images, run.device, workers, *run.processes.local_share)
+    compute_features(data, features, model.encode_images, run.device, *run.processes.local_share)
     run.processes.barrier(patient=True)
     return data.changed(features=features)
 

@@ -118,8 +118,7 @@ def encode_pictures(steps: Steps, few: list[np.ndarray], folder: Path) -> float:
     indices, model = steps.data.row_indices, steps.model
     rows = steps.data.changed(row_indices=np.unique(indices[np.concatenate(few)]))
     features = FeatureFolder(folder, "tower", (model.config.vision_patches, model.config.vision_hidden_size))
-    settings = rows, features, model.encode_images, steps.device, steps.workers
-    seconds, _ = timed(steps.device, compute_features, *settings)
+    seconds, _ = timed(steps.device, compute_features, rows, features, model.encode_images, steps.device)
     steps.data = steps.data.changed(features=features)
     return seconds / len(np.unique(rows.shown_pictures))
 

@@ -131,7 +131,7 @@ def computed(data, folder, encoder, **share) -> FeatureFolder:
     data.__dict__.pop("picture_keys", None)  # as a new process, which reads the pictures again
     kept = FeatureFolder(folder, "t" * 16, (196, 8))
     kept.make_room(data.picture_keys)
-    compute_features(data, kept, encoder, CPU, 0, **share)
+    compute_features(data, kept, encoder, CPU, **share)
     return kept
 
 

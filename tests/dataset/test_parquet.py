@@ -229,7 +229,7 @@ def test_a_picture_in_several_rows_is_encoded_once(tmp_path, tokenizer):
     for _ in range(2):
         features = FeatureFolder(tmp_path, "tower", (4, 2))
         features.make_room(data.picture_keys)
-        compute_features(data, features, encode, torch.device("cpu"), 0)
+        compute_features(data, features, encode, torch.device("cpu"))
     assert sum(encoded) == counts["pictures"] - 1 < data.picture_count / 3  # not the black one
     expected = means(data)
     data.features = features
