@@ -3,9 +3,11 @@
 A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,14 +21,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
+from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
 from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
-from dataset.rows import ROWS_PER_PROCESS, BadRow, TokenisedRows
+from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, tokenise_rows
 
 
-class VLMDataset(TokenisedRows, Dataset):
-    """Conversations about images, tokenised.
+class VLMDataset(Dataset):
+    """Conversations about images, tokenised: the rows of a file, of which those at `row_indices` are its samples.
 
     `dataset[i]` is {"input_ids": (L,) int64, "labels": (L,) int64 with -100 where nothing is learned, "image_starts":
     (images,) int64 positions of each image's first placeholder, "pixel_values": uint8 (images, 3, size, size)}; with
@@ -59,25 +62,29 @@ class VLMDataset(TokenisedRows, Dataset):
     ):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
-        self.picture_format = picture_format
+        self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         with formats.reading(self.data_path):
             if self.is_parquet:
                 raw, self.image_files = load_parquet(self.data_path, cache_dir)
             else:
                 raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
-            super().__init__(raw, tokenizer, max_length, image_tokens)
+            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
         self.features = None  # a dataset.features.FeatureFolder
         self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
-        missing = {} if self.is_parquet else self._missing_pictures()
-        self.row_indices = np.setdiff1d(self.row_indices, list(missing))
-        self.bad_rows += [BadRow(int(self.column("line")[i]), reason) for i, reason in missing.items()]
-        self.bad_rows.sort(key=lambda row: row.line)
+        reasons = self.rows.data.column("reason")
+        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
+        refused |= {} if self.is_parquet else self._missing_pictures()
+        self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
+        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
+        bad = (item for item in sorted(refused.items()) if item[1] not in (BLANK_LINE, TOOL_CALLS))
+        self.bad_rows = [BadRow(i + 1, reason) for i, reason in bad]
 
     def _missing_pictures(self) -> dict[int, str]:
         """Returns the reason for each row that lacks an image. Not cached with the tokens: images come and go."""
         names, missing = self.rows.data.column("pictures"), {}
-        named = self.row_indices[self.image_counts > 0]
+        named = np.flatnonzero(self.list_lengths("pictures"))
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
@@ -85,6 +92,72 @@ class VLMDataset(TokenisedRows, Dataset):
             if reason := next(filter(None, reasons), None):
                 missing[int(index)] = reason
         return missing
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns (rows,) a column's values, of all rows."""
+        return self.rows.data.column(name).to_numpy()
+
+    def list_lengths(self, name: str) -> np.ndarray:
+        """Returns (rows,) lengths of a list column, of all rows."""
+        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
+
+    def read_rows(self, row_indices: list[int]) -> list[dict]:
+        """Returns the tokenised rows (COLUMNS) at these indices among all rows."""
+        return self.rows.with_format("arrow")[row_indices].to_pylist() if row_indices else []
+
+    def changed(self, **attributes) -> "VLMDataset":
+        """Returns a copy with other attributes, such as the `row_indices` of some of the rows."""
+        data = copy.copy(self)
+        vars(data).update(attributes)
+        return data
+
+    # Lazy: each of a loader's workers may get a copy of all attributes.
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(samples,) tokens of each sample."""
+        return self.list_lengths("input_ids")[self.row_indices]
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(samples,) images of each sample."""
+        return self.list_lengths("image_starts")[self.row_indices]
+
+    @property
+    def learned_tokens(self) -> np.ndarray:
+        """(samples,) learned tokens of each sample."""
+        return self.column("learned_tokens")[self.row_indices]
+
+    @property
+    def picture_count(self) -> int:
+        """Images of all samples."""
+        return int(self.image_counts.sum())
+
+    @property
+    def cut_rows(self) -> int:
+        """Samples that lose tokens to max_length."""
+        return int((self.column("cut_tokens")[self.row_indices] > 0).sum())
+
+    @property
+    def summary(self) -> str:
+        """The samples' line in a run's header."""
+        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
+        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
+        return f"{len(self.row_indices):,} rows, {self.picture_count:,} pictures, {learned}"
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Number and treatment of rows, by special kind."""
+        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.row_indices))).to_pylist())
+        counts["tool calls"] = self.tool_rows
+        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
+        rules = dict.fromkeys(counts, "read as conversations") | KINDS
+        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Indices of the rows that are not samples: bad rows, blank lines, held-out rows."""
+        return np.delete(np.arange(len(self.rows)), self.row_indices)
 
     @functools.cached_property
     def content_sha256(self) -> str:

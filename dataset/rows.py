@@ -4,22 +4,17 @@ The `datasets` library keeps the result as memory-mapped Arrow, so neither start
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
-from collections import Counter
 from typing import NamedTuple
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
 from dataset.chat import ChatEncoder, EncodedChat
-from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
+from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
 from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
 
@@ -60,90 +55,6 @@ class BadRow(NamedTuple):
 
     line: int
     reason: str
-
-
-class TokenisedRows:
-    """The tokenised rows of a file; those at `row_indices` are its samples.
-
-    `raw` are the lines of a jsonl (`text`), or the rows of a parquet as `dataset.parquet` keeps them.
-    """
-
-    def __init__(self, raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int):
-        self.max_length, self.image_tokens = max_length, image_tokens
-        self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
-        reasons, lines = self.rows.data.column("reason"), self.column("line")
-        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
-        self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
-        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
-        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
-        bad = {i: reason for i, reason in refused.items() if reason not in (BLANK_LINE, TOOL_CALLS)}
-        self.bad_rows = [BadRow(int(lines[i]), reason) for i, reason in bad.items()]
-
-    def column(self, name: str) -> np.ndarray:
-        """Returns (rows,) a column's values, of all rows."""
-        return self.rows.data.column(name).to_numpy()
-
-    def list_lengths(self, name: str) -> np.ndarray:
-        """Returns (rows,) lengths of a list column, of all rows."""
-        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
-
-    def read_rows(self, row_indices: list[int]) -> list[dict]:
-        """Returns the tokenised rows (COLUMNS) at these indices among all rows."""
-        return self.rows.with_format("arrow")[row_indices].to_pylist() if row_indices else []
-
-    def changed(self, **attributes) -> "TokenisedRows":
-        """Returns a copy with other attributes, such as the `row_indices` of some of the rows."""
-        data = copy.copy(self)
-        vars(data).update(attributes)
-        return data
-
-    # Lazy: each of a loader's workers may get a copy of all attributes.
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(samples,) tokens of each sample."""
-        return self.list_lengths("input_ids")[self.row_indices]
-
-    @property
-    def image_counts(self) -> np.ndarray:
-        """(samples,) images of each sample."""
-        return self.list_lengths("image_starts")[self.row_indices]
-
-    @property
-    def learned_tokens(self) -> np.ndarray:
-        """(samples,) learned tokens of each sample."""
-        return self.column("learned_tokens")[self.row_indices]
-
-    @property
-    def picture_count(self) -> int:
-        """Images of all samples."""
-        return int(self.image_counts.sum())
-
-    @property
-    def cut_rows(self) -> int:
-        """Samples that lose tokens to max_length."""
-        return int((self.column("cut_tokens")[self.row_indices] > 0).sum())
-
-    @property
-    def summary(self) -> str:
-        """The samples' line in a run's header."""
-        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
-        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
-        return f"{len(self.row_indices):,} rows, {self.picture_count:,} pictures, {learned}"
-
-    @property
-    def rules(self) -> dict[str, str]:
-        """Number and treatment of rows, by special kind."""
-        counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.row_indices))).to_pylist())
-        counts["tool calls"] = self.tool_rows
-        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
-        rules = dict.fromkeys(counts, "read as conversations") | KINDS
-        return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
-
-    @property
-    def left_out(self) -> np.ndarray:
-        """Indices of the rows that are not samples: bad rows, blank lines, held-out rows."""
-        return np.delete(np.arange(len(self.rows)), self.row_indices)
 
 
 def tokenise_rows(
