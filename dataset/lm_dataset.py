@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -363,8 +365,6 @@ class VLMCollator:
 
     def padded(self, sequences: list[torch.Tensor], filling: int) -> torch.Tensor:
         """Joins (L,) sequences to (B, longest L rounded up), filled at the right."""
-        longest = max(map(len, sequences), default=0)
-        batch = torch.full((len(sequences), -(-longest // self.multiple) * self.multiple), filling)
-        for row, sequence in enumerate(sequences):
-            batch[row, : len(sequence)] = sequence
-        return batch
+        sequences = [*sequences, torch.zeros(0, dtype=torch.int64)]  # there may be none
+        batch = pad_sequence(sequences, batch_first=True, padding_value=filling)[:-1]
+        return F.pad(batch, (0, -batch.shape[1] % self.multiple), value=filling)

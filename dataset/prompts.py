@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import ChatEncoder
@@ -92,13 +93,11 @@ def first_answer(labels: torch.Tensor) -> tuple[int, int]:
 
 def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
     """Returns prompts (token ids) as input_ids and attention_mask (B, L), and image_starts (all images, 2)."""
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), pad_token_id)
-    attention_mask, starts = torch.zeros_like(input_ids), []
-    for row, prompt in enumerate(prompts):
-        left = longest - len(prompt)
-        input_ids[row, left:], attention_mask[row, left:] = torch.as_tensor(prompt), 1
-        starts += [[row, left + start] for start in image_starts[row]]
+    prompts, how = list(map(torch.as_tensor, prompts)), {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(prompts, padding_value=pad_token_id, **how)
+    attention_mask = pad_sequence(list(map(torch.ones_like, prompts)), **how)
+    left = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+    starts = [(row, left[row] + start) for row, of_row in enumerate(image_starts) for start in of_row]
     # Never None, or the model would search: a user's own `@` are text, however many there are.
     starts = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "image_starts": starts}

@@ -87,16 +87,14 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
         ValueError: If the pixel shuffle does not divide the tower's patches as a grid, or the weights are minimind-3v's
             and the tower is not.
     """
-    factor = math.isqrt(config.vision_hidden_size // tower.hidden_size)
-    is_shuffled = config.vision_hidden_size == tower.hidden_size * factor**2
-    config = copy.deepcopy(config)
-    if from_tensors and config.projector == "norm_mlp":
-        if tower.patches != config.vision_patches:
-            raise ValueError(
-                f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
-                f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
-            )
-    elif from_tensors and is_shuffled:
+    config, factor = copy.deepcopy(config), math.isqrt(config.vision_hidden_size // tower.hidden_size)
+    is_3v = config.projector == "norm_mlp"
+    if from_tensors and is_3v and tower.patches != config.vision_patches:
+        raise ValueError(
+            f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
+            f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
+        )
+    if from_tensors and not is_3v and config.vision_hidden_size == tower.hidden_size * factor**2:
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
     PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)  # raises where they do not fit
