@@ -36,9 +36,8 @@ def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VL
 
 def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
     """Returns the indices of rows in `data` that show an image of `held_out`, from the same file."""
-    row_of_image = np.repeat(np.arange(len(data.rows)), data.list_lengths("image_starts"))
-    held_out_images = data.picture_numbers[np.isin(row_of_image, held_out.row_indices)]
-    return np.intersect1d(data.row_indices, row_of_image[np.isin(data.picture_numbers, held_out_images)])
+    row_of_image = np.repeat(data.row_indices, data.image_counts)
+    return np.unique(row_of_image[np.isin(data.shown_pictures, held_out.shown_pictures)])
 
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:

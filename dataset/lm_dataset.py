@@ -178,37 +178,28 @@ class VLMDataset(Dataset):
                     digest.update(values.to_numpy())
         return digest.hexdigest()
 
-    # Duplicates (by name; in a parquet by bytes) share a number.
-
     @functools.cached_property
     def _names(self) -> pa.DictionaryArray:
         return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
 
     @functools.cached_property
-    def picture_numbers(self) -> np.ndarray:
-        """(images of all rows,) the picture number of each."""
+    def picture_lists(self) -> pa.ListArray | pa.ChunkedArray:
+        """(rows,) the picture numbers of each row; duplicates (by name; in a parquet by bytes) share a number."""
         if self.is_parquet:
-            return pc.list_flatten(self.rows.data.column("picture_numbers")).to_numpy()
-        return self._names.indices.to_numpy()
-
-    @functools.cached_property
-    def first_slots(self) -> np.ndarray:
-        """(rows,) the place of each row's first image in `picture_numbers`."""
-        counts = self.list_lengths("image_starts")
-        return np.cumsum(counts) - counts
+            return self.rows.data.column("picture_numbers")
+        ends = np.cumsum(self.list_lengths("pictures"), dtype=np.int32)
+        return pa.ListArray.from_arrays(np.append(np.int32(0), ends), self._names.indices)
 
     @property
     def shown_pictures(self) -> np.ndarray:
         """(images of the samples,) the picture number of each."""
-        first, counts = self.first_slots[self.row_indices], self.image_counts
-        return self.picture_numbers[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
+        return pc.list_flatten(self.picture_lists.take(pa.array(self.row_indices))).to_numpy()
 
     @property
     def first_pictures(self) -> np.ndarray:
         """(samples,) the picture number of each sample's first image; -1 for a sample without."""
-        first = np.full(len(self), -1)
-        with_images = self.image_counts > 0
-        first[with_images] = self.picture_numbers[self.first_slots[self.row_indices[with_images]]]
+        first, with_images = np.full(len(self), -1), self.image_counts > 0
+        first[with_images] = pc.list_element(self.picture_lists.take(pa.array(self.row_indices[with_images])), 0)
         return first
 
     @functools.cached_property
@@ -279,8 +270,7 @@ class VLMDataset(Dataset):
         sample, sources = text_of(row), self.picture_sources(row)
         if self.features is None:
             return sample | {"pixel_values": self._pixels(sources)}
-        first = self.first_slots[row_index]
-        keys = self.picture_keys[self.picture_numbers[first : first + len(sources)]]
+        keys = self.picture_keys[self.picture_lists[row_index].as_py()]
         encoded = [self.features.get(key) for key in keys.tolist()]
         unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)
         features = np.zeros((len(encoded), *self.features.shape), np.float16)

@@ -180,7 +180,7 @@ def published(tmp_path, tokenizer, rows=200) -> tuple[dict, VLMDataset]:
 def test_each_picture_is_kept_once_and_read_from_every_row(written, tmp_path):
     shown = [0, 1, 2, 0, 1, 0, 0]
     data = written([(said(ASKED, f"第{row}张。"), picture(number)) for row, number in enumerate(shown)])
-    assert data.picture_numbers.tolist() == shown
+    assert data.shown_pictures.tolist() == shown
     assert (data.picture_count, len(set(data.picture_keys.tolist()))) == (7, 3)
     assert data.image_files["content"] == [picture(number) for number in range(3)]
     expected = means(data)
@@ -213,7 +213,7 @@ def test_every_way_to_write_the_pictures_gives_the_same(written, tmp_path, form)
     options = {"several row groups": {"row_group_size": 2}, "plain": {"use_dictionary": False}}
     data = written(rows, "other.parquet", images.get(form), **options.get(form, {}))
     assert data.bad_rows == []
-    assert data.picture_numbers.tolist() == shown
+    assert data.shown_pictures.tolist() == shown
     shutil.rmtree(tmp_path / "cache")
     assert means(data) == means(written(rows))
 
