@@ -53,7 +53,7 @@ def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Pat
     if expected is not None and expected != tokenizer_sha256:
         problem = f"SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}..."
     elif expected is None and placeholder != its_placeholder:
-        problem = f"of different generations: an image is token {its_placeholder} to it, {placeholder} in this one"
+        problem = f"of different generations: an image is token {its_placeholder} to it, but {placeholder} in this"
     elif len(tokenizer) > weights.config.vocab_size:
         problem = f"{weights.config.vocab_size} tokens, this one has {len(tokenizer)}"
     if problem:
