@@ -6,6 +6,8 @@ damaged file counts as missing and is computed again.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -170,3 +172,12 @@ def read_image(data: VLMDataset, number: int) -> tuple[int, torch.Tensor] | None
         return hash_63(content), load_picture(content, name, data.picture_format)
     except PictureError:
         return None
+
+
+def tower_sha256(tower: torch.nn.Module) -> str:
+    """Returns the SHA-256 (hex) of a tower's tensors and configuration."""
+    digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted([*tower.state_dict().items(), *tower.named_buffers()]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -66,8 +66,15 @@ TOWER = {  # only these keys of a config.json are used
     **{f"{name}?": RATE for name in ("attention_dropout", "layer_norm_eps")},
     "num_channels?": frozenset({3}),
     "hidden_act?": frozenset(ACT2FN),
+    # Without effect on the features, but part of the hash that they are cached under; null for some in published CLIP.
+    **{f"{name}?": (Range(float, 0, 1 << 16), None) for name in ("initializer_range", "initializer_factor")},
+    **{"projection_dim?": (SIZE, None), "architectures?": ([str], None)},
     "dtype?": frozenset({"float32", "float16", "bfloat16", None}),
 }
+# Further settings in that hash, of old versions of transformers, with the values that the published CLIP has.
+UNUSED = dict.fromkeys(("add_cross_attention", "is_decoder", "torchscript", "use_bfloat16"), False) | {"dropout": 0.0}
+UNUSED |= dict.fromkeys(("cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task"))
+UNUSED |= dict.fromkeys(("bos_token_id", "eos_token_id"))
 PREPROCESSOR = {
     "image_mean?": [Range(float, -100, 100)] * 3,
     "image_std?": [Range(float, 1e-3, 1e3)] * 3,
@@ -87,15 +94,13 @@ class TowerSettings:
 
     Attributes:
         kind: A name of `TOWERS`.
-        known: What config.json says of its architecture.
-        config: transformers' configuration made of that; left out where settings are hashed, as it differs by release.
+        config: transformers' configuration.
         mean, std: What its pixels are normalised by, a number per channel.
         size, resample, crop, shortest_edge: As in `dataset.pictures.PictureFormat`.
     """
 
     kind: str
-    known: dict
-    config: transformers.PretrainedConfig = field(repr=False)
+    config: transformers.PretrainedConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int
@@ -147,6 +152,7 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         check(content, TOWER | tower.settings)
         keys = [key.removesuffix("?") for key in TOWER | tower.settings]
         known = {key: content[key] for key in keys if content.get(key) is not None}
+        known |= {key: value for key, value in UNUSED.items() if repr(content.get(key, "")) == repr(value)}
         config = tower.model.config_class(**known | tower.overrides)
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
             raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size} channels")
@@ -166,7 +172,7 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         shortest = edge if crop and edge != size else None
     if size < config.patch_size:
         raise unreadable(path, "its patches are larger than its images")
-    return TowerSettings(kind, known, config, mean, std, size, resample, crop, shortest)
+    return TowerSettings(kind, config, mean, std, size, resample, crop, shortest)
 
 
 def load_vision_tower(path: str | Path) -> torch.nn.Module:

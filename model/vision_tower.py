@@ -1,14 +1,20 @@
 """The frozen vision tower: any ViT of the table in model/tower_files.py, an image to one feature per patch."""
 
 import functools
-import hashlib
 
 import torch
 
 from common.files import sha256_of
 from model.tower_files import TowerError, TowerSettings, load_vision_tower, read_tower_settings
 
-__all__ = ["TowerError", "TowerSettings", "encode_images", "load_vision_tower", "read_tower_settings"]
+__all__ = [
+    "TowerError",
+    "TowerSettings",
+    "encode_images",
+    "load_vision_tower",
+    "read_tower_settings",
+    "tower_weights_sha256",
+]
 
 
 @torch.no_grad()
@@ -80,11 +86,6 @@ def bicubic_weights(source: int, target: int, device: torch.device) -> torch.Ten
     weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
     weights = (weights + torch.where(weights < 0, -0.5, 0.5)).long()  # rounded as Pillow does; long() cuts towards 0
     return torch.cat((weights >> 11, weights & 2047)).float().to(device)
-
-
-def tower_sha256(tower: torch.nn.Module) -> str:
-    """Returns the SHA-256 (hex) of all that decides a tower's features: its weights and its files' settings."""
-    return hashlib.sha256(f"{tower_weights_sha256(tower)} {tower.settings}".encode()).hexdigest()
 
 
 def tower_weights_sha256(tower: torch.nn.Module) -> str:

@@ -11,11 +11,12 @@ import torch
 from common import files
 from common.errors import UsageError
 from common.paths import display_path
+from dataset.features import tower_sha256
 from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM
-from model.vision_tower import tower_sha256, tower_weights_sha256
+from model.vision_tower import tower_weights_sha256
 from trainer.setup import Run
 from trainer.support.run_files import REPORTED, SAVED, is_unfinished
 
