@@ -29,6 +29,7 @@ from transformers import TextStreamer
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
+from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
 from dataset.lm_dataset import VLMCollator, VLMDataset
@@ -66,11 +67,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--prompt", type=utf8_text, help=what)
     add = parser.add_argument_group("with --eval_data").add_argument
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
-    add("--batch_size", type=number(int, 1), default=16, help="rows, or pictures of a folder, at once")
+    add("--batch_size", type=number(int, 1), default=16, help="rows at once")
     add("--max_seq_len", type=number(int, 8), default=1536, help="tokens a row is cut at")
     what = "also generate answers of at most this many tokens, and compare them word for word; 0: none"
     add("--short_answer", type=number(int, 0), default=SHORT_ANSWER, help=what)
-    add("--json", type=new_file, help="also write the results to this file")
+    add("--json", type=file_path, help="also write the results to this file")
     group = parser.add_argument_group("generation")
     add_generation_flags(group, max_new_tokens=512)
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
@@ -83,14 +84,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def utf8_text(text: str) -> str:
     """Parses a text as it is typed in a shell, for argparse; raises ValueError if it is not UTF-8."""
     return text.encode().decode().replace("\\n", "\n")
-
-
-def new_file(text: str) -> Path:
-    """Parses the path of a file to write, for argparse."""
-    path = file_path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder, or it is a folder itself")
-    return path
 
 
 class Chat:
@@ -116,56 +109,20 @@ class Chat:
             untrained = "the projection is untrained, so it cannot see the pictures yet."
             processes.log(f"These weights are a language model's: {untrained}")
 
-    def turn(self, question: str, images: int, before: list[dict] | None = None) -> dict:
-        """Returns a question's turn; raises UsageError if it cannot be asked, after the turns before."""
-        try:
-            turn = self.assistant.turn(question, images)
-            self.assistant.check_length([*(before or []), turn], self.max_new_tokens)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return turn
-
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = self.assistant.answer(conversation, pictures, self.max_new_tokens, **self.sampling, streamer=streamer)
-        print(f"    {speed(len(ids), started)}\n", flush=True)
+        print(f"    {len(ids)} tokens, {len(ids) / (time.perf_counter() - started):.0f} tokens/s\n", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    def ask(self, question: str, paths: list[Path]):
-        """Prints the answer to a question about pictures."""
-        print(f"{', '.join(map(printable, paths))}: {question}")
-        turn = self.turn(question, len(paths))
-        try:
-            pictures = list(map(self.assistant.load_picture, paths))
-        except PictureError as error:
-            raise UsageError(str(error)) from error
+    def ask(self, question: str, paths: list[Path], names: str):
+        """Prints the answer to a question about pictures; raises PictureError if one cannot be read."""
+        turn = self.assistant.turn(question, len(paths), max_new_tokens=self.max_new_tokens)
+        pictures = list(map(self.assistant.load_picture, paths))
+        print(f"{printable(names)}: {question}")
         self.answer([turn], pictures)
-
-    def describe(self, prompts: list[str], paths: list[Path]) -> int:
-        """Asks every question about every picture in one batch; prints the answers, then the speed.
-
-        Returns:
-            How many pictures could not be read.
-        """
-        turns, names, pictures = [self.turn(prompt, 1) for prompt in prompts], [], []
-        for path in paths:
-            try:
-                pictures.append(self.assistant.load_picture(path))
-                names.append(printable(path.name))
-            except PictureError as error:
-                print(f"{printable(path.name)}: skipped: {error}\n")
-        if pictures:
-            started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
-            each = [[picture] for picture in pictures for _ in turns]
-            answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            total = f"{len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}"
-            questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
-            for question, ids in zip(questions, answers, strict=True):
-                print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-            print(f"    {total}\n", flush=True)
-        return len(paths) - len(pictures)
 
     def talk(self):
         """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
@@ -182,7 +139,7 @@ class Chat:
             try:  # a line that is refused changes nothing
                 question, paths = find_pictures(line)
                 asked = [*added, *map(self.assistant.load_picture, paths)]
-                turn = self.turn(question or "?", len(asked), turns)
+                turn = self.assistant.turn(question or "?", len(asked), turns, self.max_new_tokens)
             except (ValueError, UsageError) as error:
                 print(f"    not added, and nothing asked: {printable(error)}")
                 continue
@@ -196,25 +153,17 @@ class Chat:
             turns.append({"role": "assistant", "content": self.answer(turns, pictures)})
 
 
-def speed(tokens: int, started: float) -> str:
-    return f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
-
-
 def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processes):
     """Prints, and writes with --json, how well the model predicts the rows of --eval_data."""
     form = assistant.model.config.image_tokens, assistant.picture_format
     with processes.main_first():
         data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, *form)
-    shows_progress = processes.is_main and sys.stderr.isatty()
     collate = VLMCollator(assistant.model.config.pad_token_id)
     evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
-    held_out = evaluator.measure(shows_progress)
+    held_out = evaluator.measure()
     if held_out.loss is None:
-        raise UsageError(
-            f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
-        )
-    short = args.short_answer
-    exact = exact_match(evaluator, assistant.tokenizer, short, show_progress=shows_progress) if short else {}
+        raise UsageError(f"no row of {args.eval_data} can be evaluated: none is usable and has readable pictures")
+    exact = exact_match(evaluator, assistant.tokenizer, args.short_answer) if args.short_answer else {}
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
@@ -228,7 +177,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     if data.bad_rows:
         print(f"left out: {len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(args.json.absolute(), lambda file: file.write(text.encode()))
 
 
 def print_scene_table(assistant: Assistant):
@@ -251,9 +201,7 @@ def pictures_in(folder: Path) -> list[Path]:
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
     if not paths:
         known = " ".join(sorted(PICTURE_SUFFIXES))
-        raise UsageError(
-            f"no pictures ({known}) in {display_path(folder)}: put some there, or name some with --image; {others}"
-        )
+        raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
     if endings:
         print(f"{display_path(folder)}: {printable(others)}\n")
     return paths
@@ -265,9 +213,14 @@ def describe_folder(chat: Chat, args: argparse.Namespace):
     if only_scenes and not args.image_dir and not folder.is_dir():
         draw_heldout(folder, DRAWN_EVAL_IMAGES)
     prompts = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE]
-    paths, prompts = pictures_in(folder), [args.prompt] if args.prompt else prompts
-    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
-    unreadable = sum(chat.describe(prompts, batch) for batch in batches)
+    unreadable = 0
+    for path in pictures_in(folder):
+        try:
+            for prompt in [args.prompt] if args.prompt else prompts:
+                chat.ask(prompt, [path], path.name)
+        except PictureError as error:
+            print(f"{printable(path.name)}: skipped: {error}\n")
+            unreadable += 1
     if only_scenes and not args.image_dir:
         print_scene_table(chat.assistant)
     if unreadable:
@@ -287,7 +240,10 @@ def main():
             with contextlib.suppress(EOFError):
                 chat.talk()
         elif args.image:
-            chat.ask(args.prompt or DESCRIBE, args.image)
+            try:
+                chat.ask(args.prompt or DESCRIBE, args.image, ", ".join(map(str, args.image)))
+            except PictureError as error:
+                raise UsageError(str(error)) from error
         else:
             describe_folder(chat, args)
 
