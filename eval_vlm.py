@@ -16,6 +16,7 @@ With weights of the built-in set it also prints how many of 200 held-out scenes
 import argparse
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -40,7 +41,7 @@ from dataset.tokenizer import quiet_libraries
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
-from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match, perplexity
+from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.scene_table import scene_table
 from trainer.report.verdict import verdict
 from trainer.stage import answer_loss
@@ -162,13 +163,15 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure()
     if held_out.loss is None:
-        raise UsageError(f"no row of {args.eval_data} can be evaluated: none is usable and has readable pictures")
+        raise UsageError(
+            f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
+        )
     exact = exact_match(evaluator, assistant.tokenizer, args.short_answer) if args.short_answer else {}
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
         return
-    result = held_out.as_dict() | {"perplexity": perplexity(held_out.loss)}
+    result = held_out.as_dict() | {"perplexity": math.exp(min(held_out.loss, 700))}
     result |= {"short_answers": 0, "exact_match": None} | exact
     result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
     print(f"{held_out.samples:,} rows with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s")

@@ -194,11 +194,6 @@ class Evaluator:
         return float(loss), batch["units"]
 
 
-def perplexity(loss: float) -> float:
-    """Returns exp(loss), infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = math.inf) -> dict:
     """Counts the short answers that the model gives to the letter, over all ranks.
 

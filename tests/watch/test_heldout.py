@@ -16,7 +16,7 @@ from dataset.prompts import first_answer
 from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import evaluate as evaluation
-from trainer.evaluate import Evaluator, perplexity
+from trainer.evaluate import Evaluator
 from trainer.report.progress import Progress
 from trainer.report.watcher import Watch
 from trainer.stage import answer_loss
@@ -141,11 +141,6 @@ def test_a_broken_picture_is_skipped_and_named(world, tokenizer, model, tmp_path
     for _ in range(2):
         assert evaluator.measure().samples == len(data) - len(evaluator.skipped) < len(data)
     assert {error.name for error in evaluator.skipped} == {"3.jpg"}
-
-
-def test_perplexity():
-    assert perplexity(math.log(6400)) == pytest.approx(6400)
-    assert perplexity(1e6) == math.inf
 
 
 # ---- in a run

@@ -1,4 +1,4 @@
-"""Where a model looks: the maps against a plain loop, on a model with a known dependence, and in a run's files."""
+"""Where a model looks: the maps against a plain loop, on a model with a known dependence, and as a mask."""
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from dataset.tokenizer import load_tokenizer
 from model import word_maps as looking
 from model.word_maps import patch_maps, split_words, word_maps
 from scripts.builtin.check_looking import attribute_maps, covered_patches, measure
+from trainer.answering.assistant import mask_of
 
 pytest_plugins = ["tiny"]
 
@@ -119,6 +120,15 @@ def test_a_words_map_is_the_sum_of_its_tokens(model, tokenizer):
     ids = torch.tensor([id for id in tokenizer("😀a", add_special_tokens=False)["input_ids"] if id < 128] + [35, 36])
     maps, words = patch_maps(model, inputs_of(ONE, 1), ids), word_maps(model, tokenizer, inputs_of(ONE, 1), ids)
     torch.testing.assert_close(sum(of_word for _, of_word in words), maps.sum(dim=0))
+
+
+def test_a_mask_is_dark_where_a_word_does_not_look():
+    peak = np.zeros((14, 14), dtype=np.float32)
+    nothing = np.asarray(mask_of(peak))[..., 1]
+    peak[3, 5] = 7.5
+    dark = np.asarray(mask_of(peak))[..., 1]
+    assert dark[3, 5] == 0 and (dark == 0).sum() == 1 and nothing.min() == dark.max() > 150
+    assert mask_of(np.full((14, 28), np.nan)).size == (28, 14)
 
 
 # ---- the check

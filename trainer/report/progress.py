@@ -34,14 +34,9 @@ class Progress:
         self.wandb_run = start_wandb(run, settings) if run.args.use_wandb and run.processes.is_main else None
         self.started = time.perf_counter()
         self.has_begun = self.has_failed = False  # writing metrics.jsonl
-        self.bar = tqdm(
-            total=total_steps,
-            initial=done_steps,
-            disable=None if run.processes.is_main else True,  # None: shown in a terminal only
-            dynamic_ncols=True,
-            smoothing=0.1,
-            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}",
-        )
+        disable = None if run.processes.is_main else True  # None: shown in a terminal only
+        form = "{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}"
+        self.bar = tqdm(total=total_steps, initial=done_steps, disable=disable, dynamic_ncols=True, bar_format=form)
         self._reset()
         if run.state is not None:
             self.counted = {name: run.state["progress"][name] for name in self.counted}
