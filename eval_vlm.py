@@ -68,7 +68,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--prompt", type=utf8_text, help=what)
     add = parser.add_argument_group("with --eval_data").add_argument
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
-    add("--batch_size", type=number(int, 1), default=16, help="rows at once")
+    add("--batch_size", type=number(int, 1), default=16, help="rows, or pictures of a folder, at once")
     add("--max_seq_len", type=number(int, 8), default=1536, help="tokens a row is cut at")
     what = "also generate answers of at most this many tokens, and compare them word for word; 0: none"
     add("--short_answer", type=number(int, 0), default=SHORT_ANSWER, help=what)
@@ -115,15 +115,42 @@ class Chat:
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = self.assistant.answer(conversation, pictures, self.max_new_tokens, **self.sampling, streamer=streamer)
-        print(f"    {len(ids)} tokens, {len(ids) / (time.perf_counter() - started):.0f} tokens/s\n", flush=True)
+        print(f"    {speed(len(ids), started)}\n", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    def ask(self, question: str, paths: list[Path], names: str):
-        """Prints the answer to a question about pictures; raises PictureError if one cannot be read."""
+    def ask(self, question: str, paths: list[Path]):
+        """Prints the answer to a question about pictures."""
         turn = self.assistant.turn(question, len(paths), max_new_tokens=self.max_new_tokens)
-        pictures = list(map(self.assistant.load_picture, paths))
-        print(f"{printable(names)}: {question}")
+        try:
+            pictures = list(map(self.assistant.load_picture, paths))
+        except PictureError as error:
+            raise UsageError(str(error)) from error
+        print(f"{', '.join(map(printable, paths))}: {question}")
         self.answer([turn], pictures)
+
+    def describe(self, prompts: list[str], paths: list[Path]) -> int:
+        """Asks every question about every picture in one batch; prints the answers, then the speed.
+
+        Returns:
+            How many pictures could not be read.
+        """
+        turns = [self.assistant.turn(prompt, 1, max_new_tokens=self.max_new_tokens) for prompt in prompts]
+        names, pictures = [], []
+        for path in paths:
+            try:
+                pictures.append(self.assistant.load_picture(path))
+                names.append(printable(path.name))
+            except PictureError as error:
+                print(f"{printable(path.name)}: skipped: {error}\n")
+        if pictures:
+            started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
+            each = [[picture] for picture in pictures for _ in turns]
+            answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
+            questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
+            for question, ids in zip(questions, answers, strict=True):
+                print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
+            print(f"    {len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}\n", flush=True)
+        return len(paths) - len(pictures)
 
     def talk(self):
         """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
@@ -152,6 +179,10 @@ class Chat:
                 continue
             turns, pictures, added = [*turns, turn], [*pictures, *asked], []
             turns.append({"role": "assistant", "content": self.answer(turns, pictures)})
+
+
+def speed(tokens: int, started: float) -> str:
+    return f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
 
 
 def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processes):
@@ -216,14 +247,9 @@ def describe_folder(chat: Chat, args: argparse.Namespace):
     if only_scenes and not args.image_dir and not folder.is_dir():
         draw_heldout(folder, DRAWN_EVAL_IMAGES)
     prompts = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE]
-    unreadable = 0
-    for path in pictures_in(folder):
-        try:
-            for prompt in [args.prompt] if args.prompt else prompts:
-                chat.ask(prompt, [path], path.name)
-        except PictureError as error:
-            print(f"{printable(path.name)}: skipped: {error}\n")
-            unreadable += 1
+    paths, prompts = pictures_in(folder), [args.prompt] if args.prompt else prompts
+    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
+    unreadable = sum(chat.describe(prompts, batch) for batch in batches)
     if only_scenes and not args.image_dir:
         print_scene_table(chat.assistant)
     if unreadable:
@@ -243,10 +269,7 @@ def main():
             with contextlib.suppress(EOFError):
                 chat.talk()
         elif args.image:
-            try:
-                chat.ask(args.prompt or DESCRIBE, args.image, ", ".join(map(str, args.image)))
-            except PictureError as error:
-                raise UsageError(str(error)) from error
+            chat.ask(args.prompt or DESCRIBE, args.image)
         else:
             describe_folder(chat, args)
 

@@ -26,6 +26,7 @@ from trainer.answering.typed_paths import find_pictures
 pytest_plugins = ["tiny"]
 
 SPEED = re.compile(r"^    \d+ tokens, \d+ tokens/s$", re.MULTILINE)
+AT_ONCE = re.compile(r"^    \d+ answer\(s\) at once: \d+ tokens, \d+ tokens/s$", re.MULTILINE)
 UNTRAINED = "the projection is untrained"
 
 
@@ -59,6 +60,17 @@ def test_it_describes_every_picture_of_a_folder(world, out, tmp_path):
     assert str(world.tower) in result.out
     assert UNTRAINED not in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_is_described_at_once_as_picture_by_picture(world, out):
+    flags = [*world.eval_files(loud(world, out)), "--image_dir", world.images, "--temperature", 0]
+    flags += ["--max_new_tokens", 12]
+    texts = {}
+    for batch_size in (1, 3, PICTURES):
+        said = world.run(EVAL, *flags, "--batch_size", batch_size).passed().out
+        texts[batch_size], speeds = AT_ONCE.sub("", said).split(), AT_ONCE.findall(said)
+        assert len(speeds) == -(-PICTURES // batch_size)
+    assert texts[1] == texts[3] == texts[PICTURES]
 
 
 def test_the_precisions_answer_and_int8_is_for_the_cpu(world, out):
@@ -228,7 +240,7 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_reported(world, out, tmp_p
     (folder / "c.png").write_bytes((world.images / "1.jpg").read_bytes()[:200])
     result = world.run(EVAL, *world.eval_files(out), "--image_dir", folder)
     result.refused("2 picture(s) could not be read")
-    assert len(SPEED.findall(result.out)) == 1
+    assert len(AT_ONCE.findall(result.out)) == 1
     assert re.search(r"skipped: .*a\.jpg: not a picture", result.out)
     assert re.search(r"skipped: .*c\.png: ", result.out)
 

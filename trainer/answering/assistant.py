@@ -104,29 +104,37 @@ class Assistant:
         return turn
 
     @torch.inference_mode()
-    def answer(
+    def answers(
         self,
-        conversation: list[dict],
-        pictures: list[torch.Tensor],
+        conversations: list[list[dict]],
+        pictures: list[list[torch.Tensor]],
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         **settings,
-    ) -> torch.Tensor:
-        """Returns the token ids of a conversation's next turn, up to its end token.
+    ) -> list[torch.Tensor]:
+        """Returns the token ids of each conversation's next turn, up to its end token; all in one batch.
 
         Args:
-            conversation: Turns that fit, see `turn`.
-            pictures: Its images in order.
+            conversations: Lists of turns that fit, see `turn`.
+            pictures: Each conversation's images in order.
             temperature: 0 always takes the likeliest token.
             top_p, top_k: Sample from the likeliest tokens: of this share, and this many (0: all).
             settings: For transformers' `generate`: a streamer, stopping criteria.
         """
         if temperature > 0:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        inputs = prompt_batch(self.encoder, [conversation], [pictures])
-        return generate(self.model, inputs, max_new_tokens, self.compiles, **settings)[0]
+        inputs = prompt_batch(self.encoder, conversations, pictures)
+        rows = generate(self.model, inputs, max_new_tokens, self.compiles, **settings)
+        ends = (rows == self.model.config.eos_token_id).int()
+        # A row that ended is padded until the longest has.
+        lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, rows.shape[1])
+        return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+    def answer(self, conversation: list[dict], pictures: list[torch.Tensor], *args, **settings) -> torch.Tensor:
+        """Returns the token ids of one conversation's next turn; arguments as in `answers`."""
+        return self.answers([conversation], [pictures], *args, **settings)[0]
 
     def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor, *stops):
         """Returns the words of an answer, each with its map over the pictures; see `word_maps`."""
