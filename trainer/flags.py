@@ -149,7 +149,6 @@ def add_device_flags(add):
 
 def add_saving_flags(add):
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
-    add("--save_minutes", type=positive, default=10, help="minutes after which one is saved in any case")
     what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
     what = "optimizer steps between log lines; the first comes after step 1"

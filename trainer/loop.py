@@ -21,7 +21,7 @@ from trainer.report.header import describe_features, print_header
 from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
 from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
-from trainer.resume import Checkpoints, TrainedRows, TrainState, keep_earlier_run, report_resume, restore_random_state
+from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import next_command
 from trainer.step import TrainContext, count, make_context, train_step
@@ -29,8 +29,6 @@ from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
 from trainer.support.signals import StopSignals
-
-RESUMES = "the same command with --from_resume 1 resumes from there"
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
@@ -53,7 +51,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     settings = run.settings | {"eval_interval": eval_interval}
 
     companions = stage.companions(args, model)  # before a checkpoint replaces the starting weights
-    checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)
+    checkpoints = Checkpoints(run, model, companions, data, settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
     loss = partial(stage.loss, **moved(companions, device))
@@ -95,9 +93,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
-                # Ranks stay in step: a signal on any rank stops all; the main rank's clock decides when to save.
-                saves, stops = processes.sum(checkpoints.are_due(state), signals.asked is not None)
-                if saves or stops:
+                [stops] = processes.sum(signals.asked is not None)  # ranks stay in step: a signal on any stops all
+                is_due = state.step % args.save_interval == 0 or state.sample == 0  # also at the end of an epoch
+                if is_due or stops:
                     checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
                 if stops and state.step < total_steps:
                     progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")

@@ -27,7 +27,7 @@ from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
-from trainer.support.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
+from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_dir, read_state
 
 SHOWN_BAD_ROWS = 20
 
@@ -129,7 +129,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             "from: give it another name"
         )
     run_lock = prepare_save_dir(files, processes)
-    state = read_state(args, files, processes)
+    state = read_state(files.state, STATE, args.from_resume, processes.log)
     dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
     dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
     return Run(

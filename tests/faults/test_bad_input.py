@@ -79,7 +79,7 @@ def test_a_flag_with_an_unusable_value(world, out, tmp_path, flag, value, parts)
 
 
 WRONG = "--epochs 0 --batch_size -1 --accumulation_steps 0 --learning_rate nan --grad_clip -1 --num_workers -1"
-WRONG += " --save_interval 0 --log_interval 0 --save_weight a/b --max_seq_len 1 --save_minutes inf"
+WRONG += " --save_interval 0 --log_interval 0 --save_weight a/b --max_seq_len 1 --timeout_minutes inf"
 WRONG += " --seed 9223372036854775808"
 
 

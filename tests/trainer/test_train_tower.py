@@ -100,9 +100,15 @@ def test_a_damaged_checkpoint_is_refused(world, photos, trained, tmp_path):
     train(world, photos, tmp_path / "tower", hook=KILLED.format(step=5, signal="SIGTERM"))
     path = tmp_path / "tower_resume.pth"
     state = torch.load(path, weights_only=True)
-    for damage in ({"learner": {}}, {"run": state["run"] | {"step": "x"}}, {"random": torch.zeros(3)}):
+    for damage, words in (
+        ({"learned": {}}, "belongs to another run"),
+        ({"guide": {}}, "tower_resume.pth is damaged"),
+        ({"step": "x"}, "tower_resume.pth is no checkpoint"),
+        ({"sample": 100}, "sample 100 is not a valid position"),
+        ({"random": [{"cpu": torch.zeros(3), "cuda": None}]}, "random state is damaged"),
+    ):
         torch.save(state | damage, path)
-        train(world, photos, tmp_path / "tower", "--from_resume", 1).refused("tower_resume.pth is damaged")
+        train(world, photos, tmp_path / "tower", "--from_resume", 1).refused(words)
 
 
 def test_it_starts_from_nothing_too(world, photos, tmp_path):
