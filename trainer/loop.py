@@ -34,9 +34,7 @@ from trainer.support.signals import StopSignals
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
     """Trains the unfrozen parameters; saves, logs, and evaluates on `heldout`.
 
-    Raises:
-        Stopped: On SIGINT or SIGTERM, after saving.
-        UsageError: If it cannot continue, e.g. if the last save fails.
+    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if it cannot continue: the last save failed.
     """
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
     share = processes.rank, processes.world_size
@@ -54,7 +52,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     checkpoints = Checkpoints(run, model, companions, data, settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
-    loss = partial(stage.loss, **moved(companions, device))
+    companions = {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
+    loss = partial(stage.loss, **companions)
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
     measured = heldout, model, loss, collate, processes, run.dtype, args.batch_size
@@ -70,7 +69,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         report_resume(run, state.step, total_steps, data)
     if features is not None:
         encode_once(run, model, data, features)
-    seed_dropout(run)
+    torch.manual_seed(args.seed + processes.rank)  # for dropout
+    if run.state is not None:
+        restore_random_state(run.state["random"], processes.rank, device)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
         contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
@@ -101,11 +102,6 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                     progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")
                     raise Stopped(signals.asked or signal.SIGTERM)
         finish(run, state, progress, watch, data)
-
-
-def moved(companions: dict, device: torch.device) -> dict:
-    """Moves the models among a stage's companions to the device."""
-    return {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
 
 
 def make_step(
@@ -146,13 +142,6 @@ def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: Featur
         compute_features(data, features, model.encode_images, run.device, workers, *run.processes.local_share)
     run.processes.barrier(patient=True)
     data.use_features(features)
-
-
-def seed_dropout(run: Run):
-    """Seeds each rank by its own number; restores the saved state on resume."""
-    torch.manual_seed(run.args.seed + run.processes.rank)
-    if run.state is not None:
-        restore_random_state(run.state["random"], run.processes.rank, run.device)
 
 
 def load_batches(

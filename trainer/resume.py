@@ -82,9 +82,8 @@ class Checkpoints:
     def save(self, parts: list, is_last: bool):
         """Writes what the parts' `state_dict` return, weights and sidecar, all or none; all ranks call it.
 
-        Raises:
-            UsageError: If nothing was learned yet, the weights are not finite, or the run's last save cannot be written
-                (the disk is full); other failed saves are logged and keep the previous files.
+        Raises UsageError if nothing was learned yet, the weights are not finite, or the run's last save cannot be
+        written (the disk is full); other failed saves are logged and keep the previous files.
         """
         run, learned, error = self.run, weight_io.learned_parameters(self.model), None
         state = {name: value for part in parts for name, value in part.state_dict().items()}
@@ -210,9 +209,6 @@ def keep_earlier_run(run: Run):
     """Renames an earlier run's reports out of the way (not on resume), on the main rank.
 
     Its weights and state are renamed at this run's first save; an unfinished run's at once.
-
-    Raises:
-        UsageError: If a file cannot be renamed.
     """
     files = run.files
     if run.state is not None or not run.processes.is_main:

@@ -47,6 +47,7 @@ from model.weights import load_learned
 from trainer.report.progress import clock
 from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
 from trainer.stage import epochs_for
+from trainer.step import Counts, make_context, train_step
 from trainer.support.processes import Processes, cores, pick_dtype
 from trainer.support.run_files import PROGRESS, SECONDS, read_state
 from trainer.support.signals import StopSignals
@@ -131,8 +132,9 @@ class Learner(nn.Module):
         seen = self.guide(small.contiguous(memory_format=torch.channels_last)).float()
         return self.guide_head(seen.amax((2, 3))) / 2, seen
 
-    def loss(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: bool) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: torch.Tensor) -> torch.Tensor:
         """Returns the cross-entropy of the guide; or the tower's, plus its distance from what the guide sees."""
+        is_guide = bool(is_guide)
         self.guide.train(is_guide)
         with torch.set_grad_enabled(is_guide):
             logits, seen = self.ask_guide(pixels)
@@ -257,23 +259,20 @@ def stacked(samples: list) -> tuple[list[int], torch.Tensor | None, list[str]]:
 @torch.no_grad()
 def measure(learner: Learner, words: Words, pictures: Pictures, is_guide: bool, device) -> str:
     """Returns how often the likeliest word is one of the picture's own, and how often the most frequent one is."""
-    right = frequent = asked = 0
+    count, tower = len(pictures.rows), learner.tower
+    places = np.linspace(0, count - 1, min(count, MEASURED), dtype=int)
+    good, pixels, _ = stacked(pictures.rows.__getitems__(places.tolist()))
+    if not good:
+        return "none of the pictures can be read"
+    own, logits = words.targets([pictures.said[places[place]] for place in good]) > 0, []
     learner.guide.eval()
-    count = len(pictures.said)
-    for places in np.array_split(np.linspace(0, count - 1, min(count, MEASURED), dtype=int), 8):
-        good, pixels, _ = stacked(pictures.rows.__getitems__(places.tolist()))
-        if not good:
-            continue
-        own = words.targets([pictures.said[places[place]] for place in good]) > 0
-        tower, pixels = learner.tower, pixels.to(device)
+    for part in pixels.to(device).split(64):
         if is_guide:
-            logits, _ = learner.ask_guide(normalise(pixels, None, tower.pixel_mean, tower.pixel_std))
+            logits += [learner.ask_guide(normalise(part, None, tower.pixel_mean, tower.pixel_std))[0]]
         else:
-            logits = learner.head(encode_images(tower, pixels).mean(1))
-        right += own.gather(1, logits.argmax(1, keepdim=True).cpu()).sum().item()
-        frequent += own[:, 0].sum().item()
-        asked += len(own)
-    right, frequent = right / max(1, asked), frequent / max(1, asked)
+            logits += [learner.head(encode_images(tower, part).mean(1))]
+    right = own.gather(1, torch.cat(logits).argmax(1, keepdim=True).cpu()).float().mean()
+    frequent = own[:, 0].float().mean()
     return f"likeliest word right {right:.1%} (always the most frequent word: {frequent:.1%})"
 
 
@@ -287,27 +286,6 @@ def rate(args: Namespace, done: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP)))))
 
 
-def take_step(
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    views: torch.Tensor,
-    targets: torch.Tensor,
-    is_guide: bool,
-    dtype,
-) -> float:
-    """Takes a step of the guide, or of the tower with its heads: what has no gradient stays. Returns the loss."""
-    views = normalise(views, None, learner.tower.pixel_mean, learner.tower.pixel_std)
-    with torch.autocast(views.device.type, dtype, enabled=dtype != torch.float32):
-        loss = learner.loss(views, targets, is_guide)
-    if not loss.isfinite():
-        raise UsageError("nothing was learned: the loss became infinite or NaN; a lower --learning_rate may help")
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-
 def fingerprint_of(args: Namespace, pictures: Pictures, tower: nn.Module) -> dict[str, str]:
     """Returns what must not change on resume."""
     flags = ("batch_size", "learning_rate", "seed", "minutes", "steps")
@@ -318,43 +296,48 @@ def fingerprint_of(args: Namespace, pictures: Pictures, tower: nn.Module) -> dic
     }
 
 
-def train(args: Namespace, device: torch.device) -> int:
+def train(args: Namespace, processes: Processes) -> int:
     """Trains a tower as the flags say, and writes it; returns the number of rows in its data.
 
-    Raises:
-        Stopped: On SIGINT or SIGTERM, after saving.
-        UsageError: If something is missing, or cannot be written.
+    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if something is missing, or cannot be written.
     """
     refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
     torch.manual_seed(args.seed)
     tokenizer, tower = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args)
     data, heldout = load_data(args, tower, tokenizer)
     pictures, heldout = Pictures(data, tokenizer), heldout and Pictures(heldout, tokenizer)
-    if len(pictures.said) < args.batch_size:
+    if len(pictures.rows) < args.batch_size:
         raise UsageError(
             f"{display_path(args.data_path)}: a tower needs at least {args.batch_size} pictures (--batch_size), and "
-            f"there are {len(pictures.said)} in rows of one picture"
+            f"there are {len(pictures.rows)} in rows of one picture"
         )
-    if not heldout or not heldout.said:
+    if not heldout or not len(heldout.rows):
         raise UsageError("no picture is held out: name rows with pictures by --eval_data")
     words, fingerprint = Words(pictures.said), fingerprint_of(args, pictures, tower)
+    device = processes.device
     learner = Learner(tower, len(words.numbers)).to(device)
-    is_fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(learner.parameters(), 0.0, BETAS, weight_decay=WEIGHT_DECAY, fused=is_fused)
     dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
-    dtype = torch.float32 if dtype == torch.float16 else dtype  # it would need a gradient scaler
-    lengths = np.ones(len(pictures.said))  # all the same: the order is random
+    context = make_context(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
+    context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    lengths = np.ones(len(pictures.rows))  # all the same: the order is random
     sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed)
     print_header(args, learner, words, pictures, heldout, f"{device.type.upper()}, {str(dtype).removeprefix('torch.')}")
     state, state_path = TowerState(), args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
     if (saved := read_state(state_path, STATE, args.from_resume, print)) is not None:
-        check_same_run(saved, fingerprint, len(pictures.said), state_path)
-        restore(saved, state_path, state, learner, optimizer)
+        check_same_run(saved, fingerprint, len(pictures.rows), state_path)
+        load_learned(learner, saved, state_path)
+        try:
+            learner.guide.load_state_dict(saved["guide"])
+        except RuntimeError as error:
+            raise UsageError(f"{display_path(state_path)} is damaged: --from_resume 0 starts over ({error})") from error
+        context.load_state_dict(saved)
+        restore_random_state(saved["random"], 0, device)
+        state.load_state_dict(saved)
         sampler.start_at(state.epoch, state.sample)
         print(f"  resumes       after step {state.step:,}", flush=True)
 
     def save():
-        saved = state.state_dict() | {"optimizer": optimizer.state_dict(), "random": [random_state(device)]}
+        saved = state.state_dict() | context.state_dict() | {"random": [random_state(device)]}
         saved["learned"] = {name: weight.detach() for name, weight in learner.named_parameters()}
         saved["guide"] = learner.guide.state_dict()  # with what its batch norms have seen
         saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}
@@ -374,8 +357,13 @@ def train(args: Namespace, device: torch.device) -> int:
                 shown = [shown[place] for place in good]
                 targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
                 views = random_views(pixels.to(device), tower.settings.size, pictures.may_flip[shown])
-                optimizer.param_groups[0]["lr"] = rate(args, before)
-                losses.append(take_step(learner, optimizer, views, targets, is_guide, dtype))
+                views = normalise(views, None, tower.pixel_mean, tower.pixel_std)
+                batch = {"pixels": views, "targets": targets, "is_guide": torch.tensor(is_guide), "units": 1}
+                # What gets no gradient stays as it is: the tower while the guide learns, and then the guide.
+                loss, is_bad = train_step(context, [batch], Counts(1, len(good), 0, len(broken)), rate(args, before))
+                if is_bad:
+                    raise UsageError("nothing was learned: the loss is infinite or NaN; try a lower --learning_rate")
+                losses.append(loss[0].item())
             state.advance(len(broken), len(good), *sampler.after(epoch, first))
             state.seconds += time.perf_counter() - started
             done = state.done(args)
@@ -398,18 +386,6 @@ def train(args: Namespace, device: torch.device) -> int:
     return len(data)
 
 
-def restore(saved: dict, path: Path, state: TowerState, learner: Learner, optimizer: torch.optim.Optimizer):
-    """Restores a checkpoint; raises UsageError if it is damaged."""
-    load_learned(learner, saved, path)
-    try:
-        learner.guide.load_state_dict(saved["guide"])
-    except RuntimeError as error:
-        raise UsageError(f"{display_path(path)} is damaged: --from_resume 0 starts over ({error})") from error
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-    restore_random_state(saved["random"], 0, next(learner.parameters()).device)
-    state.load_state_dict(saved)
-
-
 def print_header(args: Namespace, learner: Learner, words: Words, pictures: Pictures, heldout: Pictures, computes: str):
     start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
     settings, parameters = learner.tower.settings, learner.tower.num_parameters() / 1e6
@@ -420,9 +396,9 @@ def print_header(args: Namespace, learner: Learner, words: Words, pictures: Pict
     print(f"  starts from   {start}: {parameters:.2f} M parameters")
     print(f"  writes        {display_path(args.save_tower)}")
     print(
-        f"  data          {display_path(args.data_path)}: {len(pictures.said):,} pictures, {len(words.numbers):,} words"
+        f"  data          {display_path(args.data_path)}: {len(pictures.rows):,} pictures, {len(words.numbers):,} words"
     )
-    print(f"  held out      {len(heldout.said):,} pictures")
+    print(f"  held out      {len(heldout.rows):,} pictures")
     print(f"  sees          {views}, {mirrored}")
     print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)
 
@@ -447,7 +423,7 @@ def main():
     with Processes.start(args.device) as processes:
         if processes.world_size > 1:
             raise UsageError("a tower is trained by one process: leave torchrun out")
-        epochs = epochs_for("pretrain", train(args, processes.device))
+        epochs = epochs_for("pretrain", train(args, processes))
     print(f"done in {clock(time.perf_counter() - started)}: {display_path(args.save_tower)}")
     name = re.sub(r"\W+", "_", args.save_tower.name).removesuffix("_tower")
     following = {"from_weight": "llm", "data_path": args.data_path, "images_path": args.images_path}

@@ -207,12 +207,10 @@ def test_devices_that_are_not_there(monkeypatch):
     with pytest.raises(UsageError, match=r"3 GPU\(s\) are asked for, but there are 2"):
         pick_device("cuda:2", 0, 1)
     # Four ranks on one machine with two GPUs: all four must raise, not just the third and fourth.
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for local_rank in range(4):
         with pytest.raises(UsageError, match=r"4 GPU\(s\) are asked for, but there are 2"):
             pick_device("cuda", local_rank, 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two machines
-    assert pick_device("cuda", 1, 4) == torch.device("cuda", 1)
+    assert pick_device("cuda", 1, 2) == torch.device("cuda", 1)
     assert pick_dtype(None, torch.device("cpu")) == torch.float32
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it prepares itself for each of a run's many lengths
 
@@ -510,11 +508,11 @@ def test_freeze_llm_takes_words_and_the_numbers_that_mean_one_thing(typed, meant
     assert build_parser(SFT_STAGE, "").parse_args(["--freeze_llm", typed]).freeze_llm == meant
 
 
-@pytest.mark.parametrize(("typed", "word"), [("2", "write ends"), ("some", "none, ends, all"), ("", "none, ends, all")])
-def test_freeze_llm_asks_for_a_word_else(typed, word, capsys):
+@pytest.mark.parametrize("typed", ["2", "some", ""])
+def test_freeze_llm_asks_for_a_word_else(typed, capsys):
     with pytest.raises(SystemExit):
         build_parser(SFT_STAGE, "").parse_args(["--freeze_llm", typed])
-    assert word in capsys.readouterr().err.replace("'", "")
+    assert "none, ends, all" in capsys.readouterr().err.replace("'", "")
 
 
 def test_a_path_as_from_weight_needs_no_language_model_in_save_dir(place):

@@ -22,13 +22,13 @@ COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 FEW = ["--steps", 10, "--batch_size", 4, "--size", 32, "--num_workers", 0, "--device", "cpu"]
 KILLED = """
 import os, signal, torch
-clip, calls = torch.nn.utils.clip_grad_norm_, []
+clip, calls = torch.nn.utils.clip_grads_with_norm_, []
 def counted(*how):
     calls.append(1)
     if len(calls) == {step}:
         os.kill(os.getpid(), signal.{signal})
     return clip(*how)
-torch.nn.utils.clip_grad_norm_ = counted
+torch.nn.utils.clip_grads_with_norm_ = counted
 """
 
 

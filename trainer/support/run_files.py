@@ -25,13 +25,13 @@ PROGRESS = {
     **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
     "learned": {"*": torch.Tensor},
     "optimizer": {"state": {"*": {"*": torch.Tensor}}},
+    "scaler": {"*": Range(float, 0, 1e300)},
     "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
 }
 STATE = PROGRESS | {
     "pictures?": torch.Tensor,  # old checkpoints lack it
     "bad_steps": [COUNT] * 3,
     "processes": Range(int, 1, 1 << 20),
-    "scaler": {"*": Range(float, 0, 1e300)},
     "wandb_id": (str, None),
     "progress": {
         **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
@@ -78,8 +78,7 @@ class RunFiles:
 def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:
     """Reads the checkpoint to resume from; None to start over.
 
-    Raises:
-        UsageError: If it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
+    Raises UsageError if it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
     """
     if from_resume is None and is_unfinished(path):
         raise UsageError(
@@ -116,11 +115,8 @@ def is_unfinished(path: Path) -> bool:
 def prepare_save_dir(files: RunFiles, processes: Processes):
     """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
 
-    Returns:
-        The lock on the run's name, held by the main rank.
-
-    Raises:
-        UsageError: If it cannot be written to, or another process writes the same files now.
+    Returns the lock on the run's name, held by the main rank. Raises UsageError if the folder cannot be written to, or
+    another process writes the same files now.
     """
     try:
         with scratch_folder(files.save_dir):  # it can be written to
