@@ -54,7 +54,12 @@ def add_model_flags(add, default: dict):
 
 
 def freeze_word(text: str) -> str:
-    """Converts the numbers 0 and 1 of `--freeze_llm`; what 2 means differs in the original's two generations."""
+    """Converts `--freeze_llm`: one of its words, or the numbers 0 and 1 of this project's first generation."""
+    if text == "2":
+        raise argparse.ArgumentTypeError(
+            "2 is not the same in the original's two generations: write ends (projection and the decoder's first and "
+            "last layer learn) or all (the projection alone learns)"
+        )
     return {"0": "none", "1": "all"}.get(text, text)
 
 

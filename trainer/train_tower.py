@@ -348,6 +348,8 @@ def train(args: Namespace, processes: Processes) -> int:
     with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(loader) as batches:
         for epoch, first in sampler.steps():
             started, before = time.perf_counter(), state.done(args)
+            if before == 1:
+                break
             is_guide = before < GUIDED
             (good, pixels, broken), shown = next(batches), next(order)
             for error in {*broken} - skipped:
@@ -379,8 +381,6 @@ def train(args: Namespace, processes: Processes) -> int:
             if stops:
                 print(f"stopped after step {state.step:,}, which is saved: {RESUMES}", flush=True)
                 raise Stopped(signals.asked)
-            if done == 1:
-                break
     write_tower(args, tower)
     state_path.unlink(missing_ok=True)
     return len(data)
@@ -389,15 +389,14 @@ def train(args: Namespace, processes: Processes) -> int:
 def print_header(args: Namespace, learner: Learner, words: Words, pictures: Pictures, heldout: Pictures, computes: str):
     start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
     settings, parameters = learner.tower.settings, learner.tower.num_parameters() / 1e6
+    data = f"{display_path(args.data_path)}: {len(pictures.rows):,} pictures, {len(words.numbers):,} words"
     views = f"{settings.size} x {settings.size} pixels, {settings.patches} patches; random crops"
     mirrored = f"{pictures.may_flip.float().mean() / 2:.0%} of them mirrored"
     length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
     print("stage 0: the tower learns your pictures by the words of their answers")
     print(f"  starts from   {start}: {parameters:.2f} M parameters")
     print(f"  writes        {display_path(args.save_tower)}")
-    print(
-        f"  data          {display_path(args.data_path)}: {len(pictures.rows):,} pictures, {len(words.numbers):,} words"
-    )
+    print(f"  data          {data}")
     print(f"  held out      {len(heldout.rows):,} pictures")
     print(f"  sees          {views}, {mirrored}")
     print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)

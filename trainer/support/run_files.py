@@ -83,7 +83,7 @@ def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[
     if from_resume is None and is_unfinished(path):
         raise UsageError(
             f"{display_path(path)} belongs to a run that did not finish: --from_resume 1 resumes it, --from_resume 0 "
-            "starts over; the old files get a timestamp"
+            "starts over"
         )
     if not from_resume:
         return None
