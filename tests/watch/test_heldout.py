@@ -429,6 +429,5 @@ def test_it_is_in_the_terminal_and_in_wandb(world, tmp_path):
 def test_held_out_rows_that_are_trained_on_are_reported(world, watched, tmp_path):
     flags = ["--eval_data", world.root / "sft.jsonl", "--epochs", 1]
     result, _ = run(world, world.copy_of_out(tmp_path / "out"), *flags)
-    assert "25 of the 25 rows of --eval_data" in result.out
-    assert "are trained on too" in result.out
+    assert "warning: 25 held-out rows or images are trained on too" in result.out
     assert "are trained on too" not in watched[0].out
