@@ -16,6 +16,7 @@ With weights of the built-in set it also prints how many of 200 held-out scenes
 import argparse
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -29,6 +30,7 @@ from transformers import TextStreamer
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
+from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
 from dataset.lm_dataset import VLMCollator, VLMDataset
@@ -39,7 +41,7 @@ from dataset.tokenizer import quiet_libraries
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
-from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match, perplexity
+from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.scene_table import scene_table
 from trainer.report.verdict import verdict
 from trainer.stage import answer_loss
@@ -70,7 +72,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_seq_len", type=number(int, 8), default=1536, help="tokens a row is cut at")
     what = "also generate answers of at most this many tokens, and compare them word for word; 0: none"
     add("--short_answer", type=number(int, 0), default=SHORT_ANSWER, help=what)
-    add("--json", type=new_file, help="also write the results to this file")
+    add("--json", type=file_path, help="also write the results to this file")
     group = parser.add_argument_group("generation")
     add_generation_flags(group, max_new_tokens=512)
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
@@ -83,14 +85,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def utf8_text(text: str) -> str:
     """Parses a text as it is typed in a shell, for argparse; raises ValueError if it is not UTF-8."""
     return text.encode().decode().replace("\\n", "\n")
-
-
-def new_file(text: str) -> Path:
-    """Parses the path of a file to write, for argparse."""
-    path = file_path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder, or it is a folder itself")
-    return path
 
 
 class Chat:
@@ -116,15 +110,6 @@ class Chat:
             untrained = "the projection is untrained, so it cannot see the pictures yet."
             processes.log(f"These weights are a language model's: {untrained}")
 
-    def turn(self, question: str, images: int, before: list[dict] | None = None) -> dict:
-        """Returns a question's turn; raises UsageError if it cannot be asked, after the turns before."""
-        try:
-            turn = self.assistant.turn(question, images)
-            self.assistant.check_length([*(before or []), turn], self.max_new_tokens)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return turn
-
     def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
@@ -135,12 +120,12 @@ class Chat:
 
     def ask(self, question: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
-        print(f"{', '.join(map(printable, paths))}: {question}")
-        turn = self.turn(question, len(paths))
+        turn = self.assistant.turn(question, len(paths), max_new_tokens=self.max_new_tokens)
         try:
             pictures = list(map(self.assistant.load_picture, paths))
         except PictureError as error:
             raise UsageError(str(error)) from error
+        print(f"{', '.join(map(printable, paths))}: {question}")
         self.answer([turn], pictures)
 
     def describe(self, prompts: list[str], paths: list[Path]) -> int:
@@ -149,7 +134,8 @@ class Chat:
         Returns:
             How many pictures could not be read.
         """
-        turns, names, pictures = [self.turn(prompt, 1) for prompt in prompts], [], []
+        turns = [self.assistant.turn(prompt, 1, max_new_tokens=self.max_new_tokens) for prompt in prompts]
+        names, pictures = [], []
         for path in paths:
             try:
                 pictures.append(self.assistant.load_picture(path))
@@ -160,11 +146,10 @@ class Chat:
             started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
             each = [[picture] for picture in pictures for _ in turns]
             answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            total = f"{len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}"
             questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
             for question, ids in zip(questions, answers, strict=True):
                 print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-            print(f"    {total}\n", flush=True)
+            print(f"    {len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}\n", flush=True)
         return len(paths) - len(pictures)
 
     def talk(self):
@@ -182,7 +167,7 @@ class Chat:
             try:  # a line that is refused changes nothing
                 question, paths = find_pictures(line)
                 asked = [*added, *map(self.assistant.load_picture, paths)]
-                turn = self.turn(question or "?", len(asked), turns)
+                turn = self.assistant.turn(question or "?", len(asked), turns, self.max_new_tokens)
             except (ValueError, UsageError) as error:
                 print(f"    not added, and nothing asked: {printable(error)}")
                 continue
@@ -205,21 +190,19 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     form = assistant.model.config.image_tokens, assistant.picture_format
     with processes.main_first():
         data = VLMDataset(args.eval_data, args.images_path, assistant.tokenizer, args.max_seq_len, *form)
-    shows_progress = processes.is_main and sys.stderr.isatty()
     collate = VLMCollator(assistant.model.config.pad_token_id)
     evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
-    held_out = evaluator.measure(shows_progress)
+    held_out = evaluator.measure()
     if held_out.loss is None:
         raise UsageError(
             f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
         )
-    short = args.short_answer
-    exact = exact_match(evaluator, assistant.tokenizer, short, show_progress=shows_progress) if short else {}
+    exact = exact_match(evaluator, assistant.tokenizer, args.short_answer) if args.short_answer else {}
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
     if not processes.is_main:
         return
-    result = held_out.as_dict() | {"perplexity": perplexity(held_out.loss)}
+    result = held_out.as_dict() | {"perplexity": math.exp(min(held_out.loss, 700))}
     result |= {"short_answers": 0, "exact_match": None} | exact
     result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
     print(f"{held_out.samples:,} rows with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s")
@@ -228,7 +211,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     if data.bad_rows:
         print(f"left out: {len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(args.json.absolute(), lambda file: file.write(text.encode()))
 
 
 def print_scene_table(assistant: Assistant):
@@ -251,9 +235,7 @@ def pictures_in(folder: Path) -> list[Path]:
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
     if not paths:
         known = " ".join(sorted(PICTURE_SUFFIXES))
-        raise UsageError(
-            f"no pictures ({known}) in {display_path(folder)}: put some there, or name some with --image; {others}"
-        )
+        raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
     if endings:
         print(f"{display_path(folder)}: {printable(others)}\n")
     return paths

@@ -233,7 +233,10 @@ def load_file(path: Path) -> dict:
     try:
         if reason := not_a_file(path):
             raise ValueError(reason)
-        check_checksums(path)
+        if zipfile.is_zipfile(path):  # torch.load does not check the checksums in it
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"it is damaged: {damaged} in it does not fit its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -242,17 +245,6 @@ def load_file(path: Path) -> dict:
         raise UsageError(
             f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
         ) from error
-
-
-def check_checksums(path: Path):
-    """Raises BadZipFile if a checksum of the file is wrong, which torch.load does not check."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return  # of a torch before 1.6, whose files hold no checksums
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"it is damaged: {damaged} in it does not fit its checksum")
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

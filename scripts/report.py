@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
-from common.paths import ROOT, SAVE_DIR, display_path
+from common.paths import SAVE_DIR, display_path
 from trainer.report.page import write_report
 from trainer.support.run_files import ENDINGS, RunFiles
 
@@ -22,27 +22,16 @@ METRICS = RunFiles(Path(), "").metrics.name
 
 
 def find_run(typed: Path) -> tuple[Path, str]:
-    """Returns the folder and name of the run that a path names: by one of its files, by all but their endings, or by
-    its folder.
-
-    Raises:
-        UsageError: If it names no run, or several.
-    """
-    here = typed.expanduser().resolve()
-    for path in (here, (ROOT / typed).resolve()):  # messages name paths in the project from its root
-        for name in (path.name.removesuffix(ending) for ending in ("", *ENDINGS)):
-            if RunFiles(path.parent, name).metrics.is_file():
-                return path.parent, name
-        names = sorted(file.name.removesuffix(METRICS) for file in path.glob(f"*{METRICS}"))
-        if len(names) == 1:
-            return path, names[0]
-        if names:
-            commands = "".join(f"\n  python scripts/report.py {display_path(path / name)}" for name in names)
-            raise UsageError(f"{display_path(path)} holds {len(names)} runs; name one:{commands}")
-    wanted = here / f"*{METRICS}" if here.is_dir() else here.with_name(here.name + METRICS)
-    raise UsageError(
-        f"{display_path(here)} is no run: there is no {display_path(wanted)}, which training writes. Name {A_RUN}"
-    )
+    """Returns the folder and name of the run that a path names; raises UsageError if it names none, or several."""
+    path = typed.resolve()
+    for name in (path.name.removesuffix(ending) for ending in ("", *ENDINGS)):
+        if RunFiles(path.parent, name).metrics.is_file():
+            return path.parent, name
+    names = sorted(file.name.removesuffix(METRICS) for file in path.glob(f"*{METRICS}"))
+    if len(names) == 1:
+        return path, names[0]
+    found = f"holds {len(names)} runs ({', '.join(names)})" if names else f"is no run: it has no *{METRICS}"
+    raise UsageError(f"{display_path(path)} {found}. Name {A_RUN}")
 
 
 def main():

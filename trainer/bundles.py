@@ -52,30 +52,19 @@ MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A generation of models, and what was published with it.
+    """A generation of models, and what was published with it."""
 
-    Attributes:
-        name: Its name in sidecars ("assets").
-        tower, tokenizer: Their folders.
-        layers: Layers of the published sizes, by hidden_size; the first is the default.
-        fits: (VLMConfig) -> whether weights without a sidecar belong to this generation.
-        weights_dir: Download folder of its weights.
-        downloads: Names for scripts/download.py, by part: tower, tokenizer, a weight's name.
-        recipes: Settings that differ from a stage's defaults, by stage and flag.
-        sampling: Sampling defaults, by flag; top_k 0 samples from all tokens.
-        prompt_form: Image position in a prompt, unless the weights' sidecar says.
-    """
-
-    name: str
-    tower: Path
+    name: str  # in sidecars ("assets")
+    tower: Path  # the folder
     tokenizer: Path
-    layers: dict[int, int]
-    fits: Callable = lambda config: False
-    weights_dir: Path = SAVE_DIR
-    downloads: dict[str, str] = field(default_factory=dict)
-    recipes: dict[str, dict] = field(default_factory=dict)
+    layers: dict[int, int]  # of the published sizes, by hidden_size; the first is the default
+    fits: Callable = lambda config: False  # (VLMConfig) -> whether weights without a sidecar belong to it
+    weights_dir: Path = SAVE_DIR  # where its weights are downloaded to
+    downloads: dict[str, str] = field(default_factory=dict)  # names for scripts/download.py: tower, tokenizer, weights
+    recipes: dict[str, dict] = field(default_factory=dict)  # what differs from a stage's defaults, by stage and flag
+    # Defaults of sampling, by flag; top_k 0 samples from all tokens.
     sampling: dict = field(default_factory=lambda: {"temperature": 0.65, "top_p": 0.85, "top_k": 0})
-    prompt_form: str = PROMPT_FORMS[0]
+    prompt_form: str = PROMPT_FORMS[0]  # unless the weights' sidecar says another
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -154,30 +143,19 @@ def read_tower(folder: Path) -> TowerSettings:
         raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
-def bundle_at(path: Path) -> Bundle:
-    """Returns the generation of a weight file; reads its tensors only if its sidecar names none."""
-    named = BUILTIN if is_builtin(path) else BUNDLES.get(read_sidecar_or_empty(path).get("assets"))
-    return named or bundle_of(read_weights(path))
-
-
 def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
-    """Chooses the generation, and the files no flag names.
+    """Returns the generation, and the paths that no flag names, by flag; `data` is `Stage.data`.
 
     Without --data_path, downloaded files are used, or the built-in model and set if there are none. With it,
-    --from_weight names the model, and its sidecar the tower and tokenizer.
-
-    Args:
-        data: The data's name, see `Stage.data`.
-
-    Returns:
-        The generation, and paths by flag.
-
-    Raises:
-        UsageError: If some of what is needed is missing (it says how to get it), or the weights cannot be read.
+    --from_weight names the model, and its sidecar the tower and tokenizer. Raises UsageError if some of what is needed
+    is missing (it says how to get it), or the weights cannot be read.
     """
     candidates = matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
     published = [path for path in candidates if not is_builtin(path)]
-    bundle = bundle_at(published[0]) if published else MINIMIND2
+    bundle = MINIMIND2
+    if published:  # their tensors are read only if their sidecar names no generation
+        assets = read_sidecar_or_empty(published[0]).get("assets")
+        bundle = BUNDLES.get(assets) or bundle_of(read_weights(published[0]))
     own_data, weights_decide = args.data_path is not None, args.data_path is not None or is_path(args.from_weight)
     files = needed_files(bundle, args, data)
     paths = {"images_path": args.data_path.parent} if own_data and args.data_path.suffix != ".parquet" else {}
@@ -188,14 +166,16 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     # Beside data and a tower of one's own, but not beside another tokenizer.
     own_parts = own_data and args.tokenizer_path in (None, BUILTIN.tokenizer) and args.from_weight != "none"
     may_be_builtin = own_parts or not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
-    if may_be_builtin and args.hidden_size in (None, *BUILTIN.layers):
-        if is_builtin(named) if named else not (present or unknown or is_path(args.from_weight)):
-            recorded = recorded_folders(read_sidecar_or_empty(named), named) if named else {}
-            paths |= BUILTIN.folders | {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
-            return BUILTIN, paths | ({} if own_data else builtin_data(args, data))
-    if weights_decide and published:
-        recorded = recorded_folders(read_sidecar_or_empty(published[0]), published[0])
-        paths |= {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
+    may_be_builtin &= args.hidden_size in (None, *BUILTIN.layers)
+    takes_builtin = may_be_builtin and (
+        is_builtin(named) if named else not (present or unknown or is_path(args.from_weight))
+    )
+    decisive = named if takes_builtin else next(iter(published), None) if weights_decide else None
+    recorded = recorded_folders(read_sidecar_or_empty(decisive), decisive) if decisive else {}
+    recorded = {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
+    if takes_builtin:
+        return BUILTIN, paths | BUILTIN.folders | recorded | ({} if own_data else builtin_data(args, data))
+    paths |= recorded
     missing = [file for flag, file in files.items() if flag not in (*typed, *paths) and not file.is_complete]
     if missing:
         found = [display_path(files[flag].path) for flag in present] + [f"--{flag}" for flag in typed]
@@ -232,17 +212,13 @@ def builtin_data(args, data: str) -> dict[str, Path | str]:
     """Returns the drawn scenes' files; evaluates on held-out scenes."""
     paths = {"data_path": BUILTIN_DATASET_DIR / f"{data}.jsonl", "images_path": BUILTIN_DATASET_DIR / "images"}
     if args.eval_data is None:
-        paths["eval_data"] = str(BUILTIN_DATASET_DIR / "heldout.jsonl")
+        paths["eval_data"] = BUILTIN_DATASET_DIR / "heldout.jsonl"
         paths["eval_images_path"] = BUILTIN_DATASET_DIR / "heldout_images"
     return paths
 
 
 def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
-    """Returns the tower and tokenizer that the weights at `path` were trained with, by flag, from their sidecar.
-
-    Raises:
-        UsageError: If it names an invalid path.
-    """
+    """Returns tower and tokenizer that the weights at `path` were trained with, by flag; raises UsageError."""
     arguments = sidecar.get("arguments", {})
     try:
         return {flag: ROOT / file_path(arguments[flag]) for flag in MODEL_FLAGS if arguments.get(flag)}
@@ -253,14 +229,10 @@ def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
 def missing_message(missing: list[PublishedFile], found: list[str]) -> str:
     flags = ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
     lines = [f"  {file.what}: {display_path(file.path)} ({file.command})" for file in missing]
-    return "\n".join(
-        [
-            "some files are missing:",
-            *lines,
-            f"Download them, or name your own with {flags}. (With none of these files and none of these flags, the "
-            "small built-in set is used. With --data_path of your own and nothing downloaded, the built-in language "
-            f"model and tokenizer are, also beside your own tower. Found: {', '.join(found) or 'nothing'}.)",
-        ]
+    return "\n".join(["some files are missing:", *lines]) + (
+        f"\nDownload them, or name your own with {flags}. (With none of these files and none of these flags, the small "
+        "built-in set is used. With --data_path of your own and nothing downloaded, the built-in language model and "
+        f"tokenizer are, also beside your own tower. Found: {', '.join(found) or 'nothing'}.)"
     )
 
 
@@ -272,14 +244,9 @@ def is_builtin(path: Path) -> bool:
 def find_weights(
     save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin: bool | None = None, log=print
 ) -> Path:
-    """Returns the best of `matching_weights`.
+    """Returns the best of `matching_weights`, and logs if there are several; raises UsageError if there is none.
 
-    Args:
-        builtin: True takes only weights trained on the built-in set, False only others, None any.
-        log: Called with a line if there are several.
-
-    Raises:
-        UsageError: If there is none.
+    `builtin` True takes only weights trained on the built-in set, False only others, None any.
     """
     of_size = matching_weights(save_dir, name, hidden_size, use_moe)
     if is_path(name) and not of_size:

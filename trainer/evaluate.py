@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,13 +108,13 @@ class Evaluator:
         self.samples: dict[int, dict | None] = {}  # by place in `order`; None for one with a broken image
         self.skipped: list[PictureError] = []
 
-    def measure(self, show_progress: bool = False) -> HeldOut:
+    def measure(self) -> HeldOut:
         """Measures once; all ranks take part, and each gets the result."""
         started, was_training = time.perf_counter(), self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                sums = self._sums(show_progress)
+                sums = self._sums()
         finally:
             self.model.train(was_training)
         by_group = np.reshape(self.processes.sum(*sums.flatten()), sums.shape)
@@ -139,10 +139,14 @@ class Evaluator:
             batches += [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
         return batches
 
-    def _sums(self, show_progress: bool) -> np.ndarray:
+    def bar(self, items, name: str) -> tqdm:
+        """Returns an iterator over items, which the main rank shows in a terminal."""
+        return tqdm(items, name, leave=False, disable=None if self.processes.is_main else True)
+
+    def _sums(self) -> np.ndarray:
         """Returns each group's summed losses with own, shuffled and no images, its units, and its rows."""
         sums = np.zeros((GROUPS, 5))
-        for part in tqdm(self.batches(), "held-out loss", unit="batch", disable=not show_progress):
+        for part in self.bar(self.batches(), "held-out loss"):
             of_group = sums[self.groups[part[0]]]
             partners = {self.partners[place] for place in part if place in self.partners}
             self._load(sorted({*part, *partners} - self.samples.keys()))
@@ -190,12 +194,7 @@ class Evaluator:
         return float(loss), batch["units"]
 
 
-def perplexity(loss: float) -> float:
-    """Returns exp(loss), infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 62, show_progress=False) -> dict:
+def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = math.inf) -> dict:
     """Counts the short answers that the model gives to the letter, over all ranks.
 
     Args:
@@ -209,42 +208,33 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: int = 1 << 
         if nothing is asked, and on ranks other than the main one.
     """
     data, model, right, expected = evaluator.data, evaluator.model, [0, 0], Counter()
-    batches = evaluator.batches()
-    shuffled = [batches[n] for n in np.random.default_rng(0).permutation(len(batches))]  # short rows come first in each
-    before = np.cumsum([0, *map(len, shuffled)])
-    for part in tqdm(
-        [part for part, rows in zip(shuffled, before, strict=False) if rows < most],
-        "short answers",
-        disable=not show_progress,
-    ):
+    batches, seen = evaluator.batches(), 0
+    # Not in their order: short rows come first in each group.
+    for number in evaluator.bar(np.random.default_rng(0).permutation(len(batches)), "short answers"):
+        if seen >= most:
+            break
+        part, asked = batches[number], []
+        seen += len(part)
         places = [*part, *(evaluator.partners.get(place, place) for place in part)]
         rows = data.__getitems__(evaluator.order[places].tolist())
-        pairs = [
-            pair
-            for pair in zip(rows, rows[len(part) :], strict=False)
-            if not any(isinstance(row, PictureError) for row in pair)
-        ]
-        asked = [(row, other, *first_answer(row["labels"])) for row, other in pairs]
-        asked = [(row, other, begin, end) for row, other, begin, end in asked if end - begin <= longest]
-        if not asked:
-            continue
-        texts = [tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
-                 for row, _, begin, end in asked]  # fmt: skip
-        others = [row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
-                    for row, other, *_ in asked]  # fmt: skip
-        for way, shown in enumerate(([row for row, *_ in asked], others)):
-            prompts = row_prompts(shown, model.config.pad_token_id)
+        for row, other in zip(rows, rows[len(part) :], strict=False):
+            if isinstance(row, PictureError) or isinstance(other, PictureError):
+                continue
+            begin, end = first_answer(row["labels"])
+            if end - begin <= longest:
+                text = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
+                shuffled = row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
+                asked.append((row, shuffled, text))
+                expected[tuple(row["input_ids"][:begin].tolist()), text] += 1
+        for way in range(2) if asked else ():
+            prompts = row_prompts([of_row[way] for of_row in asked], model.config.pad_token_id)
             answers = generate_answers(model, tokenizer, prompts, longest)
-            right[way] += sum(map(str.__eq__, map(str.strip, answers), texts))
-        questions = [tuple(row["input_ids"][:begin].tolist()) for row, _, begin, _ in asked]
-        expected.update(zip(questions, texts, strict=True))
+            right[way] += sum(answer.strip() == text for answer, (*_, text) in zip(answers, asked, strict=True))
     of_ranks = evaluator.processes.gather((right, expected))
     expected = sum((of_rank for _, of_rank in of_ranks), Counter())
     if not (asked := expected.total()):
         return {}
-    frequent = defaultdict(int)
-    for (question, _), count in expected.items():
-        frequent[question] = max(frequent[question], count)
+    frequent = {question: count for (question, _), count in reversed(expected.most_common())}  # of each, the highest
     frequent = sum(count for count in frequent.values() if count > 1)  # an answer given once was not to be foreseen
     counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), frequent]
     shares = [float(count / asked) for count in counts]

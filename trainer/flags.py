@@ -1,8 +1,9 @@
 """The flags of the training scripts: read, checked all at once, and filled in."""
 
 import argparse
-import math
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError
@@ -15,7 +16,7 @@ from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
 LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
-COUNT = number(int, 1)
+COUNT, POSITIVE = number(int, 1), number(float, 1e-12)
 FREEZE = ("none", "ends", "all")
 
 
@@ -39,16 +40,13 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
 def add_model_flags(add, default: dict):
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
     add("--from_weight", default=default["from_weight"], help=what)
-    what = (
-        "none: projection and decoder learn; ends: projection, the decoder's first and last layer; all: the projection"
-    )
+    what = "what learns, none: projection and decoder; ends: projection, first and last layer; all: the projection"
     add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
-    add(
-        "--projector", choices=tuple(PROJECTORS), help="kind of projection (default: what the weights say, else linear)"
-    )
+    what = "kind of projection (default: what the weights say, else linear)"
+    add("--projector", choices=tuple(PROJECTORS), help=what)
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=COUNT, metavar="N", help=what)
     what = "tokens a sample is cut at, its images' included"
@@ -65,18 +63,9 @@ def freeze_word(text: str) -> str:
     return {"0": "none", "1": "all"}.get(text, text)
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return float(text)
-
-
-def not_empty(text: str) -> str:
-    """An argparse type: a path that is resolved later, or a word in its place."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path")
-    return text
+def path_or(word: str) -> Callable[[str], Path | str]:
+    """Returns an argparse type: a path, or the word in its place."""
+    return lambda text: text if text == word else file_path(text).resolve()
 
 
 def run_name(text: str) -> str:
@@ -103,10 +92,10 @@ def add_file_flags(add, stage: Stage):
     add("--save_weight", type=run_name, default=stage.defaults["save_weight"], help="the weights' name")
     what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
-    add("--cache_vision", type=not_empty, metavar="DIR", help=f"{what} (default: {tenth})")
+    add("--cache_vision", type=path_or("off"), metavar="DIR", help=f"{what} (default: {tenth})")
     what = "evaluation rows, jsonl or parquet, or: none"
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
-    add("--eval_data", type=not_empty, metavar="FILE", help=f"{what} (default: {held_out})")
+    add("--eval_data", type=path_or("none"), metavar="FILE", help=f"{what} (default: {held_out})")
     add("--eval_images_path", type=file_path, help="folder of their images (default: --images_path)")
     what = "leave out up to this many rows that cannot be learned from"
     add("--max_bad_rows", type=number(int, 0), help=f"{what} (default: 1 %% of the rows)")
@@ -114,21 +103,13 @@ def add_file_flags(add, stage: Stage):
 
 def add_optimisation_flags(add, default: dict):
     add("--epochs", type=COUNT, help=f"passes over the data (default: {default['epochs']})")
-    add(
-        "--batch_size",
-        type=COUNT,
-        help=f"samples per process and forward pass (default: {default['batch_size']})",
-    )
+    add("--batch_size", type=COUNT, help=f"samples per process and forward pass (default: {default['batch_size']})")
     add("--accumulation_steps", type=COUNT, default=1, help="forward passes (micro-batches) per optimizer step")
     what = "peak; cosine decay to 10 %%"
-    add("--learning_rate", type=positive, help=f"{what} (default: {default['learning_rate']:g})")
+    add("--learning_rate", type=POSITIVE, help=f"{what} (default: {default['learning_rate']:g})")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=42,
-        help="for the projection's initial weights and the order of samples",
-    )
+    what = "for the projection's initial weights and the order of samples"
+    add("--seed", type=number(int, 0, 2**63 - 1), default=42, help=what)
 
 
 def add_device_flags(add):
@@ -136,7 +117,7 @@ def add_device_flags(add):
     what = "compute dtype (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
     what += "that and heads are at least 32 wide, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
-    add("--timeout_minutes", type=positive, default=10, help="a rank that does not answer for this long ends the run")
+    add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs"
     add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
@@ -149,7 +130,6 @@ def add_device_flags(add):
 
 def add_saving_flags(add):
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
-    add("--save_minutes", type=positive, default=10, help="minutes after which one is saved in any case")
     what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
     what = "optimizer steps between log lines; the first comes after step 1"
@@ -165,11 +145,8 @@ def add_saving_flags(add):
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags and fills in missing ones: files, the stage's or the built-in settings, the device.
 
-    Returns:
-        The flags, none of them changed later, and `assets`, the name of the model's bundle.
-
-    Raises:
-        UsageError: If files are missing, or a flag does not fit this machine.
+    None of them changes later; `assets` among them is the name of the model's bundle. Raises UsageError if files are
+    missing, or a flag does not fit this machine.
     """
     args = build_parser(stage, description).parse_args(argv)
     for name in ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "save_dir"):
@@ -179,8 +156,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     bundle, paths = choose(args, stage.data)
     args.assets = bundle.name
     fill_in(args, {"log_interval": LOG_INTERVAL} | bundle.recipe(stage) | paths)
-    _, world_size, local_rank, _ = ranks()
-    device = pick_device(args.device, local_rank, world_size)
+    _, world_size, *local_share = ranks()
+    device = pick_device(args.device, *local_share)
     args.device, dtype = str(device), pick_dtype(args.dtype, device)
     if args.dtype or device.type != "cpu":  # on a CPU it depends on the model: see `prepare_run`
         args.dtype = str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from trainer.report.header import describe_features, print_header
 from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
 from trainer.report.progress import Progress, clock
 from trainer.report.watcher import Watch
-from trainer.resume import Checkpoints, TrainedRows, TrainState, keep_earlier_run, report_resume, restore_random_state
+from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import next_command
 from trainer.step import TrainContext, count, make_context, train_step
@@ -30,15 +30,11 @@ from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
 from trainer.support.signals import StopSignals
 
-RESUMES = "the same command with --from_resume 1 resumes from there"
-
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
     """Trains the unfrozen parameters; saves, logs, and evaluates on `heldout`.
 
-    Raises:
-        Stopped: On SIGINT or SIGTERM, after saving.
-        UsageError: If it cannot continue, e.g. if the last save fails.
+    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if it cannot continue: the last save failed.
     """
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
     share = processes.rank, processes.world_size
@@ -53,10 +49,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     settings = run.settings | {"eval_interval": eval_interval}
 
     companions = stage.companions(args, model)  # before a checkpoint replaces the starting weights
-    checkpoints = Checkpoints(run, model, companions, TrainedRows.of(data, run), settings)
+    checkpoints = Checkpoints(run, model, companions, data, settings)
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
-    loss = partial(stage.loss, **moved(companions, device))
+    companions = {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
+    loss = partial(stage.loss, **companions)
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
     measured = heldout, model, loss, collate, processes, run.dtype, args.batch_size
@@ -72,7 +69,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         report_resume(run, state.step, total_steps, data)
     if features is not None:
         data = encode_once(run, model, data, features)
-    seed_dropout(run)
+    torch.manual_seed(args.seed + processes.rank)  # for dropout
+    if run.state is not None:
+        restore_random_state(run.state["random"], processes.rank, device)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     with (
         contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
@@ -95,19 +94,14 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 progress.add(losses, counts.samples, counts.tokens, data_seconds)
                 report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
                 watch.measure_if_due(progress, state.step, epoch + 1)
-                # Ranks stay in step: a signal on any rank stops all; the main rank's clock decides when to save.
-                saves, stops = processes.sum(checkpoints.are_due(state), signals.asked is not None)
-                if saves or stops:
+                [stops] = processes.sum(signals.asked is not None)  # ranks stay in step: a signal on any stops all
+                is_due = state.step % args.save_interval == 0 or state.sample == 0  # also at the end of an epoch
+                if is_due or stops:
                     checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
                 if stops and state.step < total_steps:
                     progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")
                     raise Stopped(signals.asked or signal.SIGTERM)
         finish(run, state, progress, watch, data)
-
-
-def moved(companions: dict, device: torch.device) -> dict:
-    """Moves the models among a stage's companions to the device."""
-    return {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
 
 
 def make_step(
@@ -146,13 +140,6 @@ def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: Featur
     compute_features(data, features, model.encode_images, run.device, *run.processes.local_share)
     run.processes.barrier(patient=True)
     return data.changed(features=features)
-
-
-def seed_dropout(run: Run):
-    """Seeds each rank by its own number; restores the saved state on resume."""
-    torch.manual_seed(run.args.seed + run.processes.rank)
-    if run.state is not None:
-        restore_random_state(run.state["random"], run.processes.rank, run.device)
 
 
 def load_batches(

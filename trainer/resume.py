@@ -1,9 +1,9 @@
 """Checkpoints: weights, sidecar and training state, written together. A run resumes bit-identically."""
 
 import hashlib
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,29 +20,8 @@ from model.vision_tower import tower_weights_sha256
 from trainer.setup import Run
 from trainer.support.run_files import REPORTED, SAVED, is_unfinished
 
+RESUMES = "the same command with --from_resume 1 resumes from there"
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
-
-
-@dataclass(frozen=True)
-class TrainedRows:
-    """Training-data facts kept in a checkpoint.
-
-    Attributes:
-        content: A hash of their content, which a resumed run must find again.
-        sidecar: Their number, that of their pictures, and their prompts' usual form.
-        picture_keys: (pictures,) hashes of the pictures' content; on the main rank, which reads them all.
-    """
-
-    content: str
-    sidecar: dict
-    picture_keys: np.ndarray | None
-
-    @classmethod
-    def of(cls, data: VLMDataset, run: Run) -> "TrainedRows":
-        content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()[:12]
-        sidecar = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
-        sidecar["prompt_form"] = usual_form(data, run.tokenizer)
-        return cls(content, sidecar, data.picture_keys if run.processes.is_main else None)
 
 
 class Checkpoints:
@@ -52,75 +31,64 @@ class Checkpoints:
     the flags in effect, for sidecar and state.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM, companions: dict, rows: TrainedRows, settings: dict):
-        self.run, self.model, self.rows, self.settings = run, model, rows, settings
+    def __init__(self, run: Run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
+        self.run, self.model, self.settings = run, model, settings
+        self.rows = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
+        self.rows["prompt_form"] = usual_form(data, run.tokenizer)
+        self.picture_keys = data.picture_keys if run.processes.is_main else None  # reads all pictures
         if run.state is not None:
             weight_io.load_learned(model, run.state, run.files.state)
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
         self.tower_weights = tower_weights_sha256(model.vision_encoder)
-        self.fingerprint = self._fingerprint(companions)
+        self.fingerprint = self._fingerprint(companions, data)
         if run.state is not None:
-            self._check(run.state)
+            check_same_run(run.state, self.fingerprint, len(data), run.files.state)
             written = weight_io.read_sidecar_or_empty(run.files.weights).get("step")
             if run.processes.is_main and (written != run.state["step"] or not run.files.weights.is_file()):
                 # The run was killed between the renames of state and weights.
                 files.write_together(self._weight_files(run.state["step"]))
         run.processes.barrier(patient=True)  # reading all pictures may take long
         self.keep_earlier_weights = partial(run.files.keep_aside, *(SAVED if run.state is None else ()))
-        self.saved_at = time.monotonic()
 
-    def _fingerprint(self, companions: dict) -> dict[str, str]:
+    def _fingerprint(self, companions: dict, data: VLMDataset) -> dict[str, str]:
         """Returns what must not change on resume: samples and model depend on it."""
         run, config = self.run, self.run.config
         heads = f"{config.num_attention_heads} and {config.num_key_value_heads} heads"
-        return {
+        content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()
+        fingerprint = {
             "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {heads}, "
             f"{config.vocab_size} tokens{', experts' if config.use_moe else ''}",
             "max_seq_len": str(run.args.max_seq_len),
             "seed": str(run.args.seed),
             "tokenizer": run.tokenizer_sha256[:12],
-            "data": f"{self.rows.sidecar['rows']:,} rows, {self.rows.content}",
+            "data": f"{len(data):,} rows, {content[:12]}",
             "vision tower": self.tower_sha256[:12],
             "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
-        } | {name: fingerprint_of(companion) for name, companion in companions.items()}
-
-    def _check(self, state: dict):
-        path = self.run.files.state
-        for name, value in self.fingerprint.items():
-            if (saved := state["fingerprint"].get(name)) != value:
-                raise UsageError(
-                    f"{display_path(path)} was saved with another {name} ({saved}; now {value}): repeat that "
-                    "run's flags, or leave --from_resume out to start over"
-                )
-        check_place(state, self.rows.sidecar["rows"], path)
+        }
+        for name, companion in companions.items():
+            is_model = isinstance(companion, torch.nn.Module)
+            fingerprint[name] = files.sha256_of(companion.state_dict())[:12] if is_model else str(companion)
+        return fingerprint
 
     def _weight_files(self, step: int) -> dict:
         run, config = self.run, self.model.config
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
-        sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.rows.sidecar
+        sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.rows
         sidecar["tower_sha256"] = self.tower_weights
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
-
-    def are_due(self, state: "TrainState") -> bool:
-        """Tells whether to save: at --save_interval, at an epoch's end, on the main rank after --save_minutes."""
-        minutes_are_up = time.monotonic() - self.saved_at >= 60 * self.run.args.save_minutes
-        is_at_interval = state.step % self.run.args.save_interval == 0 or state.sample == 0
-        return is_at_interval or (self.run.processes.is_main and minutes_are_up)
 
     def save(self, parts: list, is_last: bool):
         """Writes what the parts' `state_dict` return, weights and sidecar, all or none; all ranks call it.
 
-        Raises:
-            UsageError: If nothing was learned yet, the weights are not finite, or the run's last save cannot be written
-                (the disk is full); other failed saves are logged and keep the previous files.
+        Raises UsageError if nothing was learned yet, the weights are not finite, or the run's last save cannot be
+        written (the disk is full); other failed saves are logged and keep the previous files.
         """
         run, learned, error = self.run, weight_io.learned_parameters(self.model), None
         state = {name: value for part in parts for name, value in part.state_dict().items()}
         self._check_worth_saving(state, learned)
         random = run.processes.gather(random_state(run.device))
-        self.saved_at = time.monotonic()  # also when the save fails: do not retry at every step
         if run.processes.is_main:
             state |= {
                 "learned": {name: parameter.detach().cpu() for name, parameter in learned.items()},
@@ -128,7 +96,7 @@ class Checkpoints:
                 "arguments": {key: str(value) for key, value in self.settings.items()},
                 "processes": run.processes.world_size,
                 "fingerprint": self.fingerprint,
-                "pictures": torch.from_numpy(self.rows.picture_keys),
+                "pictures": torch.from_numpy(self.picture_keys),
             }
             try:
                 # The state first: if the process dies between the renames, the weights can be made from it.
@@ -138,9 +106,9 @@ class Checkpoints:
             except UsageError as failure:
                 error = failure
         run.processes.barrier()
-        if error is not None and is_last:
-            raise error
         if error is not None:
+            if is_last:
+                raise error
             run.log(f"warning: step {state['step']} could not be saved, training continues: {error}")
 
     def _check_worth_saving(self, state: dict, learned: dict):
@@ -159,13 +127,14 @@ class Checkpoints:
             )
 
 
-def fingerprint_of(companion) -> str:
-    is_model = isinstance(companion, torch.nn.Module)
-    return files.sha256_of(companion.state_dict())[:12] if is_model else str(companion)
-
-
-def check_place(state: dict, rows: int, path):
-    """Raises UsageError unless a run over so many rows can be at the state's step, epoch and sample."""
+def check_same_run(state: dict, fingerprint: dict[str, str], rows: int, path: Path):
+    """Raises UsageError unless a checkpoint is of this run, and at a position that a run over so many rows can have."""
+    for name, value in fingerprint.items():
+        if (saved := state["fingerprint"].get(name)) != value:
+            raise UsageError(
+                f"{display_path(path)} was saved with another {name} ({saved}; now {value}): repeat that run's flags, "
+                "or start over with --from_resume 0"
+            )
     step, epoch, sample, epochs = state["step"], state["epoch"], state["sample"], state["arguments"].get("epochs", "")
     is_place = sample < rows and epochs.isdecimal() and (epoch, sample) <= (int(epochs), 0)
     if not (is_place and epoch + (sample > 0) <= step <= epoch * rows + sample):  # a step takes a sample at least
@@ -240,9 +209,6 @@ def keep_earlier_run(run: Run):
     """Renames an earlier run's reports out of the way (not on resume), on the main rank.
 
     Its weights and state are renamed at this run's first save; an unfinished run's at once.
-
-    Raises:
-        UsageError: If a file cannot be renamed.
     """
     files = run.files
     if run.state is not None or not run.processes.is_main:

@@ -27,41 +27,28 @@ from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
-from trainer.support.run_files import BAD_ROWS, RunFiles, prepare_save_dir, read_state
+from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_dir, read_state
 
 SHOWN_BAD_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run needs; immutable.
-
-    Attributes:
-        stage, args, processes: The stage, its flags, this process among all.
-        tokenizer, tokenizer_sha256: The tokenizer and its hash.
-        weights: The starting weights' path and sidecar (their tensors go into the model), None for random ones.
-        config: The model's shape.
-        tower: The vision tower's settings, read from its files.
-        files: Where everything is written.
-        state: The checkpoint to resume from, or None.
-        dtype: Compute dtype.
-        started: `time.perf_counter()` at the start.
-        lock: Keeps another process from writing the same files.
-    """
+    """Everything a run needs; immutable."""
 
     stage: Stage
-    args: object
+    args: object  # the stage's flags
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
     tokenizer_sha256: str
-    weights: weight_io.Weights | None
-    config: VLMConfig
+    weights: weight_io.Weights | None  # that it starts from (their tensors go into the model), None for random ones
+    config: VLMConfig  # the model's shape
     tower: TowerSettings
     files: RunFiles
-    state: dict | None
-    dtype: torch.dtype
-    started: float
-    lock: object
+    state: dict | None  # the checkpoint to resume from
+    dtype: torch.dtype  # that it computes in
+    started: float  # `time.perf_counter()`
+    lock: object  # keeps another process from writing the same files
 
     @property
     def device(self) -> torch.device:
@@ -99,11 +86,7 @@ class Run:
 
 
 def prepare_run(stage: Stage, args, processes: Processes) -> Run:
-    """Finds tokenizer, starting weights and checkpoint, and checks that they fit together.
-
-    Raises:
-        UsageError: If a file is missing or does not fit.
-    """
+    """Finds tokenizer, starting weights and checkpoint; raises UsageError if one is missing or does not fit."""
     started = time.perf_counter()
     quiet_libraries(processes.is_main)
     if args.deterministic:
@@ -129,7 +112,7 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             "from: give it another name"
         )
     run_lock = prepare_save_dir(files, processes)
-    state = read_state(args, files, processes)
+    state = read_state(files.state, STATE, args.from_resume, processes.log)
     dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
     dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
     return Run(
@@ -174,8 +157,7 @@ def find_starting_weights(args, log) -> weight_io.Weights | None:
 def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     """Returns the model's shape: from the weights, or from the flags if there are none (published: 512 x 8, 768 x 16).
 
-    Raises:
-        UsageError: If the shape is invalid, or the flags contradict the weights.
+    Raises UsageError if the shape is invalid, or the flags contradict the weights.
     """
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
     projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
@@ -188,8 +170,8 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
             config = VLMConfig(**shape, **of_tower, **projector, vocab_size=len(tokenizer))
         else:
             config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
-        if weights is not None and not weights.has_projection:  # a language model: the projection does not exist yet
-            config = VLMConfig(**weight_io.config_fields(config) | projector)
+            if not weights.has_projection:  # a language model: the projection does not exist yet
+                config = VLMConfig(**weight_io.config_fields(config) | projector)
     except ValueError as error:
         tower_flag = f"--vision_model_path {display_path(args.vision_model_path)}"
         raise UsageError(f"--hidden_size {hidden_size} and {tower_flag} make no valid model: {error}") from error
@@ -206,13 +188,9 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
 
 
 def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
-    """Loads the tokenised rows; prints the report on bad ones.
+    """Returns the tokenised training and evaluation rows (those of --eval_data, or some held out; None for none).
 
-    Returns:
-        The training rows, and the evaluation rows: those of --eval_data, or some held out; None for none.
-
-    Raises:
-        UsageError: If there are more bad rows than --max_bad_rows, or nothing is left.
+    Raises UsageError if there are more bad rows than --max_bad_rows, or nothing is left.
     """
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
@@ -226,45 +204,31 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
             f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
             "and text rows give it no gradient. Use rows with pictures, or train the decoder too (--freeze_llm none)"
         )
-    if args.eval_data == "none":
-        return data, None
-    if args.eval_data is not None:
-        return data, load_eval_data(run, data)
-    training, heldout = hold_out(data)
-    if heldout is not None:
-        report_shared_images(run, data, training, heldout)
+    return (data, None) if args.eval_data == "none" else split(run, data)
+
+
+def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
+    """Returns training and evaluation rows; reports which are left out, and which are in both."""
+    args = run.args
+    if args.eval_data is None:
+        training, heldout = hold_out(data)
+        both = 0 if heldout is None else len(showing_the_same(training, heldout))
+        if left_out := len(data) - len(training) - len(heldout or ()):
+            run.log(f"{left_out:,} rows show a held-out image beside others: used for neither training nor evaluation")
+    else:
+        flag = f"--eval_data {display_path(args.eval_data)}"
+        training, heldout = data, open_data(run, args.eval_data, args.eval_images_path or args.images_path)
+        if bad := heldout.bad_rows:
+            first = f"the first is {bad[0].line}: {bad[0].reason}"
+            run.log(f"{flag}: {len(bad)} rows cannot be used and are left out, {first}")
+        if len(heldout) == 0:
+            raise UsageError(f"{flag} has no usable rows")
+        both = rows_in_both(data, heldout)
+    if both:
+        run.log(
+            f"warning: {both:,} held-out rows or images are trained on too, so the held-out loss will look too good"
+        )
     return training, heldout
-
-
-def load_eval_data(run: Run, data: VLMDataset) -> VLMDataset:
-    """Loads the rows of --eval_data; reports those that cannot be used, and those that are trained on too."""
-    path = Path(run.args.eval_data).expanduser().resolve()
-    flag = f"--eval_data {display_path(path)}"
-    heldout = open_data(run, path, run.args.eval_images_path or run.args.images_path)
-    if heldout.bad_rows:
-        count, first = len(heldout.bad_rows), heldout.bad_rows[0]
-        reason = f"the first is {first.line}: {first.reason}"
-        run.log(f"{flag}: {count} rows cannot be used and are left out, {reason}")
-    if len(heldout) == 0:
-        raise UsageError(f"{flag} has no usable rows")
-    if both := rows_in_both(data, heldout):
-        run.log(
-            f"warning: {both:,} of the {len(heldout):,} rows of {flag} are trained on too, so the held-out loss "
-            "will look too good"
-        )
-    return heldout
-
-
-def report_shared_images(run: Run, data: VLMDataset, training: VLMDataset, heldout: VLMDataset):
-    """Logs how many rows that show a held-out image are left out, or trained on all the same."""
-    left_out, trained_on = len(data) - len(training) - len(heldout), len(showing_the_same(training, heldout))
-    if left_out:
-        run.log(f"{left_out:,} rows show a held-out image beside others: used for neither training nor evaluation")
-    if trained_on:
-        run.log(
-            f"warning: {trained_on:,} training rows show a held-out image, too many to leave out, so the held-out "
-            "loss will look too good"
-        )
 
 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
@@ -275,7 +239,7 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 def report_bad_rows(run: Run, data: VLMDataset):
     """Logs the unusable rows, lists them in {name}.bad_rows.txt; raises UsageError if there are too many."""
-    path, bad = run.files.bad_rows, data.bad_rows
+    args, path, bad = run.args, run.files.bad_rows, data.bad_rows
     if run.processes.is_main and run.state is None and run.files.weights.is_file():
         run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
     if not bad:
@@ -293,7 +257,7 @@ def report_bad_rows(run: Run, data: VLMDataset):
             run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
     if len(bad) > SHOWN_BAD_ROWS:
         report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
-    limit = bad_rows_limit(data, run.args.max_bad_rows)
+    limit = bad_rows_limit(data, args.max_bad_rows)
     if len(bad) <= limit:
         run.log("\n".join([*report, "They are left out."]))
         return
@@ -301,19 +265,14 @@ def report_bad_rows(run: Run, data: VLMDataset):
         report.append(f"A good line looks like this:\n  {RIGHT_FORM}")
     cut = data.column("cut_tokens")[data.left_out]
     if cut.any():
-        too_long = f"{(cut > 0).sum()} of them are cut by --max_seq_len {run.args.max_seq_len}"
-        report.append(f"{too_long}; {cut.max()} fits all.")
-    share = "1 % of the rows" if run.args.max_bad_rows is None else f"--max_bad_rows {limit}"
+        report.append(f"{(cut > 0).sum()} of them are cut by --max_seq_len {args.max_seq_len}; {cut.max()} fits all.")
+    share = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
     report.append(f"More than {share}: training does not start. Fix them, or raise --max_bad_rows.")
     raise UsageError("\n".join(report))
 
 
 def load_model(run: Run) -> MiniMindVLM:
-    """Builds tower, projection and decoder on the CPU in float32, and loads the starting weights.
-
-    Raises:
-        UsageError: If the weights do not fit.
-    """
+    """Builds tower, projection and decoder on the CPU in float32; raises UsageError if the weights do not fit."""
     torch.manual_seed(run.args.seed)  # same initial projection on every rank
     model = MiniMindVLM(run.config, vision_model_path=run.args.vision_model_path)
     if run.weights is not None:
@@ -344,13 +303,12 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
     """Opens the cache of the tower's features if --cache_vision or its default says so; all ranks decide alike.
 
-    Raises:
-        FeatureCacheError: If --cache_vision names a folder without enough space.
+    Raises FeatureCacheError if --cache_vision names a folder without enough space.
     """
     flag = run.args.cache_vision
-    folder = run.files.save_dir / "vision_features" if flag is None else Path(flag).expanduser().resolve()
     if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
+    folder = flag or run.files.save_dir / "vision_features"
     # Another tower, dtype or picture format gives other features.
     made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
     features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))

@@ -16,15 +16,10 @@ from trainer.support.processes import Processes, others_may_be_gone
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Everything a step needs.
+    """Everything a step needs."""
 
-    Attributes:
-        loss: A StageLoss; DistributedDataParallel over several processes.
-        parameters: Trainable parameters.
-    """
-
-    loss: nn.Module
-    parameters: list[nn.Parameter]
+    loss: nn.Module  # a StageLoss; DistributedDataParallel over several processes
+    parameters: list[nn.Parameter]  # those that are trained
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     processes: Processes
@@ -90,10 +85,8 @@ def train_step(
     """Takes one optimizer step over all ranks.
 
     Its gradient is that of the mean loss over all units of the step, however they are divided into micro-batches and
-    ranks. A step whose loss or gradient is not finite leaves the weights unchanged.
-
-    Returns:
-        (2,) summed loss and units, zeros for a skipped step; and whether it was skipped. Neither is synced.
+    ranks. A step whose loss or gradient is not finite leaves the weights unchanged. Returns (2,) summed loss and units,
+    zeros for a skipped step; and whether it was skipped. Neither is synced.
     """
     optimizer, scaler, device = context.optimizer, context.scaler, context.processes.device
     loss_sum = torch.zeros(1, device=device)
@@ -133,17 +126,11 @@ def train_step(
     return torch.where(is_bad, 0.0, losses), is_bad
 
 
-@contextlib.contextmanager
-def gradient_sums(context: TrainContext, is_last: bool):
+def gradient_sums(context: TrainContext, is_last: bool) -> contextlib.AbstractContextManager:
     """Sums gradients over ranks during the backward pass of a step's last micro-batch."""
     if context.processes.world_size == 1:
-        yield
-    elif is_last:
-        with others_may_be_gone():
-            yield
-    else:
-        with context.loss.no_sync():
-            yield
+        return contextlib.nullcontext()
+    return others_may_be_gone() if is_last else context.loss.no_sync()
 
 
 def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):

@@ -21,7 +21,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +33,7 @@ from torch import nn
 
 from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
 from common.errors import Stopped, UsageError, run_script
-from common.files import load_file, refuse_to_lose, sha256_of, whole_folder, write_atomically
+from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
 from dataset.holdout import hold_out
 from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, text_of
@@ -42,27 +42,31 @@ from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer, quiet_libraries
 from dataset.views import random_views
 from dataset.workers import load_in_workers, worker_errors
-from model.vision_tower import TowerError, encode_images, load_vision_tower
+from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
+from model.weights import load_learned
 from trainer.report.progress import clock
+from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
 from trainer.stage import epochs_for
+from trainer.step import Counts, make_context, train_step
 from trainer.support.processes import Processes, cores, pick_dtype
+from trainer.support.run_files import PROGRESS, SECONDS, read_state
 from trainer.support.signals import StopSignals
 
 NO_TOWER = Path("none")
 SMALL = 112  # pixels: with 49 patches the tower learns four times as fast as with 196, and so do the next stages
 MOST_TOKENS = 2048  # of a row that are read
 MOST_WORDS, LEAST_PICTURES, ALMOST_ALL = 4096, 2, 0.9  # words that so many pictures have, and not almost all
-SIDES = re.compile(
-    r"\b(left|right)\b|[左右]", re.IGNORECASE
-)  # where an answer names them, a mirrored picture would contradict it
+# Where an answer names a side, a mirrored picture would contradict it.
+SIDES = re.compile(r"\b(left|right)\b|[左右]", re.IGNORECASE)
 GUIDED = 0.3  # of the time: the guide's share
 GUIDE_WIDTH, GUIDE_PIXELS, GUIDE_RATE = 64, 64, 3e-3
 OWN, DENSE = 0.35, 2.0  # weight of the words beside the guide's prediction of them, and of what it sees at each patch
 SHARPNESS = 4.0  # means over patches make small logits
 BETAS, WEIGHT_DECAY, WARM_UP = (0.9, 0.98), 0.05, 0.05
 REPORTS, MEASURED = 5, 512  # lines with the held-out figure over the run, and pictures that it is measured on
+MOST_EPOCHS = 1 << 20  # more than anybody trains
 MADE_BY = {"tower_by": "trainer/train_tower.py"}
-RESUMES = "the same command with --from_resume 1 resumes from there"
+STATE = PROGRESS | {"seconds": SECONDS, "guide": {"*": torch.Tensor}}
 
 
 def parse_arguments(argv=None) -> Namespace:
@@ -77,48 +81,17 @@ def parse_arguments(argv=None) -> Namespace:
     add("--from_tower", type=file_path, default=BUILTIN_TOWER_DIR, help=what)
     what = f"width and height in pixels that the tower sees (default: {SMALL} from the built-in tower, else as it is)"
     add("--size", type=number(int, 32, 1024), help=what)
-    what = f"divides answers into words (default: {display_path(BUILTIN_TOKENIZER_DIR)})"
-    add("--tokenizer_path", type=file_path, default=BUILTIN_TOKENIZER_DIR, help=what)
     add("--minutes", type=number(float, 0.01), default=6, help="how long to train")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of minutes")
     add("--batch_size", type=number(int, 2), default=64, help="pictures a step")
     add("--learning_rate", type=number(float, 0), default=1e-3, help="the tower's peak; cosine decay to 1 %%")
-    what = "1: also learn from mirrored pictures (default: 0 for pictures whose answers say left or right, else 1)"
-    add("--flip", type=int, choices=(0, 1), help=what)
     add("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of initial weights, order and views")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     add("--num_workers", type=number(int, 0), default=min(8, cores()), help="processes that decode pictures")
     add("--from_resume", type=int, choices=(0, 1), help="1: resume a run that was stopped; 0: start over")
     args = parser.parse_args(argv)
     args.save_tower = args.save_tower.resolve()
-    if args.size is None and args.from_tower in (NO_TOWER, BUILTIN_TOWER_DIR):
-        args.size = SMALL
     return args
-
-
-class Guide(nn.Module):
-    """A small convolutional network: (images, 3, 64, 64) to the words' logits and its map (images, width, 8, 8)."""
-
-    def __init__(self, words: int, width: int = GUIDE_WIDTH):
-        super().__init__()
-        self.width = 4 * width
-        self.layers = nn.Sequential(
-            *convolution(3, width // 2, stride=2),
-            *convolution(width // 2, width),
-            nn.MaxPool2d(2),
-            Residual(width),
-            *convolution(width, 2 * width),
-            nn.MaxPool2d(2),
-            Residual(2 * width),
-            *convolution(2 * width, self.width),
-        )
-        self.head = nn.Linear(self.width, words)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        small = F.interpolate(pixels, size=(GUIDE_PIXELS, GUIDE_PIXELS), mode="bilinear", antialias=True)
-        seen = self.layers(small.contiguous(memory_format=torch.channels_last)).float()
-        return self.head(seen.amax((2, 3))) / 2, seen
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -134,35 +107,44 @@ class Residual(nn.Sequential):
 
 
 class Learner(nn.Module):
-    """The tower with its heads, and the guide that it learns from."""
+    """The tower with its heads, and the guide that it learns from: a small convolutional network."""
 
-    def __init__(self, tower: nn.Module, words: int):
+    def __init__(self, tower: nn.Module, words: int, width: int = GUIDE_WIDTH):
         super().__init__()
-        self.guide, self.tower = Guide(words), tower
+        self.guide = nn.Sequential(
+            *convolution(3, width // 2, stride=2),
+            *convolution(width // 2, width),
+            nn.MaxPool2d(2),
+            Residual(width),
+            *convolution(width, 2 * width),
+            nn.MaxPool2d(2),
+            Residual(2 * width),
+            *convolution(2 * width, 4 * width),
+        ).to(memory_format=torch.channels_last)
+        self.guide_head = nn.Linear(4 * width, words)
+        self.tower = tower
         self.head = nn.Linear(tower.settings.hidden_size, words)
-        self.imitates = nn.Linear(tower.settings.hidden_size, self.guide.width)
+        self.imitates = nn.Linear(tower.settings.hidden_size, 4 * width)
 
-    def parts(self) -> tuple[list, list]:
-        """Returns the parameters of the guide, and those of the tower with its heads."""
-        return list(self.guide.parameters()), [
-            weight for part in (self.tower, self.head, self.imitates) for weight in part.parameters()
-        ]
+    def ask_guide(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the guide's logits of the words, and its map (images, width, 8, 8)."""
+        small = F.interpolate(pixels, size=(GUIDE_PIXELS, GUIDE_PIXELS), mode="bilinear", antialias=True)
+        seen = self.guide(small.contiguous(memory_format=torch.channels_last)).float()
+        return self.guide_head(seen.amax((2, 3))) / 2, seen
 
-    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: torch.Tensor) -> torch.Tensor:
+        """Returns the cross-entropy of the guide; or the tower's, plus its distance from what the guide sees."""
+        is_guide = bool(is_guide)
+        self.guide.train(is_guide)
+        with torch.set_grad_enabled(is_guide):
+            logits, seen = self.ask_guide(pixels)
+        if is_guide:
+            return F.cross_entropy(logits.float(), targets)
+        side = math.isqrt(self.tower.settings.patches)
+        seen = F.interpolate(seen, size=(side, side), mode="bilinear", antialias=True).flatten(2).mT
+        seen = F.layer_norm(seen, seen.shape[-1:])
         states = self.tower(pixel_values=pixels).last_hidden_state.float()
-        return states[:, states.shape[1] - self.tower.settings.patches :]
-
-    def guide_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.guide.train()(pixels)[0].float(), targets)
-
-    def tower_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Returns the cross-entropy with words and guide, and the distance from what the guide sees at each patch."""
-        with torch.no_grad():
-            logits, seen = self.guide.eval()(pixels)
-            side = math.isqrt(self.tower.settings.patches)
-            seen = F.interpolate(seen, size=(side, side), mode="bilinear", antialias=True).flatten(2).mT
-            seen = F.layer_norm(seen, seen.shape[-1:])
-        patches = self.patches(pixels)
+        patches = states[:, states.shape[1] - self.tower.settings.patches :]
         targets = OWN * targets + (1 - OWN) * logits.softmax(1)
         loss = F.cross_entropy(SHARPNESS * self.head(patches.mean(1)).float(), targets)
         return loss + DENSE * F.smooth_l1_loss(self.imitates(patches).float(), seen)
@@ -173,27 +155,23 @@ class Pictures:
 
     Attributes:
         rows: One row of each picture.
-        row_count: All rows of the file, also those of no or several pictures.
         said: For each picture the set of its words: the tokens of its answers, and the answers (tuples of tokens).
         may_flip: bool (pictures,): those of which no answer says left or right.
     """
 
     def __init__(self, data: VLMDataset, tokenizer):
-        self.row_count = len(data)
         data = data.changed(row_indices=data.row_indices[data.image_counts == 1])
         _, first, numbers = np.unique(data.first_pictures, return_index=True, return_inverse=True)
         self.rows = data.changed(row_indices=data.row_indices[first], leaves_small=True)
-        self.said, special = [set() for _ in first], {*tokenizer.all_special_ids}
+        self.said, self.may_flip = [set() for _ in first], torch.ones(len(first), dtype=torch.bool)
+        special = {*tokenizer.all_special_ids}
         for start in range(0, len(data), 1000):
-            rows = [text_of(row)["labels"] for row in data.read_rows(data.row_indices[start : start + 1000].tolist())]
-            for picture, labels in zip(numbers[start : start + 1000].tolist(), rows, strict=True):
+            rows = data.read_rows(data.row_indices[start : start + 1000].tolist())
+            for picture, row in zip(numbers[start : start + 1000].tolist(), rows, strict=True):
+                labels = text_of(row)["labels"]
                 answer = tuple(token for token in labels[labels >= 0].tolist() if token not in special)
                 self.said[picture] |= {*answer, answer}
-        texts = [tokenizer.batch_decode([list(word) for word in said if isinstance(word, tuple)]) for said in self.said]
-        self.may_flip = torch.tensor([SIDES.search("\n".join(of_picture)) is None for of_picture in texts])
-
-    def __len__(self) -> int:
-        return len(self.said)
+                self.may_flip[picture] &= SIDES.search(tokenizer.decode(answer)) is None
 
 
 class Words:
@@ -208,12 +186,9 @@ class Words:
         self.numbers = {word: number for number, word in enumerate(usable)}  # the most frequent first
         self.weights = {word: math.log(1 + len(said) / count[word]) for word in usable}  # rare ones say more
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def targets(self, said: list[set]) -> torch.Tensor:
         """Returns (pictures, words): the weight of each picture's words, half of it on answers; rows sum to 1 or 0."""
-        targets = torch.zeros(len(said), len(self))
+        targets = torch.zeros(len(said), len(self.numbers))
         for row, words in zip(targets, said, strict=True):
             for kind in (tuple, int):
                 known = [word for word in words if isinstance(word, kind) and word in self.numbers]
@@ -221,6 +196,15 @@ class Words:
                 for word in known:
                     row[self.numbers[word]] = self.weights[word] / total
         return F.normalize(targets, p=1, dim=1)
+
+
+@dataclass
+class TowerState(TrainState):
+    seconds: float = 0.0
+
+    def done(self, args: Namespace) -> float:
+        """Returns the share of the run done, by its steps or its minutes."""
+        return min(1.0, self.step / args.steps if args.steps else self.seconds / 60 / args.minutes)
 
 
 def load_tower(args: Namespace) -> nn.Module:
@@ -232,7 +216,7 @@ def load_tower(args: Namespace) -> nn.Module:
     settings, config = loaded.settings, loaded.config
     if settings.kind not in ("CLIP", "SigLIP"):
         raise UsageError(f"--from_tower {display_path(args.from_tower)} is a {settings.kind}, neither CLIP nor SigLIP")
-    size = args.size or settings.size
+    size = args.size or (SMALL if args.from_tower in (NO_TOWER, BUILTIN_TOWER_DIR) else settings.size)
     if args.size and size % config.patch_size:
         raise UsageError(f"--size {size} is no multiple of the tower's patches of {config.patch_size} pixels")
     config.image_size = size
@@ -242,24 +226,18 @@ def load_tower(args: Namespace) -> nn.Module:
         tower.register_buffer(name, getattr(loaded, name), persistent=False)
     if args.from_tower == NO_TOWER:
         return tower
-    tensors = loaded.state_dict()
+    tensors = {name: tensor for name, tensor in loaded.state_dict().items() if "position_ids" not in name}
     [name] = [name for name in tensors if name.endswith("position_embedding.weight")]
-    place = tensors[name]
-    first, side = len(place) - settings.patches, math.isqrt(settings.patches)  # a class token stays
-    grid = place[first:].T.unflatten(1, (side, side))[None]
+    first, side = len(tensors[name]) - settings.patches, math.isqrt(settings.patches)
+    class_token, grid = tensors[name][:first], tensors[name][first:].T.unflatten(1, (side, side))[None]
     grid = F.interpolate(grid, size=(size // config.patch_size,) * 2, mode="bilinear", antialias=True)
-    tensors[name] = torch.cat((place[:first], grid[0].flatten(1).T))
-    tensors = {name: tensor for name, tensor in tensors.items() if "position_ids" not in name}  # they only count
+    tensors[name] = torch.cat((class_token, grid[0].flatten(1).T))
     tower.load_state_dict(tower.state_dict() | tensors)
     return tower
 
 
-def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Pictures, Pictures]:
-    """Loads the pictures to learn from, and those held out.
-
-    Raises:
-        UsageError: If more than 1 % of the rows are bad, or there are too few pictures.
-    """
+def load_data(args: Namespace, tower: nn.Module, tokenizer) -> tuple[VLMDataset, VLMDataset | None]:
+    """Loads the rows to learn from, and those held out; raises UsageError if more than 1 % of them are bad."""
     form, found = PictureFormat(**tower.settings.picture_settings), []
     for path in filter(None, (args.data_path, args.eval_data)):
         data = VLMDataset(path, args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form)
@@ -268,16 +246,7 @@ def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Picture
             hint = f"python -m dataset.check {display_path(path)} lists all; --images_path names the pictures' folder"
             raise UsageError(f"{display_path(path)}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")
         found.append(data)
-    training, heldout = found if args.eval_data else hold_out(found[0])
-    pictures = [Pictures(data, tokenizer) for data in (training, heldout) if data is not None]
-    if len(pictures[0]) < args.batch_size:
-        raise UsageError(
-            f"{display_path(args.data_path)}: a tower needs at least {args.batch_size} pictures (--batch_size), and "
-            f"there are {len(pictures[0])} in rows of one picture"
-        )
-    if len(pictures) < 2 or not len(pictures[1]):
-        raise UsageError("no picture is held out: name rows with pictures by --eval_data")
-    return tuple(pictures)
+    return tuple(found) if args.eval_data else hold_out(found[0])
 
 
 def stacked(samples: list) -> tuple[list[int], torch.Tensor | None, list[str]]:
@@ -288,137 +257,23 @@ def stacked(samples: list) -> tuple[list[int], torch.Tensor | None, list[str]]:
 
 
 @torch.no_grad()
-def measure(learner: Learner, words: Words, pictures: Pictures, guide: bool, device) -> tuple[float, float]:
+def measure(learner: Learner, words: Words, pictures: Pictures, is_guide: bool, device) -> str:
     """Returns how often the likeliest word is one of the picture's own, and how often the most frequent one is."""
-    right = frequent = asked = 0
-    for places in np.array_split(np.linspace(0, len(pictures) - 1, min(len(pictures), MEASURED), dtype=int), 8):
-        places = places.tolist()
-        good, pixels, _ = stacked(pictures.rows.__getitems__(places))
-        if not good:
-            continue
-        own = words.targets([pictures.said[places[place]] for place in good]) > 0
-        tower = learner.tower
-        if guide:
-            logits = learner.guide.eval()((pixels.to(device) / 255 - tower.pixel_mean) / tower.pixel_std)[0]
+    count, tower = len(pictures.rows), learner.tower
+    places = np.linspace(0, count - 1, min(count, MEASURED), dtype=int)
+    good, pixels, _ = stacked(pictures.rows.__getitems__(places.tolist()))
+    if not good:
+        return "none of the pictures can be read"
+    own, logits = words.targets([pictures.said[places[place]] for place in good]) > 0, []
+    learner.guide.eval()
+    for part in pixels.to(device).split(64):
+        if is_guide:
+            logits += [learner.ask_guide(normalise(part, None, tower.pixel_mean, tower.pixel_std))[0]]
         else:
-            logits = learner.head(encode_images(tower, pixels.to(device)).mean(1))
-        right += own.gather(1, logits.argmax(1, keepdim=True).cpu()).sum().item()
-        frequent += own[:, 0].sum().item()
-        asked += len(own)
-    return right / max(1, asked), frequent / max(1, asked)
-
-
-def train(args: Namespace, device: torch.device) -> int:
-    """Trains a tower as the flags say, and writes it; returns the number of rows in its data.
-
-    Raises:
-        Stopped: On SIGINT or SIGTERM, after saving.
-        UsageError: If something is missing, or cannot be written.
-    """
-    refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
-    torch.manual_seed(args.seed)
-    tokenizer, tower = load_tokenizer(args.tokenizer_path), load_tower(args)
-    pictures, heldout = load_pictures(args, tower, tokenizer)
-    words = Words(pictures.said)
-    may_flip = pictures.may_flip if args.flip is None else torch.full((len(pictures),), bool(args.flip))
-    fingerprint = {"data": pictures.rows.content_sha256, "starting tower": sha256_of(tower.state_dict())}
-    fingerprint["pictures"] = sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices), "flips": may_flip})
-    fingerprint |= {
-        name: str(getattr(args, name)) for name in ("batch_size", "learning_rate", "seed", "minutes", "steps")
-    }
-    learner = Learner(tower, len(words)).to(device)
-    optimizers = [
-        torch.optim.AdamW(part, lr=0.0, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=device.type in ("cpu", "cuda"))
-        for part in learner.parts()
-    ]
-    dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
-    dtype = torch.float32 if dtype == torch.float16 else dtype  # it would need a gradient scaler
-    # Without lengths to sort by the order is random; there are more epochs than anybody trains.
-    sampler = BatchSampler(np.ones(len(pictures)), args.batch_size, epochs=1 << 20, seed=args.seed)
-    run = {"step": 0, "epoch": 0, "sample": 0, "seconds": 0.0, "fingerprint": fingerprint}
-    state_path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
-    print_header(args, learner, len(words), len(pictures), len(heldout), may_flip, f"{device.type.upper()}, {dtype}")
-    if (state := read_state(args, state_path, fingerprint)) is not None:
-        run = restore(state, state_path, run, learner, optimizers)
-        sampler.start_at(run["epoch"], run["sample"])
-        print(f"  resumes       after step {run['step']:,}", flush=True)
-
-    def done() -> float:
-        return run["step"] / args.steps if args.steps else run["seconds"] / 60 / args.minutes
-
-    def save():
-        state = {"learner": learner.state_dict(), "optimizers": [it.state_dict() for it in optimizers]}
-        state |= {"random": torch.get_rng_state(), "run": run}
-        write_atomically(state_path, lambda file: torch.save(state, file))
-
-    loader = load_in_workers(pictures.rows, args.num_workers, 4, batch_sampler=sampler, collate_fn=stacked)
-    order, losses, skipped = iter(sampler), [], set()
-    with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(loader) as batches:
-        for epoch, first in sampler.steps():
-            started, at = time.perf_counter(), done()
-            is_guide = at < GUIDED
-            (good, pixels, broken), shown = next(batches), next(order)
-            for error in {*broken} - skipped:
-                print(f"skipped, it cannot be read: {error}", flush=True)
-            skipped |= {*broken}
-            if good:
-                shown = [shown[place] for place in good]
-                targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
-                views = random_views(pixels.to(device), tower.settings.size, may_flip[shown])
-                views = (views / 255 - tower.pixel_mean) / tower.pixel_std
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = (learner.guide_loss if is_guide else learner.tower_loss)(views, targets)
-                take_step(loss, optimizers[not is_guide], rate(args, at))
-                losses.append(loss.item())
-            epoch, sample = sampler.after(epoch, first)
-            run |= {"step": run["step"] + 1, "epoch": epoch, "sample": sample}
-            run["seconds"] += time.perf_counter() - started
-            if int(min(1, done()) * REPORTS) > int(at * REPORTS):
-                report(
-                    run["step"], min(1, done()), losses, measure(learner, words, heldout, is_guide, device), is_guide
-                )
-                losses = []
-                save()
-            if done() >= 1:
-                break
-            if signals.asked is not None:
-                save()
-                print(f"stopped after step {run['step']:,}, which is saved: {RESUMES}", flush=True)
-                raise Stopped(signals.asked)
-    write_tower(args, learner.tower)
-    state_path.unlink(missing_ok=True)
-    return pictures.row_count
-
-
-def restore(state: dict, path: Path, run: dict, learner: Learner, optimizers: list) -> dict:
-    """Restores a checkpoint; returns its place in the run, with the fields of `run`. Raises UsageError if damaged."""
-    try:
-        learner.load_state_dict(state["learner"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["random"])
-        return {name: type(value)(state["run"][name]) for name, value in run.items()}
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{display_path(path)} is damaged: --from_resume 0 starts over ({error})") from error
-
-
-def report(step: int, done: float, losses: list[float], held_out: tuple[float, float], is_guide: bool):
-    """Prints the held-out figures; raises UsageError if nothing was learned."""
-    if not losses or not np.isfinite(losses).all():
-        hint = "a lower --learning_rate may help" if losses else "none of the pictures can be read"
-        raise UsageError(f"nothing was learned up to step {step:,}: {hint}")
-    who, (right, frequent) = "guide" if is_guide else "tower", held_out
-    figures = f"likeliest word right {right:.1%} (always the most frequent word: {frequent:.1%})"
-    print(f"  {done:4.0%}  {who}  step {step:,}  loss {np.mean(losses):.3f}  held out: {figures}", flush=True)
-
-
-def take_step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, learning_rate: float):
-    [group] = optimizer.param_groups
-    group["lr"] = learning_rate
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
+            logits += [learner.head(encode_images(tower, part).mean(1))]
+    right = own.gather(1, torch.cat(logits).argmax(1, keepdim=True).cpu()).float().mean()
+    frequent = own[:, 0].float().mean()
+    return f"likeliest word right {right:.1%} (always the most frequent word: {frequent:.1%})"
 
 
 def rate(args: Namespace, done: float) -> float:
@@ -431,47 +286,120 @@ def rate(args: Namespace, done: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP)))))
 
 
-def read_state(args: Namespace, path: Path, fingerprint: dict) -> dict | None:
-    """Reads the checkpoint of a run that was stopped; None to start over.
-
-    Raises:
-        UsageError: If there is one and --from_resume is missing, or it is of another run.
-    """
-    if args.from_resume == 0 or not path.is_file():
-        if args.from_resume:
-            print(f"--from_resume 1: no {display_path(path)} yet, so this run starts from the beginning")
-        return None
-    if args.from_resume is None:
-        raise UsageError(
-            f"{display_path(path)} belongs to a run that did not finish: --from_resume 1 resumes it, --from_resume 0 "
-            "starts over"
-        )
-    state = load_file(path)
-    saved = state["run"]["fingerprint"] if isinstance(state.get("run"), dict) else {}
-    if other := [name for name, value in fingerprint.items() if saved.get(name) != value]:
-        raise UsageError(
-            f"{display_path(path)} was saved with another {', '.join(other)}: repeat that run's flags, or start over "
-            "with --from_resume 0"
-        )
-    return state
-
-
-def print_header(args, learner: Learner, words: int, pictures: int, heldout: int, may_flip, computes: str):
-    start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
-    settings, parameters = learner.tower.settings, sum(weight.numel() for weight in learner.tower.parameters()) / 1e6
-    length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
-    rows = {
-        "starts from": f"{start}: {parameters:.2f} M parameters",
-        "writes": display_path(args.save_tower),
-        "data": f"{display_path(args.data_path)}: {pictures:,} pictures, {words:,} words",
-        "held out": f"{heldout:,} pictures",
-        "sees": f"{settings.size} x {settings.size} pixels, {settings.patches} patches; random crops, "
-        f"{may_flip.float().mean() / 2:.0%} of them mirrored",
-        "time": f"{length} in batches of {args.batch_size}, {computes.replace('torch.', '')}",
+def fingerprint_of(args: Namespace, pictures: Pictures, tower: nn.Module) -> dict[str, str]:
+    """Returns what must not change on resume."""
+    flags = ("batch_size", "learning_rate", "seed", "minutes", "steps")
+    return {name: str(getattr(args, name)) for name in flags} | {
+        "data": pictures.rows.content_sha256,
+        "pictures": sha256_of({"rows": torch.from_numpy(pictures.rows.positions)}),
+        "starting tower": sha256_of(tower.state_dict()),
     }
+
+
+def train(args: Namespace, processes: Processes) -> int:
+    """Trains a tower as the flags say, and writes it; returns the number of rows in its data.
+
+    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if something is missing, or cannot be written.
+    """
+    refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
+    torch.manual_seed(args.seed)
+    tokenizer, tower = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args)
+    data, heldout = load_data(args, tower, tokenizer)
+    pictures, heldout = Pictures(data, tokenizer), heldout and Pictures(heldout, tokenizer)
+    if len(pictures.rows) < args.batch_size:
+        raise UsageError(
+            f"{display_path(args.data_path)}: a tower needs at least {args.batch_size} pictures (--batch_size), and "
+            f"there are {len(pictures.rows)} in rows of one picture"
+        )
+    if not heldout or not len(heldout.rows):
+        raise UsageError("no picture is held out: name rows with pictures by --eval_data")
+    words, fingerprint = Words(pictures.said), fingerprint_of(args, pictures, tower)
+    device = processes.device
+    learner = Learner(tower, len(words.numbers)).to(device)
+    dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
+    context = make_context(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
+    context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    lengths = np.ones(len(pictures.rows))  # all the same: the order is random
+    sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed)
+    print_header(args, learner, words, pictures, heldout, f"{device.type.upper()}, {str(dtype).removeprefix('torch.')}")
+    state, state_path = TowerState(), args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
+    if (saved := read_state(state_path, STATE, args.from_resume, print)) is not None:
+        check_same_run(saved, fingerprint, len(pictures.rows), state_path)
+        load_learned(learner, saved, state_path)
+        try:
+            learner.guide.load_state_dict(saved["guide"])
+        except RuntimeError as error:
+            raise UsageError(f"{display_path(state_path)} is damaged: --from_resume 0 starts over ({error})") from error
+        context.load_state_dict(saved)
+        restore_random_state(saved["random"], 0, device)
+        state.load_state_dict(saved)
+        sampler.start_at(state.epoch, state.sample)
+        print(f"  resumes       after step {state.step:,}", flush=True)
+
+    def save():
+        saved = state.state_dict() | context.state_dict() | {"random": [random_state(device)]}
+        saved["learned"] = {name: weight.detach() for name, weight in learner.named_parameters()}
+        saved["guide"] = learner.guide.state_dict()  # with what its batch norms have seen
+        saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}
+        write_atomically(state_path, lambda file: torch.save(saved, file))
+
+    loader = load_in_workers(pictures.rows, args.num_workers, 4, batch_sampler=sampler, collate_fn=stacked)
+    order, losses, skipped = iter(sampler), [], set()
+    with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(loader) as batches:
+        for epoch, first in sampler.steps():
+            started, before = time.perf_counter(), state.done(args)
+            if before == 1:
+                break
+            is_guide = before < GUIDED
+            (good, pixels, broken), shown = next(batches), next(order)
+            for error in {*broken} - skipped:
+                print(f"skipped, it cannot be read: {error}", flush=True)
+            skipped |= {*broken}
+            if good:
+                shown = [shown[place] for place in good]
+                targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
+                views = random_views(pixels.to(device), tower.settings.size, pictures.may_flip[shown])
+                views = normalise(views, None, tower.pixel_mean, tower.pixel_std)
+                batch = {"pixels": views, "targets": targets, "is_guide": torch.tensor(is_guide), "units": 1}
+                # What gets no gradient stays as it is: the tower while the guide learns, and then the guide.
+                loss, is_bad = train_step(context, [batch], Counts(1, len(good), 0, len(broken)), rate(args, before))
+                if is_bad:
+                    raise UsageError("nothing was learned: the loss is infinite or NaN; try a lower --learning_rate")
+                losses.append(loss[0].item())
+            state.advance(len(broken), len(good), *sampler.after(epoch, first))
+            state.seconds += time.perf_counter() - started
+            done = state.done(args)
+            is_due, stops = int(done * REPORTS) > int(before * REPORTS), signals.asked is not None and done < 1
+            if is_due and not losses:
+                raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
+            if is_due:
+                who, loss = "guide" if is_guide else "tower", f"loss {np.mean(losses):.3f}"
+                figures, losses = measure(learner, words, heldout, is_guide, device), []
+                print(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}", flush=True)
+            if is_due or stops:
+                save()
+            if stops:
+                print(f"stopped after step {state.step:,}, which is saved: {RESUMES}", flush=True)
+                raise Stopped(signals.asked)
+    write_tower(args, tower)
+    state_path.unlink(missing_ok=True)
+    return len(data)
+
+
+def print_header(args: Namespace, learner: Learner, words: Words, pictures: Pictures, heldout: Pictures, computes: str):
+    start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
+    settings, parameters = learner.tower.settings, learner.tower.num_parameters() / 1e6
+    data = f"{display_path(args.data_path)}: {len(pictures.rows):,} pictures, {len(words.numbers):,} words"
+    views = f"{settings.size} x {settings.size} pixels, {settings.patches} patches; random crops"
+    mirrored = f"{pictures.may_flip.float().mean() / 2:.0%} of them mirrored"
+    length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
     print("stage 0: the tower learns your pictures by the words of their answers")
-    for name, value in rows.items():
-        print(f"  {name:<13} {value}", flush=True)
+    print(f"  starts from   {start}: {parameters:.2f} M parameters")
+    print(f"  writes        {display_path(args.save_tower)}")
+    print(f"  data          {data}")
+    print(f"  held out      {len(heldout.rows):,} pictures")
+    print(f"  sees          {views}, {mirrored}")
+    print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)
 
 
 def write_tower(args: Namespace, tower: nn.Module):
@@ -494,7 +422,7 @@ def main():
     with Processes.start(args.device) as processes:
         if processes.world_size > 1:
             raise UsageError("a tower is trained by one process: leave torchrun out")
-        epochs = epochs_for("pretrain", train(args, processes.device))
+        epochs = epochs_for("pretrain", train(args, processes))
     print(f"done in {clock(time.perf_counter() - started)}: {display_path(args.save_tower)}")
     name = re.sub(r"\W+", "_", args.save_tower.name).removesuffix("_tower")
     following = {"from_weight": "llm", "data_path": args.data_path, "images_path": args.images_path}

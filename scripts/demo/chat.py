@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from common.errors import UsageError
 from dataset.conversation import IMAGE_TAG
 from dataset.pictures import PictureError
-from trainer.answering.assistant import Assistant
+from trainer.answering.assistant import Assistant, mask_of
 from trainer.answering.loaded_model import LoadedModel
-from trainer.report.page import mask_of
 
 MOST_PICTURES, LONGEST_QUESTION = 8, 4000  # in a conversation; characters
 MAP_SECONDS = 180  # after which an answer stays without its maps
@@ -103,10 +103,9 @@ def add_question(assistant: Assistant, session: Session, question: str, files: l
         except PictureError as error:
             what = "no_picture" if file.exists() else "gone"
             raise Refused(what, {"name": file.name, "reason": error.reason}) from error
-    message = assistant.turn(question, len(pictures))
     try:
-        assistant.check_length([*session.all("messages"), message], length)
-    except ValueError as error:
+        message = assistant.turn(question, len(pictures), session.all("messages"), length)
+    except UsageError as error:
         raise Refused("too_long", {}) from error
     images = [data_url(Image.fromarray(picture.permute(1, 2, 0).numpy()), "jpeg") for picture in pictures]
     session.turns.append(Turn(question, messages=[message], pictures=pictures, images=images))
@@ -154,7 +153,7 @@ def add_maps(session: Session) -> bool:
     words = WORKERS.submit(look, is_stopped).result() if look else None
     if words is None:
         return False
-    masks = [mask_of([np.hstack(list(maps))]) if any(map(str.isalnum, word)) else None for word, maps in words]
+    masks = [mask_of(np.hstack(list(maps))) if any(map(str.isalnum, word)) else None for word, maps in words]
     turn.words = [(word, mask and data_url(mask, "png")) for (word, _), mask in zip(words, masks, strict=True)]
     turn.seen = session.all("images")
     return True

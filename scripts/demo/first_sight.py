@@ -18,9 +18,8 @@ from common.files import write_atomically
 from common.paths import ROOT, display_path
 from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes
 from dataset.scenes.language import ENGLISH
-from trainer.answering.assistant import Assistant
+from trainer.answering.assistant import Assistant, mask_of
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.report.page import mask_of
 
 WIDTH, EDGE, SCENE, THUMB, GAP = 1200, 24, 240, 112, 12  # pixels
 WORDS = (WIDTH - 3 * EDGE - SCENE + GAP) // (THUMB + GAP)  # the strongest maps, as many as there is room for
@@ -38,7 +37,7 @@ def layout(scene: Image.Image, answer: str, words: list[tuple[str, np.ndarray]])
     font = next(font for font in fonts if pen.textlength(answer, font) <= WIDTH - left - EDGE)
     pen.text((left, EDGE + 34), answer, "#1e293b", font)
     for x, (word, of_word) in zip(range(left, WIDTH, THUMB + GAP), words, strict=False):
-        mask = mask_of([of_word]).resize((THUMB, THUMB), Image.Resampling.NEAREST).convert("RGBA")
+        mask = mask_of(of_word).resize((THUMB, THUMB), Image.Resampling.NEAREST).convert("RGBA")
         thumb = scene.resize((THUMB, THUMB)).convert("RGBA")
         sheet.paste(Image.alpha_composite(thumb, mask).convert("RGB"), (x, 108))
         pen.text((x + THUMB / 2, 108 + THUMB + 6), word.strip(), "#1e293b", ImageFont.load_default(18), anchor="ma")

@@ -107,22 +107,19 @@ def card_files(
 
 
 def eval_results(record: page.Record, task: str) -> list[EvalResult]:
-    """Returns the last held-out losses (nats per token) and the accuracy on drawn scenes."""
-    last, scenes = record.evaluations[-1] if record.evaluations else {}, record.scenes.get("rows", [])
+    """Returns the last held-out losses (nats per token)."""
+    last = record.evaluations[-1] if record.evaluations else {}
     samples = f"{page.number(last.get('samples'))} held-out samples"
-    rows = [(samples, "loss", name, last.get(key)) for key, name in LOSSES.items()]
-    for part in ("attributes", "captions"):
-        rows += [("held-out scenes", "accuracy", f"{part} right, {row['name']}", row.get(part)) for row in scenes]
     return [
-        EvalResult(task, "held-out", dataset, metric, value, metric_name=name)
-        for dataset, metric, name, value in rows
-        if page.is_finite(value)
+        EvalResult(task, "held-out", samples, "loss", last[key], metric_name=name)
+        for key, name in LOSSES.items()
+        if page.is_finite(last.get(key))
     ]
 
 
 def loss_curve(record: page.Record) -> bytes | None:
     """Draws the loss chart of the run's page; returns a PNG, or None where there is no loss."""
-    chart = page.curves(record)["charts"]["Loss"]
+    chart = page.curves(record)["Loss"]
     if chart is None:
         return None
     image = Image.new("RGB", (charts.WIDTH * SCALE, (charts.HEIGHT + HEAD) * SCALE), "white")

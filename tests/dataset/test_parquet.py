@@ -31,7 +31,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
 from scripts.data.sources import read_source
-from trainer.setup import report_shared_images
+from trainer.setup import split
 
 pytest_plugins = ["tiny"]
 
@@ -265,22 +265,21 @@ def shown_by(data: VLMDataset) -> set[int]:
 
 def test_a_held_out_picture_is_not_trained_on_as_the_second_of_a_row(written):
     data = pairs(written, [[number, (number + 1) % 60] for number in range(60)] + [[number] for number in range(60)])
-    kept, held_out = hold_out(data, share=0.05)
+    said = []
+    kept, held_out = split(SimpleNamespace(log=said.append, args=SimpleNamespace(eval_data=None)), data)
     assert not shown_by(kept) & shown_by(held_out)
-    left_out, said = len(data) - len(kept) - len(held_out), []
+    left_out = len(data) - len(kept) - len(held_out)
     assert 0 < left_out <= 3 * len(held_out)
     assert len(kept.row_indices) == len(set(kept.row_indices.tolist()) - set(held_out.row_indices.tolist()))
-    report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
     assert said == [f"{left_out} rows show a held-out image beside others: used for neither training nor evaluation"]
 
 
 def test_a_picture_in_most_rows_is_not_left_out_with_them_but_said(written):
     data = pairs(written, [[number, 200] for number in range(100)])
-    kept, held_out = hold_out(data)
     said = []
-    report_shared_images(SimpleNamespace(log=said.append), data, kept, held_out)
+    kept, held_out = split(SimpleNamespace(log=said.append, args=SimpleNamespace(eval_data=None)), data)
     assert (len(kept), len(held_out)) == (99, 1)
-    assert len(said) == 1 and said[0].startswith("warning: 99 training rows show a held-out image, too many")
+    assert len(said) == 1 and said[0].startswith("warning: 99 held-out rows or images are trained on too")
 
 
 def test_the_same_texts_with_other_pictures_are_other_data(written):

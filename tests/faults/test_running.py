@@ -106,16 +106,6 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback(world, tmp_path):
     assert (stopped.code, stopped.err) == (130, "interrupted\n")
 
 
-def test_save_minutes(world, tmp_path):
-    out = world.copy_of_out(tmp_path / "out")
-    hook = AT_FORWARD.format(what="if len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)")
-    for name, minutes in (("soon", 0.00001), ("later", 5)):
-        flags = ["--save_interval", 1000, "--save_minutes", minutes, "--save_weight", name]
-        assert run(world, out, *flags, hook=hook).code == -9
-    assert load(out / "soon_32_resume.pth")["step"] == 4
-    assert not list(out.glob("later*pth"))
-
-
 FULL_DISK = """
 import errno, os, model.weights
 flush, flushed = os.fsync, []
@@ -373,7 +363,7 @@ def test_training_goes_on_if_stdout_cannot_be_written(world, tmp_path, undisturb
     """As `train >/dev/full` and `train | head -1`; the note goes to stderr."""
     out = world.copy_of_out(tmp_path / "out")
     if where == "full disk":  # in a process of its own: at its end Python writes its buffers once more
-        code = "import os, runpy, trainer.report.samples as samples\nsamples.LONGEST, samples.LOOKING_SECONDS = 8, -1\n"
+        code = "import os, runpy, trainer.report.samples as samples\nsamples.LONGEST = 8\n"
         code += f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nrunpy.run_path({str(SFT)!r}, run_name='__main__')"
         errors = world.start("-c", code, *world.files("sft", out), *FLAGS, cwd=ROOT).passed().err
     else:

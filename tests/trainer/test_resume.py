@@ -16,8 +16,8 @@ from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from model.weights import describe, list_weights, load_learned
-from trainer.resume import check_place, restore_random_state
-from trainer.support.run_files import ENDINGS, read_state
+from trainer.resume import check_same_run, restore_random_state
+from trainer.support.run_files import ENDINGS, STATE, read_state
 
 pytest_plugins = ["tiny"]
 
@@ -291,7 +291,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tm
         (["--freeze_llm", 1], "another run"),
     ):
         message = BASE.run(world, out, "--from_resume", 1, *flags)
-        message.refused("sft_vlm_32_resume.pth ", said, "--from_resume out")
+        message.refused("sft_vlm_32_resume.pth ", said, "--from_resume")
     assert before == {path: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
 
 
@@ -374,17 +374,16 @@ def test_a_state_that_no_run_can_have_is_refused(finished, tmp_path, place, valu
     """As a resumed run reads it: what its kinds are, whether its tensors fit, and whether it is a place in the run."""
     state, path = changed(finished, place, value), tmp_path / "sft_vlm_32_resume.pth"
     torch.save(state, path)
-    args = types.SimpleNamespace(from_resume=1)
-    processes, parameters = types.SimpleNamespace(log=print), finished["learned"]
+    parameters = finished["learned"]
     model = types.SimpleNamespace(
         named_parameters=lambda: ((name, torch.nn.Parameter(value)) for name, value in parameters.items()),
         state_dict=dict,
         load_state_dict=lambda state: None,
     )
     with pytest.raises(UsageError) as error:
-        read = read_state(args, types.SimpleNamespace(state=path), processes)
+        read = read_state(path, STATE, 1, print)
         load_learned(model, read, path)
-        check_place(read, ROWS, path)
+        check_same_run(read, {}, ROWS, path)
         restore_random_state(read["random"], 0, torch.device("cpu"))
     assert word in str(error.value) and "resume" in str(error.value)
 

@@ -22,13 +22,13 @@ COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 FEW = ["--steps", 10, "--batch_size", 4, "--size", 32, "--num_workers", 0, "--device", "cpu"]
 KILLED = """
 import os, signal, torch
-clip, calls = torch.nn.utils.clip_grad_norm_, []
+clip, calls = torch.nn.utils.clip_grads_with_norm_, []
 def counted(*how):
     calls.append(1)
     if len(calls) == {step}:
         os.kill(os.getpid(), signal.{signal})
     return clip(*how)
-torch.nn.utils.clip_grad_norm_ = counted
+torch.nn.utils.clip_grads_with_norm_ = counted
 """
 
 
@@ -100,9 +100,15 @@ def test_a_damaged_checkpoint_is_refused(world, photos, trained, tmp_path):
     train(world, photos, tmp_path / "tower", hook=KILLED.format(step=5, signal="SIGTERM"))
     path = tmp_path / "tower_resume.pth"
     state = torch.load(path, weights_only=True)
-    for damage in ({"learner": {}}, {"run": state["run"] | {"step": "x"}}, {"random": torch.zeros(3)}):
+    for damage, words in (
+        ({"learned": {}}, "belongs to another run"),
+        ({"guide": {}}, "tower_resume.pth is damaged"),
+        ({"step": "x"}, "tower_resume.pth is no checkpoint"),
+        ({"sample": 100}, "sample 100 is not a valid position"),
+        ({"random": [{"cpu": torch.zeros(3), "cuda": None}]}, "random state is damaged"),
+    ):
         torch.save(state | damage, path)
-        train(world, photos, tmp_path / "tower", "--from_resume", 1).refused("tower_resume.pth is damaged")
+        train(world, photos, tmp_path / "tower", "--from_resume", 1).refused(words)
 
 
 def test_it_starts_from_nothing_too(world, photos, tmp_path):

@@ -15,7 +15,6 @@ from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result
 
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
-from trainer.report.header import count_parameters
 from trainer.setup import freeze, round_frozen_weights
 from trainer.stage import cosine_learning_rate
 
@@ -121,7 +120,8 @@ def test_the_sidecar_names_the_commit(fine_tuned):
 
 
 def test_the_header_describes_the_run(pretrained, fine_tuned_by_two):
-    total, learned = count_parameters(tiny_model(frozen="all"))
+    model = tiny_model(frozen="all")
+    total, learned = model.num_parameters(), model.num_parameters(only_trainable=True)
     header = pretrained.result.out
     for part in (
         "stage 1, pretraining",

@@ -1,11 +1,8 @@
-"""Where a model looks: the maps against a plain loop, on a model with a known dependence, and in a run's files."""
-
-import json
+"""Where a model looks: the maps against a plain loop, on a model with a known dependence, and as a mask."""
 
 import numpy as np
 import pytest
 import torch
-from tiny import SFT, read_jsonl
 from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
 
 from common.errors import UsageError
@@ -16,7 +13,7 @@ from dataset.tokenizer import load_tokenizer
 from model import word_maps as looking
 from model.word_maps import patch_maps, split_words, word_maps
 from scripts.builtin.check_looking import attribute_maps, covered_patches, measure
-from trainer.report.samples import read_looks
+from trainer.answering.assistant import mask_of
 
 pytest_plugins = ["tiny"]
 
@@ -125,63 +122,13 @@ def test_a_words_map_is_the_sum_of_its_tokens(model, tokenizer):
     torch.testing.assert_close(sum(of_word for _, of_word in words), maps.sum(dim=0))
 
 
-# ---- a run's files
-
-# So small a model often says nothing: here it says 红色的圆形。
-WITH_MAPS = """
-import torch, trainer.report.samples as samples
-samples.LOOKING_SECONDS = {seconds}
-samples.generate = lambda model, inputs, longest: torch.tensor([{ids}]).repeat(len(inputs["input_ids"]), 1)
-"""
-
-
-@pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):
-    """Two trainings, with maps and without."""
-    folders, ids = [], load_tokenizer(world.tokenizer)("红色的圆形。<|im_end|>", add_special_tokens=False)["input_ids"]
-    for seconds in (60, -1):
-        folders.append(world.copy_of_out(tmp_path_factory.mktemp("looking") / "out"))
-        flags = "--from_weight llm --epochs 1 --batch_size 8 --eval_interval 2".split()
-        flags = [*world.files("sft", folders[-1]), *flags, "--eval_data", world.root / "pretrain.jsonl"]
-        world.run(SFT, *flags, hook=WITH_MAPS.format(seconds=seconds, ids=ids)).passed()
-    return folders
-
-
-def test_a_run_writes_the_maps_of_its_last_descriptions(runs):
-    folder = runs[0] / "sft_vlm_32_samples"
-    last = read_jsonl(folder / "samples.jsonl")[-8:]
-    looks = read_looks(folder / "looking.jsonl")
-    assert list(looks) == [(row["step"], row["picture"], row["prompt"]) for row in last]
-    for row, words in zip(last, looks.values(), strict=True):
-        assert "".join(word for word, _ in words) == row["description"] == "红色的圆形。"
-        assert all(of_word.shape == (14, 14) for _, of_word in words)
-    page = (runs[0] / "sft_vlm_32.report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 8
-
-
-def test_maps_change_nothing_that_is_trained(runs):
-    a, b = (torch.load(folder / "sft_vlm_32_resume.pth", weights_only=True) for folder in runs)
-    assert all(torch.equal(tensor, b["learned"][name]) for name, tensor in a["learned"].items())
-    assert torch.equal(a["random"][0]["cpu"], b["random"][0]["cpu"])
-    assert not (runs[1] / "sft_vlm_32_samples" / "looking.jsonl").exists()
-    assert "data:image/png" not in (runs[1] / "sft_vlm_32.report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"words": []},
-        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a"}]},
-        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a", "map": [[1], [1, 2]]}]},
-        {"step": 1, "picture": "0.jpg", "prompt": "p", "words": [{"word": "a", "map": [1, 2]}]},
-        {"step": 1, "picture": [], "prompt": "p", "words": 3},
-        [],
-    ],
-)
-def test_a_file_of_something_else_is_refused(tmp_path, row):
-    (tmp_path / "looking.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError):
-        read_looks(tmp_path / "looking.jsonl")
+def test_a_mask_is_dark_where_a_word_does_not_look():
+    peak = np.zeros((14, 14), dtype=np.float32)
+    nothing = np.asarray(mask_of(peak))[..., 1]
+    peak[3, 5] = 7.5
+    dark = np.asarray(mask_of(peak))[..., 1]
+    assert dark[3, 5] == 0 and (dark == 0).sum() == 1 and nothing.min() == dark.max() > 150
+    assert mask_of(np.full((14, 28), np.nan)).size == (28, 14)
 
 
 # ---- the check

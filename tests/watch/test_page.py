@@ -1,21 +1,17 @@
 """The report of a run: one HTML file that needs nothing else, from whatever of the run's files there are."""
 
-import base64
-import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from common.errors import UsageError
 from common.paths import ROOT
-from scripts import report
 from scripts.report import find_run
-from trainer.report.charts import line_chart, tick_label, ticks
+from trainer.report.charts import line_chart, ticks
 from trainer.report.page import write_report
 
 pytest_plugins = ["tiny"]
@@ -100,11 +96,6 @@ def out(tmp_path) -> Path:
     rows = [sample_row(step, f"描述{step}") for step in range(0, 100, 10)] + [sample_row(100, "一个红色圆形。")]
     write_jsonl(samples / "samples.jsonl", rows)
     Image.new("RGB", (8, 8), (200, 30, 30)).save(samples / "0.jpg")
-    table = [
-        {"name": "right pictures", "attributes": 0.966, "captions": 0.895},
-        {"name": "chance", "attributes": 0.284},
-    ]
-    (samples / "scenes.json").write_text(json.dumps({"step": 100, "scenes": 200, "rows": table}), encoding="utf-8")
     return tmp_path
 
 
@@ -115,22 +106,22 @@ def test_the_page_shows_all_of_a_run_and_needs_nothing_else(out):
     page = Page(path)
     assert "http:" not in page.source and "https:" not in page.source
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    assert all(image["href"].startswith("data:image/jpeg;base64,") for image in page.all("image"))
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
     assert not re.search(r"@import|url\(", page.source)
     assert "prefers-color-scheme: dark" in page.source
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
-    assert len(page.all("image")) == 1 and len(page.all("svg")) == 4 + 1
+    assert len(page.all("img")) == 1 and len(page.all("svg")) == 4
     texts = "Held-out loss 0.321|grounding gap 1.789 nats|100 steps in 03:20|2026-11-21 21:52|2.110"
     texts += "|Its answers depend on the images"
-    texts += "|96.6%|89.5%|28.4%|–|200 held-out scenes|10,000|31.5|log_interval|77|not given|2.13.0|描述这张图片|✓"
+    texts += "|31.5|--learning_rate|0.001|not given|2.13.0|描述这张图片|✓"
     texts += "|Fine-tuning · built-in model · data built-in scenes|abcdef0123456789+"
     assert [text for text in texts.split("|") if text not in page.text] == []
     assert "Left out" not in page.text
 
 
-def test_an_image_is_described_at_six_steps_the_first_and_the_last_among_them(out):
+def test_an_image_is_described_at_six_steps_the_first_and_the_last_five(out):
     page = Page(write_report(out, NAME))
-    assert re.findall(r"描述(\d+)", page.text) == ["0", "20", "40", "60", "80"]
+    assert re.findall(r"描述(\d+)", page.text) == ["0", "60", "70", "80", "90"]
     assert page.text.count("一个红色圆形。") == 2  # the last description, and the reference
 
 
@@ -150,19 +141,15 @@ def test_only_metrics_are_needed_and_what_is_missing_is_said(tmp_path):
     for path in (f"{NAME}.json", "samples.jsonl"):
         assert re.search(rf"Left out: \S*{path} is not there", page.text)
     assert "Grounding gap" not in page.text and "Settings" not in page.text
-    assert "Built-in scenes" not in page.text  # nothing says that this run was on the built-in set
+    assert "built-in scenes" not in page.text  # nothing says that this run was on the built-in set
 
 
 @pytest.mark.parametrize("content", ["{", "\xff"])
 def test_damaged_optional_files_are_left_out(out, content):
-    for path in (
-        out / f"{NAME}.json",
-        out / f"{NAME}_samples" / "scenes.json",
-        out / f"{NAME}_samples" / "samples.jsonl",
-    ):
+    for path in (out / f"{NAME}.json", out / f"{NAME}_samples" / "samples.jsonl"):
         path.write_bytes(content.encode("latin-1"))
     page = Page(write_report(out, NAME))
-    assert page.text.count("cannot be read") == 3
+    assert page.text.count("cannot be read") == 2
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -172,14 +159,12 @@ def test_text_from_files_is_escaped(tmp_path):
     sidecar |= {part: {HOSTILE: HOSTILE, "hidden_size": HOSTILE} for part in ("config", "arguments", "versions")}
     (tmp_path / f"{hostile_name}.json").write_text(json.dumps(sidecar))
     samples = tmp_path / f"{hostile_name}_samples"
-    row = sample_row(1, HOSTILE + "\ud800", prompt=HOSTILE, reference=HOSTILE, picture=HOSTILE)
+    row = sample_row(1, HOSTILE, prompt=HOSTILE, reference=HOSTILE, picture=HOSTILE)
     write_jsonl(samples / "samples.jsonl", [row])
-    scenes = {"step": 1, "scenes": 200, "rows": [{"name": HOSTILE, "attributes": 0.5, "captions": 0.5}]}
-    (samples / "scenes.json").write_text(json.dumps(scenes))
     page = Page(write_report(tmp_path, hostile_name))
-    assert not page.all("script") and not page.all("img") and not page.all("image")
+    assert not page.all("script") and not page.all("img")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert page.text.count("alert(1)") > 10 and hostile_name in page.text
+    assert page.text.count("alert(1)") >= 9 and hostile_name in page.text
 
 
 def test_a_row_cannot_bring_another_file_onto_the_page(out):
@@ -188,7 +173,7 @@ def test_a_row_cannot_bring_another_file_onto_the_page(out):
     rows = [sample_row(1, "words", picture=name) for name in names]
     write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
     page = Page(write_report(out, NAME))
-    assert len(page.all("image")) == 1 and page.text.count("cannot be shown") == 6
+    assert len(page.all("img")) == 1 and page.text.count("cannot be shown") == 6
 
 
 def test_null_nan_and_infinity_make_gaps(tmp_path):
@@ -223,8 +208,6 @@ def test_ticks_are_round_and_enclose_the_values():
     assert ticks(0, 0.001) == [0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001]
     assert ticks(0, 3) == [0, 1, 2, 3]
     assert ticks(-1.3, 2.2) == [-2, -1, 0, 1, 2, 3]
-    labels = [tick_label(value) for value in (0, 0.25, 4e-4, 1500, 20_000, 3e6, 2e12, -0.5)]
-    assert labels == ["0", "0.25", "4e-4", "1,500", "20k", "3M", "2e12", "-0.5"]
 
 
 def test_a_logarithmic_axis():
@@ -245,22 +228,17 @@ def test_a_run_is_named_by_any_of_its_files(tmp_path, monkeypatch, ending):
     assert find_run(tmp_path / "out" / f"{NAME}{ending}") == (tmp_path / "out", NAME)
     monkeypatch.chdir(tmp_path)
     assert find_run(Path("out") / f"{NAME}{ending}") == (tmp_path / "out", NAME)
-    monkeypatch.setattr(report, "ROOT", tmp_path)  # from another folder: as the project prints its paths
-    monkeypatch.chdir("/")
-    assert find_run(Path("out") / f"{NAME}{ending}") == (tmp_path / "out", NAME)
 
 
 def test_a_folder_names_the_one_run_in_it(tmp_path):
-    with pytest.raises(UsageError, match=r"is no run: there is no .*\*\.metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"is no run: it has no \*\.metrics\.jsonl"):
         find_run(tmp_path)
-    with pytest.raises(UsageError, match=r"is no run: there is no .*gone\.metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"gone is no run: it has no \*\.metrics\.jsonl"):
         find_run(tmp_path / "gone")
     write_metrics(tmp_path, [training_row(1)], "a")
     assert find_run(tmp_path) == (tmp_path, "a")
     write_metrics(tmp_path, [training_row(1)], "b")
-    with pytest.raises(
-        UsageError, match=rf"holds 2 runs; name one:\n.*report.py {tmp_path}/a\n.*report.py {tmp_path}/b"
-    ):
+    with pytest.raises(UsageError, match=r"holds 2 runs \(a, b\)"):
         find_run(tmp_path)
 
 
@@ -308,60 +286,3 @@ def test_the_page_names_own_data(out):
     sidecar["arguments"] |= {"data_path": "mine/photos.jsonl"}
     (out / f"{NAME}.json").write_text(json.dumps(sidecar))
     assert "built-in model · data mine/photos.jsonl" in Page(write_report(out, NAME)).text
-
-
-def look(step: int = 100, words: tuple = ("一个", "红色", "圆形", "。"), **changed) -> dict:
-    peak = [[0.0] * 14 for _ in range(14)]
-    peak[3][5] = 7.5
-    maps = [[[0.0] * 14] * 14, peak, peak, peak]
-    row = {"step": step, "picture": "0.jpg", "prompt": "描述这张图片\n<image>"} | changed
-    return row | {"words": [{"word": word, "map": of_word} for word, of_word in zip(words, maps, strict=True)]}
-
-
-def shades(page: Page) -> np.ndarray:
-    """Returns how dark the page's only picture of maps makes each patch."""
-    [href] = [image["href"] for image in page.all("image") if image["href"].startswith("data:image/png;base64,")]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(href.split(",")[1]))))[..., 1]
-
-
-def test_each_word_of_the_last_description_has_its_map(out):
-    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look()])
-    page = Page(write_report(out, NAME))
-    assert not page.all("script") and "http:" not in page.source
-    uses = [use for use in page.all("use") if use["href"] == "#maps-1"]
-    assert [use["x"] for use in uses] == ["-0", "-1", "-2"]  # not the full stop's
-    assert {use["href"] for use in page.all("use")} == {"#image-1", "#maps-1"}
-    dark = shades(page)
-    assert dark.shape == (14, 3 * 14)
-    assert dark[:, :14].min() == dark.max() > 150  # depends on nothing: dark
-    assert dark[3, 14 + 5] == 0 and (dark[:, 14:28] == 0).sum() == 1  # bright at its peak only
-    assert "where the last description looks" in page.text
-
-
-@pytest.mark.parametrize("changed", [{"step": 99}, {"picture": "1.jpg"}, {"words": ("一个", "蓝色", "圆形", "。")}])
-def test_maps_of_another_description_are_not_shown(out, changed):
-    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look(**changed)])
-    page = Page(write_report(out, NAME))
-    assert not page.all("use") and "where the last description looks" not in page.text
-
-
-@pytest.mark.parametrize("content", ["{", "\xff", "[]", '{"step": 1}', "null"])
-def test_damaged_maps_are_left_out(out, content):
-    (out / f"{NAME}_samples" / "looking.jsonl").write_bytes(content.encode("latin-1"))
-    page = Page(write_report(out, NAME))
-    assert not page.all("use") and "一个红色圆形。" in page.text
-
-
-def test_maps_that_are_not_finite_are_drawn(out):
-    row = look()
-    row["words"][0]["map"] = [[float("nan"), float("inf")] * 7] * 14
-    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [row])
-    assert shades(Page(write_report(out, NAME))).shape == (14, 42)
-
-
-def test_words_are_escaped(out):
-    rows = [sample_row(100, HOSTILE)]
-    write_jsonl(out / f"{NAME}_samples" / "samples.jsonl", rows)
-    write_jsonl(out / f"{NAME}_samples" / "looking.jsonl", [look(words=(HOSTILE, "", "", ""))])
-    page = Page(write_report(out, NAME))
-    assert page.all("use") and not page.all("script") and not page.all("img")

@@ -1,9 +1,12 @@
 """A trained model that answers questions about pictures, for the terminal and for the web page."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from common.cli import number, temperature
 from common.errors import UsageError
@@ -17,17 +20,17 @@ from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
 from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel
-from trainer.bundles import BUNDLES, MINIMIND2
+from trainer.bundles import MINIMIND2
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+DARKEST = 0.75  # opacity over a patch that does nothing for a word
+BRIGHT = 1.0  # nats: a word whose peak is lower stays darker
 
 
 def add_speed_flags(group):
     """Adds the flags of device, dtype and compilation to an argument group."""
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = (
-        "int8: the decoder's matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
-    )
+    what = "int8: the matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
     what = "1: compile the step of one token; takes half a minute, worth it for long talks"
     group.add_argument("--compile", type=int, choices=(0, 1), default=0, help=what)
@@ -43,14 +46,13 @@ def add_generation_flags(group, max_new_tokens: int):
         ("top_k", number(int, 0), "sample from this many of the likeliest tokens; 0: from all"),
     ):
         default = MINIMIND2.sampling[name]
-        others = {it.name: it.sampling[name] for it in BUNDLES.values() if it.sampling[name] != default}
-        defaults = "; ".join([str(default), *(f"{bundle}: {value}" for bundle, value in others.items())])
-        add(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
+        add(f"--{name}", type=kind, help=f"{what} (default: {default}, or as the recipe of the weights says)")
 
 
 def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
     """Returns the sampling settings: those of the flags, else of the weights' recipe."""
-    return loaded.sampling | {name: getattr(args, name) for name in loaded.sampling if getattr(args, name) is not None}
+    usual = loaded.bundle.sampling
+    return usual | {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
 
 
 def draw_heldout(folder: Path, count: int) -> list[Path]:
@@ -81,19 +83,25 @@ class Assistant:
             raise PictureError(str(source), reason)
         return load_picture(source, picture_format=self.picture_format)
 
-    def turn(self, question: str, images: int) -> dict:
-        """Returns a user's turn, with its images where the model expects them; raises ValueError, see `with_images`."""
-        return {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
+    def turn(self, question: str, images: int, before: Sequence[dict] = (), max_new_tokens: int = 1) -> dict:
+        """Returns a user's turn, with its images where the model expects them.
 
-    def check_length(self, conversation: list[dict], max_new_tokens: int):
-        """Raises ValueError where a conversation and its answer need more tokens than the model has positions."""
-        length = len(self.encoder.encode([conversation], add_generation_prompt=True)[0].input_ids)
+        Raises:
+            UsageError: If the question has `<image>` tags, but not one per image; or if the turns before, this one and
+                the answer need more tokens than the model has positions.
+        """
+        try:
+            turn = {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        length = len(self.encoder.encode([[*before, turn]], add_generation_prompt=True)[0].input_ids)
         most = self.model.config.max_position_embeddings
         if length + max_new_tokens > most:
-            raise ValueError(
+            raise UsageError(
                 f"{length:,} tokens and --max_new_tokens {max_new_tokens:,} are more than the model's {most:,} "
                 "positions: ask less at once"
             )
+        return turn
 
     @torch.inference_mode()
     def answers(
@@ -106,10 +114,10 @@ class Assistant:
         top_k: int = 0,
         **settings,
     ) -> list[torch.Tensor]:
-        """Returns the token ids of each conversation's next turn, up to its end token.
+        """Returns the token ids of each conversation's next turn, up to its end token; all in one batch.
 
         Args:
-            conversations: Lists of turns that fit, see `check_length`.
+            conversations: Lists of turns that fit, see `turn`.
             pictures: Each conversation's images in order.
             temperature: 0 always takes the likeliest token.
             top_p, top_k: Sample from the likeliest tokens: of this share, and this many (0: all).
@@ -132,6 +140,16 @@ class Assistant:
         """Returns the words of an answer, each with its map over the pictures; see `word_maps`."""
         inputs = prompt_batch(self.encoder, [conversation], [pictures])
         return word_maps(self.model, self.tokenizer, inputs, ids, *stops)
+
+
+def mask_of(maps: np.ndarray) -> Image.Image:
+    """Returns maps (H, W) of a word as a mask that darkens where it does not look.
+
+    It is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
+    """
+    maps = np.nan_to_num(maps).clip(0)
+    shade = np.rint(255 * DARKEST * (1 - maps / max(maps.max(), BRIGHT))).astype(np.uint8)
+    return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 
 
 def in_precision(model: MiniMindVLM, dtype: str) -> MiniMindVLM:

@@ -16,15 +16,7 @@ from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import (
-    BUILTIN,
-    BUNDLES,
-    Bundle,
-    bundle_of,
-    find_weights,
-    read_tower,
-    recorded_folders,
-)
+from trainer.bundles import BUILTIN, BUNDLES, Bundle, bundle_of, find_weights, read_tower, recorded_folders
 
 
 @dataclass(frozen=True)
@@ -51,11 +43,6 @@ class LoadedModel:
         return self.weights.sidecar.get("prompt_form", self.bundle.prompt_form)
 
     @property
-    def sampling(self) -> dict:
-        """The recipe's settings for drawing answers, by flag."""
-        return self.bundle.sampling
-
-    @property
     def bundle(self) -> Bundle:
         """The model's generation."""
         return bundle_of(self.weights)
@@ -77,13 +64,9 @@ def add_model_flags(parser: argparse.ArgumentParser):
     """Adds the flags that name a trained model; returns their group."""
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add(
-        "--load_from",
-        default="model",
-        help="model: the weight files in --save_dir; anything else: a transformers folder",
-    )
-    what = "where the weight files lie"
-    add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})")
+    what = "model: the weight files in --save_dir; anything else: a transformers folder"
+    add("--load_from", default="model", help=what)
+    add("--save_dir", type=file_path, help=f"where the weight files lie (default: {display_path(SAVE_DIR)})")
     add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
     add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
     add("--num_hidden_layers", type=int, help="layers (default: what the file says)")

@@ -47,10 +47,9 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
         near = starts[bisect_left(starts, tried) : bisect_left(starts, match.start())][-MOST_STARTS:]
         tried = match.end()
         ends = [match.end() + 1] * line.startswith(("'", '"'), match.end()) + [match.end()]
-        spans = [(start, end) for start in near for end in ends]
-        found = next(((start, end, path) for start, end in spans if (path := file_of(line[start:end]))), None)
-        if found:
-            start, end, path = found
+        found = ((s, e, path) for s in near for e in ends for path in spellings(line[s:e]) if os.path.isfile(path))
+        if first := next(found, None):
+            start, end, path = first
             paths.append(path)
             pieces += [line[done:start], MARK]
             done = end
@@ -63,11 +62,6 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
     question = AROUND.sub(lambda found: " " * (" " in found[0]), rest)
     question = re.sub(r" (?=[.,;:!?。，；：！？、])", "", question).strip(" ,;:，、；：")
     return question if question.strip(" .,;:!?…。，、；：！？") else "", paths
-
-
-def file_of(text: str) -> Path | None:
-    """Returns the regular file that a text spells as a path; None where there is none."""
-    return next((path for path in spellings(text) if os.path.isfile(path)), None)
 
 
 def spellings(text: str) -> list[Path]:

@@ -4,7 +4,7 @@ A chart is 420 units wide, so that its labels stay readable on a phone, where it
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -33,14 +33,11 @@ class Chart:
     texts: list[tuple[float, float, str, str]] = field(default_factory=list)
 
 
-def line_chart(
-    unit: str, curves: dict[str, list[tuple[int, float | None]]], epochs: Sequence[int] = (), may_be_log=False
-) -> Chart | None:
+def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may_be_log=False) -> Chart | None:
     """Lays out a chart over steps.
 
     Args:
         curves: (step, value) points by name, at rising steps; None is a gap.
-        epochs: Steps at which an epoch ends; drawn as dotted lines.
         may_be_log: The axis is logarithmic if the values span a wide range (`unit` then says so), and need not show
             zero.
 
@@ -56,17 +53,16 @@ def line_chart(
     chart = Chart(f"{unit}, log scale" if is_log else unit)
     for mark in marks:
         chart.lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
-        chart.texts.append((LEFT - 7, y(mark), "end", tick_label(mark)))
+        chart.texts.append((LEFT - 7, y(mark), "end", f"{mark:,g}"))
     chart.lines.append(("axis", [(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
-    chart.lines += [("epoch", [(x(step), TOP), (x(step), BOTTOM)]) for step in epochs]
     for step in (step for step in ticks(0, last_step) if step <= last_step and step == int(step)):
         chart.lines.append(("axis", [(x(step), BOTTOM), (x(step), BOTTOM + 4)]))
-        chart.texts.append((x(step), BOTTOM + 13, "middle", tick_label(step)))
+        chart.texts.append((x(step), BOTTOM + 13, "middle", f"{step:,.0f}"))
     for name, curve in curves.items():
         runs = [list(run) for is_gap, run in groupby(curve, lambda point: point[1] is None) if not is_gap]
         if not runs:
             continue
-        chart.ends.append((name, tick_label(float(f"{runs[-1][-1][1]:.3g}"))))
+        chart.ends.append((name, f"{float(f'{runs[-1][-1][1]:.3g}'):,g}"))
         style = f"c{len(chart.ends)}"
         for run in runs:
             chart.lines.append((f"curve {style}", [(x(step), y(value)) for step, value in run]))
@@ -104,14 +100,3 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, max(0, 1 - power)) for i in range(first, last + 1)]
-
-
-def tick_label(value: float) -> str:
-    """Formats 0.25, 1,500, 20k, 3M, 4e-4."""
-    size = abs(value)
-    if size >= 1e9 or 0 < size < 0.01:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    if size >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    return f"{value / 1e3:.4g}k" if size >= 1e4 else f"{value:,.4g}"

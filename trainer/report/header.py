@@ -1,8 +1,5 @@
 """The header printed before a run's first step."""
 
-import shutil
-import sys
-import textwrap
 import time
 
 import torch
@@ -39,7 +36,7 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
     shape += ", experts" if config.use_moe else ""
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
     shape += f", {config.image_tokens} tokens an image" if config.image_tokens != config.vision_patches else ""
-    total, learned = count_parameters(model)
+    total, learned = model.num_parameters(), model.num_parameters(only_trainable=True)  # the tied head counts once
     recipe = f" (the {run.bundle.name} recipe)" if run.bundle.recipes.get(run.stage.name) else ""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type.upper()
     share = share_of_cores() if run.device.type == "cpu" else 1
@@ -60,9 +57,9 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
         f"{', compiled' if is_compiled else ''}, {args.num_workers} worker(s) each{load}",
     }
     for line in (run.stage.story, *([assets] if run.bundle is BUILTIN else [])):
-        run.log(in_terminal(line, indent=2))
+        run.log(line)
     for name, value in rows.items():
-        run.log(in_terminal(f"  {name:<12} {value}", indent=15))
+        run.log(f"  {name:<12} {value}")
 
 
 def describe_features(features: FeatureFolder | None, data: VLMDataset) -> str:
@@ -79,16 +76,3 @@ def share_of_cores(seconds: float = 0.1) -> float:
     while (passed := time.perf_counter() - started) < seconds:
         matrix @ matrix
     return (time.process_time() - used) / (passed * torch.get_num_threads())
-
-
-def in_terminal(line: str, indent: int) -> str:
-    """Wraps a line at words to a terminal's width; a file gets it whole."""
-    if not sys.stdout.isatty():
-        return line
-    width = shutil.get_terminal_size().columns - 1
-    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
-def count_parameters(model: MiniMindVLM) -> tuple[int, int]:
-    """Returns (all, learned) parameters of projection and decoder; the tied head counts once."""
-    return model.num_parameters(), model.num_parameters(only_trainable=True)

@@ -1,6 +1,5 @@
 """A run's reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb if asked."""
 
-import functools
 import json
 import os
 import sys
@@ -35,14 +34,9 @@ class Progress:
         self.wandb_run = start_wandb(run, settings) if run.args.use_wandb and run.processes.is_main else None
         self.started = time.perf_counter()
         self.has_begun = self.has_failed = False  # writing metrics.jsonl
-        self.bar = tqdm(
-            total=total_steps,
-            initial=done_steps,
-            disable=None if run.processes.is_main else True,  # None: shown in a terminal only
-            dynamic_ncols=True,
-            smoothing=0.1,
-            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}",
-        )
+        disable = None if run.processes.is_main else True  # None: shown in a terminal only
+        form = "{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}"
+        self.bar = tqdm(total=total_steps, initial=done_steps, disable=disable, dynamic_ncols=True, bar_format=form)
         self._reset()
         if run.state is not None:
             self.counted = {name: run.state["progress"][name] for name in self.counted}
@@ -111,14 +105,6 @@ class Progress:
         """Leaves time not spent training out of samples/s."""
         self.interval_started += seconds
 
-    def log_samples(self, step: int, generated: list[dict], folder: Path):
-        """Sends images with their descriptions to wandb, if it is used."""
-        if self.wandb_run is not None and generated:
-            import wandb
-
-            images = [wandb.Image(str(folder / row["picture"]), caption=row["description"]) for row in generated]
-            self._send("eval", step, {"pictures": images})
-
     def _send(self, part: str, step: int, values: dict):
         if self.wandb_run is not None:
             self.wandb_run.log({f"{part}/{name}": value for name, value in values.items() if name != "step"}, step=step)
@@ -166,27 +152,16 @@ def reports_until(path: Path, step: float) -> list[str]:
 
 
 def start_wandb(run: Run, settings: dict):
-    """Starts a wandb run, or continues that of a resumed one; offline if wandb cannot be reached.
-
-    Raises:
-        UsageError: If wandb cannot start for another reason, such as a wrong key.
-    """
+    """Starts a wandb run, or continues that of a resumed one; raises UsageError if wandb does not start."""
     import wandb  # slow to import, and most runs do not use it
 
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")  # seconds; wandb's default is 90
     names = {"project": run.args.wandb_project, "name": run.files.name, "id": run.state and run.state["wandb_id"]}
     config = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}
-    start = functools.partial(wandb.init, **names, config=config, dir=run.files.save_dir)
     try:
-        return start(resume="allow")
+        return wandb.init(**names, config=config, dir=run.files.save_dir, resume="allow")
     except (wandb.errors.Error, OSError) as error:
-        if not isinstance(error, wandb.errors.CommError) or isinstance(error, wandb.errors.AuthenticationError):
-            raise UsageError(
-                f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network"
-            ) from error
-        tqdm.write(
-            "warning: --use_wandb: wandb cannot be reached, so this run is logged offline (`wandb sync` sends it "
-            f"later; metrics.jsonl beside the weights has the same): {' '.join(str(error).split())}"
-        )
-    wandb.teardown()  # forgets the failed attempt, which has the run's id
-    return start(mode="offline")
+        raise UsageError(
+            f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network; metrics.jsonl "
+            "beside the weights has the same figures"
+        ) from error

@@ -1,11 +1,9 @@
 """Descriptions of a few fixed images at every evaluation."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -15,17 +13,12 @@ from common.paths import display_path
 from common.schema import Range, parse_json
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
-from model.answers import generate
+from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
-from model.word_maps import word_maps
 
 IMAGES = 8
 LONGEST = 64  # tokens of a description
-LOOKING_SECONDS = 20.0  # after which `look` begins no further image: a large model on a CPU takes many for each
-LOOKS, LOOK_KEYS = "looking.jsonl", ("step", "picture", "prompt")
-ABOUT = {"step": Range(int, 0, 1 << 53), "picture": str, "prompt": str}
-SAMPLE = ABOUT | {"reference": str, "description": str}
-LOOK = ABOUT | {"words": [{"word": str, "map": [[(float, int)]]}]}
+SAMPLE = {"step": Range(int, 0, 1 << 53)} | dict.fromkeys(("picture", "prompt", "reference", "description"), str)
 
 
 class Samples:
@@ -52,7 +45,6 @@ class Samples:
             sample = {"picture": f"{number}.jpg", "prompt": question.strip(), "reference": reference.strip()}
             self.questions.append(sample)
         self.generated: list[dict] | None = None
-        self.last: list[tuple[dict, torch.Tensor]] = []  # the newest descriptions, with their token ids
 
     def describe(self, model: MiniMindVLM, step: int) -> list[dict]:
         """Writes and returns greedy answers: {"step", "picture", "prompt", "reference", "description"} each."""
@@ -60,31 +52,14 @@ class Samples:
             return []
         if self.generated is None:
             self.generated = self._begin()
-        ids = generate(model, row_prompts(self.rows, model.config.pad_token_id), LONGEST)
-        answers = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts = row_prompts(self.rows, model.config.pad_token_id)
+        answers = generate_answers(model, self.tokenizer, prompts, LONGEST)
         described = zip(self.questions, answers, strict=True)
         generated = [{"step": step, **sample, "description": answer.strip()} for sample, answer in described]
         self.generated += generated
-        self.last = list(zip(generated, ids, strict=True))
-        write_lines(self.folder / "samples.jsonl", self.generated)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.generated)
+        write_atomically(self.folder / "samples.jsonl", lambda file: file.write(text.encode("utf-8")))
         return generated
-
-    def look(self, model: MiniMindVLM):
-        """Writes how much each word of the newest descriptions depends on each patch, to `folder`/looking.jsonl."""
-        looks, started = [], time.perf_counter()
-        for row, (sample, ids) in zip(self.rows, self.last, strict=False):
-            if time.perf_counter() - started > LOOKING_SECONDS:
-                break
-            prompt = row_prompts([row], model.config.pad_token_id)
-            if prompt["pixel_values"] is None:  # its images come after the first answer
-                continue
-            words = []
-            for word, maps in word_maps(model, self.tokenizer, prompt, ids):
-                of_first_image = maps[0].double().numpy().round(2) + 0.0  # no -0.0
-                words.append({"word": word, "map": of_first_image.tolist()})
-            looks.append({key: sample[key] for key in LOOK_KEYS} | {"words": words})
-        if looks:
-            write_lines(self.folder / LOOKS, looks)
 
     def _begin(self) -> list[dict]:
         """Writes the images; returns a resumed run's earlier descriptions."""
@@ -96,34 +71,12 @@ class Samples:
         if not self.done_steps or not path.is_file():
             return []
         try:
-            return [row for row in read_lines(path, SAMPLE) if row["step"] <= self.done_steps]
+            return [row for row in read_samples(path) if row["step"] <= self.done_steps]
         except (OSError, ValueError) as error:
             raise UsageError(f"{display_path(path)} cannot be read ({error}): move it away") from error
 
 
-def write_lines(path: Path, rows: list[dict]):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def read_lines(path: Path, schema) -> list[dict]:
-    """Reads a samples.jsonl or looking.jsonl; raises OSError or ValueError if it holds something else."""
+def read_samples(path: Path) -> list[dict]:
+    """Reads a samples.jsonl; raises OSError or ValueError if it holds something else."""
     with open(path, "rb") as file:
-        return [parse_json(line, schema) for line in file]
-
-
-def read_looks(path: Path) -> dict[tuple, list[tuple[str, np.ndarray]]]:
-    """Reads a looking.jsonl: {(step, picture, prompt): [(word, map (side, side) in nats), ...]}.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it holds something else.
-    """
-    looks = {}
-    for row in read_lines(path, LOOK):
-        words = [(word["word"], np.array(word["map"], dtype=np.float32)) for word in row["words"]]
-        looks[tuple(row[key] for key in LOOK_KEYS)] = words
-        shapes = {values.shape for _, values in words}
-        if len(shapes) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
-            raise ValueError(f"maps of the shapes {shapes}")
-    return looks
+        return [parse_json(line, SAMPLE) for line in file]

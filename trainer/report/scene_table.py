@@ -1,6 +1,5 @@
 """Measures how many of the built-in set's held-out scenes a model describes correctly."""
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import ChatEncoder
@@ -8,24 +7,11 @@ from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import chance, score
-from dataset.scenes.language import CHINESE, DESCRIBE, ENGLISH
+from dataset.scenes.language import CHINESE, ENGLISH
 from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
 
 BATCH, TOKENS = 50, 64
-
-
-def describe(
-    model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, pictures: list[torch.Tensor], request: str = DESCRIBE
-) -> list[str]:
-    """Returns greedy descriptions of uint8 (3, size, size) images."""
-    encoder, texts = ChatEncoder(tokenizer, model.config.image_tokens), []
-    question = [{"role": "user", "content": with_images(request, 1)}]
-    for start in range(0, len(pictures), BATCH):
-        part = pictures[start : start + BATCH]
-        inputs = prompt_batch(encoder, [question] * len(part), [[picture] for picture in part])
-        texts += generate_answers(model, tokenizer, inputs, TOKENS)
-    return texts
 
 
 def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -34,18 +20,20 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
     Returns:
         Rows {"name", "attributes", "captions"}; the first is for the right pictures, asked in Chinese.
     """
-    root, scenes = draw_builtin_dataset(), heldout_scenes()
-    facts = [scene.facts for scene in scenes]
+    root, facts = draw_builtin_dataset(), [scene.facts for scene in heldout_scenes()]
+    encoder = ChatEncoder(tokenizer, model.config.image_tokens)
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
-    pictures = [
-        load_picture(path, picture_format=picture_format) for path in sorted((root / "heldout_images").iterdir())
-    ]
+    paths = sorted((root / "heldout_images").iterdir())
+    pictures = [[load_picture(path, picture_format=picture_format)] for path in paths]
     # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
     half = len(pictures) // 2
     random_caption, constant_caption = chance(facts)
     rows = {}
     for name, language in (("Chinese", CHINESE), ("English", ENGLISH)):
-        texts = describe(model, tokenizer, pictures, language.requests[0])
+        question, texts = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
+        for start in range(0, len(pictures), BATCH):
+            part = pictures[start : start + BATCH]
+            texts += generate_answers(model, tokenizer, prompt_batch(encoder, [question] * len(part), part), TOKENS)
         rows[f"{name}: right pictures"] = score(texts, facts)
         rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)
     rows |= {"chance: another scene's caption": random_caption, "chance: best single caption": constant_caption}

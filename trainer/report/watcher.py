@@ -1,26 +1,22 @@
 """Watches a run learn: held-out loss, grounding gap, descriptions of a few images, and at the end a page of it all."""
 
-import json
 import time
 
 import torch
 
 from common.errors import UsageError
-from common.files import write_atomically
 from common.paths import display_path
 from dataset.lm_dataset import VLMDataset
-from dataset.scenes.draw import heldout_scenes
 from model.model_vlm import MiniMindVLM
 from model.weights import read_sidecar_or_empty
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import write_report
 from trainer.report.progress import Progress
 from trainer.report.samples import Samples
-from trainer.report.scene_table import scene_table
 from trainer.report.verdict import verdict
 from trainer.setup import Run
 
-FEW_ROWS, MOST_ASKED = 30, 256
+MOST_ASKED = 256  # rows, for short answers
 
 
 class Watch:
@@ -47,8 +43,7 @@ class Watch:
             few = "" if self.run.args.eval_data == "none" else " (fewer than three pictures)"
             return f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"
         rows = self.evaluator.data
-        few = "; so few give a rough figure" if len(rows) < FEW_ROWS else ""
-        return f"{len(rows):,} rows of {display_path(rows.data_path)}, measured every {self.interval} steps{few}"
+        return f"{len(rows):,} rows of {display_path(rows.data_path)}, measured every {self.interval} steps"
 
     def measure_if_due(self, progress: Progress, step: int, epoch: int):
         """Measures and describes every `interval` steps and at the end, and reports both."""
@@ -78,30 +73,21 @@ class Watch:
         except (OSError, UsageError) as error:
             progress.log(f"warning: the descriptions of step {step} cannot be written, training continues: {error}")
             return
-        progress.log_samples(step, generated, self.run.files.samples)
         answers, expected = ({row[of] for row in generated} for of in ("description", "reference"))
         if len(answers) == 1 < len(expected):
-            progress.log(
-                f"step {step}  the same answer to all {len(generated)} pictures: {generated[0]['description']}"
-            )
+            progress.log(f"step {step}  the same answer to all {len(generated)} pictures: {answers.pop()}")
         if self.evaluator is None and generated:
             right = sum(row["description"] == row["reference"] for row in generated)
             progress.log(f"{right} of {len(generated)} pictures that were trained on are described word for word")
 
     def finish(self, progress: Progress, step: int):
-        """Writes the run's page, with the graded scenes for the built-in set."""
+        """Logs whether the model looks at its images, and writes the run's page."""
         run = self.run
         if not run.processes.is_main:
             return
         if self.evaluator is None:
             self._describe(progress, step)
-        torch.set_num_threads(torch.get_num_threads() * run.processes.local_share[1])  # the other ranks are done
         try:
-            self.samples.look(self.model)
-            if run.learns_scenes:
-                table = {"step": step, "scenes": len(heldout_scenes())}
-                text = json.dumps(table | {"rows": scene_table(self.model, run.tokenizer)}, indent=2)
-                write_atomically(run.files.samples / "scenes.json", lambda file: file.write(text.encode("utf-8")))
             for sentence in verdict(self.figures, read_sidecar_or_empty(run.files.weights)):
                 progress.log(sentence)
             progress.log(f"its page: {display_path(write_report(run.files.save_dir, run.files.name))}")

@@ -31,10 +31,7 @@ class CapturedStep:
     The first batch of a shape runs over the buffers without a graph, which prepares what kernels need; the graph of the
     second has the same kernels. So a step computes the same bits whether its shape has a graph yet or not.
 
-    Args:
-        plain: `train_step`.
-        context: The step's: one rank, without experts, gradient scaler or dropout.
-        pad: Pads batches of any shape to a few shapes, see `Stage`; None if it cannot.
+    `plain` is `train_step`, `context` that of one rank without experts, gradient scaler or dropout, `pad` the stage's.
     """
 
     def __init__(self, plain: Callable, context: TrainContext, pad: Callable[[dict], dict | None]):

@@ -16,6 +16,7 @@ from common.errors import UsageError
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import normalise, pixel_constants
 from trainer.support.prefetch import tensors_of
+from trainer.support.processes import first_line
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
@@ -28,11 +29,8 @@ class CompiledVLM:
 
     All blocks of the decoder but the last, which computes fewer positions, share one graph, and so do the tower's:
     compiling the whole takes twice as long. Rare batches run uncompiled: an epoch's last, smaller one, and those
-    with fewer than two images or learned tokens, for which torch.compile would make graphs of their own.
-
-    Args:
-        model: A model without experts, on its device. It is left as it is; the compiled one shares its weights.
-        options: For torch.compile.
+    with fewer than two images or learned tokens, for which torch.compile would make graphs of their own. The model, on
+    its device and without experts, is left as it is, and shares its weights. `options` are torch.compile's.
     """
 
     def __init__(self, model: MiniMindVLM, **options):
@@ -71,13 +69,9 @@ class CompiledVLM:
     def warm_up(self, loss: Callable, batches: list[dict], dtype: torch.dtype):
         """Compiles a stage's loss, forward and backward; leaves gradients and random state as they are.
 
-        Args:
-            batches: Full batches on the model's device, among them the shortest and the longest: a compiled graph may
-                hold only for sizes on one side of a threshold.
-
-        Raises:
-            RuntimeError: If torch.compile does not work here (it needs a C++ compiler, and Triton on CUDA), or a batch
-                does not fit in the device's memory.
+        `batches` are full ones on the model's device, among them the shortest and the longest: a compiled graph may
+        hold only for sizes on one side of a threshold. Raises RuntimeError if torch.compile does not work here (it
+        needs a C++ compiler, and Triton on CUDA), or a batch does not fit in the device's memory.
         """
         device, attention = self.model.device, contextlib.nullcontext()
         if not torch.are_deterministic_algorithms_enabled():
@@ -132,11 +126,7 @@ def mark_images(block: nn.Module, inputs: tuple):
 def compile_or_not(
     model: MiniMindVLM, loss: Callable, batches: list[dict], dtype: torch.dtype, log: Callable
 ) -> CompiledVLM | MiniMindVLM:
-    """Returns the compiled model, or the model where torch.compile does not work here; see `CompiledVLM.warm_up`.
-
-    Raises:
-        UsageError: If the largest batch does not fit in the device's memory.
-    """
+    """Returns the compiled model, or the model where torch.compile does not work here; see `CompiledVLM.warm_up`."""
     compiled = CompiledVLM(model)
     log("compiling tower and decoder ... (--compile 0 does without)")
     try:
@@ -148,7 +138,6 @@ def compile_or_not(
             f"({longest['tokens']:,} tokens): a smaller --batch_size with more --accumulation_steps computes the same"
         ) from error
     except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
-        reason = str(error).strip().splitlines()[0]
-        log(f"warning: torch.compile does not work here, so this run continues without it ({reason})")
+        log(f"warning: torch.compile does not work here, so this run continues without it ({first_line(error)})")
         return model
     return compiled

@@ -24,36 +24,23 @@ SMALLEST_HEAD = 32  # from which attention on a CPU is faster in bfloat16
 
 @dataclass
 class Processes:
-    """This process among all of the run (rank 0 of 1 without torchrun); a context manager that leaves the group.
-
-    Attributes:
-        device: Where this rank computes.
-        host_group: The ranks' group for numbers on the host, so that agreeing on one never syncs a GPU.
-        setup_group: The same with a longer timeout.
-        local_share: This rank and the number of ranks, on this machine.
-    """
+    """This process among all of the run (rank 0 of 1 without torchrun); a context manager that leaves the group."""
 
     rank: int
     world_size: int
-    device: torch.device
-    host_group: dist.ProcessGroup | None = None
-    setup_group: dist.ProcessGroup | None = None
-    local_share: tuple[int, int] = (0, 1)
+    device: torch.device  # where this rank computes
+    host_group: dist.ProcessGroup | None = None  # for numbers on the host: agreeing on one never syncs a GPU
+    setup_group: dist.ProcessGroup | None = None  # the same with a longer timeout
+    local_share: tuple[int, int] = (0, 1)  # this rank, and the number of ranks, on this machine
 
     @classmethod
     def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
-        """Joins the other ranks if torchrun started this one.
+        """Joins the other ranks if torchrun started this one; `device` is as typed, or None for the best available.
 
-        Args:
-            device: As typed (cpu, cuda, cuda:1, mps), or None for the best available.
-            timeout_minutes: How long to wait for a process that does not answer.
-
-        Raises:
-            UsageError: If the device is missing.
-            RankError: If the ranks cannot find each other.
+        Raises UsageError if the device is missing, RankError if the ranks cannot find each other in time.
         """
         rank, world_size, *local_share = ranks()
-        device = pick_device(device, local_share[0], world_size)
+        device = pick_device(device, *local_share)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # also for a single process: streams are the current device's
         if world_size == 1:
@@ -72,8 +59,8 @@ class Processes:
             address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise RankError(
                 f"the {world_size} processes of this run did not find each other at {printable(address)}:{port} "
-                f"({first_line(error)}): one of them may have ended, or the port is taken or out of reach. Look for "
-                "another one's error above, or give torchrun another --master_port"
+                f"({first_line(error)}): one of them may have ended (see its error above), or the port is taken or out "
+                "of reach: give torchrun another --master_port"
             ) from error
         return cls(rank, world_size, device, *groups, tuple(local_share))
 
@@ -152,8 +139,7 @@ def first_line(error: Exception) -> str:
 def ranks() -> tuple[int, int, int, int]:
     """Returns RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; 0, 1, 0, 1 without it.
 
-    Raises:
-        RankError: If one of them, or the address at which the ranks meet, makes no sense.
+    Raises RankError if one of them, or the address at which the ranks meet, makes no sense.
     """
     world_size = rank_number("WORLD_SIZE", 1, range(1, 1 << 20))
     rank = rank_number("RANK", 0 if world_size == 1 else None, range(world_size))
@@ -177,14 +163,13 @@ def rank_number(name: str, default: int | None, allowed: range) -> int:
     return number
 
 
-def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.device:
-    """Returns this rank's device: as typed, or the best available; several ranks share a machine's GPUs.
+def pick_device(name: str | None, local_rank: int, local_world_size: int) -> torch.device:
+    """Returns this rank's device: as typed (cpu, cuda, cuda:1, mps), or the best available; UsageError if missing.
 
-    Raises:
-        UsageError: If it is missing.
+    Several ranks share a machine's GPUs.
     """
     if name is None:
-        has_mps = torch.backends.mps.is_available() and world_size == 1
+        has_mps = torch.backends.mps.is_available() and local_world_size == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,2})?", name):
         raise UsageError(f"--device {name}: use cpu, cuda, cuda:N or mps")
@@ -195,9 +180,8 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
         return device
     if not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA GPU is visible to torch {torch.__version__}")
-    index = local_rank if world_size > 1 else device.index or 0
-    # Count the GPUs of all this machine's ranks: a rank that ended alone would leave the others waiting.
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else index + 1
+    index = local_rank if local_world_size > 1 else device.index or 0
+    needed = max(index + 1, local_world_size)  # by all ranks: one that ended alone would leave the others waiting
     if needed > torch.cuda.device_count():
         raise UsageError(f"--device {name}: {needed} GPU(s) are asked for, but there are {torch.cuda.device_count()}")
     if sys.platform == "linux":  # segments that grow: otherwise batches of each new length would take more memory
@@ -208,23 +192,20 @@ def pick_device(name: str | None, local_rank: int, world_size: int) -> torch.dev
 
 
 def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> torch.dtype:
-    """Returns the dtype of matrix products: as typed, else bfloat16 where the device computes in it.
+    """Returns the dtype of matrix products: as typed, else bfloat16 where the device computes in it and gains by it.
 
-    Args:
-        head_size: A CPU's attention is slower in bfloat16 for heads of less than 32.
-
-    Raises:
-        UsageError: If the device cannot compute in it.
+    Raises UsageError if the device cannot compute in it.
     """
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if name is None:
-        return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
-    if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+        name = "bfloat16" if has_bfloat16 else "float16" if is_cuda else "float32"
+    if name == "bfloat16" and is_cuda and not has_bfloat16:
         raise UsageError("--dtype bfloat16: this GPU does not compute in it; leave --dtype out, or use float16")
-    if name == "float16" and device.type != "cuda":
+    if name == "float16" and not is_cuda:
         raise UsageError(f"--dtype float16 needs a CUDA GPU; on {device.type} leave --dtype out")
     return getattr(torch, name)
 

@@ -3,7 +3,7 @@
 import glob
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
@@ -18,17 +18,20 @@ from common.schema import Range, SchemaError, check
 from trainer.support.processes import Processes
 
 COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
-STATE = {  # of a checkpoint, which is a file from outside too
+# Checkpoints are files from outside too. This is in those of every stage:
+PROGRESS = {
     **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
-    "units?": COUNT,  # old checkpoints lack these two
-    "pictures?": torch.Tensor,
-    "bad_steps": [COUNT] * 3,
-    "processes": Range(int, 1, 1 << 20),
+    "units?": COUNT,  # old checkpoints lack it
     **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
     "learned": {"*": torch.Tensor},
     "optimizer": {"state": {"*": {"*": torch.Tensor}}},
     "scaler": {"*": Range(float, 0, 1e300)},
     "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
+}
+STATE = PROGRESS | {
+    "pictures?": torch.Tensor,  # old checkpoints lack it
+    "bad_steps": [COUNT] * 3,
+    "processes": Range(int, 1, 1 << 20),
     "wandb_id": (str, None),
     "progress": {
         **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
@@ -41,17 +44,17 @@ REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")  # the 
 ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
 
 
-@dataclass(frozen=True)
 class RunFiles:
     """The files a run writes: {save_dir}/{name}, with these endings."""
 
-    save_dir: Path
-    name: str
+    def __init__(self, save_dir: Path, name: str):
+        self.save_dir, self.name = save_dir, name
+        self.weights, self.state = self.path(".pth"), self.path("_resume.pth")
+        self.metrics, self.samples = self.path(".metrics.jsonl"), self.path("_samples")
+        self.bad_rows = self.path(BAD_ROWS)
 
-    def __post_init__(self):
-        endings = {"weights": ".pth", "state": "_resume.pth", "metrics": ".metrics.jsonl", "samples": "_samples"}
-        for field, ending in (endings | {"bad_rows": BAD_ROWS}).items():
-            object.__setattr__(self, field, self.save_dir / f"{self.name}{ending}")
+    def path(self, ending: str) -> Path:
+        return self.save_dir / f"{self.name}{ending}"
 
     @cached_property
     def aside(self) -> Path:
@@ -62,39 +65,38 @@ class RunFiles:
 
     def keep_aside(self, *endings: str) -> bool:
         """Renames an earlier run's files; returns whether there were any. Raises UsageError if that fails."""
-        paths = {self.save_dir / f"{self.name}{ending}": f"{self.aside}{ending}" for ending in endings}
-        there = [path for path in paths if os.path.lexists(path)]
-        for path in there:
+        earlier = {self.path(ending): f"{self.aside}{ending}" for ending in endings}
+        earlier = {path: aside for path, aside in earlier.items() if os.path.lexists(path)}
+        for path, aside in earlier.items():
             try:
-                path.rename(paths[path])
+                path.rename(aside)
             except OSError as error:
                 raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
-        return bool(there)
+        return bool(earlier)
 
 
-def read_state(args, files: RunFiles, processes: Processes) -> dict | None:
+def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:
     """Reads the checkpoint to resume from; None to start over.
 
-    Raises:
-        UsageError: If it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
+    Raises UsageError if it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
     """
-    if not args.from_resume:
-        if args.from_resume is None and is_unfinished(files.state):
-            raise UsageError(
-                f"{display_path(files.state)} belongs to a run that did not finish: --from_resume 1 resumes it, "
-                "--from_resume 0 starts over; the old files get a timestamp"
-            )
+    if from_resume is None and is_unfinished(path):
+        raise UsageError(
+            f"{display_path(path)} belongs to a run that did not finish: --from_resume 1 resumes it, --from_resume 0 "
+            "starts over"
+        )
+    if not from_resume:
         return None
-    if not files.state.is_file():
-        processes.log(f"--from_resume 1: no {display_path(files.state)} yet, so this run starts from the beginning")
+    if not path.is_file():
+        log(f"--from_resume 1: no {display_path(path)} yet, so this run starts from the beginning")
         return None
-    state = load_file(files.state)
+    state = load_file(path)
     try:
-        check(state, STATE)
+        check(state, schema)
     except SchemaError as error:
         raise UsageError(
-            f"{display_path(files.state)} is no checkpoint of this version of the project ({error}); --from_resume 0 "
-            "starts over"
+            f"{display_path(path)} is no checkpoint of this version of the project ({error}); --from_resume 0 starts "
+            "over"
         ) from error
     return state
 
@@ -113,11 +115,8 @@ def is_unfinished(path: Path) -> bool:
 def prepare_save_dir(files: RunFiles, processes: Processes):
     """Makes the folder, tries to write to it, and removes what a killed run of this name left half written.
 
-    Returns:
-        The lock on the run's name, held by the main rank.
-
-    Raises:
-        UsageError: If it cannot be written to, or another process writes the same files now.
+    Returns the lock on the run's name, held by the main rank. Raises UsageError if the folder cannot be written to, or
+    another process writes the same files now.
     """
     try:
         with scratch_folder(files.save_dir):  # it can be written to

@@ -13,11 +13,7 @@ SAME_SECONDS = 2.0
 
 
 class StopSignals:
-    """While entered, keeps the first SIGINT, SIGTERM or SIGHUP in `asked` (its number, else None).
-
-    Args:
-        speaks: Whether to acknowledge it on standard error.
-    """
+    """While entered, keeps the first SIGINT, SIGTERM or SIGHUP in `asked`; `speaks` tells of it on standard error."""
 
     def __init__(self, speaks: bool):
         self.speaks, self.asked, self.asked_at = speaks, None, 0.0
