@@ -291,7 +291,7 @@ def fingerprint_of(args: Namespace, pictures: Pictures, tower: nn.Module) -> dic
     flags = ("batch_size", "learning_rate", "seed", "minutes", "steps")
     return {name: str(getattr(args, name)) for name in flags} | {
         "data": pictures.rows.content_sha256,
-        "pictures": sha256_of({"rows": torch.from_numpy(pictures.rows.positions)}),
+        "pictures": sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices)}),
         "starting tower": sha256_of(tower.state_dict()),
     }
 
