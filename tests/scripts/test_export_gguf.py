@@ -186,5 +186,5 @@ def test_experts_and_a_missing_package_are_refused(tmp_path, monkeypatch):
 def test_llama_cpp_gives_our_tokens_and_answers(world, exported, tmp_path):
     exported()
     files = [*flags_for(tmp_path / "out", tmp_path / "tower"), "--server", SERVER]
-    table = world.run(ROOT / "scripts" / "share" / "check_llama_cpp.py", *files).passed().out
+    table = world.run(ROOT / "tests" / "checks" / "check_llama_cpp.py", *files).passed().out
     assert "llama.cpp f16" in table and table.count("200 of 200") == 2

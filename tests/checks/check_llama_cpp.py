@@ -1,8 +1,7 @@
 """Compare a trained model with its exports, run by transformers and by the real llama.cpp.
 
-    python scripts/share/check_llama_cpp.py --weight sft_vlm   with llama-server from the PATH
-    python scripts/share/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
-    python scripts/share/check_llama_cpp.py --weight sft_vlm --build DIR   builds it there first (6 minutes on 2 cores)
+    python tests/checks/check_llama_cpp.py --weight sft_vlm   with llama-server from the PATH
+    python tests/checks/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
 
 Exports to a temporary folder, starts llama-server on loopback, and prints a table: size; speed; token ids of 200 texts;
 greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the largest value);
@@ -18,7 +17,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,9 +44,6 @@ from scripts.export import check_exportable, write_gguf, write_pictures, write_t
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 from trainer.report.scene_table import scene_table
 
-SOURCE = "llama-cpp-python"  # its sdist contains llama.cpp
-CMAKE_FLAGS = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF")
-CMAKE_FLAGS += tuple(f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI"))
 SENTENCES = (
     "What is in the picture?",
     "图中有什么？",
@@ -59,21 +54,6 @@ SENTENCES = (
 )
 TEXTS, PROMPTS, TOKENS, ROUNDS = 200, 20, 32, 5
 Ask = Callable[[str, dict], dict]  # POSTs JSON to a path of llama-server and returns the JSON of the answer
-
-
-def build(folder: Path) -> Path:
-    """Builds llama-server from the sources in the sdist if it is missing; returns its path."""
-    server = folder / "build" / "bin" / "llama-server"
-    if not server.is_file():
-        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
-        subprocess.run(fetch, check=True)
-        with tarfile.open(max(folder.glob("*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
-        source, target = max(folder.glob("*/vendor/llama.cpp")), folder / "build"
-        subprocess.run(["cmake", "-S", source, "-B", target, *(f"-D{flag}" for flag in CMAKE_FLAGS)], check=True)
-        make = ["cmake", "--build", target, "--target", "llama-server", "-j", str(os.cpu_count())]
-        subprocess.run(make, check=True)
-    return server
 
 
 @contextlib.contextmanager
@@ -214,16 +194,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
-    add("--build", type=file_path, help="fetch and build it in this folder if it is missing")
     add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_arguments()
-    program = build(args.build.absolute()) if args.build else args.server or shutil.which("llama-server")
+    program = args.server or shutil.which("llama-server")
     if program is None or not Path(program).is_file():
-        raise UsageError("no llama-server: name it with --server, or build one with --build DIR")
+        raise UsageError("no llama-server: name it with --server")
     trained = find_model(args)
     check_exportable(trained, "gguf")
     with tempfile.TemporaryDirectory() as temporary:
