@@ -100,14 +100,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
     writer.add_add_eos_token(False)
 
 
-def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
-    """Writes the tower and the projection, in float32.
+def write_clip(trained: LoadedModel, path: Path, name: str):
+    """Writes a CLIP tower and the projection, in float32.
 
-    Args:
-        class_token: "last": for today's llama.cpp, which puts the class token after the patches but numbers positions
-            as if it came first. Its position embedding therefore moves to the end. The first patch is lost, and the
-            class token, then the last image token, is projected to zero if the projection is linear. "first": as
-            published, for a llama.cpp without that bug.
+    llama.cpp puts the class token after the patches but numbers positions as if it came first. Its position embedding
+    therefore moves to the end. The first patch is lost, and the class token, then the last image token, is projected
+    to zero if the projection is linear.
     """
     tower = trained.tower.config
     writer = gguf.GGUFWriter(path, "clip")
@@ -128,14 +126,14 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
     writer.add_vision_image_std(list(trained.tower.std))
     writer.add_vision_use_gelu(tower.hidden_act == "gelu")
     is_linear = PROJECTORS[trained.config.projector].llava_activation == "linear"
-    class_state = find_class_state(trained) if class_token == "last" and is_linear else None
+    class_state = find_class_state(trained) if is_linear else None
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
     writer.add_array("clip.vision.feature_layer", [0] * (class_state is not None) + [tower.num_hidden_layers])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, tower.num_hidden_layers)
     tensors = {}
     for ours, tensor in read_tower_weights(trained.tower_path).items():
-        if ours == "embeddings.position_embedding.weight" and class_token == "last":
+        if ours == "embeddings.position_embedding.weight":
             tensor = tensor.roll(-1, 0)
         if not ours.startswith("post_layernorm"):
             tensors[names.get_name(f"vision_tower.vision_model.{ours}", (".weight", ".bias"))] = tensor
@@ -194,3 +192,6 @@ def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.T
         "2.weight": torch.cat(second, dim=1) / GELU_SCALE,
         "2.bias": torch.zeros(size),
     }
+
+
+MMPROJ = {"CLIP": write_clip}  # by the kind of tower

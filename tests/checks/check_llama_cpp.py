@@ -120,7 +120,7 @@ def same_answers(ask: Ask, trained: LoadedModel, model, prompts: list[dict]) -> 
 
 
 @torch.inference_mode()
-def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, class_token: str) -> str:
+def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path) -> str:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
     source = folder / "scene.png"
     draw(heldout_scenes()[0]).save(source)
@@ -128,9 +128,7 @@ def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, clas
     theirs = np.fromfile(folder / "features", dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
     ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
-    theirs = theirs.reshape(ours.shape)
-    if class_token == "last":  # the first patch is lost, and the class token comes last
-        theirs, ours = theirs[:-1], ours[1:]
+    theirs, ours = theirs.reshape(ours.shape)[:-1], ours[1:]  # the first patch is lost, the class token comes last
     return f"{np.abs(theirs - ours).max() / np.abs(ours).max():.1e}"
 
 
@@ -144,7 +142,7 @@ def tokens_per_second(answer: Callable[[], object]) -> str:
     return f"{TOKENS / statistics.median(seconds[1:]):.0f}"
 
 
-def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
+def compare(program: Path, trained: LoadedModel, temporary: Path) -> dict[str, dict[str, str]]:
     """Returns, for each column of the table, its cells by the name of their row."""
     sees_images, model, scenes = trained.weights.has_projection, trained.load_model(), heldout_scenes()
     grades = trained.knows_only_scenes and sees_images
@@ -169,7 +167,7 @@ def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Pa
     table = {"this repository": ours, "transformers": {"MB": megabytes(*folders["hf"].iterdir())}}
     table["transformers"]["tokens/s"] = tokens_per_second(lambda: theirs.generate(**inputs, **exact, do_sample=False))
     for quant in ("f16", "q8_0"):
-        names = write_gguf(trained, folders[quant], "model", quant, class_token)
+        names = write_gguf(trained, folders[quant], "model", quant)
         cells = table[f"llama.cpp {quant}"] = {"MB": megabytes(*folders[quant].iterdir())}
         with serve(program, folders[quant], names) as ask:
             timed = partial(complete, ask, inputs, ignore_eos=True, cache_prompt=False)
@@ -177,7 +175,7 @@ def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Pa
             cells["same token ids"] = same_tokens(ask, trained, texts)
             cells["same answers"] = same_answers(ask, trained, model, prompts)
             if sees_images:
-                cells["features"] = feature_difference(ask, trained, model, folders[quant], class_token)
+                cells["features"] = feature_difference(ask, trained, model, folders[quant])
             if grades:
                 images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
                 graded = score([describe(ask, image) for image in images], [scene.facts for scene in scenes])
@@ -194,7 +192,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
-    add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
     return parser.parse_args(argv)
 
 
@@ -206,7 +203,7 @@ def main():
     trained = find_model(args)
     check_exportable(trained, "gguf")
     with tempfile.TemporaryDirectory() as temporary:
-        table = compare(Path(program).resolve(), trained, args.class_token, Path(temporary))
+        table = compare(Path(program).resolve(), trained, Path(temporary))
     rows = dict.fromkeys(row for cells in table.values() for row in cells)
     print(f"{'':<15}" + "".join(f"{name:>16}" for name in table))
     for row in rows:
