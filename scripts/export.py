@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +28,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path
-from dataset.chat import has_image_pad
+from dataset.chat import SYSTEM_PROMPT, has_image_pad
 from dataset.conversation import IMAGE_TAG
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.projectors import PROJECTORS
@@ -207,7 +208,10 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
     if trained.weights.has_projection:
         names.append(f"mmproj-{name}-f32.gguf")
         gguf_files.MMPROJ[trained.tower.kind](trained, folder / names[1], name)
-    (folder / "Modelfile").write_text(gguf_files.modelfile(*names), encoding="utf-8")
+    template = Template((SHARE / "Modelfile.template").read_text(encoding="utf-8"))
+    mmproj = "".join(f"FROM ./{mmproj}\n" for mmproj in names[1:])
+    modelfile = template.substitute(text=names[0], mmproj=mmproj, system=SYSTEM_PROMPT)
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     write_json(folder / TRAINING, trained.weights.sidecar)
     return names
 

@@ -1,17 +1,15 @@
-"""Write a trained model as the two GGUF files of llama.cpp, and Ollama's Modelfile.
+"""Write a trained model as the two GGUF files of llama.cpp.
 
 The text model is a `llama`; the vision tower and the projection are a `clip` with the projector `mlp`.
 """
 
 import json
 from pathlib import Path
-from string import Template
 
 import gguf
 import torch
 from torch.nn import functional as F
 
-from dataset.chat import SYSTEM_PROMPT
 from model.projectors import PROJECTORS
 from model.tower_files import read_tower_weights
 from model.transformers_names import to_transformers
@@ -26,12 +24,6 @@ QUANTS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-
-
-def modelfile(text: str, *mmproj: str) -> str:
-    """Returns Ollama's Modelfile for files in the same folder."""
-    template = Template((Path(__file__).parent / "Modelfile.template").read_text(encoding="utf-8"))
-    return template.substitute(text=text, mmproj="".join(f"FROM ./{name}\n" for name in mmproj), system=SYSTEM_PROMPT)
 
 
 def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str | None = None):
