@@ -10,7 +10,7 @@ how often the peak lies on the right one of two objects.
     attention, all layers and heads       89.3    34.2    81.2
     chance                                 6.0     6.0
 
-scripts/builtin/check_looking.py checks the measure with any weights that describe the scenes.
+tests/checks/check_looking.py checks the measure with any weights that describe the scenes.
 """
 
 import copy

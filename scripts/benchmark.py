@@ -9,29 +9,34 @@
 
 The data are synthetic, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
 or dialogues of 200 to 1500 (sft). Tower and decoder have their full size and random weights, which do not affect speed.
-Lines take turns, and the whole round is repeated, every measurement in a process of its own. "useful" tokens are not
-padding, "product" is the share of a matrix product's GFLOP/s, which stands at the end (bfloat16 on CUDA, else float32).
+Lines take turns, and the whole round is repeated, every measurement in a process of its own. "useful" is the share of
+tokens that are no padding, "product" that of a matrix product's GFLOP/s, which stands at the end (bfloat16 on CUDA).
 """
 
 import json
+import multiprocessing
 import platform
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
+from dataset.tokenizer import quiet_libraries
 from scripts.bench.checks import CHECKS, check
 from scripts.bench.generation import GENERATE_LINES, measure_generate
 from scripts.bench.gpu import GPU_LINES, measure_gpu
-from scripts.bench.measuring import measure_rounds, print_table
 from scripts.bench.synthetic import LAYERS
 from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training
 from trainer.support.processes import cores, pick_device
@@ -48,16 +53,38 @@ MEASUREMENTS = {
 
 
 def measure(what: str, args: Namespace) -> dict[str, dict]:
-    """Takes a measurement, prints its table, and returns the figures of each line."""
+    """Takes a measurement, prints its table, and returns the figures of each line.
+
+    The lines take turns, so that another program slows all of them alike. Each figure is the median of all rounds;
+    {"failed": why} for a line that failed.
+    """
     lines, function = MEASUREMENTS[what]
     lines = [line for line in lines if not (args.device.startswith("cuda") and "int8" in line)]
-    table = measure_rounds(function, lines, args, 1 if what in ("checks", "gpu") else args.repeats)
-    plain = table.get("plain", {}).get("samples/s")
-    for row in table.values():
-        if plain and "failed" not in row:
-            row["x plain"] = row["samples/s"] / plain
-    print_table(what, table)
+    rounds, rows, table = 1 if what in ("checks", "gpu") else args.repeats, {line: [] for line in lines}, {}
+    for line in tqdm(lines * rounds, leave=False):
+        try:
+            rows[line].append(alone(function, args, line))
+        except (RuntimeError, OSError, ValueError, UsageError) as error:  # a crash, too little memory: RuntimeError
+            table[line] = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+    for line in lines:
+        if line not in table:
+            table[line] = {name: median_low(row[name] for row in rows[line]) for name in rows[line][0]}
+            if "samples/s" in table.get("plain", {}):
+                table[line]["x plain"] = table[line]["samples/s"] / table["plain"]["samples/s"]
+    columns = next((row for row in table.values() if "failed" not in row), {})
+    print(f"{what:<38}" + "".join(f"{name:>12}" for name in columns))
+    for line in lines:
+        cells = [f"{value:>12,.2f}" if isinstance(value, float) else f"{value:>12}" for value in table[line].values()]
+        cells = [f"  failed: {table[line]['failed']}"] if "failed" in table[line] else cells
+        print(f"  {line:<36}" + "".join(cells), flush=True)
     return table
+
+
+def alone(function: Callable, *arguments):
+    """Returns what a function returns in a fresh process, so that its peak memory is its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=quiet_libraries, initargs=(False,)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def parse_arguments(argv=None) -> Namespace:

@@ -14,7 +14,6 @@ The same command resumes after an interruption and downloads nothing twice.
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from common import paths
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.paths import display_path
-from scripts.data.transfer import RemoteFile, fetch, has_checksum, human, list_hub, list_modelscope
+from scripts.data.transfer import RemoteFile, fetch, human, list_hub, list_modelscope
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Part:
     """What one word on the command line asks for.
 
     Attributes:
-        choices: The files of each form it is published in; the first complete form is downloaded.
+        choices: The files of each form it is published in, with {} for the size; the first complete one is downloaded.
         needs: For weights: the parts with the tower and the tokenizer that they were trained with.
         hidden_size: For weights: the default of --hidden_size.
     """
@@ -54,33 +53,26 @@ class Part:
 CONFIG = ("config.json", "preprocessor_config.json")
 TOWER_FILES = ((*CONFIG, "model.safetensors"), (*CONFIG, "pytorch_model.bin"))
 TOKENIZER_FILES = (("tokenizer.json", "tokenizer_config.json"),)
+PRETRAIN_FILES = (("pretrain_i2t.parquet",), ("pretrain_data.parquet",))
 
-
-def data_part(name: str, about: str) -> Part:
-    """Returns one stage's data under its newest name, or its older one."""
-    choices = ((f"{name}_i2t.parquet",), (f"{name}_data.parquet",))
-    return Part("jingyaogong/minimind-v_dataset", paths.DATASET_DIR, about, choices)
-
-
-def weights_part(name: str, about: str, is_3v: bool = False) -> Part:
-    """Returns weights of MiniMind2-V or minimind-3v."""
-    choices = ((f"{name}_{{hidden_size}}.pth",),)
-    if is_3v:
-        needs = ("tower_3v", "tokenizer_3v")
-        return Part("jingyaogong/minimind-3v-pytorch", paths.SAVE_3V_DIR, about, choices, needs, 768)
-    return Part("jingyaogong/MiniMind2-V-PyTorch", paths.SAVE_DIR, about, choices, ("tower", "tokenizer"))
-
-
+V2 = {"repo_id": "jingyaogong/MiniMind2-V-PyTorch", "folder": paths.SAVE_DIR, "needs": ("tower", "tokenizer")}
+V3 = {
+    "repo_id": "jingyaogong/minimind-3v-pytorch",
+    "folder": paths.SAVE_3V_DIR,
+    "needs": ("tower_3v", "tokenizer_3v"),
+    "hidden_size": 768,
+}
+DATA = {"repo_id": "jingyaogong/minimind-v_dataset", "folder": paths.DATASET_DIR}
 PARTS = {
     "tower": Part("openai/clip-vit-base-patch16", paths.TOWER_DIR, "the vision tower", TOWER_FILES),
     "tokenizer": Part("jingyaogong/MiniMind2-V", paths.TOKENIZER_DIR, "the tokenizer", TOKENIZER_FILES),
-    "sft_vlm": weights_part("sft_vlm", "the trained model"),
-    "pretrain_vlm": weights_part("pretrain_vlm", "after pretraining"),
-    "llm": weights_part("llm", "the language model before any picture"),
-    "pretrain": data_part("pretrain", "pictures with captions"),
-    "sft": data_part("sft", "pictures with conversations"),
-    "minimind-3v": weights_part("sft_vlm", "the trained model of the newest generation", is_3v=True),
-    "llm_3v": weights_part("llm", "its language model before any picture", is_3v=True),
+    "sft_vlm": Part(about="the trained model", choices=(("sft_vlm_{}.pth",),), **V2),
+    "pretrain_vlm": Part(about="after pretraining", choices=(("pretrain_vlm_{}.pth",),), **V2),
+    "llm": Part(about="the language model before any picture", choices=(("llm_{}.pth",),), **V2),
+    "pretrain": Part(about="pictures with captions", choices=PRETRAIN_FILES, **DATA),
+    "sft": Part(about="pictures with conversations", choices=(("sft_i2t.parquet",), ("sft_data.parquet",)), **DATA),
+    "minimind-3v": Part(about="the trained model of the newest generation", choices=(("sft_vlm_{}.pth",),), **V3),
+    "llm_3v": Part(about="its language model before any picture", choices=(("llm_{}.pth",),), **V3),
     "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER_FILES),
     "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER_FILES),
 }
@@ -114,7 +106,7 @@ class Source:
             raise UsageError(f"{self.endpoint} does not answer like a model hub: {self.advice}.") from error
         published = {file.name: file for file in listed}
         size = hidden_size or part.hidden_size
-        choices = [[name.format(hidden_size=size) for name in names] for names in part.choices]
+        choices = [[name.format(size) for name in names] for names in part.choices]
         names = next((names for names in choices if published.keys() >= set(names)), None)
         if names is None:
             wanted, found = " or ".join(map(" + ".join, choices)), ", ".join(sorted(published)) or "nothing"
@@ -138,48 +130,13 @@ def find_source(name: str) -> Source:
     return Source(endpoint, list_modelscope, owners, advice)
 
 
-def plan(args: argparse.Namespace, source: Source) -> dict[str, dict[Path, RemoteFile]]:
-    """Asks the source what makes up the wanted parts: for each, path here -> published file."""
-    files = {}
-    for name in args.parts:
-        folder = args.dest / PARTS[name].folder.relative_to(paths.ROOT)
-        # Training looks for pretrain_data.parquet, whichever name it was published under.
-        chosen = source.files_of(PARTS[name], args.hidden_size)
-        files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
-    return files
-
-
 def is_in_place(path: Path, file: RemoteFile) -> bool:
     """Tells whether a file is here; raises UsageError where the user's own file has its name."""
-    is_weights = path.suffix == ".pth"
-    is_own = is_weights and path.with_suffix(".json").exists()  # the sidecar of a training here
-    if path.exists():
-        # Weights trained here have the same size as the published ones. Training writes none of the other files.
-        is_own |= path.stat().st_size != file.size or (is_weights and not has_checksum(path, file.checksum))
-    if is_own:
+    is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
+    if is_trained_here or (path.exists() and not file.is_at(path)):
         reason = f"{path} is your own, or another version of the published file"
         raise UsageError(f"{reason}: move or delete it, or put the published files into another folder with --dest.")
     return path.exists()
-
-
-def bytes_to_fetch(path: Path, file: RemoteFile) -> int:
-    """Returns how much of a file is still to be downloaded."""
-    part = file.part(path)
-    return file.size - (part.stat().st_size if part.exists() else 0)
-
-
-def check_disk(missing: dict[Path, RemoteFile]):
-    """Prints how much is to be fetched; raises UsageError where a disk is too small for it."""
-    disks: dict[int, tuple[Path, list[int]]] = {}
-    for path, file in missing.items():  # dataset/ is often a link to a larger disk
-        folder = next(folder for folder in path.parents if folder.is_dir())
-        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(bytes_to_fetch(path, file))
-    for folder, sizes in disks.values():
-        needed, free = human(sum(sizes)), shutil.disk_usage(folder).free
-        if sum(sizes) > free:
-            advice = f"make room, or fetch fewer parts ({', '.join(PARTS)})"
-            raise UsageError(f"not enough disk under {folder}: {needed} to fetch, {human(free)} free. {advice}.")
-        print(f"\n{needed} to fetch; {human(free)} free", flush=True)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -202,16 +159,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, source: Source):
-    """Asks the source, checks the disk, fetches and prints what to type next."""
+    """Asks the source for all parts, fetches what is missing, and prints what to type next."""
     print(f"Asking {source.endpoint} ...", flush=True)
-    files, missing = plan(args, source), {}
-    for part, published in files.items():
-        places = " + ".join(map(display_path, published))
+    files, missing = {}, {}
+    for name in args.parts:
+        part = PARTS[name]
+        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), source.files_of(part, args.hidden_size)
+        # Training looks for pretrain_data.parquet, whichever name it was published under.
+        files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
+    for name, published in files.items():
         wanted = {path: file for path, file in published.items() if not is_in_place(path, file)}
-        size = human(sum(bytes_to_fetch(path, file) for path, file in wanted.items()))
-        print(f"  {part:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})")
+        size = human(sum(file.size for file in wanted.values()))
+        places = " + ".join(map(display_path, published))
+        print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})")
         missing |= wanted
-    check_disk(missing)
     for path, file in missing.items():
         fetch(file, path)
         print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)

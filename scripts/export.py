@@ -12,8 +12,11 @@ AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf") loads such a f
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from string import Template
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,7 +28,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path
-from dataset.chat import has_image_pad
+from dataset.chat import SYSTEM_PROMPT, has_image_pad
 from dataset.conversation import IMAGE_TAG
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.projectors import PROJECTORS
@@ -49,24 +52,21 @@ def check_exportable(trained: LoadedModel, to: str):
     """Raises UsageError if transformers or, for `to` "gguf", llama.cpp has no such model."""
     config, tower = trained.config, trained.tower.kind
     model_type, _, shared = DECODERS[config.use_moe, config.qk_norm]
-    if config.inference_rope_scaling:
-        raise UsageError("YaRN positions (inference_rope_scaling) are not exported: train and export without them")
-    if config.use_moe and config.n_shared_experts != shared:
-        raise UsageError(f"{config.n_shared_experts} shared experts are not exported: {model_type} has {shared}")
+    has_other_shared = config.use_moe and config.n_shared_experts != shared
+    refused = {
+        "YaRN positions (inference_rope_scaling) are not exported: export without": config.inference_rope_scaling,
+        f"{config.n_shared_experts} shared experts are not exported: {model_type} has {shared}": has_other_shared,
+        "experts are not exported to GGUF: use --to transformers": to == "gguf" and config.use_moe,
+        "norms per head are not exported to GGUF: use --to transformers": to == "gguf" and config.qk_norm,
+    }
     if trained.weights.has_projection:
-        if has_image_pad(trained.tokenizer):
-            alone = f"python scripts/export.py --save_dir {display_path(SAVE_3V_DIR)} --weight llm"
-            raise UsageError(f"of minimind-3v the language model alone is exported, without images: {alone}")
-        if tower != "CLIP":
-            raise UsageError(f"a {tower} tower is not exported: LLaVA takes features before the last norm")
-        if config.pixel_shuffle != 1:
-            raise UsageError("a projection with pixel shuffle is not exported: LLaVA has none")
-        if PROJECTORS[config.projector].llava_activation is None:
-            raise UsageError(f"a {config.projector} projection is not exported: LLaVA has none of its kind")
-    if to == "gguf" and config.use_moe:
-        raise UsageError("experts are not exported to GGUF: use --to transformers")
-    if to == "gguf" and config.qk_norm:
-        raise UsageError("norms per head (minimind-3v) are not exported to GGUF: use --to transformers")
+        alone = f"python scripts/export.py --save_dir {display_path(SAVE_3V_DIR)} --weight llm"
+        what = f"of minimind-3v the language model alone is exported, without images: {alone}"
+        refused = {what: has_image_pad(trained.tokenizer)} | refused
+        refused |= FORMS[tower].refused(trained) if tower in FORMS else {f"a {tower} tower is not exported": True}
+    for what, is_there in refused.items():
+        if is_there:
+            raise UsageError(what)
 
 
 def chat_template(trained: LoadedModel) -> str:
@@ -96,24 +96,6 @@ def text_config(config: VLMConfig) -> dict:
     return fields
 
 
-def llava_config(trained: LoadedModel, image_token_id: int) -> dict:
-    """Returns the whole model as transformers' LLaVA."""
-    return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
-        "text_config": text_config(trained.config),
-        "vision_config": trained.tower.config.to_diff_dict() | {"model_type": "clip_vision_model", "dtype": "float32"},
-        "image_token_index": image_token_id,
-        "image_seq_length": trained.config.image_tokens,
-        "vision_feature_layer": -1,  # the last layer's output, before the final norm
-        "vision_feature_select_strategy": "default",  # without the class token
-        "projector_hidden_act": PROJECTORS[trained.config.projector].llava_activation,
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-
-
 def tokenizer_files(trained: LoadedModel) -> tuple[dict[str, dict], int | None]:
     """Returns the tokenizer's files by name, and the id of `<image>`, None for a language model.
 
@@ -136,16 +118,50 @@ def tokenizer_files(trained: LoadedModel) -> tuple[dict[str, dict], int | None]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}, image_token_id
 
 
-def processor_files(trained: LoadedModel) -> dict[str, dict]:
-    """Returns the files of CLIPImageProcessor and LlavaProcessor by name."""
+def llava_refused(trained: LoadedModel) -> dict[str, bool]:
+    kind = trained.config.projector
+    return {
+        "a projection with pixel shuffle is not exported: LLaVA has none": trained.config.pixel_shuffle != 1,
+        f"a {kind} projection is not exported: LLaVA has none of its kind": PROJECTORS[kind].llava_activation is None,
+    }
+
+
+def llava_files(trained: LoadedModel, image_token_id: int) -> dict[str, dict]:
+    """Returns the files of LlavaForConditionalGeneration, CLIPImageProcessor and LlavaProcessor by name."""
     tower, side = trained.tower, trained.tower.config.image_size
+    config = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": text_config(trained.config),
+        "vision_config": tower.config.to_diff_dict() | {"model_type": "clip_vision_model", "dtype": "float32"},
+        "image_token_index": image_token_id,
+        "image_seq_length": trained.config.image_tokens,
+        "vision_feature_layer": -1,  # the last layer's output, before the final norm
+        "vision_feature_select_strategy": "default",  # without the class token
+        "projector_hidden_act": PROJECTORS[trained.config.projector].llava_activation,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
     pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
     pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
     pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     pixels |= {"rescale_factor": 1 / 255, "resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
     tokens = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1, "image_token": IMAGE_TAG}
     tokens |= {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default"}
-    return {"preprocessor_config.json": pixels, "processor_config.json": tokens}
+    return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": tokens}
+
+
+class Form(NamedTuple):
+    """A class of transformers that models with images become."""
+
+    refused: Callable[[LoadedModel], dict[str, bool]]  # what it cannot express, and whether the model has that
+    files: Callable[[LoadedModel, int], dict[str, dict]]  # config.json and its processors' files, by name
+    projection: Callable[[dict], dict]  # renames the projection's tensors
+
+
+# By the kind of tower. A further form is an entry here, one in gguf_files.MMPROJ, and its names in transformers_names.
+FORMS = {"CLIP": Form(llava_refused, llava_files, projector_to_llava)}
 
 
 def write_json(path: Path, content: dict):
@@ -153,14 +169,14 @@ def write_json(path: Path, content: dict):
 
 
 def write_transformers(trained: LoadedModel, folder: Path):
-    """Writes a LlavaForConditionalGeneration, or the decoder alone where the weights have no projection."""
+    """Writes the model in its form, or the decoder alone where the weights have no projection."""
     files, image_token_id = tokenizer_files(trained)
     tensors = to_transformers(trained.weights.tensors)
     if trained.weights.has_projection:
-        files |= processor_files(trained) | {"config.json": llava_config(trained, image_token_id)}
-        tower = read_tower_weights(trained.tower_path)
+        form, tower = FORMS[trained.tower.kind], read_tower_weights(trained.tower_path)
+        files |= form.files(trained, image_token_id)
         tensors = {f"{DECODER}{name}": tensor for name, tensor in tensors.items()}
-        tensors |= projector_to_llava(trained.weights.tensors)
+        tensors |= form.projection(trained.weights.tensors)
         tensors |= {f"{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
     else:
         files["config.json"] = text_config(trained.config)
@@ -169,16 +185,13 @@ def write_transformers(trained: LoadedModel, folder: Path):
     for name, content in (files | {"generation_config.json": ids, TRAINING: sidecar}).items():
         write_json(folder / name, content)
     (folder / "chat_template.jinja").write_text(chat_template(trained), encoding="utf-8")
-    tensors = {name: in_half_where_exact(tensor).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        half = tensor.half()
+        tensors[name] = (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def in_half_where_exact(tensor: torch.Tensor) -> torch.Tensor:
-    half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
-
-
-def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str, class_token: str) -> list[str]:
+def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> list[str]:
     """Writes the text model, the mmproj where there is a projection, Ollama's Modelfile and the sidecar.
 
     Returns:
@@ -194,8 +207,11 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str, class_
     gguf_files.write_text(trained, folder / names[0], name, quant, chat_template(trained))
     if trained.weights.has_projection:
         names.append(f"mmproj-{name}-f32.gguf")
-        gguf_files.write_mmproj(trained, folder / names[1], name, class_token)
-    (folder / "Modelfile").write_text(gguf_files.modelfile(*names), encoding="utf-8")
+        gguf_files.MMPROJ[trained.tower.kind](trained, folder / names[1], name)
+    template = Template((SHARE / "Modelfile.template").read_text(encoding="utf-8"))
+    mmproj = "".join(f"FROM ./{mmproj}\n" for mmproj in names[1:])
+    modelfile = template.substitute(text=names[0], mmproj=mmproj, system=SYSTEM_PROMPT)
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     write_json(folder / TRAINING, trained.weights.sidecar)
     return names
 
@@ -231,8 +247,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("the export").add_argument
     add("--to", choices=("transformers", "gguf"), default="transformers", help="gguf: for llama.cpp and Ollama")
     add("--quant", choices=("f16", "q8_0"), default="f16", help="precision of the text model's matrices in a GGUF")
-    what = "where a GGUF has the tower's class token; first: for a llama.cpp that puts it before the patches"
-    add("--class_token", choices=("last", "first"), default="last", help=what)
     add("--folder", type=file_path, help="where to write (default: NAME-hf or NAME-gguf in --save_dir)")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all files in it")
     add("--picture", type=file_path, nargs="+", help="only crop these pictures to PNGs that llama.cpp leaves untouched")
@@ -249,11 +263,10 @@ def main(argv: list[str] | None = None):
     check_exportable(trained, args.to)
     path, names = trained.weights.path, []
     name = path.stem if args.load_from == "model" else path.parent.name
-    folder = args.folder or save_dir / f"{name}-{'gguf' if args.to == 'gguf' else 'hf'}"
-    folder = folder.absolute()
+    folder = (args.folder or save_dir / f"{name}-{'gguf' if args.to == 'gguf' else 'hf'}").absolute()
     with whole_folder(folder, {"exported_by": "scripts/export.py"}, args.overwrite, "--folder") as part:
         if args.to == "gguf":
-            names = write_gguf(trained, part, name, args.quant, args.class_token)
+            names = write_gguf(trained, part, name, args.quant)
         else:
             write_transformers(trained, part)
     print(f"{display_path(folder)}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")

@@ -7,8 +7,7 @@
 It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
 of it or nothing, and prints the commands that train on them. Every picture is
 decoded; one that is larger than --size is made smaller. Rows that cannot be
-used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1,
-as training would refuse such a file (--max_bad_rows).
+used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
 """
 
 import argparse
@@ -231,7 +230,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     what = "shorter side that larger pictures get, in pixels"
     add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
-    add("--max_bad_rows", type=number(int, 0), help="rows that may be left out (default: 1 %% of the rows)")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
     if not args.sources and not args.mix:
@@ -253,13 +251,9 @@ def main(argv=None):
     print("\n".join(report(made, args.to)), end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
-    limit = made.rows // 100 if args.max_bad_rows is None else args.max_bad_rows
-    if made.bad_rows > limit:
-        most = "1 % of the rows" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
-        raise UsageError(
-            f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than {most}. The others are written; look "
-            f"at the reasons in {display_path(args.to / LEFT_OUT)}, or accept them with --max_bad_rows {made.bad_rows}"
-        )
+    if made.bad_rows > made.rows // 100:
+        left_out = f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than 1 % of the rows"
+        raise UsageError(f"{left_out}. The others are written; reasons: {display_path(args.to / LEFT_OUT)}")
 
 
 if __name__ == "__main__":

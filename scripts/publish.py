@@ -29,7 +29,6 @@ from common.paths import display_path, printable
 from model.vlm_config import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
 from scripts.data.transfer import human
-from scripts.report import find_run
 from scripts.share.model_card import CARD, PICTURES, Model, card_files
 from trainer.report.page import Record, read_record
 
@@ -45,14 +44,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--license", type=str.lower, required=True, help=what)
     add("--language", default="zh", help="language codes for the card, as zh or zh,en")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
-    add("--run", type=file_path, help="the run's record, as out/sft_vlm_512 (default: found by SOURCE's name)")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        raise UsageError(
-            f"{args.repo} is no repository: use NAME/REPO, with your (or an organisation's) name on the hub"
-        )
+        raise UsageError(f"{args.repo} is no repository: use NAME/REPO, with your name on the hub")
     return args
 
 
@@ -99,7 +95,7 @@ def exported_files(folder: Path) -> dict[str, Path | bytes]:
         )
     for name, sha256 in hashes.items():
         file = folder / name
-        if file.is_symlink() or hash_of(file) != sha256:
+        if file.is_symlink() or file.parent != folder or hash_of(file) != sha256:  # a name may lead out of the folder
             what = f"{display_path(file)} is not what scripts/export.py wrote"
             raise UsageError(f"{what}: it is missing, a link, or was changed. Export the model again")
     return {name: folder / name for name in hashes}
@@ -113,17 +109,16 @@ def without_folders(value):
     return PureWindowsPath(value).name if is_path else value
 
 
-def find_record(source: Path, run: Path | None, model: Model) -> tuple[Record, list[str]]:
+def find_record(folder: Path, model: Model) -> tuple[Record, list[str]]:
     """Reads the record of the model's run; returns it, empty where there is none, and why parts of it are missing."""
-    folder, name = (source.parent, model.name) if run is None else find_run(run)
-    empty = Record(folder, name, [], [])
+    empty = Record(folder, model.name, [], [])
     try:
-        record = read_record(folder, name)
+        record = read_record(folder, model.name)
     except UsageError as error:
-        return empty, [f"{error} (--run names the record of a run elsewhere)"]
+        return empty, [str(error)]
     exported, now = model.sidecar.get("written"), record.sidecar.get("written")
     if exported and now and exported != now:
-        again = f"{display_path(folder / name)} was trained after this was exported ({exported} and {now})"
+        again = f"{display_path(folder / model.name)} was trained after this was exported ({exported} and {now})"
         return empty, [f"{again}, so its record is of another model: export it again"]
     return record, list(record.missing.values())
 
@@ -171,11 +166,9 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            reason = (
-                f"the access token may not write to {args.repo} ({reason}). Is that your name? If it is, {NEW_TOKEN}"
-            )
-        reason = printable(reason).replace(token, "[the token]")
-        what = f"the upload to {constants.ENDPOINT} failed: {reason}"
+            refused = f"the access token may not write to {args.repo}"
+            reason = f"{refused} ({reason}). Is that your name? If it is, {NEW_TOKEN}"
+        what = f"the upload to {constants.ENDPOINT} failed: {printable(reason).replace(token, '[the token]')}"
         raise UsageError(f"{what}. The same command uploads what is missing.") from error
     print(f"{url} ({'private' if is_private else 'public'})")
 
@@ -184,7 +177,7 @@ def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     args.source = args.source.absolute()
     model = read_model(args.source)
-    record, missing = find_record(args.source, args.run, model)
+    record, missing = find_record(args.source.parent, model)
     made = card_files(model, record, args.repo, args.license, args.language.split(","), not args.no_samples)
     show(args, model, made, missing)
     if not args.dry_run:

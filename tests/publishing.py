@@ -25,7 +25,7 @@ HF_FILES = {
 }
 GGUF_FILES = {f"{NAME}-f16.gguf", f"mmproj-{NAME}-f32.gguf", "Modelfile", "training.json"}
 FILES = {"-hf": HF_FILES, "-gguf": GGUF_FILES, ".pth": {f"{NAME}.pth", f"{NAME}.json"}}
-CARD_FILES = {"README.md", "loss.png", *(f"samples/{number}.jpg" for number in range(8))}
+CARD_FILES = {"README.md", *(f"samples/{number}.jpg" for number in range(8))}
 
 
 @pytest.fixture(scope="session")

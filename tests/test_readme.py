@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import check_llama_cpp, check_looking
 
 import eval_vlm
 from dataset import check
 from scripts import download, export, make_dataset, publish, web_demo_vlm
-from scripts.builtin import check_looking
-from scripts.share import check_llama_cpp
 from trainer import train_pretrain_vlm, train_sft_vlm, train_tower
 from trainer.flags import build_parser
 
@@ -46,8 +45,8 @@ PARSERS = {
     "trainer/train_sft_vlm.py": build_parser(train_sft_vlm.STAGE, "").parse_args,
     "trainer/train_tower.py": train_tower.parse_arguments,
     "eval_vlm.py": eval_vlm.parse_arguments,
-    "scripts/share/check_llama_cpp.py": check_llama_cpp.parse_arguments,
-    "scripts/builtin/check_looking.py": check_looking.parse_arguments,
+    "tests/checks/check_llama_cpp.py": check_llama_cpp.parse_arguments,
+    "tests/checks/check_looking.py": check_looking.parse_arguments,
     "scripts/download.py": download.parse_args,
     "scripts/export.py": export.parse_arguments,
     "scripts/make_dataset.py": make_dataset.parse_arguments,

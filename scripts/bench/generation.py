@@ -8,8 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.answers import generate
 from model.model_vlm import MiniMindVLM
-from scripts.bench.measuring import timed
-from scripts.bench.synthetic import model_config
+from scripts.bench.synthetic import model_config, timed
 from trainer.answering.assistant import in_precision
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 230, 64, 5

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.bench.measuring import timed
-from scripts.bench.synthetic import Steps, settings_of
+from scripts.bench.synthetic import Steps, settings_of, timed
 from scripts.bench.training import matrix_product_flops, model_flops, peak_bytes, plain_loop, take_all
 
 WAYS = ("ordinary", "compiled, captured")

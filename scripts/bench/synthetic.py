@@ -2,8 +2,9 @@
 
 import json
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -129,3 +130,13 @@ class Steps:
     def take(self, batch: dict) -> torch.Tensor:
         """Takes a step; returns (2,) its summed loss and learned tokens, without a sync."""
         return self.step([batch], count([batch], self.processes), RATE)[0]
+
+
+def timed(device: torch.device, function: Callable, *args, **kwargs):
+    """Returns the seconds of a call, the device's work included, and what it returned."""
+    sync = torch.get_device_module(device).synchronize
+    sync()
+    started = time.perf_counter()
+    result = function(*args, **kwargs)
+    sync()
+    return time.perf_counter() - started, result

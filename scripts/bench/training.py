@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
-from scripts.bench.measuring import timed
-from scripts.bench.synthetic import RATE, STAGES, TOWER, Steps, load_data, load_model, model_config, settings_of
+from scripts.bench.synthetic import RATE, STAGES, TOWER, Steps, load_data, load_model, model_config, settings_of, timed
 
 TRAINING_LINES = ("plain", "this project, first epoch", "this project, kept features")
 LOADER_LINES = ("plain", "this project")

@@ -1,7 +1,6 @@
 """Build the small language model that stands in for MiniMind2 until that is downloaded, see README.md here.
 
-    python scripts/builtin/build_llm.py                     # about 110 minutes on one core, into model/builtin
-    python scripts/builtin/build_llm.py --steps 20 --out_dir /tmp/llm
+    python scripts/builtin/build_llm.py     about 110 minutes on one core, into model/builtin
 
 It is trained on text only: the conversations of the built-in data set, with the scene described in place of the image,
 in a sentence or in a grid with a cell for each of the tower's patches: the mixed embeddings of the words for colour,
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.cli import ArgumentParser, HelpFormatter
 from common.files import write_together
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder
@@ -39,6 +39,7 @@ CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=buil
 _CHINESE = ("空", *language.COLOURS, *language.SHAPES, *(f"{s}的" for s in language.SIZES), *language.PLACES)
 _ENGLISH = (" empty", *(f" {word.split('the ')[-1]}" for word in language.ENGLISH.words.values()))  # " top", no article
 GRID_WORDS = tuple(zip(_CHINESE, _ENGLISH, strict=True))
+STEPS, OUT = 5000, BUILTIN_MODEL_DIR
 IN_A_SENTENCE = 0.35  # share of the steps
 COARSE_UNTIL = 0.7  # of the training: until then most grids have every second row and column only, for speed
 Example = tuple[list[dict], list[np.ndarray]]  # a conversation, and the weights of its grids
@@ -196,30 +197,31 @@ def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[i
 
 
 def main():
-    settings = {"out_dir": BUILTIN_MODEL_DIR, "steps": 5000, "learning_rate": 2e-3, "save_interval": 500}
-    args = build_tower.parse_arguments(__doc__, **settings)
+    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(build_tower.SEED)
     tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
     encoder = ChatEncoder(tokenizer, CONFIG.image_tokens)
     words = [[i for word in pair for i in tokenizer.encode(word, add_special_tokens=False)] for pair in GRID_WORDS]
     model = MiniMindForCausalLM(CONFIG)
     initialise(model)
 
-    def measure_and_save() -> dict:
+    def save() -> dict:
         result = measure(model, encoder, words)
-        command = "python " + " ".join(["scripts/builtin/build_llm.py", *sys.argv[1:]])
-        sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), {"command": command})
-        path = args.out_dir / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
+        made_by = {"command": "python scripts/builtin/build_llm.py"}
+        sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), made_by)
+        path = OUT / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
         write_together(weight_files(path, model, {}, sidecar | {"result": result}))
         return result
 
-    print(f"decoder of {model.num_parameters():,} parameters, {args.steps} steps")
+    print(f"decoder of {model.num_parameters():,} parameters, {STEPS} steps")
     embeddings, *others = model.parameters()
     groups = [  # embeddings move slowly, to stay distinct while the decoder learns to use them
         {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
         {"params": others, "factor": 1.0, "weight_decay": 0.05},
     ]
-    batches = draw_batches(encoder, args.steps, args.batch_size, build_tower.SEED)
-    build_tower.train(args, groups, batches, partial(training_loss, model, words), measure_and_save)
+    batches = draw_batches(encoder, STEPS, build_tower.BATCH_SIZE, build_tower.SEED)
+    build_tower.train(groups, batches, STEPS, 2e-3, partial(training_loss, model, words), save)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Build the small vision tower that stands in for CLIP's until that is downloaded, see README.md here.
 
-    python scripts/builtin/build_tower.py                   # about 15 minutes on one core, into model/builtin/tower
-    python scripts/builtin/build_tower.py --steps 50 --out_dir /tmp/tower
+    python scripts/builtin/build_tower.py     about 15 minutes on one core, into model/builtin/tower
 
 It is trained once on images of training scenes, then frozen. A linear layer must be able to turn its patch features
 into words, so it is trained with one: from each patch's feature a linear head predicts whether an object covers the
@@ -14,7 +13,6 @@ import json
 import math
 import sys
 import time
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
@@ -29,7 +27,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -44,8 +42,10 @@ GROUPS = {
     for attribute, words in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}.items()
 }
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
-LOG_INTERVAL = 50  # steps
+STEPS, BATCH_SIZE = 1500, 32  # each example a new scene
+LOG_INTERVAL, SAVES = 50, 10  # steps; times a run
 SEED = 0  # of the initial weights and the texts
+OUT = BUILTIN_MODEL_DIR / "tower"
 
 
 def word_targets(facts: Facts) -> list[int]:
@@ -118,42 +118,23 @@ def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcess
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Returns a linear warm-up over 5 % of the steps, then a cosine decay to 1 % of the peak."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
-
-
-def parse_arguments(description: str, **defaults) -> Namespace:
-    """Reads the flags of both build scripts, beside settings that are no flags; one thread and one seed."""
-    parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--out_dir", type=file_path, help="folder to write")
-    parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples per step, each a new scene")
-    parser.set_defaults(**defaults)
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    return parser.parse_args()
-
-
-def train(args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of: Callable, measure_and_save: Callable):
+def train(groups: list[dict], batches: Iterable[tuple], steps: int, peak: float, loss_of: Callable, save: Callable):
     """Trains with AdamW, printing losses and held-out results as it goes.
 
     Args:
-        args: Of `parse_arguments`, with the peak `learning_rate`, and the steps of a `save_interval`.
-        groups: AdamW's parameter groups; "factor" scales a group's learning rate.
+        groups: AdamW's parameter groups; "factor" scales a group's learning rate, which rises to `peak`.
         batches: One (name of the loss, batch) per step.
         loss_of: Returns the loss of a batch.
-        measure_and_save: Writes the weights and returns the held-out results.
+        save: Writes the weights and returns the held-out results.
     """
+    warm_up = max(1, steps // 20)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     parameters = [weight for group in groups for weight in group["params"]]
     started, recent = time.time(), defaultdict(list)
     for done, (name, batch) in enumerate(batches, start=1):
+        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 1 - warm_up) / max(1, steps - warm_up)))
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(done - 1, args.steps, args.learning_rate)
+            group["lr"] = group["factor"] * peak * (done / warm_up if done <= warm_up else decay)
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -164,31 +145,32 @@ def train(args: Namespace, groups: list[dict], batches: Iterable[tuple], loss_of
             losses = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
             print(f"step {done} {losses} {time.time() - started:.0f} s", flush=True)
             recent.clear()
-        if done % args.save_interval == 0 or done == args.steps:
-            print(f"held-out scenes: {json.dumps(measure_and_save())}", flush=True)
+        if done % max(1, steps // SAVES) == 0 or done == steps:
+            print(f"held-out scenes: {json.dumps(save())}", flush=True)
 
 
 def main():
-    settings = {"out_dir": BUILTIN_MODEL_DIR / "tower", "steps": 1500, "learning_rate": 1e-3, "save_interval": 300}
-    args = parse_arguments(__doc__, **settings)
+    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
     processor = CLIPImageProcessorPil()
     tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, len(TARGETS))
 
     def loss_of(first_scene: int) -> Tensor:
-        scenes = [training_scene(first_scene + index) for index in range(args.batch_size)]
+        scenes = [training_scene(first_scene + index) for index in range(BATCH_SIZE)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             predicted = head(features(tower, pixels(scenes, processor)))
         return head_loss(predicted.float(), *patch_targets(scenes))
 
-    def measure_and_save() -> dict:
-        copy.deepcopy(tower).half().save_pretrained(args.out_dir)
-        processor.save_pretrained(args.out_dir)
+    def save() -> dict:
+        copy.deepcopy(tower).half().save_pretrained(OUT)
+        processor.save_pretrained(OUT)
         return measure(tower, head, processor)
 
-    print(f"tower of {tower.num_parameters():,} parameters, {args.steps} steps of {args.batch_size}")
+    print(f"tower of {tower.num_parameters():,} parameters, {STEPS} steps of {BATCH_SIZE}")
     groups = [{"params": [*tower.parameters(), *head.parameters()], "factor": 1.0, "weight_decay": 0.02}]
-    batches = (("loss", step * args.batch_size) for step in range(args.steps))
-    train(args, groups, batches, loss_of, measure_and_save)
+    batches = (("loss", step * BATCH_SIZE) for step in range(STEPS))
+    train(groups, batches, STEPS, 1e-3, loss_of, save)
 
 
 if __name__ == "__main__":

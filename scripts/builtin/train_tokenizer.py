@@ -22,13 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, HelpFormatter
 from common.files import write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
 from dataset.chat import IMAGE_CHARACTER
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 (padding, unknown), 1 (begin), 2 (end)
 VOCAB_SIZE = 6400
+OUT = SAVE_DIR / "tokenizer"
 MAX_TOKEN_BYTES = 12  # four Chinese characters; longer tokens would be phrases, too rare for a small model to learn
 
 JIEBA_DIVISOR = 80  # jieba's frequencies sum to 60 million; this gives about two Chinese merges for each English one
@@ -108,14 +109,12 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--save_dir", type=file_path, default=SAVE_DIR / "tokenizer", help="folder to write")
-    folder = parser.parse_args().save_dir
+    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     tokenizer = train(built_in_corpus(), VOCAB_SIZE)
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
-    write_atomically(folder / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
-    write_atomically(folder / config.name, lambda file: file.write(config.read_bytes()))
-    print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {folder}")
+    write_atomically(OUT / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
+    write_atomically(OUT / config.name, lambda file: file.write(config.read_bytes()))
+    print(f"vocabulary: {tokenizer.get_vocab_size()} entries, saved: {OUT}")
 
 
 if __name__ == "__main__":

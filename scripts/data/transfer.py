@@ -39,9 +39,15 @@ class RemoteFile:
     size: int | None
     checksum: str | None
 
-    def part(self, path: Path) -> Path:
-        """Returns the partial file, named after the checksum so that two versions are never joined."""
-        return path.with_name(f"{path.name}.{self.checksum[:12]}.part")
+    def is_at(self, path: Path) -> bool:
+        """Tells whether a file here has the published content."""
+        if path.stat().st_size != self.size:
+            return False
+        digest = hashlib.sha256() if len(self.checksum) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        with open(path, "rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest() == self.checksum
 
 
 def list_hub(endpoint: str, repo_id: str, repo_type: str) -> list[RemoteFile]:
@@ -90,9 +96,8 @@ def fetch(file: RemoteFile, path: Path):
         HTTPError: If the server refuses it, or sends nothing new four times.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, wait = file.part(path), 0.5
-    for old_version in set(path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")) - {part}:
-        old_version.unlink()
+    # Named after the checksum, so that two versions are never joined.
+    part, wait = path.with_name(f"{path.name}.{file.checksum[:12]}.part"), 0.5
     bar = tqdm(desc=f"  {path.name}", total=file.size, unit="B", unit_scale=True, **BAR)
     with bar, open(part, "ab") as out:
         while (start := out.tell()) < file.size:
@@ -105,7 +110,7 @@ def fetch(file: RemoteFile, path: Path):
                     raise
                 bar.write(f"  connection lost, trying again in {wait:g} s", file=sys.stderr)
                 time.sleep(wait)
-    if not has_checksum(part, file.checksum):
+    if not file.is_at(part):
         part.unlink()
         raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
     os.replace(part, path)
@@ -128,13 +133,3 @@ def append_rest(file: RemoteFile, out: BinaryIO, bar: tqdm):
             bar.update(len(chunk))
     if out.tell() < file.size:
         raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
-
-
-def has_checksum(path: Path, checksum: str) -> bool:
-    """Compares a file with its SHA-256 or git blob id."""
-    is_sha256 = len(checksum) == 64
-    digest = hashlib.sha256() if is_sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == checksum

@@ -1,17 +1,15 @@
-"""Write a trained model as the two GGUF files of llama.cpp, and Ollama's Modelfile.
+"""Write a trained model as the two GGUF files of llama.cpp.
 
 The text model is a `llama`; the vision tower and the projection are a `clip` with the projector `mlp`.
 """
 
 import json
 from pathlib import Path
-from string import Template
 
 import gguf
 import torch
 from torch.nn import functional as F
 
-from dataset.chat import SYSTEM_PROMPT
 from model.projectors import PROJECTORS
 from model.tower_files import read_tower_weights
 from model.transformers_names import to_transformers
@@ -26,12 +24,6 @@ QUANTS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-
-
-def modelfile(text: str, *mmproj: str) -> str:
-    """Returns Ollama's Modelfile for files in the same folder."""
-    template = Template((Path(__file__).parent / "Modelfile.template").read_text(encoding="utf-8"))
-    return template.substitute(text=text, mmproj="".join(f"FROM ./{name}\n" for name in mmproj), system=SYSTEM_PROMPT)
 
 
 def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str | None = None):
@@ -100,14 +92,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
     writer.add_add_eos_token(False)
 
 
-def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
-    """Writes the tower and the projection, in float32.
+def write_clip(trained: LoadedModel, path: Path, name: str):
+    """Writes a CLIP tower and the projection, in float32.
 
-    Args:
-        class_token: "last": for today's llama.cpp, which puts the class token after the patches but numbers positions
-            as if it came first. Its position embedding therefore moves to the end. The first patch is lost, and the
-            class token, then the last image token, is projected to zero if the projection is linear. "first": as
-            published, for a llama.cpp without that bug.
+    llama.cpp puts the class token after the patches but numbers positions as if it came first. Its position embedding
+    therefore moves to the end. The first patch is lost, and the class token, then the last image token, is projected
+    to zero if the projection is linear.
     """
     tower = trained.tower.config
     writer = gguf.GGUFWriter(path, "clip")
@@ -128,14 +118,14 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str, class_token: str):
     writer.add_vision_image_std(list(trained.tower.std))
     writer.add_vision_use_gelu(tower.hidden_act == "gelu")
     is_linear = PROJECTORS[trained.config.projector].llava_activation == "linear"
-    class_state = find_class_state(trained) if class_token == "last" and is_linear else None
+    class_state = find_class_state(trained) if is_linear else None
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
     writer.add_array("clip.vision.feature_layer", [0] * (class_state is not None) + [tower.num_hidden_layers])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, tower.num_hidden_layers)
     tensors = {}
     for ours, tensor in read_tower_weights(trained.tower_path).items():
-        if ours == "embeddings.position_embedding.weight" and class_token == "last":
+        if ours == "embeddings.position_embedding.weight":
             tensor = tensor.roll(-1, 0)
         if not ours.startswith("post_layernorm"):
             tensors[names.get_name(f"vision_tower.vision_model.{ours}", (".weight", ".bias"))] = tensor
@@ -194,3 +184,6 @@ def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.T
         "2.weight": torch.cat(second, dim=1) / GELU_SCALE,
         "2.bias": torch.zeros(size),
     }
+
+
+MMPROJ = {"CLIP": write_clip}  # by the kind of tower

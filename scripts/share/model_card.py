@@ -1,9 +1,8 @@
-"""Write the model card of a published model: its README.md on the hub, with the loss curve and sample images.
+"""Write the model card of a published model: its README.md on the hub, with sample images.
 
 model_card.md.jinja is the card's template. Text from the run's files is escaped, so that it cannot become markup.
 """
 
-import io
 import json
 import re
 import shlex
@@ -13,15 +12,14 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
-from PIL import Image, ImageDraw, ImageFont
 
 from common.paths import TOWER_DIR, display_path
 from dataset.conversation import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
-from trainer.report import charts, page
+from trainer.report import page
 
-CARD, CURVE, PICTURES = "README.md", "loss.png", "samples"  # names on the hub
+CARD, PICTURES = "README.md", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
 TAGS = {"transformers": ["llava"], "gguf": ["llama.cpp", "llava"], "weights": []}
 LOSSES = {
@@ -30,8 +28,6 @@ LOSSES = {
     "loss_blind": "loss, no images",
     "gap_shuffled": "grounding gap",
 }
-SCALE, HEAD = 2, 30  # pixels per unit of charts.py; units above the chart, for its legend
-INK, GRID, COLOURS = "#626b76", "#e4e7eb", {"c1": "#2b6cb0", "c2": "#c05621"}
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,6 @@ def card_files(
     )
     images = [image for image in page.descriptions(record) if image["data"] is not None] if with_samples else []
     samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]
-    files = {path: b64decode(image["data"]) for path, image in samples}
-    if curve := loss_curve(record):
-        files[CURVE] = curve
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"number": page.number, "text": lambda value: as_text(str(value)), "quote": shlex.quote}
@@ -95,7 +88,6 @@ def card_files(
         name=record.name,
         repo=repo,
         results=results,
-        curve=CURVE if CURVE in files else None,
         trained_loss=page.last_of(record.training, "loss"),
         samples=samples,
         question=images[0]["question"] if images else DESCRIBE,
@@ -103,7 +95,8 @@ def card_files(
         knows_scenes=shown.learns_scenes,
         **page.settings(shown),
     )
-    return {CARD: f"---\n{metadata.to_yaml()}\n---\n\n{text}".encode()} | files
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{text}".encode()
+    return {CARD: card} | {path: b64decode(image["data"]) for path, image in samples}
 
 
 def eval_results(record: page.Record, task: str) -> list[EvalResult]:
@@ -115,31 +108,6 @@ def eval_results(record: page.Record, task: str) -> list[EvalResult]:
         for key, name in LOSSES.items()
         if page.is_finite(last.get(key))
     ]
-
-
-def loss_curve(record: page.Record) -> bytes | None:
-    """Draws the loss chart of the run's page; returns a PNG, or None where there is no loss."""
-    chart = page.curves(record)["Loss"]
-    if chart is None:
-        return None
-    image = Image.new("RGB", (charts.WIDTH * SCALE, (charts.HEIGHT + HEAD) * SCALE), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * SCALE)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return x * SCALE, (y + HEAD) * SCALE
-
-    draw.text(at(8, -HEAD / 2), f"loss, {chart.unit}", INK, font, "lm")
-    for number, ((name, last), colour) in enumerate(zip(chart.ends, COLOURS.values(), strict=False)):
-        draw.text(at(charts.WIDTH / 2 + 105 * number, -HEAD / 2), f"{name} {last}", colour, font, "lm")
-    for style, points in chart.lines:
-        draw.line([at(*point) for point in points], COLOURS.get(style.removeprefix("curve "), GRID), 3, joint="curve")
-    for style, x, y, _ in chart.dots:
-        draw.circle(at(x, y), 6, COLOURS[style])
-    for x, y, anchor, text in chart.texts:
-        draw.text(at(x, y), text, INK, font, {"middle": "mm", "end": "rm"}[anchor])
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return file.getvalue()
 
 
 def as_text(text: str) -> str:

@@ -10,7 +10,7 @@ from published_parquet import memory_in_use, write_published_form
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.lm_dataset import VLMDataset
 from dataset.tokenizer import load_tokenizer
-from scripts.bench.measuring import alone
+from scripts.benchmark import alone
 
 pytest_plugins = ["tiny"]
 

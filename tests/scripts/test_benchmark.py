@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CompileConfig
 from common.errors import UsageError
 from model import answers
 from scripts import benchmark
-from scripts.bench import checks, generation, gpu, measuring, synthetic, training
+from scripts.bench import checks, generation, gpu, synthetic, training
 from scripts.bench.training import TRAINING_LINES
 
 
@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, capsys):
         training: {"LOADED_BATCHES": 3, "matrix_product_flops": lambda device: 1e11},
         generation: {"TURNS": 1, "PROMPT_TOKENS": 8, "NEW_TOKENS": 4},
         checks: {"STEPS": 2},
-        measuring: {"alone": here},
+        benchmark: {"alone": here},
         # Compiled code itself is tested elsewhere: here a backend that takes no time.
         torch: {"compile": partial(torch.compile, backend="eager")},
         answers: {"CompileConfig": partial(CompileConfig, backend="eager")},
@@ -123,11 +123,11 @@ def test_a_line_that_fails_is_reported_after_the_others(run, monkeypatch, capsys
     assert "failed: CUDA broke\n" in printed and "fine" in printed
 
 
-def test_figures_are_medians_of_all_rounds(monkeypatch):
-    monkeypatch.setattr(measuring, "alone", here)
+def test_figures_are_medians_of_all_rounds(run, monkeypatch):
     values = iter([1.0, 10.0, 3.0, 30.0, 8.0, 20.0])
-    table = measuring.measure_rounds(lambda settings, line: {"s": next(values), "found": "x"}, ["a", "b"], None, 3)
-    assert table == {"a": {"s": 3.0, "found": "x"}, "b": {"s": 20.0, "found": "x"}}
+    function = lambda args, line: {"s": next(values), "found": "x"}  # noqa: E731
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "data", (["a", "b"], function))
+    assert run("data", "--repeats", "3")[0]["data"] == {"a": {"s": 3.0, "found": "x"}, "b": {"s": 20.0, "found": "x"}}
 
 
 @pytest.mark.parametrize(

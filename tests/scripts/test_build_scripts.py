@@ -10,7 +10,10 @@ from scripts.builtin import build_llm, build_tower
 def build(script, out_dir, monkeypatch) -> None:
     few = heldout_scenes()[:4]
     monkeypatch.setattr(script, "heldout_scenes", lambda: few)
-    monkeypatch.setattr("sys.argv", ["build", "--steps", "2", "--batch_size", "2", "--out_dir", str(out_dir)])
+    monkeypatch.setattr("sys.argv", ["build"])
+    monkeypatch.setattr(build_tower, "BATCH_SIZE", 2)
+    for name, value in {"STEPS": 2, "OUT": out_dir}.items():
+        monkeypatch.setattr(script, name, value)
     script.main()
 
 

@@ -62,7 +62,7 @@ def projected(tensors: dict, features: torch.Tensor, between=gelu) -> torch.Tens
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_the_projection_is_exact_as_linear_gelu_linear(exported, kind):
-    model, folder = exported("--class_token", "first", projector=kind)
+    model, folder = exported(projector=kind)
     _, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
     features = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = projected(tensors, features, gelu if kind == "linear" else torch.nn.functional.gelu)
@@ -88,13 +88,12 @@ def test_a_class_token_like_a_patch_is_left_as_it_is(exported):
     assert list(fields["clip.vision.feature_layer"]) == [2] and tensors["mm.0.weight"].shape == (128, 32)
 
 
-@pytest.mark.parametrize(("order", "first"), [("last", 1), ("first", 0)])
-def test_every_patch_gets_its_own_position(exported, order, first):
-    model, folder = exported("--class_token", order)
+def test_every_patch_gets_its_own_position(exported):
+    model, folder = exported()
     fields, tensors = read(folder / "mmproj-sft_vlm_64-f32.gguf")
     ours = model.vision_encoder.state_dict()
     [name] = (name for name in ours if name.endswith("position_embedding.weight"))
-    rows = [*range(first, 197), *range(first)]
+    rows = [*range(1, 197), 0]
     assert np.array_equal(tensors["v.position_embd.weight"], ours[name].numpy()[rows])
     assert fields["clip.vision.feature_layer"][-1] == 2  # the output of the last of two layers
     assert not any(name.startswith("v.post_ln") for name in tensors)
@@ -186,5 +185,5 @@ def test_experts_and_a_missing_package_are_refused(tmp_path, monkeypatch):
 def test_llama_cpp_gives_our_tokens_and_answers(world, exported, tmp_path):
     exported()
     files = [*flags_for(tmp_path / "out", tmp_path / "tower"), "--server", SERVER]
-    table = world.run(ROOT / "scripts" / "share" / "check_llama_cpp.py", *files).passed().out
+    table = world.run(ROOT / "tests" / "checks" / "check_llama_cpp.py", *files).passed().out
     assert "llama.cpp f16" in table and table.count("200 of 200") == 2

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from checks.lmms_eval import scenes
 from test_export import EXPORT, random_weights
 from tiny_models import save_tower
 
@@ -24,10 +25,9 @@ from dataset.scenes.language import DESCRIBE, caption
 from dataset.tokenizer import load_tokenizer
 from model.answers import generate_answers
 from scripts.export import chat_template
-from scripts.lmms_eval import scenes
 
 pytest_plugins = ["tiny"]
-FOLDER = ROOT / "scripts" / "lmms_eval"
+FOLDER = ROOT / "tests" / "checks" / "lmms_eval"
 PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if importlib.util.find_spec("lmms_eval") else None)
 TOKENS = 8
 

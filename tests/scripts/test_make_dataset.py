@@ -338,10 +338,8 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
     assert "Training would start with this file: 195 usable rows." in printed
     assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in error
-    assert "--max_bad_rows 5" in error
     assert len((folder / "left_out.txt").read_text().splitlines()) == 5
     assert all(len(line) <= 80 for line in printed.splitlines() if str(folder) not in line)
-    assert run(*flags, "--overwrite", "--max_bad_rows", 5)[1] == ""
 
 
 def test_what_is_there_is_not_overwritten(pictures):
@@ -427,7 +425,6 @@ def test_flags_that_make_no_sense(pictures, capsys):
         (source, "--size", 10**9): "--size: 1000000000: must be from 1 to",
         (source, "--heldout", 2): "--heldout: 2: must be from 0 to 0.5",
         (source, "--heldout", "nan"): "--heldout: nan: must be from 0 to 0.5",
-        (source, "--max_bad_rows", -1): "must be at least 0",
         (): "required: SOURCE",
     }.items():
         with pytest.raises(SystemExit, match="2"):

@@ -55,7 +55,7 @@ def test_a_dry_run_contacts_nobody_and_writes_only_the_card(publish, hub, traine
 
 def test_sample_images_can_stay_here(publish, hub, trained):
     done = publish(trained / f"{NAME}-hf", "--no_samples").passed()
-    assert published(hub).keys() == HF_FILES | {"README.md", "loss.png"}
+    assert published(hub).keys() == HF_FILES | {"README.md"}
     text = card_of(hub)[1]
     assert "samples/" not in text and "photo.jpg" in text and "images of the run's data" not in done.out
 
@@ -153,7 +153,7 @@ def test_no_folder_of_this_machine_is_published(publish, hub, out, trained):
         (out / f"{NAME}{ending}").rename(out / f"renamed{ending}")
     for source in (*(trained / f"{NAME}{ending}" for ending in FILES), out / "renamed.pth"):
         hub.repos.clear()
-        publish(source, "--run", trained / NAME).passed()
+        publish(source).passed()
         named = [name for name, content in published(hub).items() if str(trained.parent.parent).encode() in content]
         assert named == []
     sidecar = json.loads(published(hub)["renamed.json"])
@@ -215,24 +215,23 @@ def test_by_xet_too_what_has_arrived_is_not_sent_again(publish, hub, trained):
 
 
 FLAGS = {
-    "no owner": ({"repo": "shapes"}, (), ("use NAME/REPO",)),
-    "two slashes": ({"repo": "a/b/c"}, (), ("a/b/c is no repository",)),
-    "characters": ({"repo": "some one/sh\x1bapes"}, (), ("is no repository",)),
-    "a git address": ({"repo": "someone/shapes.git"}, (), ("cannot end by '.git'",)),
-    "nothing there": ({"source": "gone.pth"}, (), ("is nothing to publish",)),
-    "a run's folder": ({"source": ""}, (), ("is nothing to publish",)),
-    "a state": ({"source": f"{NAME}_resume.pth"}, (), ("is a training state, which is never published",)),
-    "no such run": ({}, ("--run", "no_such_run"), ("is no run",)),
-    "no network": ({"ENDPOINT": "http://127.0.0.1:9"}, (), ("the upload to http://127.0.0.1:9 failed",)),
-    "offline": ({"HF_HUB_OFFLINE": True}, (), ("HF_HUB_OFFLINE",)),
+    "no owner": ({"repo": "shapes"}, ("use NAME/REPO",)),
+    "two slashes": ({"repo": "a/b/c"}, ("a/b/c is no repository",)),
+    "characters": ({"repo": "some one/sh\x1bapes"}, ("is no repository",)),
+    "a git address": ({"repo": "someone/shapes.git"}, ("cannot end by '.git'",)),
+    "nothing there": ({"source": "gone.pth"}, ("is nothing to publish",)),
+    "a run's folder": ({"source": ""}, ("is nothing to publish",)),
+    "a state": ({"source": f"{NAME}_resume.pth"}, ("is a training state, which is never published",)),
+    "no network": ({"ENDPOINT": "http://127.0.0.1:9"}, ("the upload to http://127.0.0.1:9 failed",)),
+    "offline": ({"HF_HUB_OFFLINE": True}, ("HF_HUB_OFFLINE",)),
 }
 
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_wrong_flags(publish, hub, trained, case):
-    changed, flags, words = FLAGS[case]
+    changed, words = FLAGS[case]
     source = trained / changed.pop("source", f"{NAME}.pth")
-    assert "\x1b" not in publish(source, *flags, **changed).refused(*words) and hub.repos == {}
+    assert "\x1b" not in publish(source, **changed).refused(*words) and hub.repos == {}
 
 
 def test_a_licence_is_required(publish, trained):
@@ -280,6 +279,16 @@ DAMAGED = {
         lambda out: (out / f"{NAME}-hf" / RECORD).write_text('{"exported_by": "", "files": ["config.json"]}'),
     ),
 }
+
+
+def test_a_record_that_leads_out_of_the_folder_is_refused(publish, hub, out):
+    folder = out / f"{NAME}-hf"
+    (out / "id_rsa").write_text(KEY)
+    record = json.loads((folder / RECORD).read_text())
+    record["files"]["../id_rsa"] = hashlib.sha256(KEY.encode()).hexdigest()
+    (folder / RECORD).write_text(json.dumps(record))
+    publish(folder).refused("id_rsa is not what scripts/export.py wrote")
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("case", DAMAGED)

@@ -1,4 +1,4 @@
-"""Training on the built-in set learns as well as it did when scripts/reference.json was recorded."""
+"""Training on the built-in set learns as well as it did when its record was made."""
 
 import json
 import runpy
@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checks import reference, wrong_runs
 
 from common.errors import UsageError
-from scripts.builtin import reference, wrong_runs
 from trainer.flags import build_parser
 
 
@@ -33,7 +33,7 @@ def short(tmp_path_factory):
 
 
 def test_both_stages_on_few_rows_are_no_worse_than_recorded(short):
-    """`python scripts/builtin/reference.py` runs both stages in full."""
+    """`python tests/checks/reference.py` runs both stages in full."""
     curves, _ = short
     assert list(curves) == ["stage 1, short", "stage 2, short"]
     assert reference.compare(curves) == []

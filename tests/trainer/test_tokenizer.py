@@ -33,7 +33,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer, "built_in_corpus", lambda: texts)
         patch.setattr(train_tokenizer, "VOCAB_SIZE", 300)
-        patch.setattr(sys, "argv", ["train_tokenizer.py", "--save_dir", str(folder)])
+        patch.setattr(train_tokenizer, "OUT", folder)
+        patch.setattr(sys, "argv", ["train_tokenizer.py"])
         train_tokenizer.main()
     return folder
 

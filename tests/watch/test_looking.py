@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from checks.check_looking import attribute_maps, covered_patches, measure
 from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
 
 from common.errors import UsageError
@@ -12,7 +13,6 @@ from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from dataset.tokenizer import load_tokenizer
 from model import word_maps as looking
 from model.word_maps import patch_maps, split_words, word_maps
-from scripts.builtin.check_looking import attribute_maps, covered_patches, measure
 from trainer.answering.assistant import mask_of
 
 pytest_plugins = ["tiny"]
@@ -184,7 +184,7 @@ def test_the_patches_of_an_object_follow_the_grid():
 
 
 def test_the_check_refuses_weights_that_describe_nothing(world, monkeypatch, capsys):
-    from scripts.builtin import check_looking
+    from checks import check_looking
 
     files = ["--save_dir", world.out, "--vision_model_path", world.tower, "--tokenizer_path", world.tokenizer]
     monkeypatch.setattr("sys.argv", ["check_looking.py", *map(str, files), "--weight", "llm"])

@@ -1,7 +1,7 @@
 """The held-out scenes of the built-in set as tasks of lmms-eval; the yaml files beside this one name its functions.
 
     python scripts/export.py --weight sft_vlm
-    python -m lmms_eval --model llava_hf --tasks scenes,scenes_image_first --include_path scripts/lmms_eval \\
+    python -m lmms_eval --model llava_hf --tasks scenes,scenes_image_first --include_path tests/checks/lmms_eval \\
         --model_args pretrained=out/sft_vlm_128-hf,device=cpu,device_map=cpu
 
 `scenes` asks as eval_vlm.py does, the text and then the image; `scenes_image_first` as lmms-eval's own tasks do.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from dataset.prompts import with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes

@@ -1,11 +1,11 @@
-"""Run both stages on the built-in set, and check that they learn as well as when scripts/reference.json was recorded.
+"""Run both stages on the built-in set, and check that they learn as well as when reference.json was recorded.
 
-    python scripts/builtin/reference.py            runs both stages with one seed, compares with the recorded figures
-    python scripts/builtin/reference.py --record   runs three seeds, writes scripts/reference.json; resumes
-    python scripts/builtin/reference.py quick      both stages on their first rows only; --record records that too
-    python scripts/builtin/reference.py short      the same on fewer rows in one process, as the tests do
-    python scripts/builtin/reference.py wide       stage 2's first rows, 512 wide and 8 layers deep, from random weights
-    python scripts/builtin/reference.py quick --dtype bfloat16    does it learn as well in another precision?
+    python tests/checks/reference.py            runs both stages with one seed, compares with the recorded figures
+    python tests/checks/reference.py --record   runs three seeds, writes tests/checks/reference.json; resumes
+    python tests/checks/reference.py quick      both stages on their first rows only; --record records that too
+    python tests/checks/reference.py short      the same on fewer rows in one process, as the tests do
+    python tests/checks/reference.py wide       stage 2's first rows, 512 wide and 8 layers deep, from random weights
+    python tests/checks/reference.py quick --dtype bfloat16    does it learn as well in another precision?
 
 The held-out loss (on scenes whose combinations of colour, shape and place are never trained on) must not exceed the
 recorded mean by more than the recorded spread, the difference between the highest and the lowest of three seeds.
@@ -28,7 +28,7 @@ from trainer.stage import Stage
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN
 from trainer.train_sft_vlm import STAGE as SFT
 
-RECORD = ROOT / "scripts" / "reference.json"
+RECORD = Path(__file__).with_name("reference.json")
 SEEDS = (42, 1, 2)
 STAGES = (PRETRAIN, SFT)
 PROCESSES = {PRETRAIN: 1, SFT: 2}

@@ -1,6 +1,6 @@
 """Check where a model looks, on held-out scenes: does a word depend on the object that it describes?
 
-    python scripts/builtin/check_looking.py --weight sft_vlm
+    python tests/checks/check_looking.py --weight sft_vlm
 
 In each scene that is described word for word, each object's colour, shape, size and place get a map of the patches
 that they depend on (model/word_maps.py). Prints how often the map's peak is on the object, compared with chance.

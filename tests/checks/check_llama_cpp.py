@@ -1,8 +1,7 @@
 """Compare a trained model with its exports, run by transformers and by the real llama.cpp.
 
-    python scripts/share/check_llama_cpp.py --weight sft_vlm   with llama-server from the PATH
-    python scripts/share/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
-    python scripts/share/check_llama_cpp.py --weight sft_vlm --build DIR   builds it there first (6 minutes on 2 cores)
+    python tests/checks/check_llama_cpp.py --weight sft_vlm   with llama-server from the PATH
+    python tests/checks/check_llama_cpp.py --weight sft_vlm --server build/bin/llama-server
 
 Exports to a temporary folder, starts llama-server on loopback, and prints a table: size; speed; token ids of 200 texts;
 greedy answers to 20 prompts; the projected features of an image (largest difference, as a share of the largest value);
@@ -18,7 +17,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,9 +44,6 @@ from scripts.export import check_exportable, write_gguf, write_pictures, write_t
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 from trainer.report.scene_table import scene_table
 
-SOURCE = "llama-cpp-python"  # its sdist contains llama.cpp
-CMAKE_FLAGS = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF")
-CMAKE_FLAGS += tuple(f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI"))
 SENTENCES = (
     "What is in the picture?",
     "图中有什么？",
@@ -59,21 +54,6 @@ SENTENCES = (
 )
 TEXTS, PROMPTS, TOKENS, ROUNDS = 200, 20, 32, 5
 Ask = Callable[[str, dict], dict]  # POSTs JSON to a path of llama-server and returns the JSON of the answer
-
-
-def build(folder: Path) -> Path:
-    """Builds llama-server from the sources in the sdist if it is missing; returns its path."""
-    server = folder / "build" / "bin" / "llama-server"
-    if not server.is_file():
-        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCE, "-d", folder, SOURCE]
-        subprocess.run(fetch, check=True)
-        with tarfile.open(max(folder.glob("*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
-        source, target = max(folder.glob("*/vendor/llama.cpp")), folder / "build"
-        subprocess.run(["cmake", "-S", source, "-B", target, *(f"-D{flag}" for flag in CMAKE_FLAGS)], check=True)
-        make = ["cmake", "--build", target, "--target", "llama-server", "-j", str(os.cpu_count())]
-        subprocess.run(make, check=True)
-    return server
 
 
 @contextlib.contextmanager
@@ -140,7 +120,7 @@ def same_answers(ask: Ask, trained: LoadedModel, model, prompts: list[dict]) -> 
 
 
 @torch.inference_mode()
-def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, class_token: str) -> str:
+def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path) -> str:
     """Returns how far the projected patches of an image are from ours: largest difference by largest value."""
     source = folder / "scene.png"
     draw(heldout_scenes()[0]).save(source)
@@ -148,9 +128,7 @@ def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path, clas
     theirs = np.fromfile(folder / "features", dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
     ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
-    theirs = theirs.reshape(ours.shape)
-    if class_token == "last":  # the first patch is lost, and the class token comes last
-        theirs, ours = theirs[:-1], ours[1:]
+    theirs, ours = theirs.reshape(ours.shape)[:-1], ours[1:]  # the first patch is lost, the class token comes last
     return f"{np.abs(theirs - ours).max() / np.abs(ours).max():.1e}"
 
 
@@ -164,7 +142,7 @@ def tokens_per_second(answer: Callable[[], object]) -> str:
     return f"{TOKENS / statistics.median(seconds[1:]):.0f}"
 
 
-def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Path) -> dict[str, dict[str, str]]:
+def compare(program: Path, trained: LoadedModel, temporary: Path) -> dict[str, dict[str, str]]:
     """Returns, for each column of the table, its cells by the name of their row."""
     sees_images, model, scenes = trained.weights.has_projection, trained.load_model(), heldout_scenes()
     grades = trained.knows_only_scenes and sees_images
@@ -189,7 +167,7 @@ def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Pa
     table = {"this repository": ours, "transformers": {"MB": megabytes(*folders["hf"].iterdir())}}
     table["transformers"]["tokens/s"] = tokens_per_second(lambda: theirs.generate(**inputs, **exact, do_sample=False))
     for quant in ("f16", "q8_0"):
-        names = write_gguf(trained, folders[quant], "model", quant, class_token)
+        names = write_gguf(trained, folders[quant], "model", quant)
         cells = table[f"llama.cpp {quant}"] = {"MB": megabytes(*folders[quant].iterdir())}
         with serve(program, folders[quant], names) as ask:
             timed = partial(complete, ask, inputs, ignore_eos=True, cache_prompt=False)
@@ -197,7 +175,7 @@ def compare(program: Path, trained: LoadedModel, class_token: str, temporary: Pa
             cells["same token ids"] = same_tokens(ask, trained, texts)
             cells["same answers"] = same_answers(ask, trained, model, prompts)
             if sees_images:
-                cells["features"] = feature_difference(ask, trained, model, folders[quant], class_token)
+                cells["features"] = feature_difference(ask, trained, model, folders[quant])
             if grades:
                 images = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
                 graded = score([describe(ask, image) for image in images], [scene.facts for scene in scenes])
@@ -214,20 +192,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")
-    add("--build", type=file_path, help="fetch and build it in this folder if it is missing")
-    add("--class_token", choices=("last", "first"), default="last", help="as for scripts/export.py")
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_arguments()
-    program = build(args.build.absolute()) if args.build else args.server or shutil.which("llama-server")
+    program = args.server or shutil.which("llama-server")
     if program is None or not Path(program).is_file():
-        raise UsageError("no llama-server: name it with --server, or build one with --build DIR")
+        raise UsageError("no llama-server: name it with --server")
     trained = find_model(args)
     check_exportable(trained, "gguf")
     with tempfile.TemporaryDirectory() as temporary:
-        table = compare(Path(program).resolve(), trained, args.class_token, Path(temporary))
+        table = compare(Path(program).resolve(), trained, Path(temporary))
     rows = dict.fromkeys(row for cells in table.values() for row in cells)
     print(f"{'':<15}" + "".join(f"{name:>16}" for name in table))
     for row in rows:

@@ -1,6 +1,6 @@
 """Draw the picture at the top of the README: a scene, a model's answer, and where each word of it looked.
 
-python scripts/demo/first_sight.py --weight sft_vlm
+python tests/checks/first_sight.py --weight sft_vlm
 """
 
 import io
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, HelpFormatter
 from common.errors import run_script
 from common.files import write_atomically
 from common.paths import ROOT, display_path
@@ -47,10 +47,8 @@ def layout(scene: Image.Image, answer: str, words: list[tuple[str, np.ndarray]])
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser)
-    parser.add_argument("--scene", type=number(int, 0, 199), default=3, help="which held-out scene, from 0 to 199")
-    parser.add_argument("--out", type=file_path, default=OUT, help=f"the PNG to write (default: {display_path(OUT)})")
-    args = parser.parse_args()
-    assistant, scene, file = Assistant(find_model(args), "cpu"), draw(heldout_scenes()[args.scene]), io.BytesIO()
+    assistant = Assistant(find_model(parser.parse_args()), "cpu")
+    scene, file = draw(heldout_scenes()[3]), io.BytesIO()
     scene.save(file, "jpeg", quality=JPEG_QUALITY)
     asked = [assistant.turn(QUESTION, images=1)], [assistant.load_picture(file.getvalue())]
     ids = assistant.answer(*asked, max_new_tokens=64)
@@ -58,8 +56,8 @@ def main():
     words = [(word, maps[0].numpy()) for word, maps in assistant.look(*asked, ids)]
     least = sorted((of_word.max() for _, of_word in words), reverse=True)[:WORDS][-1]
     sheet = layout(scene, answer, [(word, of_word) for word, of_word in words if of_word.max() >= least])
-    write_atomically(args.out.absolute(), lambda file: sheet.save(file, "png", optimize=True))
-    print(f"{answer}\nwrote {display_path(args.out.absolute())}")
+    write_atomically(OUT, lambda file: sheet.save(file, "png", optimize=True))
+    print(f"{answer}\nwrote {display_path(OUT)}")
 
 
 if __name__ == "__main__":

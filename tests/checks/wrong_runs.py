@@ -1,6 +1,6 @@
 """Train with deliberate mistakes, to show what held-out loss, grounding gap and descriptions look like then.
 
-    python scripts/builtin/wrong_runs.py    nine short runs into out/wrong_runs (ten minutes on two cores), then a table
+    python tests/checks/wrong_runs.py    nine short runs into out/wrong_runs (ten minutes on two cores), then a table
 
 Two of them are correct, for comparison. trainer/README.md explains the figures.
 """
@@ -9,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[folder]) for folder in (2, 1)]  # the project, tests/
 
+from checks.reference import PRETRAIN, QUICK, SEEDS, SFT, few_flags, first_lines, read_jsonl, run_stage
 from common.cli import ArgumentParser, HelpFormatter
 from common.errors import run_script
 from common.paths import SAVE_DIR
-from scripts.builtin.reference import PRETRAIN, QUICK, SEEDS, SFT, few_flags, first_lines, read_jsonl, run_stage
 from trainer.bundles import BUILTIN
 from trainer.stage import Stage
 
