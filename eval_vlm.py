@@ -75,6 +75,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--json", type=file_path, help="also write the results to this file")
     group = parser.add_argument_group("generation")
     add_generation_flags(group, max_new_tokens=512)
+    group.add_argument("--show_speed", type=int, choices=(0, 1), default=1, help="0: no tokens/s after an answer")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
     args = parser.parse_args(argv)
     if args.json and not args.eval_data:
@@ -92,9 +93,9 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
         loaded, self.max_new_tokens = find_model(args), args.max_new_tokens
-        self.sampling = sampling_of(args, loaded)
+        self.sampling, self.shows_speed = sampling_of(args, loaded), args.show_speed
         torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
-        self.assistant = Assistant(loaded, processes.device, args.dtype, args.compile)
+        self.assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
         weights, tower, tokenizer = map(display_path, (loaded.weights.path, loaded.tower_path, loaded.tokenizer_path))
         processes.log(
@@ -115,7 +116,7 @@ class Chat:
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = self.assistant.answer(conversation, pictures, self.max_new_tokens, **self.sampling, streamer=streamer)
-        print(f"    {speed(len(ids), started)}\n", flush=True)
+        print(f"    {speed(len(ids), started)}\n" if self.shows_speed else "", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def ask(self, question: str, paths: list[Path]):
@@ -149,7 +150,8 @@ class Chat:
             questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
             for question, ids in zip(questions, answers, strict=True):
                 print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-            print(f"    {len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}\n", flush=True)
+            total = f"    {len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}\n"
+            print(total if self.shows_speed else "", flush=True)
         return len(paths) - len(pictures)
 
     def talk(self):

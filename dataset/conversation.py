@@ -1,5 +1,6 @@
 """Checks of what a row may hold: its turns, and the names of its pictures."""
 
+import json
 import re
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -16,28 +17,29 @@ class RowError(ValueError):
 def parse_conversation(turns: list) -> list[dict]:
     """Returns the turns of a row: at most one system turn, first, then user and assistant in turn.
 
-    An answer's `reasoning_content` stays; an empty think block becomes reasoning_content ''.
+    An answer's `reasoning_content` stays; an empty think block becomes reasoning_content ''. What tools give is a
+    user's turn, and a system turn keeps its `functions`; turns with either, and calls, are marked with `tool`.
 
     Raises:
-        RowError: If it is not a conversation that can be learned from; TOOL_CALLS if it calls tools.
+        RowError: If it is not a conversation that can be learned from.
     """
     if not turns:
         raise RowError("conversations is missing or not a list of turns")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} has no role")
-    if any(turn["role"] == "tool" or turn.get("tool_calls") not in NO_CALLS for turn in turns):
-        raise RowError(TOOL_CALLS)
-    turns = [parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    turns = merge_tool_turns([parse_turn(turn, number) for number, turn in enumerate(turns, start=1)])
     offset = int(turns[0]["role"] == "system")
     for index, turn in enumerate(turns[offset:]):
         expected = ("user", "assistant")[index % 2]
+        if turn["role"] != expected and any("tool" in turn for turn in turns):
+            raise RowError(TOOL_CALLS)  # in an order that no prompt form has
         if turn["role"] != expected:
             raise RowError(f"turn {index + offset + 1} is of role {turn['role']!r}, expected {expected!r}")
     if len(turns) < offset + 2:
         raise RowError("nothing to learn: no assistant turn")
     for number, turn in enumerate(turns, start=1):
-        if turn["role"] == "assistant" and not turn["content"].strip():
+        if turn["role"] == "assistant" and not (turn["content"].strip() or "tool" in turn):
             raise RowError(f"turn {number}: the answer is empty")
         if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
@@ -47,15 +49,43 @@ def parse_conversation(turns: list) -> list[dict]:
 
 def parse_turn(turn: dict, number: int) -> dict:
     role, content, reasoning = turn["role"], turn.get("content"), turn.get("reasoning_content")
-    content = "" if role == "system" and content is None else content
+    may_be_missing = role == "system" or turn.get("tool_calls") not in NO_CALLS
+    content = "" if may_be_missing and content is None else content
     if not isinstance(content, str):
         raise RowError(f"turn {number} has no text as content")
+    if role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>", "tool": True}
+    if role == "system" and (functions := parse_functions(turn.get("functions"), number)):
+        return {"role": role, "content": content, "tool": True, "functions": functions}
     if role != "assistant":
         return {"role": role, "content": content}
     empty = EMPTY_THINKING.match(content)
     thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
     more = {"reasoning_content": thought} if thought or empty else {}
+    more |= {} if turn.get("tool_calls") in NO_CALLS else {"tool": True}
     return {"role": role, "content": content[empty.end() :] if empty else content} | more
+
+
+def parse_functions(functions, number: int) -> list:
+    """Returns a system turn's functions: a list, or one as JSON text; raises RowError for anything else."""
+    try:
+        functions = json.loads(functions) if isinstance(functions, str) and functions.strip() else functions or []
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"turn {number}: functions is not JSON: {error}") from error
+    if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+        raise RowError(f"turn {number}: functions is no list of objects")
+    return functions
+
+
+def merge_tool_turns(turns: list[dict]) -> list[dict]:
+    """Joins what several tools give after each other to one turn."""
+    merged = []
+    for turn in turns:
+        if merged and turn["role"] == merged[-1]["role"] == "user" and "tool" in turn and "tool" in merged[-1]:
+            merged[-1]["content"] += f"\n{turn['content']}"
+        else:
+            merged.append(turn)
+    return merged
 
 
 def check_characters(text: str, what: str):

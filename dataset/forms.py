@@ -199,6 +199,7 @@ def read_turn(turn: dict, images: list) -> dict:
     if isinstance(content, list):
         content = NEWLINE.join(read_part(part, images) for part in content)
     more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
+    more |= {"functions": turn.get("functions") or turn["tools"]} if turn.get("functions") or turn.get("tools") else {}
     return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
 
 

@@ -27,7 +27,7 @@ from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
 from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
-from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, tokenise_rows
+from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, Variation, tokenise_rows
 
 
 class VLMDataset(Dataset):
@@ -47,6 +47,7 @@ class VLMDataset(Dataset):
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
         picture_format: How images are resized.
         cache_dir: Where tokenised rows are cached; by default in the cache of the `datasets` library.
+        variation: Of minimind-3v's rows, for training.
 
     Raises:
         DataError: If a file or folder is missing, unreadable or empty.
@@ -61,6 +62,7 @@ class VLMDataset(Dataset):
         image_tokens: int,
         picture_format: PictureFormat = CLIP_FORMAT,
         cache_dir: str | Path | None = None,
+        variation: Variation | None = None,
     ):
         self.data_path = Path(data_path)
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
@@ -71,7 +73,7 @@ class VLMDataset(Dataset):
                 raw, self.image_files = load_parquet(self.data_path, cache_dir)
             else:
                 raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
-            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens)
+            self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, variation)
         self.features = None  # a dataset.features.FeatureFolder
         self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
         reasons = self.rows.data.column("reason")

@@ -7,19 +7,21 @@ import contextlib
 import hashlib
 import json
 import os
+from random import Random
 from typing import NamedTuple
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import ChatEncoder, EncodedChat
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
+from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, EncodedChat
+from dataset.chat_template import encoder_for
+from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
 from dataset.forms import FORMS, form_of_row, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
-ENCODING_VERSION = 8
+ENCODING_VERSION = 9
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(
@@ -37,6 +39,7 @@ COLUMNS = datasets.Features(
         "cut_tokens": datasets.Value("int32"),  # lost to max_length; all tokens if the row was refused for length
     }
 )
+WIDE = datasets.Features(COLUMNS | {"input_ids": datasets.List(datasets.Value("int32"))})  # of large vocabularies
 EMPTY_ROW = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
 
 
@@ -46,7 +49,8 @@ KINDS = {
     "text only": "no <image>, and the black 8 x 8 placeholder picture; learned as text",
     "reasoning": "minimind-3v learns it in the answer's think block, others the answer alone",
     "empty think": "minimind-3v begins every answer so; for others the empty think block is dropped",
-    "tool calls": "left out: tool calls are not supported; not counted as bad",
+    "tool calls": "left out: only minimind-3v's prompt form has tools; not counted as bad",
+    "tools": "what a tool gives is learned as a user's turn, calls are not",
 }
 
 
@@ -58,40 +62,69 @@ class BadRow(NamedTuple):
 
 
 def tokenise_rows(
-    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int
+    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, variation=None
 ) -> datasets.Dataset:
     """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
     forms = [(name, form.source) for name, form in FORMS.items()]
     key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
+    key += f" {variation}"
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
     with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
-            RowTokeniser(ChatEncoder(tokenizer, image_tokens), max_length),
+            RowTokeniser(encoder_for(tokenizer, image_tokens), max_length, variation),
             input_columns=raw.column_names,
             with_indices=True,
             batched=True,
             num_proc=processes if processes > 1 else None,
             remove_columns=raw.column_names,
-            features=COLUMNS,
+            features=COLUMNS if len(tokenizer) <= 1 << 16 else WIDE,
             new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
             desc="tokenising",
         )
 
 
+class Variation(NamedTuple):
+    """How minimind-3v's rows vary, as the original varies them; each row once, by its number and the seed."""
+
+    empty_think: float  # share of rows that keep their empty think blocks
+    system: float  # share of rows without a system turn that get one of SYSTEM_PROMPTS
+    seed: int
+
+    def apply(self, turns: list[dict], number: int) -> list[dict]:
+        random = Random(f"{self.seed} {number}")
+        system, keeps = random.choice(SYSTEM_PROMPTS), random.random() < self.empty_think
+        if random.random() < self.system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        return [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
+
+
 class RowTokeniser:
     """Maps a batch of raw rows to COLUMNS; what is wrong with a row goes into its `reason`."""
 
-    def __init__(self, encoder: ChatEncoder, max_length: int):
-        self.encoder, self.max_length = encoder, max_length
+    def __init__(self, encoder: ChatEncoder, max_length: int, variation: "Variation | None" = None):
+        self.encoder, self.max_length, self.variation = encoder, max_length, variation
         self.forms = FORMS  # a spawned process that unpickles them imports, and so registers, forms from outside
 
     def __call__(self, *columns: list) -> dict[str, list]:
         *columns, numbers = columns
         parsed = [parse(*values) for values in zip(*columns, strict=True)]
+        parsed = [
+            self._ready(row, number) if "turns" in row else row for row, number in zip(parsed, numbers, strict=True)
+        ]
         chats = iter(self.encoder.encode([row["turns"] for row in parsed if "turns" in row]))
         encoded = [self._encoded(row, next(chats)) if "turns" in row else row for row in parsed]
         rows = [EMPTY_ROW | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
         return {name: [row[name] for row in rows] for name in COLUMNS}
+
+    def _ready(self, row: dict, number: int) -> dict:
+        """Returns a parsed row as it is encoded; one with tools is refused where the prompt form has none."""
+        tools = ["tools"] * any("tool" in turn for turn in row["turns"])
+        if tools and not self.encoder.is_3v:
+            return {"reason": TOOL_CALLS}
+        if any("functions" in turn for turn in row["turns"]) and not self.encoder.tokenizer.chat_template:
+            return {"reason": "it lists functions, and the tokenizer has no chat template that says how"}
+        turns = row["turns"] if self.variation is None else self.variation.apply(row["turns"], number)
+        return row | {"turns": turns, "kinds": row["kinds"] + tools}
 
     def _encoded(self, row: dict, chat: EncodedChat) -> dict:
         whole_length = len(chat.input_ids)

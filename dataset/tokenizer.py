@@ -9,20 +9,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import TOKENIZER_3V_DIR, display_path
-from dataset.chat import ChatEncoder, image_token_id
+from dataset.chat import image_placeholder, image_token_id, uses_template
+from dataset.chat_template import encoder_for
 from model.weights import Weights
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Reads a tokenizer's folder.
+    """Reads a tokenizer's folder; another language model's gets a placeholder for images if it has none.
 
     Raises:
-        UsageError: If it is missing, unreadable, or not of MiniMind's form.
+        UsageError: If it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
     """
     if not (path / "tokenizer.json").is_file():
         part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"
         raise UsageError(
-            f"no tokenizer in {display_path(path)}: tokenizer.json is missing (python scripts/download.py {part})"
+            f"no tokenizer in {display_path(path)}: tokenizer.json is missing; --tokenizer_path names another folder "
+            f"(python scripts/download.py {part})"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -30,7 +32,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             raise ValueError("it is none of the tokenizers library")
         if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
             raise ValueError(f"it has {len(tokenizer)} tokens, and ids above them")
-        ChatEncoder(tokenizer, image_tokens=2)
+        if uses_template(tokenizer) and image_token_id(tokenizer) is None:
+            tokenizer.add_tokens([image_placeholder(tokenizer)], special_tokens=True)
+        encoder_for(tokenizer, image_tokens=2)
     except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
         has_code = "trust_remote_code" in str(error)  # transformers would advise to run it
         reason = "it brings code of its own, which is never run" if has_code else error
@@ -40,7 +44,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the SHA-256 (hex) of everything that decides which ids a text gets."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+    template = str(tokenizer.chat_template) if uses_template(tokenizer) else ""
+    return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + template).encode("utf-8")).hexdigest()
 
 
 def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Path, tokenizer: PreTrainedTokenizerBase):

@@ -39,7 +39,7 @@ def quantize(model: MiniMindForCausalLM):
 
     The experts' router stays as it is: it decides between near-equal scores.
     """
-    for block in [*model.model.layers.modules(), model]:
+    for block in [*model.base_model.modules(), model]:
         for name, child in block.named_children():
             if isinstance(child, nn.Linear) and name != "gate":
                 setattr(block, name, Int8Linear(child))

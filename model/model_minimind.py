@@ -416,22 +416,22 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if learned_positions is not None:
             positions = (learned_positions - 1).clamp(min=0)
         states, aux_losses = self.model(inputs_embeds, attention_mask, position_ids, cache, token_mask, positions)
-        logits, loss = self.logits_and_loss(states, labels, learned_positions, reduction)
+        logits = self.lm_head(states)
+        loss = learned_loss(self.compute_loss, logits, labels, learned_positions, reduction)
         aux_loss = None if aux_losses is None else aux_losses.mean()
         if loss is not None and aux_loss is not None and reduction == "mean":
             loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE_NAME: cache})
 
-    def logits_and_loss(self, states, labels, learned_positions, reduction) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the logits of hidden states (B, L, D), or (N, D) of `learned_positions`, and their loss if any."""
-        logits = self.lm_head(states)
-        if labels is None:
-            return logits, None
-        if learned_positions is None:
-            return logits, self.compute_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction)
-        is_first = learned_positions % labels.shape[1] == 0  # no position predicts it
-        targets = labels.flatten()[learned_positions].masked_fill(is_first, -100)
-        return logits, self.compute_loss(logits, targets, reduction)
+
+def learned_loss(compute_loss, logits, labels, learned_positions, reduction) -> torch.Tensor | None:
+    """Returns the loss of logits (B, L, V), or (N, V) at `learned_positions`; None without labels."""
+    if labels is None:
+        return None
+    if learned_positions is None:
+        return compute_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction)
+    is_first = learned_positions % labels.shape[1] == 0  # no position predicts it
+    return compute_loss(logits, labels.flatten()[learned_positions].masked_fill(is_first, -100), reduction)
 
 
 def causal_lm_loss(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:

@@ -37,21 +37,20 @@ def count_images(pixel_values: torch.Tensor | None) -> int:
     return 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
 
 
-class MiniMindVLM(MiniMindForCausalLM):
-    """The vision-language model. Its state dict and its parameters are the projection's and the decoder's alone.
+class ImageInputs:
+    """Gives a decoder the tower, the projection and images in its text.
+
+    Its state dict and its parameters are the projection's and the decoder's alone.
 
     Args:
-        config: The decoder's shape.
+        config: The decoder's shape, with VLMConfig's settings of images.
         vision_model_path: The tower's folder; None builds the model without one (it then takes no pictures).
 
     Raises:
         TowerError: If the tower is missing or cannot be read.
     """
 
-    config_class = VLMConfig
-
-    def __init__(self, config: VLMConfig | None = None, vision_model_path: str | Path | None = None):
-        config = config or VLMConfig()
+    def __init__(self, config, vision_model_path: str | Path | None = None):
         tower = None if vision_model_path is None else load_vision_tower(vision_model_path)
         if tower is not None:
             config = fit_config_to_tower(config, tower.settings)
@@ -163,3 +162,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         if expand_size > 1:  # transformers would repeat pixel_values and image_starts as if they had a row per sample
             raise ValueError("num_beams and num_return_sequences must be 1: repeat the prompt with its images instead")
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+
+class MiniMindVLM(ImageInputs, MiniMindForCausalLM):
+    """The vision-language model around the MiniMind decoder."""
+
+    config_class = VLMConfig
+
+    def __init__(self, config: VLMConfig | None = None, vision_model_path: str | Path | None = None):
+        super().__init__(config or VLMConfig(), vision_model_path)

@@ -17,11 +17,12 @@ class Projector(nn.Module):
 
     Attributes:
         is_grid: Whether its tokens form a square grid over the image (word maps need that).
-        llava_activation: transformers' name of the activation between the two layers of an equal LLaVA projector, which
-            export.py writes; None if LLaVA has no such projector.
+        exported_as: The form of transformers with an equal projector: a name of scripts/share/forms.py, or None.
+        llava_activation: transformers' name of the activation between the two layers, if that is LLaVA.
     """
 
     is_grid = True
+    exported_as: str | None = None
     llava_activation: str | None = None
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
@@ -54,7 +55,7 @@ def register(name: str):
 class VisionProj(Projector):
     """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
 
-    llava_activation = "linear"
+    exported_as, llava_activation = "LLaVA", "linear"
     number_of_layers = 1
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
@@ -98,6 +99,8 @@ class MLP(VisionProj):
 @register("norm_mlp")
 class NormMLP(Projector):
     """minimind-3v's: a LayerNorm before the MLP, under its names."""
+
+    exported_as = "LFM2-VL"
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)

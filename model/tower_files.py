@@ -1,5 +1,7 @@
 """Loading a vision tower from its folder: the table of families, and what their files may say."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +145,10 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         content = whole.get("vision_config") or whole
         check(content, {"model_type?": str})
         model_type = content.get("model_type", "clip").removesuffix("_vision_model")
+        if model_type == "siglip2":  # a SigLIP, whose patches are counted, and are vectors
+            check(content, {"num_patches?": SIZE, "patch_size?": SIDE})
+            side = math.isqrt(content.get("num_patches", 256)) * content.get("patch_size", 16)
+            model_type, content = "siglip", content | {"image_size": side}
         kinds = {
             tower.model.config_class.model_type.removesuffix("_vision_model"): kind for kind, tower in TOWERS.items()
         }
@@ -244,11 +250,16 @@ def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise unreadable(path, f"{name} holds something else than finite numbers")
-    return {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
+    tensors = {name.split("vision_model.")[-1]: tensor for name, tensor in tensors.items()}
+    patches = tensors.get("embeddings.patch_embedding.weight")
+    if patches is not None and patches.dim() == 2:  # vectors of (row, column, channel)
+        side = math.isqrt(patches.shape[1] // 3)
+        tensors["embeddings.patch_embedding.weight"] = patches.view(-1, side, side, 3).permute(0, 3, 1, 2)
+    return tensors
 
 
 def vision_names(names, unused: tuple[str, ...]) -> list[str]:
     """Returns which of a checkpoint's names are the tower's weights (position_ids only count), also in a LLaVA."""
     names = [name for name in names if not name.endswith("position_ids")]
-    names = [name for name in names if name.removeprefix("vision_tower.").startswith("vision_model.")] or names
+    names = [name for name in names if re.match(r"(model\.)?(vision_tower\.)?vision_model\.", name)] or names
     return [name for name in names if not any(f".{part}" in f".{name}" for part in unused)]

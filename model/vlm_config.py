@@ -3,6 +3,8 @@
 import copy
 import math
 
+from transformers import AutoConfig
+
 from common.schema import Range
 from model.model_minimind import MiniMindConfig
 from model.projectors import PROJECTORS
@@ -19,6 +21,11 @@ MINIMIND_3V = {
     "vision_patches": 64,
     "projector": "norm_mlp",
 }
+# Settings that another language model's configuration has too, with what is taken where it has none.
+LANGUAGE_MODEL = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": None, "max_position_embeddings": 2048}
+# The schema of that configuration.
+LLM = {"model_type": str} | {f"num_{name}?": Range(int, 1, 1 << 10) for name in ("hidden_layers", "attention_heads")}
+LLM |= {f"{name}?": Range(int, 1, 1 << 20) for name in ("hidden_size", "vocab_size", "intermediate_size")}
 # Image positions in a prompt; the first is the default.
 PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
 
@@ -31,6 +38,7 @@ class VLMConfig(MiniMindConfig):
         vision_hidden_size, vision_patches: Width and number of the tower's features per image; a tower's own win.
         projector: A name of `model.projectors.PROJECTORS`: "linear" as published, "norm_mlp" in minimind-3v.
         pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide.
+        llm: Another language model's configuration in transformers, which then gives the decoder's shape.
 
     Raises:
         ValueError: If there is no such projector, or it cannot take the patches.
@@ -42,9 +50,17 @@ class VLMConfig(MiniMindConfig):
     vision_patches: int = 196
     projector: str = "linear"
     pixel_shuffle: int = 1
+    llm: dict | None = None
 
     def __init__(self, **settings):
+        llm = settings.get("llm")
+        if llm:
+            its = AutoConfig.for_model(**llm)  # which knows its own names for these
+            shape = {name: getattr(its, name, default) for name, default in LANGUAGE_MODEL.items()}
+            settings |= shape | {"num_attention_heads": 1, "num_key_value_heads": 1}
         super().__init__(**settings)
+        if llm:
+            self.head_dim = getattr(its, "head_dim", None) or self.hidden_size // getattr(its, "num_attention_heads", 1)
         if self.projector not in PROJECTORS:
             raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
         PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)  # raises where they do not fit
@@ -68,11 +84,13 @@ def allowed(name: str, default):
 
 
 CONFIG = {f"{name}?": allowed(name, default) for name, default in VLMConfig.defaults().items()} | {"*": frozenset()}
+CONFIG["llm?"] = (LLM, None)
 
 
 def config_fields(config: VLMConfig) -> dict:
     """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
-    return {name: getattr(config, name) for name in VLMConfig.defaults()}
+    fields = {name: getattr(config, name) for name in VLMConfig.defaults()}
+    return fields if config.llm else {name: value for name, value in fields.items() if name != "llm"}
 
 
 def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:

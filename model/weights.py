@@ -21,6 +21,7 @@ from common.errors import UsageError
 from common.files import FLOATS, load_tensors
 from common.paths import ROOT, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
+from model.lora import merged
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.projectors import read_projector
 from model.transformers_names import from_transformers
@@ -33,7 +34,7 @@ SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_
 SHAPE_KEYS += ("qk_norm",)
 EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
-EXPORTED = ("llava", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
+EXPORTED = ("llava", "lfm2_vl", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the exported weights
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
@@ -117,8 +118,9 @@ def read_training(folder: Path) -> dict:
 
 def read_weights(path: Path) -> Weights:
     """Reads a weight file and its sidecar; raises UsageError if one is unreadable or they contradict each other."""
-    tensors = load_tensors(path)
-    from_tensors, sidecar_path = config_of(tensors, path), path.with_suffix(".json")
+    tensors, sidecar_path = load_tensors(path), path.with_suffix(".json")
+    is_other = read_sidecar_or_empty(path).get("config", {}).get("llm")  # another language model has its own names
+    from_tensors = None if is_other else config_of(tensors, path)
     if not sidecar_path.is_file():
         return Weights(path, tensors, from_tensors, {})
     try:
@@ -129,7 +131,7 @@ def read_weights(path: Path) -> Weights:
             f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error}. Delete it if the "
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
-    for key in SHAPE_KEYS + (EXPERT_KEYS if from_tensors.use_moe else ()):
+    for key in () if is_other else SHAPE_KEYS + (EXPERT_KEYS if from_tensors.use_moe else ()):
         claimed, actual = getattr(config, key), getattr(from_tensors, key)
         if claimed != actual:
             raise UsageError(
@@ -153,9 +155,11 @@ def read_folder(folder: Path) -> Weights:
         tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_tensors(files[0])
         if config.get("model_type") in EXPORTED:  # by scripts/export.py
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
+        sidecar = read_training(folder)
+        other = sidecar.get("config", {}).get("llm") and VLMConfig(**sidecar["config"])
         config |= config.get("text_config") or {}
-        check(config, {"hidden_act?": frozenset({"silu", None})})
-        names = [name for name in VLMConfig.defaults() if not name.endswith("token_id")]
+        check(config, {} if other else {"hidden_act?": frozenset({"silu", None})})
+        names = [name for name in VLMConfig.defaults() if not (other or name.endswith("token_id"))]
         known = {name: config[name] for name in names if config.get(name) is not None}
         check(known, CONFIG)
     except (OSError, ValueError, SafetensorError) as error:
@@ -164,7 +168,7 @@ def read_folder(folder: Path) -> Weights:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, config_of(tensors, files[0], known), read_training(folder))
+    return Weights(files[0], tensors, other or config_of(tensors, files[0], known), sidecar)
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
@@ -233,7 +237,9 @@ def load_into(model: MiniMindVLM, weights: Weights):
     if not weights.has_projection:
         found |= {name: tensor for name, tensor in expected.items() if name.startswith("vision_proj.")}
     problems = mismatches(expected, found)
-    if not problems and not torch.equal(found["model.embed_tokens.weight"], found["lm_head.weight"]):
+    tied = [found.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")]
+    is_tied = model.config.tie_word_embeddings and None not in tied
+    if not problems and is_tied and not torch.equal(*tied):
         problems = ["lm_head.weight differs from model.embed_tokens.weight, which the model shares"]
     if problems:
         message = f"{display_path(weights.path)} does not fit the model: {'; '.join(problems[:5])}"
@@ -295,7 +301,7 @@ def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor]
     Args:
         frozen: The frozen tensors as loaded: the model may hold them rounded to bfloat16.
     """
-    tensors = in_half_precision(model.state_dict() | frozen)
+    tensors = in_half_precision(merged(model.state_dict() | frozen))
     text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
     return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
 

@@ -12,156 +12,31 @@ AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf") loads such a f
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
-from common.paths import SAVE_3V_DIR, SAVE_DIR, display_path
-from dataset.chat import SYSTEM_PROMPT, has_image_pad
-from dataset.conversation import IMAGE_TAG
+from common.paths import SAVE_DIR, display_path
+from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.projectors import PROJECTORS
 from model.tower_files import read_tower_weights
-from model.transformers_names import DECODER, TOWER, projector_to_llava, to_transformers
-from model.vlm_config import VLMConfig
+from model.transformers_names import to_transformers
 from model.weights import TRAINING
+from scripts.share.forms import FORMS, chat_template, check_exportable, text_config, tokenizer_files
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 
 SHARE = Path(__file__).parent / "share"
-UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
-DECODERS = {  # (use_moe, qk_norm) -> model type and class in transformers, shared experts
-    (False, False): ("llama", "LlamaForCausalLM", 0),
-    (False, True): ("qwen3", "Qwen3ForCausalLM", 0),
-    (True, False): ("qwen2_moe", "Qwen2MoeForCausalLM", 1),
-    (True, True): ("qwen3_moe", "Qwen3MoeForCausalLM", 0),
-}
-
-
-def check_exportable(trained: LoadedModel, to: str):
-    """Raises UsageError if transformers or, for `to` "gguf", llama.cpp has no such model."""
-    config, tower = trained.config, trained.tower.kind
-    model_type, _, shared = DECODERS[config.use_moe, config.qk_norm]
-    has_other_shared = config.use_moe and config.n_shared_experts != shared
-    refused = {
-        "YaRN positions (inference_rope_scaling) are not exported: export without": config.inference_rope_scaling,
-        f"{config.n_shared_experts} shared experts are not exported: {model_type} has {shared}": has_other_shared,
-        "experts are not exported to GGUF: use --to transformers": to == "gguf" and config.use_moe,
-        "norms per head are not exported to GGUF: use --to transformers": to == "gguf" and config.qk_norm,
-    }
-    if trained.weights.has_projection:
-        alone = f"python scripts/export.py --save_dir {display_path(SAVE_3V_DIR)} --weight llm"
-        what = f"of minimind-3v the language model alone is exported, without images: {alone}"
-        refused = {what: has_image_pad(trained.tokenizer)} | refused
-        refused |= FORMS[tower].refused(trained) if tower in FORMS else {f"a {tower} tower is not exported": True}
-    for what, is_there in refused.items():
-        if is_there:
-            raise UsageError(what)
-
-
-def chat_template(trained: LoadedModel) -> str:
-    """Returns the prompt as a Jinja template; parts of a content are joined as in most training rows."""
-    name = "chat_template_3v.jinja" if has_image_pad(trained.tokenizer) else "chat_template.jinja"
-    template = (SHARE / name).read_text(encoding="utf-8").rstrip()
-    return template.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
-
-
-def text_config(config: VLMConfig) -> dict:
-    """Returns the decoder as transformers describes it."""
-    model_type, architecture, shared_experts = DECODERS[config.use_moe, config.qk_norm]
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    names += ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-    names += ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields = {"model_type": model_type, "architectures": [architecture]}
-    fields |= {name: getattr(config, name) for name in names}
-    fields |= {"hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32"}
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    fields["qkv_bias" if model_type == "qwen2_moe" else "attention_bias"] = False
-    if config.use_moe:
-        fields |= {"num_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
-        fields |= {"norm_topk_prob": True, "moe_intermediate_size": config.intermediate_size}
-        fields["router_aux_loss_coef"] = config.aux_loss_alpha
-    if shared_experts:
-        fields["shared_expert_intermediate_size"] = config.intermediate_size
-    return fields
-
-
-def tokenizer_files(trained: LoadedModel) -> tuple[dict[str, dict], int | None]:
-    """Returns the tokenizer's files by name, and the id of `<image>`, None for a language model.
-
-    `@` cannot be LLaVA's image token, as its processor refuses texts with more of them than images: `<image>` gets the
-    id of a byte that no text has.
-    """
-    tokenizer, image_token_id = json.loads(trained.tokenizer.backend_tokenizer.to_str()), None
-    vocabulary = tokenizer["model"]["vocab"]
-    if trained.weights.has_projection:
-        image_token_id = vocabulary.get(IMAGE_TAG, vocabulary.get(UNUSED_BYTE))
-        tokenizer["model"]["vocab"] = {IMAGE_TAG if i == image_token_id else name: i for name, i in vocabulary.items()}
-        image_token = {"id": image_token_id, "content": IMAGE_TAG, "special": True}
-        image_token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        others = [token for token in tokenizer["added_tokens"] if token["id"] != image_token_id]
-        tokenizer["added_tokens"] = sorted([*others, image_token], key=lambda token: token["id"])
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    settings |= {name: getattr(trained.tokenizer, name) for name in names}
-    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": trained.config.max_position_embeddings}
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}, image_token_id
-
-
-def llava_refused(trained: LoadedModel) -> dict[str, bool]:
-    kind = trained.config.projector
-    return {
-        "a projection with pixel shuffle is not exported: LLaVA has none": trained.config.pixel_shuffle != 1,
-        f"a {kind} projection is not exported: LLaVA has none of its kind": PROJECTORS[kind].llava_activation is None,
-    }
-
-
-def llava_files(trained: LoadedModel, image_token_id: int) -> dict[str, dict]:
-    """Returns the files of LlavaForConditionalGeneration, CLIPImageProcessor and LlavaProcessor by name."""
-    tower, side = trained.tower, trained.tower.config.image_size
-    config = {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
-        "text_config": text_config(trained.config),
-        "vision_config": tower.config.to_diff_dict() | {"model_type": "clip_vision_model", "dtype": "float32"},
-        "image_token_index": image_token_id,
-        "image_seq_length": trained.config.image_tokens,
-        "vision_feature_layer": -1,  # the last layer's output, before the final norm
-        "vision_feature_select_strategy": "default",  # without the class token
-        "projector_hidden_act": PROJECTORS[trained.config.projector].llava_activation,
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-    pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
-    pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
-    pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    pixels |= {"rescale_factor": 1 / 255, "resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
-    tokens = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1, "image_token": IMAGE_TAG}
-    tokens |= {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default"}
-    return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": tokens}
-
-
-class Form(NamedTuple):
-    """A class of transformers that models with images become."""
-
-    refused: Callable[[LoadedModel], dict[str, bool]]  # what it cannot express, and whether the model has that
-    files: Callable[[LoadedModel, int], dict[str, dict]]  # config.json and its processors' files, by name
-    projection: Callable[[dict], dict]  # renames the projection's tensors
-
-
-# By the kind of tower. A further form is an entry here, one in gguf_files.MMPROJ, and its names in transformers_names.
-FORMS = {"CLIP": Form(llava_refused, llava_files, projector_to_llava)}
 
 
 def write_json(path: Path, content: dict):
@@ -171,15 +46,13 @@ def write_json(path: Path, content: dict):
 def write_transformers(trained: LoadedModel, folder: Path):
     """Writes the model in its form, or the decoder alone where the weights have no projection."""
     files, image_token_id = tokenizer_files(trained)
-    tensors = to_transformers(trained.weights.tensors)
     if trained.weights.has_projection:
-        form, tower = FORMS[trained.tower.kind], read_tower_weights(trained.tower_path)
+        form = FORMS[PROJECTORS[trained.config.projector].exported_as]
         files |= form.files(trained, image_token_id)
-        tensors = {f"{DECODER}{name}": tensor for name, tensor in tensors.items()}
-        tensors |= form.projection(trained.weights.tensors)
-        tensors |= {f"{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
+        tensors = form.tensors(trained.weights.tensors, read_tower_weights(trained.tower_path))
     else:
         files["config.json"] = text_config(trained.config)
+        tensors = to_transformers(trained.weights.tensors)
     ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sidecar = {name: value for name, value in trained.weights.sidecar.items() if name != "tokenizer_sha256"}
     for name, content in (files | {"generation_config.json": ids, TRAINING: sidecar}).items():
@@ -189,6 +62,25 @@ def write_transformers(trained: LoadedModel, folder: Path):
         half = tensor.half()
         tensors[name] = (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if trained.config.llm:
+        check_written(trained, folder)
+
+
+@torch.inference_mode()
+def check_written(trained: LoadedModel, folder: Path):
+    """Raises UsageError unless transformers computes the logits of another language model from its export.
+
+    What such a model does beside its blocks and its head (a bias, a scale, a cap) is not part of the form.
+    """
+    kind = AutoModelForImageTextToText if trained.weights.has_projection else AutoModelForCausalLM
+    theirs, loading = kind.from_pretrained(folder, output_loading_info=True)
+    wrong = sorted(map(str, (*loading["missing_keys"], *loading["unexpected_keys"])))
+    ids = torch.arange(4, 12)[None]
+    expected = trained.load_model()(input_ids=ids, image_starts=torch.zeros(0, 2, dtype=torch.long)).logits
+    difference = 0.0 if wrong else float((theirs(input_ids=ids).logits - expected).abs().max())
+    if wrong or difference > 1e-3 * float(expected.abs().max()):
+        reason = f"{wrong[0]} has no place" if wrong else f"its logits would differ by {difference:.2g}"
+        raise UsageError(f"a {trained.config.llm['model_type']} is not exported with images: {reason}")
 
 
 def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> list[str]:
@@ -207,7 +99,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
     gguf_files.write_text(trained, folder / names[0], name, quant, chat_template(trained))
     if trained.weights.has_projection:
         names.append(f"mmproj-{name}-f32.gguf")
-        gguf_files.MMPROJ[trained.tower.kind](trained, folder / names[1], name)
+        gguf_files.write_mmproj(trained, folder / names[1], name)
     template = Template((SHARE / "Modelfile.template").read_text(encoding="utf-8"))
     mmproj = "".join(f"FROM ./{mmproj}\n" for mmproj in names[1:])
     modelfile = template.substitute(text=names[0], mmproj=mmproj, system=SYSTEM_PROMPT)

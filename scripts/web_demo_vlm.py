@@ -59,7 +59,7 @@ def main():
         uploads, photos = Uploads(folder / "uploads"), sorted(EXAMPLE_PHOTO.parent.iterdir())[:EXAMPLES]
         os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
         examples = draw_heldout(folder / "examples", EXAMPLES) if loaded.knows_only_scenes else photos
-        assistant = Assistant(loaded, processes.device, args.dtype, args.compile)
+        assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
         page = build_page(Handlers(assistant, sampling_of(args, loaded), examples, uploads), args.max_new_tokens)
         css = Path(__file__).with_name("demo").joinpath("page.css").read_text(encoding="utf-8")
         try:

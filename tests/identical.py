@@ -35,7 +35,7 @@ RUNS = {  # stage, ranks, flags
     "fine-tuning, encoding in the step": ("sft", 1, ["--cache_vision", "off"]),
     "experts": ("sft", 1, EXPERTS),
     "mlp with pixel shuffle": ("pretrain", 1, ["--projector", "mlp", "--pixel_shuffle", "2"]),
-    "minimind-3v": ("sft", 1, []),
+    "minimind-3v": ("sft", 1, ["--empty_think_ratio", "1", "--add_system_ratio", "0"]),
 }
 
 

@@ -81,6 +81,7 @@ class Bundle:
         return f"python scripts/download.py {name}" if name else "not published: name it by its flag"
 
 
+SHARES = {"empty_think_ratio": 0.2, "add_system_ratio": 0.2}  # the original's
 BUILTIN = Bundle(
     name="built-in",
     tower=BUILTIN_TOWER_DIR,
@@ -108,10 +109,21 @@ MINIMIND_3V = Bundle(
     fits=lambda config: config.qk_norm,
     weights_dir=SAVE_3V_DIR,
     downloads={"tower": "tower_3v", "tokenizer": "tokenizer_3v", "llm": "llm_3v", "sft_vlm": "minimind-3v"},
-    recipes={"pretrain": {"epochs": 2, "max_seq_len": 450}, "sft": {"learning_rate": 5e-6, "max_seq_len": 768}},
+    recipes={
+        "pretrain": {"epochs": 2, "max_seq_len": 450} | SHARES,
+        "sft": {"learning_rate": 5e-6, "max_seq_len": 768} | SHARES,
+    },
     sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
 )
-BUNDLES = {bundle.name: bundle for bundle in (BUILTIN, MINIMIND2, MINIMIND_3V)}
+LANGUAGE_MODEL = Bundle(  # of transformers, named by --llm_path, which has its tokenizer
+    name="another language model",
+    tower=TOWER_DIR,
+    tokenizer=TOKENIZER_DIR,
+    layers={},
+    downloads={"tower": "tower"},
+    recipes={"pretrain": {"learning_rate": 1e-3}, "sft": {"learning_rate": 2e-5}},
+)
+BUNDLES = {bundle.name: bundle for bundle in (BUILTIN, MINIMIND2, MINIMIND_3V, LANGUAGE_MODEL)}
 
 
 @dataclass(frozen=True)
@@ -152,8 +164,8 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """
     candidates = matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
     published = [path for path in candidates if not is_builtin(path)]
-    bundle = MINIMIND2
-    if published:  # their tensors are read only if their sidecar names no generation
+    bundle = MINIMIND2 if args.llm_path is None else LANGUAGE_MODEL
+    if published and bundle is MINIMIND2:  # their tensors are read only if their sidecar names no generation
         assets = read_sidecar_or_empty(published[0]).get("assets")
         bundle = BUNDLES.get(assets) or bundle_of(read_weights(published[0]))
     own_data, weights_decide = args.data_path is not None, args.data_path is not None or is_path(args.from_weight)
@@ -166,11 +178,14 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     # Beside data and a tower of one's own, but not beside another tokenizer.
     own_parts = own_data and args.tokenizer_path in (None, BUILTIN.tokenizer) and args.from_weight != "none"
     may_be_builtin = own_parts or not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
-    may_be_builtin &= args.hidden_size in (None, *BUILTIN.layers)
+    may_be_builtin &= args.hidden_size in (None, *BUILTIN.layers) and bundle is not LANGUAGE_MODEL
     takes_builtin = may_be_builtin and (
         is_builtin(named) if named else not (present or unknown or is_path(args.from_weight))
     )
+    weights_decide |= bundle is LANGUAGE_MODEL
     decisive = named if takes_builtin else next(iter(published), None) if weights_decide else None
+    if args.llm_path is not None:
+        decisive, paths = None, paths | {"tokenizer_path": args.llm_path}
     recorded = recorded_folders(read_sidecar_or_empty(decisive), decisive) if decisive else {}
     recorded = {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
     if takes_builtin:
@@ -200,7 +215,7 @@ def needed_files(bundle: Bundle, args, data: str) -> dict[str, PublishedFile]:
         if path.suffix != ".parquet":
             images = DATASET_DIR / f"{data}_images"
             files["images_path"] = PublishedFile("pictures", images, f"python scripts/download.py {data}")
-    if args.from_weight == "llm":
+    if args.from_weight == "llm" and args.llm_path is None:
         size = args.hidden_size or next(iter(bundle.layers))
         # Any size is accepted here: find_weights reports a missing size.
         path = next(iter(matching_weights(save_dir, "llm")), save_dir / f"llm_{size}.pth")

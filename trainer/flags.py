@@ -39,7 +39,11 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
 
 def add_model_flags(add, default: dict):
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
-    add("--from_weight", default=default["from_weight"], help=what)
+    add("--from_weight", help=f"{what} (default: {default['from_weight']})")
+    what = "a causal language model of transformers with a chat template, in place of --from_weight"
+    add("--llm_path", type=file_path, metavar="FOLDER", help=what)
+    what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
+    add("--lora", type=COUNT, metavar="RANK", help=what)
     what = "what learns, none: projection and decoder; ends: projection, first and last layer; all: the projection"
     add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
@@ -97,6 +101,10 @@ def add_file_flags(add, stage: Stage):
     held_out = "1 %% of the training rows, at most 512, which then are not trained on"
     add("--eval_data", type=path_or("none"), metavar="FILE", help=f"{what} (default: {held_out})")
     add("--eval_images_path", type=file_path, help="folder of their images (default: --images_path)")
+    what = "minimind-3v: share of rows that keep their empty think blocks"
+    add("--empty_think_ratio", type=number(float, 0, 1), help=f"{what} (default: as the recipe says, else 1)")
+    what = "minimind-3v: share of rows without a system turn that get one"
+    add("--add_system_ratio", type=number(float, 0, 1), help=f"{what} (default: as the recipe says, else 0)")
     what = "leave out up to this many rows that cannot be learned from"
     add("--max_bad_rows", type=number(int, 0), help=f"{what} (default: 1 %% of the rows)")
 
@@ -119,7 +127,13 @@ def add_device_flags(add):
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs"
-    add("--compile", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)")
+    add(
+        "--compile",
+        "--use_compile",
+        type=int,
+        choices=(0, 1),
+        help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)",
+    )
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
     add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
     what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
@@ -137,7 +151,9 @@ def add_saving_flags(add):
     what = "optimizer steps between evaluations on held-out rows"
     add("--eval_interval", type=COUNT, help=f"{what} (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    add("--wandb_project", default="MiniMind-V", help="its project there")
+    what = "log to SwanLab too (pip install swanlab; SWANLAB_MODE=offline works)"
+    add("--use_swanlab", action="store_true", help=what)
+    add("--wandb_project", default="MiniMind-V", help="the project at either")
     what = "train even if the first loss suggests that weights and tokenizer do not belong together"
     add("--ignore_high_loss", action="store_true", help=what)
 
@@ -149,10 +165,17 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     missing, or a flag does not fit this machine.
     """
     args = build_parser(stage, description).parse_args(argv)
-    for name in ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "save_dir"):
+    paths = ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "llm_path")
+    for name in (*paths, "save_dir"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).resolve())
-    args.from_weight = os.path.expanduser(args.from_weight)
+    shape = ("from_weight", "hidden_size", "num_hidden_layers", "use_moe")
+    if args.llm_path is not None and (named := [flag for flag in shape if getattr(args, flag) is not None]):
+        raise UsageError(
+            f"--llm_path starts from that language model: leave out --{named[0]} (stage 2 names stage 1's weights "
+            "by --from_weight alone)"
+        )
+    args.from_weight = os.path.expanduser(args.from_weight or stage.defaults["from_weight"])
     bundle, paths = choose(args, stage.data)
     args.assets = bundle.name
     fill_in(args, {"log_interval": LOG_INTERVAL} | bundle.recipe(stage) | paths)

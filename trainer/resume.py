@@ -73,7 +73,7 @@ class Checkpoints:
         return fingerprint
 
     def _weight_files(self, step: int) -> dict:
-        run, config = self.run, self.model.config
+        run, config = self.run, self.run.config
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
         sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.rows
         sidecar["tower_sha256"] = self.tower_weights

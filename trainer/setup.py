@@ -12,15 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
-from dataset.chat import image_token_id
+from dataset.chat import has_image_pad, image_token_id
+from dataset.chat_template import encoder_for
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.forms import RIGHT_FORM
 from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
 from dataset.pictures import PictureFormat
+from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
+from model.language_model import build, check_language_model, read_language_model
+from model.lora import add_lora
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
@@ -71,13 +75,14 @@ class Run:
 
     @property
     def compiles(self) -> bool:
-        """Whether to use torch.compile. Not with experts: routing breaks the graph."""
-        return bool(self.args.compile) and not self.config.use_moe
+        """Whether to use torch.compile. Not with experts, whose routing breaks the graph, nor with another model."""
+        return bool(self.args.compile) and not self.config.use_moe and self.config.llm is None
 
     @property
     def captures(self) -> bool:
         """Whether to capture steps as CUDA graphs; experts, scaler, dropout and other ranks need the host each step."""
         is_able = self.processes.world_size == 1 and not self.config.use_moe and self.config.dropout == 0
+        is_able &= self.config.llm is None
         return bool(self.args.capture) and self.device.type == "cuda" and is_able and self.dtype != torch.float16
 
     def log(self, message: str = ""):
@@ -96,16 +101,18 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     if args.data_path.parent == BUILTIN_DATASET_DIR:
         with processes.main_first():
             draw_builtin_dataset()
+    if args.llm_path is not None:
+        check_language_model(args.llm_path)
     tokenizer = load_tokenizer(args.tokenizer_path)
     sha256 = tokenizer_hash(tokenizer)
-    weights = find_starting_weights(args, processes.log)
+    weights = find_starting_weights(args, processes.log, tokenizer)
     if weights is not None:
         check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
     tower = read_tower(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
-    if args.compile and config.use_moe:
-        processes.log("--compile 1 is ignored: models with experts cannot be compiled")
+    if args.compile and (config.use_moe or config.llm):
+        processes.log("--compile 1 is ignored: models with experts cannot be compiled, nor are other language models")
     if weights is not None and weights.path.resolve() == files.weights.resolve():
         raise UsageError(
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
@@ -140,8 +147,12 @@ def be_deterministic():
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # no deterministic backward
 
 
-def find_starting_weights(args, log) -> weight_io.Weights | None:
-    """Reads the weights that --from_weight names, None for `none`."""
+def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None:
+    """Reads the weights that --llm_path or --from_weight names, None for `none`."""
+    if args.llm_path is not None:
+        encoder = encoder_for(tokenizer, 1)
+        ids = {"image_token_id": encoder.image_token_id, "eos_token_id": encoder.end_id, "pad_token_id": encoder.pad_id}
+        return read_language_model(args.llm_path, len(tokenizer), **ids)
     if args.from_weight == "none":
         return None
     is_builtin = BUNDLES[args.assets] is BUILTIN
@@ -233,8 +244,14 @@ def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
     tokens, picture_format = run.config.image_tokens, PictureFormat(**run.tower.picture_settings)
+    shares, more = (run.args.empty_think_ratio, run.args.add_system_ratio), {}
+    if any(share is not None for share in shares) and path == run.args.data_path:
+        if not has_image_pad(run.tokenizer):
+            raise UsageError("--empty_think_ratio and --add_system_ratio are for minimind-3v's prompt form")
+        keeps, adds = (usual if share is None else share for share, usual in zip(shares, (1.0, 0.0), strict=True))
+        more["variation"] = Variation(keeps, adds, run.args.seed)
     with run.processes.main_first():  # the others find its tokens in the cache
-        return run.stage.dataset(path, images_path, run.tokenizer, run.args.max_seq_len, tokens, picture_format)
+        return run.stage.dataset(path, images_path, run.tokenizer, run.args.max_seq_len, tokens, picture_format, **more)
 
 
 def report_bad_rows(run: Run, data: VLMDataset):
@@ -274,20 +291,28 @@ def report_bad_rows(run: Run, data: VLMDataset):
 def load_model(run: Run) -> MiniMindVLM:
     """Builds tower, projection and decoder on the CPU in float32; raises UsageError if the weights do not fit."""
     torch.manual_seed(run.args.seed)  # same initial projection on every rank
-    model = MiniMindVLM(run.config, vision_model_path=run.args.vision_model_path)
+    model = build(run.config, run.args.vision_model_path)
     if run.weights is not None:
         weight_io.load_into(model, run.weights)
         run.weights.tensors.clear()  # they are in the model now
     return model
 
 
-def freeze(model: MiniMindVLM, frozen: str):
-    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection trains, the tower never."""
+def freeze(model: MiniMindVLM, frozen: str, lora: int | None = None):
+    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection trains, the tower never.
+
+    With `lora`, adapters of that rank train in place of the decoder's layers.
+    """
+    if lora and frozen != "none":
+        raise UsageError(f"--lora {lora} trains the decoder, and --freeze_llm {frozen} does not: use --freeze_llm none")
     model.requires_grad_(frozen == "none")
+    if lora:
+        add_lora(model, lora)
     model.vision_proj.requires_grad_(True)
     if frozen == "ends":
-        model.model.layers[0].requires_grad_(True)
-        model.model.layers[-1].requires_grad_(True)
+        layers = model.base_model.layers
+        layers[0].requires_grad_(True)
+        layers[-1].requires_grad_(True)
 
 
 def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):

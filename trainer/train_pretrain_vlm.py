@@ -45,7 +45,7 @@ def main(stage: Stage = STAGE):
         run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # captions as token ids: training rows, evaluation rows
         model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm)  # all: only the projection learns
+        freeze(model, args.freeze_llm, args.lora)  # all: only the projection learns
         train(run, model, data, heldout)  # minimises the stage's loss
 
 

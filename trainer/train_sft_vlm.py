@@ -45,7 +45,7 @@ def main(stage: Stage = STAGE):
         run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # dialogues as token ids: training rows, evaluation rows
         model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm)  # none: all but the tower learns
+        freeze(model, args.freeze_llm, args.lora)  # none: all but the tower learns
         train(run, model, data, heldout)  # minimises the stage's loss
 
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from PIL import Image
 
 from dataset import foreign, forms
-from dataset.conversation import IMAGE_TAG, RowError, check_images, parse_picture_names
+from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
 from dataset.formats import why_missing
 from dataset.pictures import (
     CLIP_FORMAT,
@@ -95,6 +95,8 @@ def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple
     if question and form in forms.QUESTIONS:
         row = row | {"question": question}
     turns, pictures = forms.read_row(row)
+    if any("tool" in turn for turn in turns):
+        raise RowError(TOOL_CALLS)
     pictures = as_pictures(pictures, images_path)
     has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
     if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):

@@ -1,6 +1,7 @@
 """Write a trained model as the two GGUF files of llama.cpp.
 
-The text model is a `llama`; the vision tower and the projection are a `clip` with the projector `mlp`.
+The text model is a `llama`, with norms per head a `qwen3`; the vision tower and the projection are a `clip` with the
+projector `mlp`.
 """
 
 import json
@@ -17,6 +18,7 @@ from model.vision_tower import load_vision_tower
 from trainer.answering.loaded_model import LoadedModel
 
 GELU_SCALE = 2.0**12  # |x| times this is beyond llama.cpp's half-precision GELU table, where its GELU is exact
+LOUD = 2.0**30  # times a norm's output, it leaves nothing of what is added to it
 # A token's dot product with the class token's state, divided by that state's square, is 1 for the class token and lower
 # for patches. The gate opens above CLASS_TOKEN_FROM; a tenth more or less outweighs any value of the projection.
 CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
@@ -43,7 +45,8 @@ def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str 
 def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_template: str):
     """Writes the decoder and its tokenizer."""
     config = trained.config
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_name(name)
     writer.add_file_type(QUANTS[quant][1])
     writer.add_vocab_size(config.vocab_size)
@@ -58,8 +61,9 @@ def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_tem
     writer.add_rope_freq_base(config.rope_theta)
     add_tokenizer(writer, trained)
     writer.add_chat_template(chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     rotated = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+    rotated = {} if config.qk_norm else rotated  # llama.cpp rotates a qwen3 as transformers does
     tensors = {}
     for ours, tensor in to_transformers(trained.weights.tensors).items():
         heads = rotated.get(ours.rpartition("self_attn.")[2])
@@ -78,7 +82,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
     content, types = json.loads(trained.tokenizer.backend_tokenizer.to_str()), gguf.TokenType
     tokens = {number: (name, types.NORMAL) for name, number in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:
-        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.NORMAL)
+        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     tokens = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(trained.config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -92,14 +96,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
     writer.add_add_eos_token(False)
 
 
-def write_clip(trained: LoadedModel, path: Path, name: str):
-    """Writes a CLIP tower and the projection, in float32.
-
-    llama.cpp puts the class token after the patches but numbers positions as if it came first. Its position embedding
-    therefore moves to the end. The first patch is lost, and the class token, then the last image token, is projected
-    to zero if the projection is linear.
-    """
+def write_mmproj(trained: LoadedModel, path: Path, name: str):
+    """Writes the tower and the projection, in float32."""
     tower = trained.tower.config
+    tensors, projection, layers = MMPROJ[trained.tower.kind](trained, read_tower_weights(trained.tower_path))
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_name(name)
     writer.add_type("mmproj")
@@ -110,33 +110,70 @@ def write_clip(trained: LoadedModel, path: Path, name: str):
     writer.add_vision_patch_size(tower.patch_size)
     writer.add_vision_embedding_length(tower.hidden_size)
     writer.add_vision_feed_forward_length(tower.intermediate_size)
-    writer.add_vision_block_count(tower.num_hidden_layers)
+    writer.add_vision_block_count(layers[-1])
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
     writer.add_vision_projection_dim(trained.config.hidden_size)
     writer.add_vision_image_mean(list(trained.tower.mean))
     writer.add_vision_image_std(list(trained.tower.std))
-    writer.add_vision_use_gelu(tower.hidden_act == "gelu")
-    is_linear = PROJECTORS[trained.config.projector].llava_activation == "linear"
-    class_state = find_class_state(trained) if is_linear else None
+    writer.add_vision_use_gelu(tower.hidden_act != "quick_gelu")
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
-    writer.add_array("clip.vision.feature_layer", [0] * (class_state is not None) + [tower.num_hidden_layers])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, tower.num_hidden_layers)
-    tensors = {}
-    for ours, tensor in read_tower_weights(trained.tower_path).items():
-        if ours == "embeddings.position_embedding.weight":
-            tensor = tensor.roll(-1, 0)
-        if not ours.startswith("post_layernorm"):
-            tensors[names.get_name(f"vision_tower.vision_model.{ours}", (".weight", ".bias"))] = tensor
+    writer.add_array("clip.vision.feature_layer", layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers[-1])
+    tensors = {f"vision_tower.vision_model.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tensors.items()}
+    write(writer, tensors | {f"mm.{name}": tensor for name, tensor in projection.items()})
+
+
+def clip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[int]]:
+    """Returns a CLIP tower's tensors, the projection's, and the layers whose outputs it takes.
+
+    llama.cpp puts the class token after the patches but numbers positions as if it came first. Its position embedding
+    therefore moves to the end. The first patch is lost, and the class token, then the last image token, is projected
+    to zero if the projection is linear.
+    """
+    tower["embeddings.position_embedding.weight"] = tower["embeddings.position_embedding.weight"].roll(-1, 0)
+    tower = {name: tensor for name, tensor in tower.items() if not name.startswith("post_layernorm")}
     projection = {
         name.removeprefix("vision_proj.vision_proj."): tensor.float()
         for name, tensor in trained.weights.tensors.items()
         if name.startswith("vision_proj.")
     }
-    if is_linear:
+    class_state = None
+    if PROJECTORS[trained.config.projector].llava_activation == "linear":
+        class_state = find_class_state(trained)
         projection = linear_as_mlp(projection["0.weight"], projection["0.bias"], class_state)
-    write(writer, tensors | {f"mm.{name}": tensor for name, tensor in projection.items()})
+    return tower, projection, [0] * (class_state is not None) + [trained.tower.config.num_hidden_layers]
+
+
+def siglip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[int]]:
+    """Returns a SigLIP tower's tensors, minimind-3v's projection, and the layer whose output it takes.
+
+    llama.cpp's own `lfm2` projector has the same layers, but not for unmerged patches, and writes texts around images.
+    As an `mlp` there is room for one norm after the tower, and the model has two: the tower's last, y, and the
+    projection's. So a further layer, whose attention gives zero, adds LOUD * y to its input x by its own norm and its
+    GELU layers, which as in `linear_as_mlp` give y exactly. The norm that follows does not see a scale, so it is the
+    projection's, of y + x / LOUD.
+    """
+    tower = {name: tensor.float() for name, tensor in tower.items()}
+    number, width = trained.tower.config.num_hidden_layers, trained.tower.hidden_size
+    layer, identity, zeros = f"encoder.layers.{number}", torch.eye(width), torch.zeros(width, width)
+    for part in ("q", "k", "v", "out"):
+        tower |= {f"{layer}.self_attn.{part}_proj.weight": zeros, f"{layer}.self_attn.{part}_proj.bias": zeros[0]}
+    tower |= {f"{layer}.layer_norm1.weight": zeros[0], f"{layer}.layer_norm1.bias": zeros[0]}
+    tower |= {f"{layer}.layer_norm2.{part}": tower[f"post_layernorm.{part}"] for part in ("weight", "bias")}
+    as_mlp = linear_as_mlp(identity, zeros[0], None)
+    tower |= {f"{layer}.mlp.fc1.{part}": as_mlp[f"0.{part}"] for part in ("weight", "bias")}
+    tower |= {f"{layer}.mlp.fc2.{part}": as_mlp[f"2.{part}"] * LOUD for part in ("weight", "bias")}
+    layers = {
+        name.removeprefix("vision_proj.mlp."): tensor.float()
+        for name, tensor in trained.weights.tensors.items()
+        if name.startswith("vision_proj.")
+    }
+    tower |= {f"post_layernorm.{part}": layers[f"0.{part}"] for part in ("weight", "bias")}
+    projection = {f"{int(name[0]) - 1}{name[1:]}": tensor for name, tensor in layers.items() if name[0] != "0"}
+    return tower, projection, [number + 1]
 
 
 @torch.no_grad()
@@ -186,4 +223,4 @@ def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.T
     }
 
 
-MMPROJ = {"CLIP": write_clip}  # by the kind of tower
+MMPROJ = {"CLIP": clip_parts, "SigLIP": siglip_parts}  # by the kind of tower

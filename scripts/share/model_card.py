@@ -83,8 +83,12 @@ def card_files(
     environment.filters |= {"number": page.number, "text": lambda value: as_text(str(value)), "quote": shlex.quote}
     environment.filters |= {"literal": lambda text: json.dumps(text, ensure_ascii=False)}
     shown = replace(record, sidecar=model.sidecar)
+    llm = model.sidecar.get("config", {}).get("llm")
     text = environment.get_template("model_card.md.jinja").render(
         model=model,
+        decoder=f"another language model, a {llm['model_type']} (its own licence holds),"
+        if llm
+        else "a MiniMind decoder",
         name=record.name,
         repo=repo,
         results=results,

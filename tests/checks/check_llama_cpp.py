@@ -128,7 +128,9 @@ def feature_difference(ask: Ask, trained: LoadedModel, model, folder: Path) -> s
     theirs = np.fromfile(folder / "features", dtype=np.float32, offset=8)  # after the number of tokens and the width
     pixels = load_picture(source, picture_format=PictureFormat(**trained.tower.picture_settings))
     ours = model.vision_proj(model.encode_images(pixels[None]))[0].numpy()
-    theirs, ours = theirs.reshape(ours.shape)[:-1], ours[1:]  # the first patch is lost, the class token comes last
+    theirs = theirs.reshape(ours.shape)
+    if trained.tower.kind == "CLIP":  # the first patch is lost, the class token comes last
+        theirs, ours = theirs[:-1], ours[1:]
     return f"{np.abs(theirs - ours).max() / np.abs(ours).max():.1e}"
 
 

@@ -151,7 +151,9 @@ def test_tool_calls_are_left_out_but_are_not_bad(written):
     rows += [said(TEXT, tool_calls=none) for none in (None, "", [], "[]")]
     data = written([(turns, BLACK) for turns in rows])
     assert (len(data), data.row_count, data.bad_rows) == (5, 8, [])
-    assert data.rules["tool calls"] == "in 3 rows: left out: tool calls are not supported; not counted as bad"
+    assert (
+        data.rules["tool calls"] == "in 3 rows: left out: only minimind-3v's prompt form has tools; not counted as bad"
+    )
 
 
 def test_reasoning_and_empty_think_blocks_are_dropped_and_the_answer_learned(written):

@@ -249,7 +249,7 @@ class Place:
 
     def choose(self, stage="pretrain", from_weight="llm", **flags) -> argparse.Namespace:
         names = ("data_path", "images_path", "eval_data", "eval_images_path", "tokenizer_path", "vision_model_path")
-        args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe"))
+        args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe", "llm_path"))
         args["save_weight"] = f"{stage}_vlm"
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
         bundle, paths = bundles.choose(args, stage)

@@ -230,7 +230,8 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    run = SimpleNamespace(device=CPU.device, processes=CPU, state=None, args=SimpleNamespace(use_wandb=False))
+    args = SimpleNamespace(use_wandb=False, use_swanlab=False)
+    run = SimpleNamespace(device=CPU.device, processes=CPU, state=None, args=args)
     run.files = SimpleNamespace(samples=tmp_path, metrics=tmp_path / "metrics.jsonl")
     progress = Progress(run, 4, 0, {})
     watch = Watch.__new__(Watch)
@@ -424,6 +425,22 @@ def test_it_is_in_the_terminal_and_in_wandb(world, tmp_path):
     losses = [row["loss"] for row in read_jsonl(out / "pretrain_vlm_32.metrics.jsonl") if "loss" in row]
     assert losses and all(json.dumps(loss).encode() in written for loss in losses)
     assert torch.load(out / "pretrain_vlm_32_resume.pth", weights_only=True)["wandb_id"] in log.name
+
+
+@pytest.mark.skipif(find_spec("swanlab") is None, reason="swanlab is not installed")
+def test_it_is_in_swanlab_and_goes_on_there(world, tmp_path):
+    out = world.copy_of_out(tmp_path / "out")
+    flags = [*watching(world), "--log_interval", 1, "--use_swanlab", "--epochs"]
+    how = {"env": {"SWANLAB_MODE": "offline", "SWANLAB_SAVE_DIR": str(tmp_path / "swanlab")}}
+    ids = []
+    for epochs, resume in ((1, []), (2, ["--from_resume", 1])):
+        world.run(PRETRAIN, *world.files("pretrain", out), *flags, epochs, *resume, **how).passed()
+        ids.append(torch.load(out / "pretrain_vlm_32_resume.pth", weights_only=True)["swanlab_id"])
+    assert ids[0] and ids[0] == ids[1]
+    logs = [path.read_bytes() for path in out.glob("run-*/**/*") if path.is_file()]
+    assert any(b"eval/gap_shuffled" in log for log in logs) and any(b"train/tokens_per_second" in log for log in logs)
+    refused = world.run(PRETRAIN, *world.files("pretrain", tmp_path / "new"), *flags, 1, "--from_weight", "none")
+    refused.refused("--use_swanlab", "SWANLAB_MODE=offline", "metrics.jsonl")
 
 
 def test_held_out_rows_that_are_trained_on_are_reported(world, watched, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from common.cli import number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
-from dataset.chat import ChatEncoder
+from dataset.chat_template import encoder_for
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw, heldout_scenes
@@ -33,12 +33,13 @@ def add_speed_flags(group):
     what = "int8: the matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
     what = "1: compile the step of one token; takes half a minute, worth it for long talks"
-    group.add_argument("--compile", type=int, choices=(0, 1), default=0, help=what)
+    group.add_argument("--compile", "--use_compile", type=int, choices=(0, 1), default=0, help=what)
 
 
 def add_generation_flags(group, max_new_tokens: int):
     """Adds the flags of sampling, which default to the weights' recipe: see `sampling_of`."""
     add = group.add_argument
+    add("--open_thinking", type=int, choices=(0, 1), default=0, help="1: think before the answer (minimind-3v)")
     add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, help="longest answer in tokens")
     for name, kind, what in (
         ("temperature", temperature, "0: always the likeliest token"),
@@ -68,12 +69,17 @@ class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts.
 
     Raises:
-        UsageError: If `dtype`, one of PRECISIONS, is not for that device.
+        UsageError: If `dtype`, one of PRECISIONS, is not for that device, or the model cannot think before it answers.
     """
 
-    def __init__(self, loaded: LoadedModel, device: torch.device | str, dtype: str = "float32", compiles: bool = False):
+    def __init__(
+        self, loaded: LoadedModel, device, dtype: str = "float32", compiles: bool = False, thinks: bool = False
+    ):
         self.loaded, self.tokenizer, self.compiles = loaded, loaded.tokenizer, compiles
-        self.encoder = ChatEncoder(self.tokenizer, loaded.config.image_tokens)
+        self.encoder = encoder_for(self.tokenizer, loaded.config.image_tokens)
+        self.encoder.open_thinking = thinks
+        if thinks and not self.encoder.can_think:
+            raise UsageError("--open_thinking: the prompt form of these weights has no think block")
         self.picture_format = PictureFormat(**loaded.tower.picture_settings)
         self.model = in_precision(loaded.load_model().to(device), dtype)
 

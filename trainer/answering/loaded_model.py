@@ -13,6 +13,7 @@ from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
+from model.language_model import build
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
@@ -55,7 +56,7 @@ class LoadedModel:
 
     def load_model(self) -> MiniMindVLM:
         """Builds the model on the CPU in float32; a projection that the weights lack is drawn at random."""
-        model = MiniMindVLM(self.config, vision_model_path=self.tower_path)
+        model = build(self.config, self.tower_path)
         weight_io.load_into(model, self.weights)
         return model.eval()
 

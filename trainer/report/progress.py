@@ -1,5 +1,6 @@
-"""A run's reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb if asked."""
+"""A run's reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb or SwanLab if asked."""
 
+import importlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from common.files import write_atomically
 from common.paths import display_path
 from trainer.setup import Run
 
+TRACKERS = {"wandb": "dir", "swanlab": "log_dir"}  # packages with the same functions: their argument for the folder
 clock = tqdm.format_interval  # seconds to 02:03, 1:02:03
 
 
@@ -23,15 +25,16 @@ class Progress:
     metrics.jsonl of a resumed run keeps the reports up to the step it resumes from.
 
     Args:
-        run: The run; wandb is started if it asks for it.
+        run: The run; wandb and SwanLab are started if it asks for them.
         total_steps, done_steps: Optimizer steps of the whole run, and those done before a resume.
-        settings: The run's, for wandb.
+        settings: The run's, for them.
     """
 
     def __init__(self, run: Run, total_steps: int, done_steps: int, settings: dict):
         self.total_steps, self.done_steps = total_steps, done_steps
         self.metrics_path = run.files.metrics if run.processes.is_main else None  # None: silent
-        self.wandb_run = start_wandb(run, settings) if run.args.use_wandb and run.processes.is_main else None
+        used = [name for name in TRACKERS if getattr(run.args, f"use_{name}") and run.processes.is_main]
+        self.trackers = {name: start_tracker(name, run, settings) for name in used}
         self.started = time.perf_counter()
         self.has_begun = self.has_failed = False  # writing metrics.jsonl
         disable = None if run.processes.is_main else True  # None: shown in a terminal only
@@ -53,7 +56,8 @@ class Progress:
     def state_dict(self) -> dict:
         """Returns the sums since the last report, for a resumed run to report."""
         counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": self._seconds()}
-        return {"progress": counted, "wandb_id": None if self.wandb_run is None else self.wandb_run.id}
+        ids = dict.fromkeys(f"{name}_id" for name in TRACKERS)
+        return {"progress": counted} | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
 
     def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
         """Counts an optimizer step; `losses` (2,), its summed loss and learned tokens over all ranks, is not synced."""
@@ -106,8 +110,8 @@ class Progress:
         self.interval_started += seconds
 
     def _send(self, part: str, step: int, values: dict):
-        if self.wandb_run is not None:
-            self.wandb_run.log({f"{part}/{name}": value for name, value in values.items() if name != "step"}, step=step)
+        for tracker in self.trackers.values():
+            tracker.log({f"{part}/{name}": value for name, value in values.items() if name != "step"}, step=step)
 
     def _append(self, record: dict):
         if self.metrics_path is None:
@@ -131,10 +135,10 @@ class Progress:
             sys.stdout.flush()
 
     def close(self):
-        """Closes the bar and the wandb run."""
+        """Closes the bar, and the runs at wandb and SwanLab."""
         self.bar.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        for tracker in self.trackers.values():
+            tracker.finish()
 
 
 def reports_until(path: Path, step: float) -> list[str]:
@@ -151,17 +155,20 @@ def reports_until(path: Path, step: float) -> list[str]:
     return lines
 
 
-def start_wandb(run: Run, settings: dict):
-    """Starts a wandb run, or continues that of a resumed one; raises UsageError if wandb does not start."""
-    import wandb  # slow to import, and most runs do not use it
+def start_tracker(name: str, run: Run, settings: dict):
+    """Starts a run at a service of TRACKERS, or continues that of a resumed one.
 
+    Raises:
+        UsageError: If its package is missing, or does not start.
+    """
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")  # seconds; wandb's default is 90
-    names = {"project": run.args.wandb_project, "name": run.files.name, "id": run.state and run.state["wandb_id"]}
+    names = {"project": run.args.wandb_project, "name": run.files.name, "id": run.state and run.state.get(f"{name}_id")}
     config = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}
     try:
-        return wandb.init(**names, config=config, dir=run.files.save_dir, resume="allow")
-    except (wandb.errors.Error, OSError) as error:
+        package = importlib.import_module(name)  # slow, and most runs use none
+        return package.init(**names, config=config, resume="allow", **{TRACKERS[name]: run.files.save_dir})
+    except Exception as error:  # each package has its own, under no common name
         raise UsageError(
-            f"--use_wandb: wandb does not start: {error}. WANDB_MODE=offline works without a network; metrics.jsonl "
-            "beside the weights has the same figures"
+            f"--use_{name}: {name} does not start: {error}. {name.upper()}_MODE=offline works without a network; "
+            "metrics.jsonl beside the weights has the same figures"
         ) from error

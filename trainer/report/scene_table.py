@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import ChatEncoder
+from dataset.chat_template import encoder_for
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
@@ -21,7 +21,7 @@ def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> list[
         Rows {"name", "attributes", "captions"}; the first is for the right pictures, asked in Chinese.
     """
     root, facts = draw_builtin_dataset(), [scene.facts for scene in heldout_scenes()]
-    encoder = ChatEncoder(tokenizer, model.config.image_tokens)
+    encoder = encoder_for(tokenizer, model.config.image_tokens)
     picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
     paths = sorted((root / "heldout_images").iterdir())
     pictures = [[load_picture(path, picture_format=picture_format)] for path in paths]

@@ -33,6 +33,7 @@ STATE = PROGRESS | {
     "bad_steps": [COUNT] * 3,
     "processes": Range(int, 1, 1 << 20),
     "wandb_id": (str, None),
+    "swanlab_id?": (str, None),
     "progress": {
         **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
         **{"data_seconds": SECONDS, "seconds_before": SECONDS},

@@ -1,0 +1,103 @@
+"""Other language models as the decoder: the causal ones of transformers that take `inputs_embeds`."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common.errors import UsageError
+from common.paths import display_path
+from common.schema import read_json
+from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
+from model.model_vlm import ImageInputs, MiniMindVLM
+from model.vlm_config import LLM, VLMConfig
+from model.weights import Weights
+
+VISION_SETTINGS = ("image_token_id", "image_tokens", "vision_hidden_size", "vision_patches", "projector")
+VISION_SETTINGS += ("pixel_shuffle", "eos_token_id", "pad_token_id", "use_moe")
+
+
+class LanguageModel:
+    """Gives a causal language model of transformers the `forward` of `MiniMindForCausalLM`."""
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.get_input_embeddings()(input_ids)
+
+    compute_loss = staticmethod(causal_lm_loss)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        learned_positions=None,
+        reduction="mean",
+        **kwargs,
+    ):
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs |= {CACHE_NAME: cache, "use_cache": use_cache if use_cache is not None else cache is not None}
+        if learned_positions is None:
+            output, picked = super().forward(**inputs, logits_to_keep=logits_to_keep), slice(None)
+        else:  # it computes the same columns of all rows
+            places = (learned_positions - 1).clamp(min=0)
+            columns, column = (places % labels.shape[1]).unique(return_inverse=True)
+            output, picked = super().forward(**inputs, logits_to_keep=columns), (places // labels.shape[1], column)
+        logits = output.logits[picked]
+        loss = learned_loss(self.compute_loss, logits, labels, learned_positions, reduction)
+        return MoeCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: getattr(output, CACHE_NAME)})
+
+
+def build(config: VLMConfig, vision_model_path: str | Path | None):
+    """Builds the vision-language model of a configuration: MiniMind's, or around another language model."""
+    if config.llm is None:
+        return MiniMindVLM(config, vision_model_path)
+    llm = AutoConfig.for_model(**config.llm)
+    for name in VISION_SETTINGS:
+        setattr(llm, name, getattr(config, name))
+    base = AutoModelForCausalLM._model_mapping[type(llm)]
+    return type(f"{base.__name__}VLM", (ImageInputs, LanguageModel, base), {})(llm, vision_model_path)
+
+
+def check_language_model(folder: Path):
+    """Raises UsageError unless a folder's configuration is that of a language model."""
+    try:
+        config = read_json(folder / "config.json", LLM)
+        if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(f"{config['model_type']:.40} is no causal language model of transformers")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--llm_path {display_path(folder)} is no language model: config.json: {error}") from error
+
+
+def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
+    """Reads another language model's folder, of `check_language_model`.
+
+    Args:
+        tokens: Tokens of its tokenizer; the embedding gets rows for all of them.
+        ids: The VLMConfig's image_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+        UsageError: If it cannot be read, or does not take embeddings.
+    """
+    try:
+        how = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)
+        if missing := sorted(map(str, loading["missing_keys"])):
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        if unknown := {"inputs_embeds", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys():
+            raise ValueError(f"{type(model).__name__} takes no {' and no '.join(sorted(unknown))}")
+        if any(float(weight.abs().max()) > torch.finfo(torch.float16).max for weight in model.parameters()):
+            raise ValueError("a weight is larger than 65,504, and weight files are in float16")
+        if tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+    except Exception as error:  # whatever transformers raises on a folder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"--llm_path {display_path(folder)} cannot be used: {reason}") from error
+    return Weights(folder / "config.json", model.state_dict(), VLMConfig(llm=model.config.to_dict(), **ids), {})
