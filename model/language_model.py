@@ -93,11 +93,11 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         if unknown := {"inputs_embeds", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys():
             raise ValueError(f"{type(model).__name__} takes no {' and no '.join(sorted(unknown))}")
-        if any(float(weight.abs().max()) > torch.finfo(torch.float16).max for weight in model.parameters()):
+        if any(float(weight.detach().abs().max()) > torch.finfo(torch.float16).max for weight in model.parameters()):
             raise ValueError("a weight is larger than 65,504, and weight files are in float16")
         if tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(tokens, mean_resizing=False)
     except Exception as error:  # whatever transformers raises on a folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"--llm_path {display_path(folder)} cannot be used: {reason}") from error
-    return Weights(folder / "config.json", model.state_dict(), VLMConfig(llm=model.config.to_dict(), **ids), {})
+    return Weights(folder, model.state_dict(), VLMConfig(llm=model.config.to_dict(), **ids), {})

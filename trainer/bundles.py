@@ -116,7 +116,7 @@ MINIMIND_3V = Bundle(
     sampling={"temperature": 0.7, "top_p": 0.85, "top_k": 50},
 )
 LANGUAGE_MODEL = Bundle(  # of transformers, named by --llm_path, which has its tokenizer
-    name="another language model",
+    name="transformers",
     tower=TOWER_DIR,
     tokenizer=TOKENIZER_DIR,
     layers={},

@@ -10,7 +10,7 @@ from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.projectors import PROJECTORS
 from model.tower_files import TOWERS
-from trainer.bundles import BUILTIN, BUNDLES, choose
+from trainer.bundles import BUILTIN, BUNDLES, LANGUAGE_MODEL, choose
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
@@ -26,7 +26,8 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
     for bundle in BUNDLES.values():
         if bundle is not BUILTIN and (recipe := bundle.recipes.get(stage.name)):
             settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
-            epilog += f"\nFrom {bundle.name}'s weights the defaults are: {settings}."
+            start = "With --llm_path" if bundle is LANGUAGE_MODEL else f"From {bundle.name}'s weights"
+            epilog += f"\n{start} the defaults are: {settings}."
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
     add_model_flags(parser.add_argument_group("model").add_argument, stage.defaults)
     add_file_flags(parser.add_argument_group("files").add_argument, stage)

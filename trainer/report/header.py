@@ -32,7 +32,8 @@ def print_header(run: Run, model: MiniMindVLM, is_compiled: bool, **lines: str):
         data += " (the jsonl beside it is not read)"
     tower, trained_on = model.vision_encoder.num_parameters(), read_record(args.vision_model_path).get("data")
     seen = f", trained on {trained_on}" if trained_on else ""
-    shape = f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
+    shape = f"{config.llm['model_type']}, " if config.llm else ""
+    shape += f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers"
     shape += ", experts" if config.use_moe else ""
     shape += f", {config.projector} projection" if config.projector != "linear" else ""
     shape += f", {config.image_tokens} tokens an image" if config.image_tokens != config.vision_patches else ""
