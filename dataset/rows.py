@@ -101,7 +101,7 @@ class Variation(NamedTuple):
 class RowTokeniser:
     """Maps a batch of raw rows to COLUMNS; what is wrong with a row goes into its `reason`."""
 
-    def __init__(self, encoder: ChatEncoder, max_length: int, variation: "Variation | None" = None):
+    def __init__(self, encoder: ChatEncoder, max_length: int, variation: Variation | None = None):
         self.encoder, self.max_length, self.variation = encoder, max_length, variation
         self.forms = FORMS  # a spawned process that unpickles them imports, and so registers, forms from outside
 

@@ -23,10 +23,10 @@ VISION_SETTINGS += ("pixel_shuffle", "eos_token_id", "pad_token_id", "use_moe")
 class LanguageModel:
     """Gives a causal language model of transformers the `forward` of `MiniMindForCausalLM`."""
 
+    compute_loss = staticmethod(causal_lm_loss)
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.get_input_embeddings()(input_ids)
-
-    compute_loss = staticmethod(causal_lm_loss)
 
     def forward(
         self,

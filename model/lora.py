@@ -5,6 +5,8 @@ from torch import nn
 
 from common.errors import UsageError
 
+SCALE = 2  # of an adapter's product: peft's lora_alpha by the rank
+
 
 def add_lora(model: nn.Module, rank: int):
     """Freezes the decoder and puts trainable adapters beside the matrices of its blocks.
@@ -19,10 +21,10 @@ def add_lora(model: nn.Module, rank: int):
     model.requires_grad_(False)
     blocks = model.base_model
     names = {name.split(".")[-1] for name, part in blocks.named_modules() if isinstance(part, nn.Linear)}
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)), blocks)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=sorted(names)), blocks)
 
 
-def merged(tensors: dict[str, torch.Tensor], scale: float = 2.0) -> dict[str, torch.Tensor]:
+def merged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a state dict with the adapters added to the matrices beside them, under the names without adapters."""
     plain = {}
     for name, tensor in tensors.items():
@@ -33,6 +35,7 @@ def merged(tensors: dict[str, torch.Tensor], scale: float = 2.0) -> dict[str, to
         layer, _, kind = name.partition(".base_layer.")
         if kind == "weight":
             up, down = (tensors[f"{layer}.lora_{part}.default.weight"] for part in "BA")
-            tensor = tensor.float() + scale * (up.float() @ down.float())
+            # Frozen tensors are kept on the CPU, adapters are where they learn.
+            tensor = tensor.float() + SCALE * (up.float() @ down.float()).to(tensor.device)
         plain[f"{layer}.{kind}"] = tensor
     return plain

@@ -162,7 +162,7 @@ def read_folder(folder: Path) -> Weights:
         names = [name for name in VLMConfig.defaults() if not (other or name.endswith("token_id"))]
         known = {name: config[name] for name in names if config.get(name) is not None}
         check(known, CONFIG)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError, *CONFIG_ERRORS) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}

@@ -310,7 +310,7 @@ def freeze(model: MiniMindVLM, frozen: str, lora: int | None = None):
         add_lora(model, lora)
     model.vision_proj.requires_grad_(True)
     if frozen == "ends":
-        layers = model.base_model.layers
+        layers = next(part for part in model.base_model.modules() if isinstance(part, torch.nn.ModuleList))
         layers[0].requires_grad_(True)
         layers[-1].requires_grad_(True)
 

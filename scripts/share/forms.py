@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UsageError
-from dataset.chat import IMAGE_PAD, has_image_pad
+from dataset.chat import IMAGE_CHARACTER, has_image_pad
 from dataset.chat_template import image_placeholder, uses_template
 from dataset.conversation import IMAGE_TAG
 from model.projectors import PROJECTORS
@@ -97,25 +97,23 @@ def tokenizer_files(trained: LoadedModel) -> tuple[dict[str, dict], int | None]:
     id of a byte that no text has. LFM2-VL's processor writes tokens around an image that the model has never seen: they
     are taken out of the text.
     """
-    tokenizer, name = json.loads(trained.tokenizer.backend_tokenizer.to_str()), None
+    tokenizer, image_token_id = json.loads(trained.tokenizer.backend_tokenizer.to_str()), None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     settings |= {name: value for name in names if (value := getattr(trained.tokenizer, name))}
     settings.setdefault("pad_token", trained.tokenizer.convert_ids_to_tokens(trained.config.pad_token_id))
     settings |= {"clean_up_tokenization_spaces": False, "model_max_length": trained.config.max_position_embeddings}
-    image_token_id = trained.config.image_token_id if trained.weights.has_projection else None
-    if image_token_id is not None and PROJECTORS[trained.config.projector].exported_as == "LFM2-VL":
-        marks = [{"type": "Replace", "pattern": {"String": f"<|image_{mark}|>"}, "content": ""} for mark in SIDES]
-        others = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
-        if marks != (tokenizer["normalizer"] or {}).get("normalizers"):  # it is no export itself
-            tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [*marks, *others]}
     if uses_template(trained.tokenizer):
         tokenizer["post_processor"] = None  # the template writes the token that begins a text
-    if image_token_id is not None:
-        name = image_placeholder(trained.tokenizer) if uses_template(trained.tokenizer) else IMAGE_TAG
-        name = IMAGE_PAD if has_image_pad(trained.tokenizer) else name
-        settings["image_token"] = name
-    if name == IMAGE_TAG and not uses_template(trained.tokenizer):
+    if trained.weights.has_projection:
+        image_token_id, placeholder = trained.config.image_token_id, image_placeholder(trained.tokenizer)
+        settings["image_token"] = IMAGE_TAG if placeholder == IMAGE_CHARACTER else placeholder
+        if PROJECTORS[trained.config.projector].exported_as == "LFM2-VL":
+            marks = [{"type": "Replace", "pattern": {"String": f"<|image_{mark}|>"}, "content": ""} for mark in SIDES]
+            others = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
+            if not others or others[0].get("normalizers", [])[: len(marks)] != marks:  # an export has them already
+                tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [*marks, *others]}
+    if settings.get("image_token") == IMAGE_TAG and not uses_template(trained.tokenizer):
         vocabulary = tokenizer["model"]["vocab"]
         image_token_id = vocabulary.get(IMAGE_TAG, vocabulary.get(UNUSED_BYTE))
         tokenizer["model"]["vocab"] = {IMAGE_TAG if i == image_token_id else name: i for name, i in vocabulary.items()}

@@ -1,6 +1,6 @@
 """Draw the picture at the top of the README: a scene, a model's answer, and where each word of it looked.
 
-    python tests/checks/first_sight.py --weight sft_vlm
+python tests/checks/first_sight.py --weight sft_vlm
 """
 
 import io

@@ -268,3 +268,16 @@ def test_a_sentencepiece_tokenizer_gives_its_own_tokens(tmp_path, scheme):
         [prompt] = TemplateEncoder(tokenizer, 2).encode([chat[:-1]], add_generation_prompt=True)
         asked = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
         assert prompt.input_ids == asked == encoded.input_ids[: encoded.learned[-1][0]]
+
+
+def test_a_damaged_record_of_an_export_is_refused_and_the_ends_of_any_model_learn(world, folder, tmp_path):
+    out, hf = tmp_path / "out", tmp_path / "hf"
+    files = ["--data_path", world.root / "pretrain.jsonl", "--images_path", world.images, "--save_dir", out]
+    files += ["--vision_model_path", world.tower, "--num_workers", 0, "--device", "cpu", "--eval_data", "none"]
+    done = world.run(PRETRAIN, *files, "--llm_path", folder, "--epochs", 1, "--freeze_llm", "ends").passed()
+    assert "learn" in done.out
+    world.run(ROOT / "scripts/export.py", "--save_dir", out, "--weight", "pretrain_vlm", "--folder", hf).passed()
+    record = json.loads((hf / "training.json").read_text())
+    record["config"]["llm"]["num_attention_heads"] = 3
+    (hf / "training.json").write_text(json.dumps(record))
+    world.run(EVAL, "--load_from", hf, "--device", "cpu", "--image", world.images / "0.jpg").refused(str(hf))

@@ -167,6 +167,8 @@ def start_tracker(name: str, run: Run, settings: dict):
     try:
         package = importlib.import_module(name)  # slow, and most runs use none
         return package.init(**names, config=config, resume="allow", **{TRACKERS[name]: run.files.save_dir})
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--use_{name} needs a package: pip install {name}") from error
     except Exception as error:  # each package has its own, under no common name
         raise UsageError(
             f"--use_{name}: {name} does not start: {error}. {name.upper()}_MODE=offline works without a network; "
