@@ -8,6 +8,7 @@ from pathlib import Path
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
+from model.language_model import check_language_model
 from model.projectors import PROJECTORS
 from model.tower_files import TOWERS
 from trainer.bundles import BUILTIN, BUNDLES, LANGUAGE_MODEL, choose
@@ -176,6 +177,8 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
             f"--llm_path starts from that language model: leave out --{named[0]} (stage 2 names stage 1's weights "
             "by --from_weight alone)"
         )
+    if args.llm_path is not None:
+        check_language_model(args.llm_path)
     args.from_weight = os.path.expanduser(args.from_weight or stage.defaults["from_weight"])
     bundle, paths = choose(args, stage.data)
     args.assets = bundle.name

@@ -23,7 +23,7 @@ from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
-from model.language_model import build, check_language_model, read_language_model
+from model.language_model import build, read_language_model
 from model.lora import add_lora
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
@@ -101,8 +101,6 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
     if args.data_path.parent == BUILTIN_DATASET_DIR:
         with processes.main_first():
             draw_builtin_dataset()
-    if args.llm_path is not None:
-        check_language_model(args.llm_path)
     tokenizer = load_tokenizer(args.tokenizer_path)
     sha256 = tokenizer_hash(tokenizer)
     weights = find_starting_weights(args, processes.log, tokenizer)
