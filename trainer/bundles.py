@@ -18,7 +18,6 @@ PARTIAL = r"((\.[0-9a-f]{12})?\.part)?$"  # the end of a file that is still bein
 WEIGHT_FILE = re.compile(r"\.(pth|pt|bin|ckpt|safetensors)" + PARTIAL, re.IGNORECASE)
 DATA_FILE = re.compile(r"\.(parquet|jsonl|json|zip|csv|tsv|tar|arrow)" + PARTIAL, re.IGNORECASE)
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-DATA_FLAGS = ("data_path", "images_path")
 MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
 # One of these must be in the folder, or its download was interrupted.
 MARKS = {"vision_model_path": TOWER_WEIGHTS, "tokenizer_path": ("tokenizer.json",)}
@@ -125,13 +124,14 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         assets = weight_io.read_sidecar_or_empty(downloaded[0]).get("assets")
         bundle = BUNDLES.get(assets) or bundle_of(weight_io.read_weights(downloaded[0]))
     files = needed_files(bundle, args, data)
-    typed = [flag for flag in DATA_FLAGS + MODEL_FLAGS if getattr(args, flag) is not None]
-    present = [flag for flag, (_, path, _) in files.items() if path.exists()]
-    unknown = unknown_files(args)
+    expected = [path for _, path, _ in files.values()]
+    present = [display_path(path) for path in expected if path.exists()]
+    unknown = [f"{display_path(path)} (unexpected name)" for path in unknown_files(args) if path not in expected]
+    typed = [flag for flag in ("data_path", "images_path", *MODEL_FLAGS) if getattr(args, flag) is not None]
 
     # Beside data and a tower of one's own, but not beside another tokenizer.
     own_parts = own_data and args.tokenizer_path in (None, BUILTIN.tokenizer) and args.from_weight != "none"
-    may_be_builtin = own_parts or not {*typed} & {*(MODEL_FLAGS if own_data else DATA_FLAGS + MODEL_FLAGS)}
+    may_be_builtin = own_parts or not ({*typed} & {*MODEL_FLAGS} if own_data else typed)
     may_be_builtin &= args.hidden_size in (None, *BUILTIN.layers) and bundle is not LANGUAGE_MODEL
     decisive = candidates[0] if candidates and (own_data or is_path) else None
     takes_builtin = may_be_builtin and (is_builtin(decisive) if decisive else not (present or unknown or is_path))
@@ -158,15 +158,12 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         if flag not in (*typed, *chosen) and not any(mark.exists() for mark in marks):
             missing.append(f"  {what}: {display_path(path)} ({command})")
     if missing:
-        found = [display_path(files[flag][1]) for flag in present] + [f"--{flag}" for flag in typed]
-        expected = [path for _, path, _ in files.values()]
-        found += [f"{display_path(path)} (unexpected name)" for path in unknown if path not in expected]
-        flags = ", ".join(f"--{flag}" for flag in DATA_FLAGS + MODEL_FLAGS)
+        found = ", ".join([*present, *(f"--{flag}" for flag in typed), *unknown]) or "nothing"
         raise UsageError(
-            "\n".join(["some files are missing:", *missing]) + f"\nDownload them, or name your own with {flags}. (With "
-            "none of these files and none of these flags, the small built-in set is used. With --data_path of your own "
-            "and nothing downloaded, the built-in language model and tokenizer are, also beside your own tower. Found: "
-            f"{', '.join(found) or 'nothing'}.)"
+            "\n".join(["some files are missing:", *missing]) + "\nDownload them, or name your own with --data_path, "
+            "--images_path, --vision_model_path, --tokenizer_path. (With none of these files and none of these flags, "
+            "the small built-in set is used. With --data_path of your own and nothing downloaded, the built-in "
+            f"language model and tokenizer are, also beside your own tower. Found: {found}.)"
         )
     return bundle, {flag: path for flag, (_, path, _) in files.items() if flag != "from_weight"} | chosen
 

@@ -18,7 +18,6 @@ from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 LOG_INTERVAL = 100
 LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
 COUNT, POSITIVE = number(int, 1), number(float, 1e-12)
-FREEZE = ("none", "ends", "all")
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
@@ -46,7 +45,7 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
     add("--lora", type=COUNT, metavar="RANK", help=what)
     what = "what learns, none: projection and decoder; ends: projection, first and last layer; all: the projection"
-    add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
+    add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")

@@ -117,9 +117,8 @@ def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None
     is_builtin = BUNDLES[args.assets] is BUILTIN
     save_dir = BUILTIN.weights_dir if is_builtin and args.from_weight == "llm" else args.save_dir
     hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
-    weights = weight_io.read_weights(
-        find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
-    )
+    path = find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
+    weights = weight_io.read_weights(path)
     weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
     return weights
 
