@@ -47,48 +47,37 @@ class CapturedStep:
         padded = self.pad(micro_batches[0]) if len(micro_batches) == 1 and counts.units > 0 else None
         if padded is None:
             return self.plain(self.context, micro_batches, counts, learning_rate)
-        shape = self.fill(tensors_of(padded))
-        self.units.fill_(counts.units)
-        self.rate.fill_(learning_rate)
-        is_full = False
-        try:
-            self.take(shape, counts)
-        except torch.OutOfMemoryError:  # graphs need memory besides that of uncaptured steps
-            is_full = self.stream is not None
-            if not is_full:
-                raise
-        if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
-            self.give_up()
-            self.compute(shape, counts)
-        return self.losses.clone(), self.is_bad.clone()
-
-    def take(self, shape: Shape, counts):
-        """Takes the step by its graph, capturing it first where that is due."""
-        has_room = self.stream is not None and sum(of.graph is not None for of in self.shapes.values()) < MOST_GRAPHS
-        if shape.graph is None and shape.warm and has_room:
-            self.capture(shape, counts)
-        if shape.graph is not None:
-            shape.graph.replay()
-        else:
-            self.compute(shape, counts)
-            shape.warm = True
-
-    def give_up(self):
-        """Frees all graphs with their memory, and what the failed step left; from here on nothing is captured."""
-        for shape in self.shapes.values():
-            shape.graph = None
-        self.pool, self.stream = (), None
-        self.context.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-    def fill(self, tensors: dict[str, torch.Tensor]) -> Shape:
-        """Copies a padded batch into the buffers of its shape; shapes share buffers of the same name and size."""
-        keys = [(name, tensor.shape) for name, tensor in tensors.items()]
+        tensors = tensors_of(padded)
+        keys = [(name, tensor.shape) for name, tensor in tensors.items()]  # shapes share buffers
         for key, tensor in zip(keys, tensors.values(), strict=True):
             if key not in self.buffers:
                 self.buffers[key] = torch.empty_like(tensor)
             self.buffers[key].copy_(tensor)
-        return self.shapes.setdefault(tuple(keys), Shape({key[0]: self.buffers[key] for key in keys}))
+        shape = self.shapes.setdefault(tuple(keys), Shape({key[0]: self.buffers[key] for key in keys}))
+        self.units.fill_(counts.units)
+        self.rate.fill_(learning_rate)
+        has_room = self.stream is not None and sum(of.graph is not None for of in self.shapes.values()) < MOST_GRAPHS
+        is_full = False
+        try:
+            if shape.graph is None and shape.warm and has_room:
+                self.capture(shape, counts)
+            if shape.graph is not None:
+                shape.graph.replay()
+            else:
+                self.compute(shape, counts)
+                shape.warm = True
+        except torch.OutOfMemoryError:  # graphs need memory besides that of uncaptured steps
+            if self.stream is None:
+                raise
+            is_full = True
+        if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
+            for captured in self.shapes.values():
+                captured.graph = None
+            self.pool, self.stream = (), None  # from here on nothing is captured
+            self.context.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.compute(shape, counts)
+        return self.losses.clone(), self.is_bad.clone()
 
     def compute(self, shape: Shape, counts):
         """Takes the step, or while capturing records it in the graph."""

@@ -48,7 +48,14 @@ class CompiledVLM:
                 part.forward = torch.compile(part.forward, **options)
                 part.register_forward_pre_hook(mark)
         self.normalise = torch.compile(normalise, **options)
-        self.compiled.compute_loss = compiled_loss(self.compiled.compute_loss, **options)
+        loss = torch.compile(self.compiled.compute_loss, **options)
+
+        def loss_of_any_number(logits, targets, reduction):
+            for part in (logits, targets):
+                mark_dynamic(part, 0)
+            return loss(logits, targets, reduction)
+
+        self.compiled.compute_loss = loss_of_any_number
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Does what `MiniMindVLM.encode_images` does."""
@@ -66,25 +73,6 @@ class CompiledVLM:
             return self.model(**inputs)
         return self.compiled(**inputs)
 
-    def warm_up(self, loss: Callable, batches: list[dict], dtype: torch.dtype):
-        """Compiles a stage's loss, forward and backward; leaves gradients and random state as they are.
-
-        `batches` are full ones on the model's device, among them the shortest and the longest: a compiled graph may
-        hold only for sizes on one side of a threshold. Raises RuntimeError if torch.compile does not work here (it
-        needs a C++ compiler, and Triton on CUDA), or a batch does not fit in the device's memory.
-        """
-        device, attention = self.model.device, contextlib.nullcontext()
-        if not torch.are_deterministic_algorithms_enabled():
-            attention = sdpa_kernel(ATTENTION, set_priority=True)
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), attention:
-                for batch in batches:
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss_sum, _ = loss(self, tensors_of(batch))
-                    loss_sum.backward()
-        finally:  # also if compiling failed: the run goes on
-            self.model.zero_grad(set_to_none=True)
-
 
 def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
     """Computes a convolution with a stride equal to its kernel size as one matrix product."""
@@ -96,20 +84,8 @@ def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.T
     return embedded.transpose(1, 2).unflatten(2, (rows, columns))
 
 
-def compiled_loss(loss, **options):
-    """Returns the compiled loss of any number of learned tokens."""
-    compiled = torch.compile(loss, **options)
-
-    def call(logits, targets, reduction):
-        for part in (logits, targets):
-            mark_dynamic(part, 0)
-        return compiled(logits, targets, reduction)
-
-    return call
-
-
 def mark_length(block: nn.Module, inputs: tuple):
-    """Tells the compiler that a block of the decoder gets any length, and its last one any number of positions."""
+    # A block of the decoder gets any length, and its last one any number of positions.
     hidden_states, rotary, *_, positions = inputs
     mark_dynamic(hidden_states, 1)
     for part in rotary:
@@ -119,25 +95,37 @@ def mark_length(block: nn.Module, inputs: tuple):
 
 
 def mark_images(block: nn.Module, inputs: tuple):
-    """Tells the compiler that a block of the tower gets any number of images."""
     mark_dynamic(inputs[0], 0)
 
 
 def compile_or_not(
-    model: MiniMindVLM, loss: Callable, batches: list[dict], dtype: torch.dtype, log: Callable
+    model: MiniMindVLM, loss: Callable, batches: list[dict], dtype: torch.dtype, log: Callable, **options
 ) -> CompiledVLM | MiniMindVLM:
-    """Returns the compiled model, or the model where torch.compile does not work here; see `CompiledVLM.warm_up`."""
-    compiled = CompiledVLM(model)
+    """Compiles a stage's loss, forward and backward; leaves gradients and random state as they are.
+
+    `batches` are full ones on the model's device, among them the shortest and the longest: a compiled graph may hold
+    only for sizes on one side of a threshold. `options` are torch.compile's. Returns the model itself where
+    torch.compile does not work: it needs a C++ compiler, and Triton on CUDA.
+    """
+    compiled, device, attention = CompiledVLM(model, **options), model.device, contextlib.nullcontext()
     log("compiling tower and decoder ... (--compile 0 does without)")
+    if not torch.are_deterministic_algorithms_enabled():
+        attention = sdpa_kernel(ATTENTION, set_priority=True)
     try:
-        compiled.warm_up(loss, batches, dtype)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), attention:
+            for batch in batches:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss_sum, _ = loss(compiled, tensors_of(batch))
+                loss_sum.backward()
     except torch.OutOfMemoryError as error:
         longest = max(batches, key=lambda batch: batch["tokens"])
         raise UsageError(
-            f"{model.device} has too little memory for a batch of the {longest['samples']} longest samples "
+            f"{device} has too little memory for a batch of the {longest['samples']} longest samples "
             f"({longest['tokens']:,} tokens): a smaller --batch_size with more --accumulation_steps computes the same"
         ) from error
     except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
         log(f"warning: torch.compile does not work here, so this run continues without it ({first_line(error)})")
         return model
+    finally:
+        model.zero_grad(set_to_none=True)
     return compiled
