@@ -15,8 +15,7 @@ from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
 from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
-from trainer.support.prefetch import tensors_of
-from trainer.support.processes import Processes
+from trainer.support.processes import Processes, tensors_of
 
 # The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 CACHED_PICTURES = 2048

@@ -27,8 +27,7 @@ from trainer.stage import next_command
 from trainer.step import TrainContext, count, make_context, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
-from trainer.support.prefetch import on_device
-from trainer.support.signals import StopSignals
+from trainer.support.processes import StopSignals, on_device
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):

@@ -48,9 +48,8 @@ from trainer.report.progress import clock
 from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
 from trainer.stage import epochs_for
 from trainer.step import Counts, make_context, train_step
-from trainer.support.processes import Processes, cores, pick_dtype
+from trainer.support.processes import Processes, StopSignals, cores, pick_dtype
 from trainer.support.run_files import PROGRESS, SECONDS, read_state
-from trainer.support.signals import StopSignals
 
 NO_TOWER = Path("none")
 SMALL = 112  # pixels: with 49 patches the tower learns four times as fast as with 196, and so do the next stages

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.step import TrainContext
-from trainer.support.prefetch import tensors_of
+from trainer.support.processes import tensors_of
 
 MOST_GRAPHS = 128  # each holds a copy of every kernel's parameters, in the driver's memory
 

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.errors import UsageError
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import normalise, pixel_constants
-from trainer.support.prefetch import tensors_of
-from trainer.support.processes import first_line
+from trainer.support.processes import first_line, tensors_of
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8
