@@ -24,7 +24,7 @@ SHORT_ANSWER = 16  # tokens
 GROUPS, FEWEST_GROUPS = 32, 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeldOut:
     """Mean loss per unit (nats per learned token) over held-out rows; None where there is nothing to measure."""
 
@@ -36,11 +36,8 @@ class HeldOut:
     samples: int  # rows measured
     tokens: int  # units measured
     seconds: float
-
-    def __post_init__(self):
-        # The grounding gap is how much the loss rises with the images of other rows.
-        self.gap_shuffled = None if self.loss_shuffled is None else self.loss_shuffled - self.loss
-        self.gap_blind = None if self.loss_blind is None else self.loss_blind - self.loss
+    gap_shuffled: float | None  # the grounding gap: how much the loss rises with the images of other rows
+    gap_blind: float | None  # how much it rises without images
 
     def as_dict(self) -> dict:
         """Returns the figures for metrics and wandb."""
@@ -109,8 +106,8 @@ class Evaluator:
         if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
             deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
             error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
-        seconds = time.perf_counter() - started
-        return HeldOut(*losses, error, samples=int(samples), tokens=int(units), seconds=seconds)
+        gaps = [None if loss is None else loss - losses[0] for loss in losses[1:]]
+        return HeldOut(*losses, error, int(samples), int(units), time.perf_counter() - started, *gaps)
 
     @torch.no_grad()
     def _sums_of_groups(self) -> np.ndarray:
@@ -122,10 +119,12 @@ class Evaluator:
             self._load(sorted({*part, *partners} - self.samples.keys()))
             part = [place for place in part if self.samples[place] is not None]
             own = [self.samples[place] for place in part]
-            # Its own images without a partner, or with a broken one.
-            others = [self.samples.get(self.partners.get(place)) or self.samples[place] for place in part]
-            shuffled = [with_images_of(row, other, "image_features") for row, other in zip(own, others, strict=True)]
-            blind = [self.data.without_images(row) | {"image_features": row["image_features"][:0]} for row in own]
+            shuffled, blind = [], []
+            for place, row in zip(part, own, strict=True):
+                features, partner = row["image_features"], self.samples.get(self.partners.get(place))
+                others = features if partner is None else partner["image_features"]  # as many of them as it has
+                shuffled.append(row | {"image_features": torch.from_numpy(np.resize(others, features.shape))})
+                blind.append(self.data.without_images(row) | {"image_features": features[:0]})
             for way, rows in enumerate((own, shuffled, blind)):
                 batch = self.collate(rows)
                 if batch["units"] > 0:
@@ -180,7 +179,8 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
             begin, end = first_answer(row["labels"])
             if end - begin <= longest:
                 text = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
-                asked.append((row, with_images_of(row, other, "pixel_values"), text))
+                others = np.resize(other["pixel_values"], row["pixel_values"].shape)  # as many of them as it has
+                asked.append((row, row | {"pixel_values": torch.from_numpy(others)}, text))
                 expected[tuple(row["input_ids"][:begin].tolist()), text] += 1
         for way in range(2) if asked else ():
             prompts = row_prompts([of_row[way] for of_row in asked], model.config.pad_token_id)
@@ -195,8 +195,3 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
     counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), frequent]
     names = ("exact_match", "exact_shuffled", "exact_frequent")
     return {"short_answers": asked} | {name: float(count / asked) for name, count in zip(names, counts, strict=True)}
-
-
-def with_images_of(row: dict, other: dict, images: str) -> dict:
-    """Returns the row with images of another, one after the other, as many as it has; `images` is their key."""
-    return row | {images: torch.from_numpy(np.resize(other[images], row[images].shape))}
