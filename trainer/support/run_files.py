@@ -100,9 +100,7 @@ def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tells whether a checkpoint has epochs left; an unreadable one counts as finished."""
-    if not path.is_file():
-        return False
+    """Tells whether a checkpoint has epochs left; one that is missing or unreadable counts as finished."""
     try:
         state = load_file(path)
         return state["epoch"] < int(state["arguments"]["epochs"])
