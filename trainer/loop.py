@@ -25,8 +25,7 @@ from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, r
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import next_command
 from trainer.step import TrainContext, count, make_context, train_step
-from trainer.support.capture import CapturedStep
-from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
+from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
 from trainer.support.processes import StopSignals, on_device
 
 

@@ -13,7 +13,7 @@ from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from trainer.bundles import BUILTIN
 from trainer.evaluate import Evaluator
-from trainer.support.capture import round_up
+from trainer.support.fast_steps import round_up
 
 ROWS_SHOWN, MOST_EPOCHS = {"pretrain": 10_000, "sft": 25_000}, 60
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")

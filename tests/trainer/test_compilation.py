@@ -8,7 +8,7 @@ from tiny import PRETRAIN, SFT, read_jsonl
 from tiny_models import tiny_vlm
 
 from trainer.stage import answer_loss
-from trainer.support.compilation import compile_or_not
+from trainer.support.fast_steps import compile_or_not
 
 pytest_plugins = ["tiny"]
 
