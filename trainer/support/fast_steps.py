@@ -107,7 +107,8 @@ def compile_or_not(
 
     `batches` are full ones on the model's device, among them the shortest and the longest: a compiled graph may hold
     only for sizes on one side of a threshold. `options` are torch.compile's. Returns the model itself where
-    torch.compile does not work: it needs a C++ compiler, and Triton on CUDA.
+    torch.compile does not work: it needs a C++ compiler, and Triton on CUDA. Raises UsageError if a batch does not fit
+    in the device's memory.
     """
     compiled, device, attention = CompiledVLM(model, **options), model.device, contextlib.nullcontext()
     log("compiling tower and decoder ... (--compile 0 does without)")
@@ -128,7 +129,7 @@ def compile_or_not(
     except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
         log(f"warning: torch.compile does not work here, so this run continues without it ({first_line(error)})")
         return model
-    finally:
+    finally:  # also if compiling failed: the run goes on
         model.zero_grad(set_to_none=True)
     return compiled
 
@@ -169,7 +170,7 @@ class CapturedStep:
         if padded is None:
             return self.plain(self.context, micro_batches, counts, learning_rate)
         tensors = tensors_of(padded)
-        keys = [(name, tensor.shape) for name, tensor in tensors.items()]  # shapes share buffers
+        keys = [(name, tensor.shape) for name, tensor in tensors.items()]  # shapes share buffers of the same key
         for key, tensor in zip(keys, tensors.values(), strict=True):
             if key not in self.buffers:
                 self.buffers[key] = torch.empty_like(tensor)
