@@ -141,16 +141,16 @@ class Evaluator:
         """Reads the rows at these places, with their images' features in place of the pixels."""
         for start in range(0, len(places), self.batch_size):
             part = places[start : start + self.batch_size]
-            rows = dict(zip(part, self.data.__getitems__(self.order[part].tolist()), strict=True))
-            self.skipped += [row for row in rows.values() if isinstance(row, PictureError)]
-            pixels = {place: row["pixel_values"] for place, row in rows.items() if not isinstance(row, PictureError)}
-            self.samples |= dict.fromkeys(part)
-            if pixels:
-                encoded = self.model.encode_images(torch.cat([*pixels.values()]).to(self.processes.device))
-                features = encoded.to("cpu", torch.float16).split([len(of_row) for of_row in pixels.values()])
-                for place, of_row in zip(pixels, features, strict=True):
-                    del rows[place]["pixel_values"]
-                    self.samples[place] = rows[place] | {"image_features": of_row}
+            rows = self.data.__getitems__(self.order[part].tolist())
+            readable = {place: row for place, row in zip(part, rows, strict=True) if not isinstance(row, PictureError)}
+            self.samples |= dict.fromkeys(part) | readable
+            self.skipped += [row for row in rows if isinstance(row, PictureError)]
+            if readable:
+                pixels = [row.pop("pixel_values") for row in readable.values()]
+                encoded = self.model.encode_images(torch.cat(pixels).to(self.processes.device))
+                features = encoded.to("cpu", torch.float16).split([len(of_row) for of_row in pixels])
+                for row, of_row in zip(readable.values(), features, strict=True):
+                    row["image_features"] = of_row
 
 
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = math.inf) -> dict:

@@ -201,10 +201,9 @@ def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> to
     Raises UsageError if the device cannot compute in it.
     """
     is_cuda = device.type == "cuda"
+    has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if is_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if name is None:
         name = "bfloat16" if has_bfloat16 else "float16" if is_cuda else "float32"
     if name == "bfloat16" and is_cuda and not has_bfloat16:
