@@ -26,8 +26,7 @@ from dataset.tokenizer import quiet_libraries
 from scripts.demo.chat import CLOSING, MOST_PICTURES
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.support.processes import Processes
-from trainer.support.signals import StopSignals
+from trainer.support.processes import Processes, StopSignals
 
 LARGEST_FILE = 20 * 2**20  # bytes
 EXAMPLES = 6

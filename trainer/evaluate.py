@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,12 +15,10 @@ from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
 from model.answers import generate_answers
 from model.model_vlm import MiniMindVLM
-from trainer.support.prefetch import tensors_of
-from trainer.support.processes import Processes
+from trainer.support.processes import Processes, tensors_of
 
 # The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 CACHED_PICTURES = 2048
-EXACT = ("exact_match", "exact_shuffled", "exact_frequent")
 SHORT_ANSWER = 16  # tokens
 # Of pictures, whose gaps are compared to tell how sure the gap is; fewer than the least tell nothing.
 GROUPS, FEWEST_GROUPS = 32, 8
@@ -27,40 +26,22 @@ GROUPS, FEWEST_GROUPS = 32, 8
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss per unit (nats per learned token) over held-out rows; None where there is nothing to measure.
+    """Mean loss per unit (nats per learned token) over held-out rows; None where there is nothing to measure."""
 
-    Attributes:
-        loss: With the right images.
-        loss_shuffled: With the images of another row.
-        loss_blind: Without images, their placeholders left out of the text.
-        gap_error: The standard error of `gap_shuffled`, over up to 32 groups of pictures, each with all its rows; None
-            for fewer than 8 pictures.
-        samples, tokens: Rows and units measured.
-        seconds: Duration of the measurement.
-    """
-
-    loss: float | None
-    loss_shuffled: float | None
-    loss_blind: float | None
+    loss: float | None  # with the right images
+    loss_shuffled: float | None  # with the images of another row
+    loss_blind: float | None  # without images, their placeholders left out of the text
+    # The standard error of `gap_shuffled` over groups of pictures, each with all its rows; None for too few pictures.
     gap_error: float | None
-    samples: int
-    tokens: int
+    samples: int  # rows measured
+    tokens: int  # units measured
     seconds: float
-
-    @property
-    def gap_shuffled(self) -> float | None:
-        """The grounding gap: how much the loss rises with the images of other rows."""
-        return None if self.loss_shuffled is None else self.loss_shuffled - self.loss
-
-    @property
-    def gap_blind(self) -> float | None:
-        """How much the loss rises without images."""
-        return None if self.loss_blind is None else self.loss_blind - self.loss
+    gap_shuffled: float | None  # the grounding gap: how much the loss rises with the images of other rows
+    gap_blind: float | None  # how much it rises without images
 
     def as_dict(self) -> dict:
         """Returns the figures for metrics and wandb."""
-        values = vars(self) | {"gap_shuffled": self.gap_shuffled, "gap_blind": self.gap_blind}
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()}
 
     def __str__(self):
         figures = (self.loss, self.loss_shuffled, self.loss_blind, self.gap_shuffled)
@@ -69,52 +50,49 @@ class HeldOut:
         return f"held out: loss {loss}  shuffled images {shuffled}  no images {blind}  grounding gap {gap}"
 
 
+@dataclass
 class Evaluator:
-    """Measures a stage's loss on held-out rows; leaves weights, random state and the model's mode as they are.
+    """Measures a stage's loss on held-out rows; leaves weights, random state and the model's mode as they are."""
 
-    Args:
-        data: The rows.
-        model: The model, on its device.
-        loss: (model, batch) -> (loss sum, ...), as a stage's.
-        collate: Samples to a batch, as a stage's collator.
-        processes: The ranks that share the rows.
-        dtype: Compute dtype.
-        batch_size: Rows per rank and forward pass.
-    """
+    data: VLMDataset
+    model: MiniMindVLM  # on its device
+    loss: Callable  # (model, batch) -> (loss sum, ...), as a stage's
+    collate: Callable  # samples to a batch, as a stage's collator
+    processes: Processes  # they share the rows
+    dtype: torch.dtype  # of matrix products
+    batch_size: int  # rows per rank and forward pass
 
-    def __init__(
-        self,
-        data: VLMDataset,
-        model: MiniMindVLM,
-        loss: Callable,
-        collate: Callable,
-        processes: Processes,
-        dtype: torch.dtype,
-        batch_size: int,
-    ):
-        self.data, self.model, self.loss, self.collate = data, model, loss, collate
-        self.processes, self.dtype, self.batch_size = processes, dtype, batch_size
-        first = data.first_pictures
+    def __post_init__(self):
+        first = self.data.first_pictures
         first = np.where(first < 0, -1 - np.arange(len(first)), first)  # each row without images counts as one
         pictures = np.unique(first, return_inverse=True)[1]
         groups = pictures * GROUPS // (pictures.max(initial=0) + 1)
-        self.order = np.lexsort((data.lengths, groups))  # by length in each group, for little padding
+        self.order = np.lexsort((self.data.lengths, groups))  # by length in each group, for little padding
         self.groups = groups[self.order]
         # A row's partner, whose images it gets, is half the set away among those with images, sorted by picture.
         pictured = np.lexsort((self.order, pictures[self.order]))
-        pictured = pictured[data.image_counts[self.order[pictured]] > 0]
+        pictured = pictured[self.data.image_counts[self.order[pictured]] > 0]
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))
         self.shown = len(np.unique(first[first >= 0]))
         self.samples: dict[int, dict | None] = {}  # by place in `order`; None for one with a broken image
         self.skipped: list[PictureError] = []
+        # Bars are shown by the main rank, in a terminal.
+        self.bar = partial(tqdm, leave=False, disable=None if self.processes.is_main else True)
+
+    def batches(self) -> list[list[int]]:
+        """Returns this rank's places in `order`, in batches of one group each."""
+        batches = []
+        for group in np.unique(self.groups)[self.processes.rank :: self.processes.world_size]:
+            places = np.flatnonzero(self.groups == group).tolist()
+            batches += [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
+        return batches
 
     def measure(self) -> HeldOut:
         """Measures once; all ranks take part, and each gets the result."""
         started, was_training = time.perf_counter(), self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
-                sums = self._sums()
+            sums = self._sums_of_groups()
         finally:
             self.model.train(was_training)
         by_group = np.reshape(self.processes.sum(*sums.flatten()), sums.shape)
@@ -128,37 +106,33 @@ class Evaluator:
         if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
             deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
             error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
-        seconds = time.perf_counter() - started
-        return HeldOut(*losses, error, samples=int(samples), tokens=int(units), seconds=seconds)
+        gaps = [None if loss is None else loss - losses[0] for loss in losses[1:]]
+        return HeldOut(*losses, error, int(samples), int(units), time.perf_counter() - started, *gaps)
 
-    def batches(self) -> list[list[int]]:
-        """Returns this rank's places in `order`, in batches of one group each."""
-        batches = []
-        for group in np.unique(self.groups)[self.processes.rank :: self.processes.world_size]:
-            places = np.flatnonzero(self.groups == group).tolist()
-            batches += [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
-        return batches
-
-    def bar(self, items, name: str) -> tqdm:
-        """Returns an iterator over items, which the main rank shows in a terminal."""
-        return tqdm(items, name, leave=False, disable=None if self.processes.is_main else True)
-
-    def _sums(self) -> np.ndarray:
-        """Returns each group's summed losses with own, shuffled and no images, its units, and its rows."""
-        sums = np.zeros((GROUPS, 5))
+    @torch.no_grad()
+    def _sums_of_groups(self) -> np.ndarray:
+        """Returns (groups, 5): summed losses with own, shuffled and no images, units, rows."""
+        sums, device = np.zeros((GROUPS, 5)), self.processes.device
         for part in self.bar(self.batches(), "held-out loss"):
             of_group = sums[self.groups[part[0]]]
             partners = {self.partners[place] for place in part if place in self.partners}
             self._load(sorted({*part, *partners} - self.samples.keys()))
             part = [place for place in part if self.samples[place] is not None]
             own = [self.samples[place] for place in part]
-            shuffled = [self.samples[place] | {"image_features": self._other_features(place)} for place in part]
-            blind = [self.data.without_images(row) | {"image_features": row["image_features"][:0]} for row in own]
-            for way, rows in enumerate((own, shuffled, blind) if part else ()):
-                loss, units = self._loss(rows)
-                of_group[way] += loss
-            if part:
-                of_group[3:] += units, len(part)  # the units are the same in all three ways
+            shuffled, blind = [], []
+            for place, row in zip(part, own, strict=True):
+                features, partner = row["image_features"], self.samples.get(self.partners.get(place))
+                others = features if partner is None else partner["image_features"]  # as many of them as it has
+                shuffled.append(row | {"image_features": torch.from_numpy(np.resize(others, features.shape))})
+                blind.append(self.data.without_images(row) | {"image_features": features[:0]})
+            for way, rows in enumerate((own, shuffled, blind)):
+                batch = self.collate(rows)
+                if batch["units"] > 0:
+                    tensors = {name: tensor.to(device) for name, tensor in tensors_of(batch).items()}
+                    with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                        loss, *_ = self.loss(self.model, tensors)
+                    of_group[way] += float(loss)
+            of_group[3:] += batch["units"], len(part)  # the units are the same in all three ways
             if self.data.picture_count > CACHED_PICTURES:
                 self.samples.clear()
         return sums
@@ -167,40 +141,22 @@ class Evaluator:
         """Reads the rows at these places, with their images' features in place of the pixels."""
         for start in range(0, len(places), self.batch_size):
             part = places[start : start + self.batch_size]
-            rows = dict(zip(part, self.data.__getitems__(self.order[part].tolist()), strict=True))
-            self.skipped += [row for row in rows.values() if isinstance(row, PictureError)]
-            pixels = {place: row["pixel_values"] for place, row in rows.items() if not isinstance(row, PictureError)}
-            self.samples |= dict.fromkeys(part)
-            if pixels:
-                encoded = self.model.encode_images(torch.cat([*pixels.values()]).to(self.processes.device))
-                features = encoded.to("cpu", torch.float16).split([len(of_row) for of_row in pixels.values()])
-                for place, of_row in zip(pixels, features, strict=True):
-                    del rows[place]["pixel_values"]
-                    self.samples[place] = rows[place] | {"image_features": of_row}
-
-    def _other_features(self, place: int) -> torch.Tensor:
-        """Partner's features, repeated to this row's image count; its own without a partner, or with a broken one."""
-        own = self.samples[place]["image_features"]
-        partner = self.samples.get(self.partners.get(place))
-        return repeated(own if partner is None else partner["image_features"], len(own))
-
-    def _loss(self, samples: list[dict]) -> tuple[float, int]:
-        batch, device = self.collate(samples), self.processes.device
-        if batch["units"] == 0:
-            return 0.0, 0
-        tensors = {name: part.to(device) for name, part in tensors_of(batch).items()}
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, *_ = self.loss(self.model, tensors)
-        return float(loss), batch["units"]
+            rows = self.data.__getitems__(self.order[part].tolist())
+            readable = {place: row for place, row in zip(part, rows, strict=True) if not isinstance(row, PictureError)}
+            self.samples |= dict.fromkeys(part) | readable
+            self.skipped += [row for row in rows if isinstance(row, PictureError)]
+            if readable:
+                pixels = [row.pop("pixel_values") for row in readable.values()]
+                encoded = self.model.encode_images(torch.cat(pixels).to(self.processes.device))
+                features = encoded.to("cpu", torch.float16).split([len(of_row) for of_row in pixels])
+                for row, of_row in zip(readable.values(), features, strict=True):
+                    row["image_features"] = of_row
 
 
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = math.inf) -> dict:
     """Counts the short answers that the model gives to the letter, over all ranks.
 
-    Args:
-        evaluator: Its rows are asked, shared by its ranks.
-        longest: Only rows with a first answer of at most this many tokens are asked.
-        most: About how many rows are looked at, at most, on each rank.
+    Asks only rows whose first answer has at most `longest` tokens, of about `most` rows on each rank.
 
     Returns:
         "short_answers" asked; the shares of exact ones with the right images ("exact_match") and with those of other
@@ -223,8 +179,8 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
             begin, end = first_answer(row["labels"])
             if end - begin <= longest:
                 text = tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True).strip()
-                shuffled = row | {"pixel_values": repeated(other["pixel_values"], len(row["pixel_values"]))}
-                asked.append((row, shuffled, text))
+                others = np.resize(other["pixel_values"], row["pixel_values"].shape)  # as many of them as it has
+                asked.append((row, row | {"pixel_values": torch.from_numpy(others)}, text))
                 expected[tuple(row["input_ids"][:begin].tolist()), text] += 1
         for way in range(2) if asked else ():
             prompts = row_prompts([of_row[way] for of_row in asked], model.config.pad_token_id)
@@ -237,10 +193,5 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
     frequent = {question: count for (question, _), count in reversed(expected.most_common())}  # of each, the highest
     frequent = sum(count for count in frequent.values() if count > 1)  # an answer given once was not to be foreseen
     counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), frequent]
-    shares = [float(count / asked) for count in counts]
-    return {"short_answers": asked} | dict(zip(EXACT, shares, strict=True))
-
-
-def repeated(images: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns `count` of another row's images, (count, ...), one after the other."""
-    return images.repeat(-(-count // max(1, len(images))), *[1] * (images.dim() - 1))[:count]
+    names = ("exact_match", "exact_shuffled", "exact_frequent")
+    return {"short_answers": asked} | {name: float(count / asked) for name, count in zip(names, counts, strict=True)}

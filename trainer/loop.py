@@ -27,10 +27,8 @@ from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, r
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import epochs_for
 from trainer.step import TrainContext, count, train_step
-from trainer.support.capture import CapturedStep
-from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
-from trainer.support.prefetch import on_device
-from trainer.support.signals import StopSignals
+from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
+from trainer.support.processes import StopSignals, on_device
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):

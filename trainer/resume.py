@@ -32,7 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
-        self.run, self.model, self.settings = run, model, settings
+        self.run, self.model, self.settings, config = run, model, settings, run.config
         self.rows = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
         self.rows["prompt_form"] = usual_form(data, run.tokenizer)
         self.picture_keys = data.picture_keys if run.processes.is_main else None  # reads all pictures
@@ -42,23 +42,10 @@ class Checkpoints:
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
         self.tower_sha256 = tower_sha256(model.vision_encoder)
         self.tower_weights = tower_weights_sha256(model.vision_encoder)
-        self.fingerprint = self._fingerprint(companions, data)
-        if run.state is not None:
-            check_same_run(run.state, self.fingerprint, len(data), run.files.state)
-            written = weight_io.read_sidecar_or_empty(run.files.weights).get("step")
-            if run.processes.is_main and (written != run.state["step"] or not run.files.weights.is_file()):
-                # The run was killed between the renames of state and weights.
-                files.write_together(self._weight_files(run.state["step"]))
-        run.processes.barrier(patient=True)  # reading all pictures may take long
-        self.keep_earlier_weights = partial(run.files.keep_aside, *(SAVED if run.state is None else ()))
-
-    def _fingerprint(self, companions: dict, data: VLMDataset) -> dict[str, str]:
-        """Returns what must not change on resume: samples and model depend on it."""
-        run, config = self.run, self.run.config
-        heads = f"{config.num_attention_heads} and {config.num_key_value_heads} heads"
         content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()
-        fingerprint = {
-            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, {heads}, "
+        self.fingerprint = {  # what must not change on resume: samples and model depend on it
+            "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, "
+            f"{config.num_attention_heads} and {config.num_key_value_heads} heads, "
             f"{config.vocab_size} tokens{', experts' if config.use_moe else ''}",
             "max_seq_len": str(run.args.max_seq_len),
             "seed": str(run.args.seed),
@@ -69,13 +56,20 @@ class Checkpoints:
         }
         for name, companion in companions.items():
             is_model = isinstance(companion, torch.nn.Module)
-            fingerprint[name] = files.sha256_of(companion.state_dict())[:12] if is_model else str(companion)
-        return fingerprint
+            self.fingerprint[name] = files.sha256_of(companion.state_dict())[:12] if is_model else str(companion)
+        if run.state is not None:
+            check_same_run(run.state, self.fingerprint, len(data), run.files.state)
+            written = weight_io.read_sidecar_or_empty(run.files.weights).get("step")
+            if run.processes.is_main and (written != run.state["step"] or not run.files.weights.is_file()):
+                # The run was killed between the renames of state and weights.
+                files.write_together(self._weight_files(run.state["step"]))
+        run.processes.barrier(patient=True)  # reading all pictures may take long
+        self.earlier = SAVED if run.state is None else ()  # files to rename at the first save
 
     def _weight_files(self, step: int) -> dict:
-        run, config = self.run, self.run.config
+        run = self.run
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
-        sidecar = weight_io.describe(config, *made_by) | {"step": step} | self.rows
+        sidecar = weight_io.describe(run.config, *made_by) | {"step": step} | self.rows
         sidecar["tower_sha256"] = self.tower_weights
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
 
@@ -85,13 +79,25 @@ class Checkpoints:
         Raises UsageError if nothing was learned yet, the weights are not finite, or the run's last save cannot be
         written (the disk is full); other failed saves are logged and keep the previous files.
         """
-        run, learned, error = self.run, weight_io.learned_parameters(self.model), None
+        run, args, largest = self.run, self.run.args, torch.finfo(torch.float16).max
+        learned = {name: weight.detach() for name, weight in weight_io.learned_parameters(self.model).items()}
         state = {name: value for part in parts for name, value in part.state_dict().items()}
-        self._check_worth_saving(state, learned)
-        random = run.processes.gather(random_state(run.device))
+        if state["units"] == 0:
+            raise UsageError(
+                f"nothing was learned in {state['step']:,} step(s), so nothing is saved: none of the "
+                f"{state['skipped_pictures']:,} pictures so far can be read (python -m dataset.check "
+                f"{display_path(args.data_path)} --pictures says why)"
+            )
+        if not all(bool((weight.abs() <= largest).all()) for weight in learned.values()):
+            raise UsageError(
+                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a "
+                f"lower --learning_rate than {args.learning_rate:g} or a lower --grad_clip than {args.grad_clip:g} "
+                "may help"
+            )
+        random, failure = run.processes.gather(random_state(run.device)), None
         if run.processes.is_main:
             state |= {
-                "learned": {name: parameter.detach().cpu() for name, parameter in learned.items()},
+                "learned": {name: weight.cpu() for name, weight in learned.items()},
                 "random": random,
                 "arguments": {key: str(value) for key, value in self.settings.items()},
                 "processes": run.processes.world_size,
@@ -101,30 +107,16 @@ class Checkpoints:
             try:
                 # The state first: if the process dies between the renames, the weights can be made from it.
                 state_file = {run.files.state: lambda file: torch.save(state, file)}
-                files.write_together(state_file | self._weight_files(state["step"]), self.keep_earlier_weights)
-                self.keep_earlier_weights = lambda: None  # they are this run's now
-            except UsageError as failure:
-                error = failure
+                rename = partial(run.files.keep_aside, *self.earlier)
+                files.write_together(state_file | self._weight_files(state["step"]), rename)
+                self.earlier = ()  # they are this run's now
+            except UsageError as error:
+                failure = error
         run.processes.barrier()
-        if error is not None:
+        if failure is not None:
             if is_last:
-                raise error
-            run.log(f"warning: step {state['step']} could not be saved, training continues: {error}")
-
-    def _check_worth_saving(self, state: dict, learned: dict):
-        args, largest = self.run.args, torch.finfo(torch.float16).max
-        if state["units"] == 0:
-            raise UsageError(
-                f"nothing was learned in {state['step']:,} step(s), so nothing is saved: none of the "
-                f"{state['skipped_pictures']:,} pictures so far can be read (python -m dataset.check "
-                f"{display_path(args.data_path)} --pictures says why)"
-            )
-        if not all(bool((parameter.detach().abs() <= largest).all()) for parameter in learned.values()):
-            raise UsageError(
-                f"the weights became NaN or larger than {largest:g} by step {state['step']}, so they are not saved: a "
-                f"lower --learning_rate than {args.learning_rate:g} or a lower --grad_clip than {args.grad_clip:g} "
-                "may help"
-            )
+                raise failure
+            run.log(f"warning: step {state['step']} could not be saved, training continues: {failure}")
 
 
 def check_same_run(state: dict, fingerprint: dict[str, str], rows: int, path: Path):
@@ -145,7 +137,6 @@ def check_same_run(state: dict, fingerprint: dict[str, str], rows: int, path: Pa
 
 
 def random_state(device: torch.device) -> dict:
-    """Returns this rank's random state, on the CPU and on its GPU."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 

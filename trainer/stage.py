@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from trainer.evaluate import Evaluator
-from trainer.support.capture import round_up
+from trainer.support.fast_steps import round_up
 
 ROWS_SHOWN, MOST_EPOCHS = {"pretrain": 10_000, "sft": 25_000}, 60
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")

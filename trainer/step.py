@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.model_vlm import MiniMindVLM
-from trainer.support.prefetch import tensors_of
-from trainer.support.processes import Processes, others_may_be_gone
+from trainer.support.processes import Processes, others_may_be_gone, tensors_of
 
 
 @dataclass(frozen=True)

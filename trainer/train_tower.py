@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
 from common.errors import Stopped, UsageError, run_script
@@ -48,9 +49,8 @@ from trainer.report.progress import clock
 from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
 from trainer.stage import epochs_for
 from trainer.step import Counts, TrainContext, train_step
-from trainer.support.processes import Processes, cores, pick_dtype
+from trainer.support.processes import Processes, StopSignals, cores, pick_dtype
 from trainer.support.run_files import PROGRESS, SECONDS, read_state
-from trainer.support.signals import StopSignals
 
 NO_TOWER = Path("none")
 SMALL = 112  # pixels: with 49 patches the tower learns four times as fast as with 196, and so do the next stages
@@ -94,75 +94,17 @@ def parse_arguments(argv=None) -> Namespace:
     return args
 
 
-def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.GELU()]
-
-
-class Residual(nn.Sequential):
-    def __init__(self, width: int):
-        super().__init__(*convolution(width, width), *convolution(width, width))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states + super().forward(states)
-
-
-class Learner(nn.Module):
-    """The tower with its heads, and the guide that it learns from: a small convolutional network."""
-
-    def __init__(self, tower: nn.Module, words: int, width: int = GUIDE_WIDTH):
-        super().__init__()
-        self.guide = nn.Sequential(
-            *convolution(3, width // 2, stride=2),
-            *convolution(width // 2, width),
-            nn.MaxPool2d(2),
-            Residual(width),
-            *convolution(width, 2 * width),
-            nn.MaxPool2d(2),
-            Residual(2 * width),
-            *convolution(2 * width, 4 * width),
-        ).to(memory_format=torch.channels_last)
-        self.guide_head = nn.Linear(4 * width, words)
-        self.tower = tower
-        self.head = nn.Linear(tower.settings.hidden_size, words)
-        self.imitates = nn.Linear(tower.settings.hidden_size, 4 * width)
-
-    def ask_guide(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the guide's logits of the words, and its map (images, width, 8, 8)."""
-        small = F.interpolate(pixels, size=(GUIDE_PIXELS, GUIDE_PIXELS), mode="bilinear", antialias=True)
-        seen = self.guide(small.contiguous(memory_format=torch.channels_last)).float()
-        return self.guide_head(seen.amax((2, 3))) / 2, seen
-
-    def forward(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: torch.Tensor) -> torch.Tensor:
-        """Returns the cross-entropy of the guide; or the tower's, plus its distance from what the guide sees."""
-        is_guide = bool(is_guide)
-        self.guide.train(is_guide)
-        with torch.set_grad_enabled(is_guide):
-            logits, seen = self.ask_guide(pixels)
-        if is_guide:
-            return F.cross_entropy(logits.float(), targets)
-        side = math.isqrt(self.tower.settings.patches)
-        seen = F.interpolate(seen, size=(side, side), mode="bilinear", antialias=True).flatten(2).mT
-        seen = F.layer_norm(seen, seen.shape[-1:])
-        states = self.tower(pixel_values=pixels).last_hidden_state.float()
-        patches = states[:, states.shape[1] - self.tower.settings.patches :]
-        targets = OWN * targets + (1 - OWN) * logits.softmax(1)
-        loss = F.cross_entropy(SHARPNESS * self.head(patches.mean(1)).float(), targets)
-        return loss + DENSE * F.smooth_l1_loss(self.imitates(patches).float(), seen)
-
-
-class Pictures:
+class Pictures(Dataset):
     """The pictures of a data file's rows of one picture, and what the answers of each one's rows say.
 
-    Attributes:
-        rows: One row of each picture.
-        said: For each picture the set of its words: the tokens of its answers, and the answers (tuples of tokens).
-        may_flip: bool (pictures,): those of which no answer says left or right.
+    Of each picture `said` has the words: the tokens of its answers, and the answers (tuples of tokens). `may_flip`,
+    bool (pictures,), tells that none of them says left or right.
     """
 
     def __init__(self, data: VLMDataset, tokenizer):
         data = data.changed(row_indices=data.row_indices[data.image_counts == 1])
         _, first, numbers = np.unique(data.first_pictures, return_index=True, return_inverse=True)
-        self.rows = data.changed(row_indices=data.row_indices[first], leaves_small=True)
+        self.rows = data.changed(row_indices=data.row_indices[first], leaves_small=True)  # one of each picture
         self.said, self.may_flip = [set() for _ in first], torch.ones(len(first), dtype=torch.bool)
         special = {*tokenizer.all_special_ids}
         for start in range(0, len(data), 1000):
@@ -172,6 +114,13 @@ class Pictures:
                 answer = tuple(token for token in labels[labels >= 0].tolist() if token not in special)
                 self.said[picture] |= {*answer, answer}
                 self.may_flip[picture] &= SIDES.search(tokenizer.decode(answer)) is None
+
+    def __getitems__(self, pictures: list[int]) -> tuple[list[int], torch.Tensor | None, list[str]]:
+        """Returns those of the pictures that can be read, uint8 (pictures, 3, n, n), and why the others cannot."""
+        samples = dict(zip(pictures, self.rows.__getitems__(pictures), strict=True))
+        broken = [str(sample) for sample in samples.values() if isinstance(sample, PictureError)]
+        pixels = {it: sample["pixel_values"] for it, sample in samples.items() if not isinstance(sample, PictureError)}
+        return [*pixels], torch.cat([*pixels.values()]) if pixels else None, broken
 
 
 class Words:
@@ -196,6 +145,60 @@ class Words:
                 for word in known:
                     row[self.numbers[word]] = self.weights[word] / total
         return F.normalize(targets, p=1, dim=1)
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.GELU()]
+
+
+class Residual(nn.Sequential):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states + super().forward(states)
+
+
+class Learner(nn.Module):
+    """The tower with its heads, and the guide that it learns from: a small convolutional network."""
+
+    def __init__(self, tower: nn.Module, words: Words):
+        super().__init__()
+        width, count = GUIDE_WIDTH, len(words.numbers)
+        self.guide = nn.Sequential(
+            *convolution(3, width // 2, stride=2),
+            *convolution(width // 2, width),
+            nn.MaxPool2d(2),
+            Residual(*convolution(width, width), *convolution(width, width)),
+            *convolution(width, 2 * width),
+            nn.MaxPool2d(2),
+            Residual(*convolution(2 * width, 2 * width), *convolution(2 * width, 2 * width)),
+            *convolution(2 * width, 4 * width),
+        ).to(memory_format=torch.channels_last)
+        self.guide_head = nn.Linear(4 * width, count)
+        self.tower, self.words = tower, words
+        self.head = nn.Linear(tower.settings.hidden_size, count)
+        self.imitates = nn.Linear(tower.settings.hidden_size, 4 * width)
+
+    def ask_guide(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the guide's logits of the words, and its map (images, width, 8, 8)."""
+        small = F.interpolate(pixels, size=(GUIDE_PIXELS, GUIDE_PIXELS), mode="bilinear", antialias=True)
+        seen = self.guide(small.contiguous(memory_format=torch.channels_last)).float()
+        return self.guide_head(seen.amax((2, 3))) / 2, seen
+
+    def forward(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: torch.Tensor) -> torch.Tensor:
+        """Returns the cross-entropy of the guide; or the tower's, plus its distance from what the guide sees."""
+        is_guide = bool(is_guide)
+        self.guide.train(is_guide)
+        with torch.set_grad_enabled(is_guide):
+            logits, seen = self.ask_guide(pixels)
+        if is_guide:
+            return F.cross_entropy(logits.float(), targets)
+        side = math.isqrt(self.tower.settings.patches)
+        seen = F.interpolate(seen, size=(side, side), mode="bilinear", antialias=True).flatten(2).mT
+        seen = F.layer_norm(seen, seen.shape[-1:])
+        states = self.tower(pixel_values=pixels).last_hidden_state.float()
+        patches = states[:, states.shape[1] - self.tower.settings.patches :]
+        targets = OWN * targets + (1 - OWN) * logits.softmax(1)
+        loss = F.cross_entropy(SHARPNESS * self.head(patches.mean(1)).float(), targets)
+        return loss + DENSE * F.smooth_l1_loss(self.imitates(patches).float(), seen)
 
 
 @dataclass
@@ -236,8 +239,11 @@ def load_tower(args: Namespace) -> nn.Module:
     return tower
 
 
-def load_data(args: Namespace, tower: nn.Module, tokenizer) -> tuple[VLMDataset, VLMDataset | None]:
-    """Loads the rows to learn from, and those held out; raises UsageError if more than 1 % of them are bad."""
+def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Pictures, Pictures, int]:
+    """Loads the pictures to learn from, those held out, and the number of rows to learn from.
+
+    Raises UsageError if more than 1 % of the rows are bad, or there are too few pictures.
+    """
     form, found = PictureFormat(**tower.settings.picture_settings), []
     for path in filter(None, (args.data_path, args.eval_data)):
         data = VLMDataset(path, args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form)
@@ -246,31 +252,33 @@ def load_data(args: Namespace, tower: nn.Module, tokenizer) -> tuple[VLMDataset,
             hint = f"python -m dataset.check {display_path(path)} lists all; --images_path names the pictures' folder"
             raise UsageError(f"{display_path(path)}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")
         found.append(data)
-    return tuple(found) if args.eval_data else hold_out(found[0])
-
-
-def stacked(samples: list) -> tuple[list[int], torch.Tensor | None, list[str]]:
-    """Returns which of the samples can be read, their pictures, and why the others cannot."""
-    good = [place for place, sample in enumerate(samples) if not isinstance(sample, PictureError)]
-    broken = [str(sample) for sample in samples if isinstance(sample, PictureError)]
-    return good, torch.cat([samples[place]["pixel_values"] for place in good]) if good else None, broken
+    data, heldout = found if args.eval_data else hold_out(found[0])
+    pictures, heldout = Pictures(data, tokenizer), heldout and Pictures(heldout, tokenizer)
+    if len(pictures.rows) < args.batch_size:
+        raise UsageError(
+            f"{display_path(args.data_path)}: a tower needs at least {args.batch_size} pictures (--batch_size), and "
+            f"there are {len(pictures.rows)} in rows of one picture"
+        )
+    if not heldout or not len(heldout.rows):
+        raise UsageError("no picture is held out: name rows with pictures by --eval_data")
+    return pictures, heldout, len(data)
 
 
 @torch.no_grad()
-def measure(learner: Learner, words: Words, pictures: Pictures, is_guide: bool, device) -> str:
+def measure(learner: Learner, pictures: Pictures, is_guide: bool) -> str:
     """Returns how often the likeliest word is one of the picture's own, and how often the most frequent one is."""
-    count, tower = len(pictures.rows), learner.tower
+    count, tower, logits = len(pictures.rows), learner.tower, []
     places = np.linspace(0, count - 1, min(count, MEASURED), dtype=int)
-    good, pixels, _ = stacked(pictures.rows.__getitems__(places.tolist()))
-    if not good:
+    shown, pixels, _ = pictures.__getitems__(places.tolist())
+    if not shown:
         return "none of the pictures can be read"
-    own, logits = words.targets([pictures.said[places[place]] for place in good]) > 0, []
     learner.guide.eval()
-    for part in pixels.to(device).split(64):
+    for part in pixels.to(tower.device).split(64):
         if is_guide:
             logits += [learner.ask_guide(normalise(part, None, tower.pixel_mean, tower.pixel_std))[0]]
         else:
             logits += [learner.head(encode_images(tower, part).mean(1))]
+    own = learner.words.targets([pictures.said[picture] for picture in shown]) > 0
     right = own.gather(1, torch.cat(logits).argmax(1, keepdim=True).cpu()).float().mean()
     frequent = own[:, 0].float().mean()
     return f"likeliest word right {right:.1%} (always the most frequent word: {frequent:.1%})"
@@ -286,14 +294,47 @@ def rate(args: Namespace, done: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP)))))
 
 
-def fingerprint_of(args: Namespace, pictures: Pictures, tower: nn.Module) -> dict[str, str]:
-    """Returns what must not change on resume."""
-    flags = ("batch_size", "learning_rate", "seed", "minutes", "steps")
-    return {name: str(getattr(args, name)) for name in flags} | {
-        "data": pictures.rows.content_sha256,
-        "pictures": sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices)}),
-        "starting tower": sha256_of(tower.state_dict()),
-    }
+def take_steps(
+    args, context: TrainContext, sampler: BatchSampler, pictures: Pictures, heldout: Pictures, state: TowerState, save
+):
+    """Trains the guide, then the tower; raises Stopped on SIGINT or SIGTERM, after calling `save`."""
+    learner, device, losses, named = context.loss.model, context.processes.device, [], set()
+    words, tower = learner.words, learner.tower
+    batches = load_in_workers(pictures, args.num_workers, 4, batch_sampler=sampler, collate_fn=tuple)
+    with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(batches):
+        for epoch, first in sampler.steps():
+            started, before = time.perf_counter(), state.done(args)
+            if before == 1:
+                break
+            is_guide, (shown, pixels, broken) = before < GUIDED, next(batches)
+            for error in {*broken} - named:
+                print(f"skipped, it cannot be read: {error}", flush=True)
+            named |= {*broken}
+            if shown:
+                targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
+                views = random_views(pixels.to(device), tower.settings.size, pictures.may_flip[shown])
+                views = normalise(views, None, tower.pixel_mean, tower.pixel_std)
+                batch = {"pixels": views, "targets": targets, "is_guide": torch.tensor(is_guide), "units": 1}
+                # What gets no gradient stays as it is: the tower while the guide learns, and then the guide.
+                loss, is_bad = train_step(context, [batch], Counts(1, len(shown), 0, len(broken)), rate(args, before))
+                if is_bad:
+                    raise UsageError("nothing was learned: the loss is infinite or NaN; try a lower --learning_rate")
+                losses.append(loss[0].item())
+            state.advance(len(broken), len(shown), *sampler.after(epoch, first))
+            state.seconds += time.perf_counter() - started
+            done = state.done(args)
+            is_due, stops = int(done * REPORTS) > int(before * REPORTS), signals.asked is not None and done < 1
+            if is_due and not losses:
+                raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
+            if is_due:
+                who, loss = "guide" if is_guide else "tower", f"loss {np.mean(losses):.3f}"
+                figures, losses = measure(learner, heldout, is_guide), []
+                print(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}", flush=True)
+            if is_due or stops:
+                save()
+            if stops:
+                print(f"stopped after step {state.step:,}, which is saved: {RESUMES}", flush=True)
+                raise Stopped(signals.asked)
 
 
 def train(args: Namespace, processes: Processes) -> int:
@@ -303,33 +344,40 @@ def train(args: Namespace, processes: Processes) -> int:
     """
     refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
     torch.manual_seed(args.seed)
-    tokenizer, tower = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args)
-    data, heldout = load_data(args, tower, tokenizer)
-    pictures, heldout = Pictures(data, tokenizer), heldout and Pictures(heldout, tokenizer)
-    if len(pictures.rows) < args.batch_size:
-        raise UsageError(
-            f"{display_path(args.data_path)}: a tower needs at least {args.batch_size} pictures (--batch_size), and "
-            f"there are {len(pictures.rows)} in rows of one picture"
-        )
-    if not heldout or not len(heldout.rows):
-        raise UsageError("no picture is held out: name rows with pictures by --eval_data")
-    words, fingerprint = Words(pictures.said), fingerprint_of(args, pictures, tower)
-    device = processes.device
-    learner = Learner(tower, len(words.numbers)).to(device)
+    tokenizer, tower, device = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args), processes.device
+    pictures, heldout, rows = load_pictures(args, tower, tokenizer)
+    words, state = Words(pictures.said), TowerState()
+    fingerprint = {name: str(vars(args)[name]) for name in ("batch_size", "learning_rate", "seed", "minutes", "steps")}
+    fingerprint["data"] = pictures.rows.content_sha256
+    fingerprint["pictures"] = sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices)})
+    fingerprint["starting tower"] = sha256_of(tower.state_dict())
+    learner = Learner(tower, words).to(device)
     dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
     context = TrainContext(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
     context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
     lengths = np.ones(len(pictures.rows))  # all the same: the order is random
     sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed)
-    print_header(args, learner, words, pictures, heldout, f"{device.type.upper()}, {str(dtype).removeprefix('torch.')}")
-    state, state_path = TowerState(), args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
-    if (saved := read_state(state_path, STATE, args.from_resume, print)) is not None:
-        check_same_run(saved, fingerprint, len(pictures.rows), state_path)
-        load_learned(learner, saved, state_path)
+
+    start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
+    size, patches, mirrored = tower.settings.size, tower.settings.patches, pictures.may_flip.float().mean() / 2
+    length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
+    computes = f"{device.type.upper()}, {str(dtype).removeprefix('torch.')}"
+    print("stage 0: the tower learns your pictures by the words of their answers")
+    print(f"  starts from   {start}: {tower.num_parameters() / 1e6:.2f} M parameters")
+    print(f"  writes        {display_path(args.save_tower)}")
+    print(f"  data          {display_path(args.data_path)}: {len(lengths):,} pictures, {len(words.numbers):,} words")
+    print(f"  held out      {len(heldout.rows):,} pictures")
+    print(f"  sees          {size} x {size} pixels, {patches} patches; random crops, {mirrored:.0%} of them mirrored")
+    print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)
+
+    path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
+    if (saved := read_state(path, STATE, args.from_resume, print)) is not None:
+        check_same_run(saved, fingerprint, len(lengths), path)
+        load_learned(learner, saved, path)
         try:
             learner.guide.load_state_dict(saved["guide"])
         except RuntimeError as error:
-            raise UsageError(f"{display_path(state_path)} is damaged: --from_resume 0 starts over ({error})") from error
+            raise UsageError(f"{display_path(path)} is damaged: --from_resume 0 starts over ({error})") from error
         context.load_state_dict(saved)
         restore_random_state(saved["random"], 0, device)
         state.load_state_dict(saved)
@@ -341,65 +389,12 @@ def train(args: Namespace, processes: Processes) -> int:
         saved["learned"] = {name: weight.detach() for name, weight in learner.named_parameters()}
         saved["guide"] = learner.guide.state_dict()  # with what its batch norms have seen
         saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}
-        write_atomically(state_path, lambda file: torch.save(saved, file))
+        write_atomically(path, lambda file: torch.save(saved, file))
 
-    loader = load_in_workers(pictures.rows, args.num_workers, 4, batch_sampler=sampler, collate_fn=stacked)
-    order, losses, skipped = iter(sampler), [], set()
-    with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(loader) as batches:
-        for epoch, first in sampler.steps():
-            started, before = time.perf_counter(), state.done(args)
-            if before == 1:
-                break
-            is_guide = before < GUIDED
-            (good, pixels, broken), shown = next(batches), next(order)
-            for error in {*broken} - skipped:
-                print(f"skipped, it cannot be read: {error}", flush=True)
-            skipped |= {*broken}
-            if good:
-                shown = [shown[place] for place in good]
-                targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
-                views = random_views(pixels.to(device), tower.settings.size, pictures.may_flip[shown])
-                views = normalise(views, None, tower.pixel_mean, tower.pixel_std)
-                batch = {"pixels": views, "targets": targets, "is_guide": torch.tensor(is_guide), "units": 1}
-                # What gets no gradient stays as it is: the tower while the guide learns, and then the guide.
-                loss, is_bad = train_step(context, [batch], Counts(1, len(good), 0, len(broken)), rate(args, before))
-                if is_bad:
-                    raise UsageError("nothing was learned: the loss is infinite or NaN; try a lower --learning_rate")
-                losses.append(loss[0].item())
-            state.advance(len(broken), len(good), *sampler.after(epoch, first))
-            state.seconds += time.perf_counter() - started
-            done = state.done(args)
-            is_due, stops = int(done * REPORTS) > int(before * REPORTS), signals.asked is not None and done < 1
-            if is_due and not losses:
-                raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
-            if is_due:
-                who, loss = "guide" if is_guide else "tower", f"loss {np.mean(losses):.3f}"
-                figures, losses = measure(learner, words, heldout, is_guide, device), []
-                print(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}", flush=True)
-            if is_due or stops:
-                save()
-            if stops:
-                print(f"stopped after step {state.step:,}, which is saved: {RESUMES}", flush=True)
-                raise Stopped(signals.asked)
+    take_steps(args, context, sampler, pictures, heldout, state, save)
     write_tower(args, tower)
-    state_path.unlink(missing_ok=True)
-    return len(data)
-
-
-def print_header(args: Namespace, learner: Learner, words: Words, pictures: Pictures, heldout: Pictures, computes: str):
-    start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
-    settings, parameters = learner.tower.settings, learner.tower.num_parameters() / 1e6
-    data = f"{display_path(args.data_path)}: {len(pictures.rows):,} pictures, {len(words.numbers):,} words"
-    views = f"{settings.size} x {settings.size} pixels, {settings.patches} patches; random crops"
-    mirrored = f"{pictures.may_flip.float().mean() / 2:.0%} of them mirrored"
-    length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
-    print("stage 0: the tower learns your pictures by the words of their answers")
-    print(f"  starts from   {start}: {parameters:.2f} M parameters")
-    print(f"  writes        {display_path(args.save_tower)}")
-    print(f"  data          {data}")
-    print(f"  held out      {len(heldout.rows):,} pictures")
-    print(f"  sees          {views}, {mirrored}")
-    print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)
+    path.unlink(missing_ok=True)
+    return rows
 
 
 def write_tower(args: Namespace, tower: nn.Module):
@@ -426,8 +421,8 @@ def main():
     print(f"done in {clock(time.perf_counter() - started)}: {display_path(args.save_tower)}")
     name = re.sub(r"\W+", "_", args.save_tower.name).removesuffix("_tower")
     following = {"from_weight": "llm", "data_path": args.data_path, "images_path": args.images_path}
-    following |= {"eval_data": args.eval_data, "vision_model_path": args.save_tower, "save_weight": f"{name}_pretrain"}
-    following |= {"epochs": epochs}
+    following |= {"eval_data": args.eval_data, "vision_model_path": args.save_tower}
+    following |= {"save_weight": f"{name}_pretrain", "epochs": epochs}
     print(f"next: {command('trainer/train_pretrain_vlm.py', following)}")
 
 

@@ -22,8 +22,7 @@ from trainer.loop import extreme_batches, load_batches
 from trainer.setup import freeze, round_frozen_weights
 from trainer.stage import answer_loss, pad_answers
 from trainer.step import TrainContext, count, train_step
-from trainer.support.capture import CapturedStep
-from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
+from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
 from trainer.support.processes import Processes, pick_dtype
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN
 from trainer.train_sft_vlm import STAGE as SFT

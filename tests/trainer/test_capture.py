@@ -23,7 +23,7 @@ from trainer import flags
 from trainer.setup import freeze
 from trainer.stage import answer_loss, pad_answers
 from trainer.step import Counts, TrainContext, train_step
-from trainer.support.capture import CapturedStep, round_up
+from trainer.support.fast_steps import CapturedStep, round_up
 from trainer.support.processes import Processes
 from trainer.train_pretrain_vlm import STAGE
 

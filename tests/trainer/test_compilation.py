@@ -8,7 +8,7 @@ from tiny import PRETRAIN, SFT, read_jsonl
 from tiny_models import tiny_vlm
 
 from trainer.stage import answer_loss
-from trainer.support.compilation import CompiledVLM
+from trainer.support.fast_steps import compile_or_not
 
 pytest_plugins = ["tiny"]
 
@@ -65,9 +65,9 @@ HAS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compil
     indirect=["model"],
 )
 def test_no_recompilation_after_warm_up_and_the_same_numbers(model, backend):
-    compiled = CompiledVLM(model, backend=backend, fullgraph=True)
-    random_state = torch.get_rng_state()
-    compiled.warm_up(answer_loss, [synthetic_batch(BATCH, *size) for size in WARM_UP], FLOAT32)
+    random_state, batches = torch.get_rng_state(), [synthetic_batch(BATCH, *size) for size in WARM_UP]
+    compiled = compile_or_not(model, answer_loss, batches, FLOAT32, print, backend=backend, fullgraph=True)
+    assert compiled is not model
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(weight.grad is None for weight in model.parameters())
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -237,7 +237,7 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     watch = Watch.__new__(Watch)
     watch.run, watch.model, watch.interval = run, None, 1
     watch.evaluator = SimpleNamespace(
-        measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 0.1, 8, 80, 5.0)), skipped=[]
+        measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 0.1, 8, 80, 5.0, 1.0, 2.0)), skipped=[]
     )
     watch.samples = SimpleNamespace(describe=taking(7.0, []))
     watch.measure_if_due(progress, 1, 1)

@@ -1,10 +1,14 @@
-"""One process, or several under torchrun: devices, ranks, and sums over ranks."""
+"""One process, or several under torchrun: ranks and sums over them, devices and batches there, stop signals."""
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +18,19 @@ from tqdm import tqdm
 
 from common.errors import RankError, UsageError
 from common.paths import printable
+from dataset.workers import SIGNALS
 
 # The main rank tokenises while the others wait, which may take hours. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
 # In the errors of collectives, which gloo raises as plain RuntimeErrors.
 COLLECTIVES = ("gloo", "NCCL", "ProcessGroup", "Connection", "peer", "Timed out")
 SMALLEST_HEAD = 32  # from which attention on a CPU is faster in bfloat16
+# On Ctrl-C torchrun sends its processes a signal of its own, though they got the first one too: it counts as the same.
+SAME_SECONDS = 2.0
 
 
 @dataclass
-class Processes:
+class Processes(contextlib.AbstractContextManager):
     """This process among all of the run (rank 0 of 1 without torchrun); a context manager that leaves the group."""
 
     rank: int
@@ -67,9 +74,6 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def __enter__(self) -> "Processes":
-        return self
 
     def __exit__(self, kind, *exception):
         # After a RankError another rank may be gone, and leaving the group might wait for it.
@@ -197,10 +201,9 @@ def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> to
     Raises UsageError if the device cannot compute in it.
     """
     is_cuda = device.type == "cuda"
+    has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if is_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if name is None:
         name = "bfloat16" if has_bfloat16 else "float16" if is_cuda else "float32"
     if name == "bfloat16" and is_cuda and not has_bfloat16:
@@ -211,10 +214,76 @@ def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> to
 
 
 def cpu_has_bfloat16() -> bool:
-    """Tells whether this CPU's matrix library multiplies bfloat16; elsewhere it is emulated, and slow."""
+    # Whether this CPU's matrix library multiplies it; elsewhere it is emulated, and slow.
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def cores() -> int:
     """Returns the CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
+    return {name: part for name, part in batch.items() if isinstance(part, torch.Tensor)}
+
+
+def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """Yields the batches with their tensors on the device.
+
+    On CUDA a batch is copied (from pinned memory, on a stream of its own) while the batch before it is computed.
+    """
+    if device.type != "cuda":
+        for batch in loader:
+            yield batch | {name: part.to(device) for name, part in tensors_of(batch).items()}
+        return
+    stream, following, copied = torch.cuda.Stream(device), None, None
+    for batch in itertools.chain(loader, [None]):  # at None only the last batch is left to yield
+        ready, ready_copied = following, copied
+        if batch is not None:
+            with torch.cuda.stream(stream):
+                moved = {name: part.to(device, non_blocking=True) for name, part in tensors_of(batch).items()}
+                following, copied = batch | moved, stream.record_event()
+        if ready is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(ready_copied)  # the host does not wait
+            for tensor in tensors_of(ready).values():
+                tensor.record_stream(current)  # its memory is free again only when this stream has used it
+            yield ready
+
+
+@dataclass
+class StopSignals:
+    """While entered, Ctrl-C, SIGTERM or a closed terminal is kept in `asked`, so that the step is finished and saved.
+
+    A second signal exits immediately. `speaks` tells of both on standard error.
+    """
+
+    speaks: bool
+    asked: int | None = None
+    asked_at: float = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        # One that is ignored stays so, as SIGHUP under nohup.
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heeded}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame):
+        now, is_first = time.monotonic(), self.asked is None
+        if is_first:
+            self.asked, self.asked_at = number, now
+            message = f"\n{signal.Signals(number).name}: finishing this step and saving (again: exit immediately)\n"
+        elif now - self.asked_at > SAME_SECONDS:
+            message = "exited immediately; what was saved before is kept\n"
+        else:
+            return
+        if self.speaks:
+            # Not through Python's buffers: the code that the signal interrupted may be writing to them.
+            with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone
+                os.write(sys.stderr.fileno(), message.encode())
+        if not is_first:
+            os._exit(128 + number)

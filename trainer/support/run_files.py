@@ -50,12 +50,9 @@ class RunFiles:
 
     def __init__(self, save_dir: Path, name: str):
         self.save_dir, self.name = save_dir, name
-        self.weights, self.state = self.path(".pth"), self.path("_resume.pth")
-        self.metrics, self.samples = self.path(".metrics.jsonl"), self.path("_samples")
-        self.bad_rows = self.path(BAD_ROWS)
-
-    def path(self, ending: str) -> Path:
-        return self.save_dir / f"{self.name}{ending}"
+        endings = (".pth", "_resume.pth", ".metrics.jsonl", "_samples", BAD_ROWS)
+        paths = (save_dir / f"{name}{ending}" for ending in endings)
+        self.weights, self.state, self.metrics, self.samples, self.bad_rows = paths
 
     @cached_property
     def aside(self) -> Path:
@@ -66,11 +63,11 @@ class RunFiles:
 
     def keep_aside(self, *endings: str) -> bool:
         """Renames an earlier run's files; returns whether there were any. Raises UsageError if that fails."""
-        earlier = {self.path(ending): f"{self.aside}{ending}" for ending in endings}
-        earlier = {path: aside for path, aside in earlier.items() if os.path.lexists(path)}
-        for path, aside in earlier.items():
+        paths = {ending: self.save_dir / f"{self.name}{ending}" for ending in endings}
+        earlier = {ending: path for ending, path in paths.items() if os.path.lexists(path)}
+        for ending, path in earlier.items():
             try:
-                path.rename(aside)
+                path.rename(f"{self.aside}{ending}")
             except OSError as error:
                 raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
         return bool(earlier)
@@ -103,9 +100,7 @@ def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tells whether a checkpoint has epochs left; an unreadable one counts as finished."""
-    if not path.is_file():
-        return False
+    """Tells whether a checkpoint has epochs left; one that is missing or unreadable counts as finished."""
     try:
         state = load_file(path)
         return state["epoch"] < int(state["arguments"]["epochs"])
