@@ -22,7 +22,7 @@ class MiniMindConfig(PretrainedConfig):
     Args:
         hidden_size: Width D of the residual stream; 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are
             the published ones.
-        num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K must divide H, H must divide D.
+        num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K divides H, and 2 H divides D.
         intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
         inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
             `original_max_position_embeddings` by `yarn_factor`.
@@ -89,33 +89,26 @@ class MiniMindConfig(PretrainedConfig):
         self.yarn_attention_factor = self.yarn_attention_factor or 0.1 * math.log(self.yarn_factor) + 1.0
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        normed = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
         return normed.to(hidden_states.dtype)
 
 
 def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
     """Returns the radians per position of each pair of a head's dimensions, (E/2,), and YaRN's attention factor."""
-    head_dim = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    head_dim, base = config.head_dim, config.rope_theta
+    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if not config.inference_rope_scaling:
         return frequencies, 1.0
-
-    def pair_with(rotations: float) -> float:
-        """Returns the (fractional) pair that makes this many full turns within the original context."""
-        wavelength = config.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(pair_with(config.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_with(config.yarn_beta_slow)), head_dim - 1)
+    # The (fractional) pairs that make so many full turns within the original context.
+    fast, slow = (
+        head_dim * math.log(config.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (config.yarn_beta_fast, config.yarn_beta_slow)
+    )
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), head_dim - 1)
     # Fast pairs (below low) keep their frequency, slow ones (above high) are stretched, those between are blended.
     stretched = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequencies = frequencies * (1 - stretched) + frequencies / config.yarn_factor * stretched
@@ -212,7 +205,8 @@ class MoEFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
         """Returns the (B, L, D) output and each sequence's balancing loss; `token_mask` (B, L) is 0 at pads.
 
-        The loss is (B,), or (1,) where it is balanced over the batch: all tokens count as one sequence.
+        The loss is alpha * sum over experts of (share of choices, times experts) * (mean score): (B,), or (1,) where it
+        is balanced over the batch and all tokens count as one sequence.
         """
         batch, length, width = hidden_states.shape
         x_TD = hidden_states.reshape(-1, width)
@@ -227,22 +221,16 @@ class MoEFeedForward(nn.Module):
         for index, expert in enumerate(self.experts):
             token, slot = (expert_Tk == index).nonzero(as_tuple=True)
             out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
-        out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
-        sequences = 1 if self.balance_over_batch else batch
-        token_mask = torch.ones_like(x_TD[:, 0]) if token_mask is None else token_mask
-        return out_BLD, self.balancing_loss(
-            scores_TX.view(sequences, -1, self.num_experts),
-            expert_Tk.view(sequences, -1, self.top_k),
-            token_mask.reshape(sequences, -1, 1).float(),
-        )
 
-    def balancing_loss(self, scores_BLX, expert_BLk, mask_BL1):
-        """alpha * sum over experts of (share of choices, times experts) * (mean score), per sequence: (B,)."""
-        chosen_BLX = F.one_hot(expert_BLk, self.num_experts).sum(dim=2).float()
+        sequences = 1 if self.balance_over_batch else batch
+        mask_BL1 = torch.ones_like(x_TD[:, 0]) if token_mask is None else token_mask
+        mask_BL1 = mask_BL1.reshape(sequences, -1, 1).float()
+        chosen_BLX = F.one_hot(expert_Tk, self.num_experts).sum(dim=1).float().view(sequences, -1, self.num_experts)
         count_B1 = mask_BL1.sum(dim=1).clamp(min=1)
         share_BX = (chosen_BLX * mask_BL1).sum(dim=1) / count_B1 * (self.num_experts / self.top_k)
-        score_BX = (scores_BLX * mask_BL1).sum(dim=1) / count_B1
-        return self.alpha * (share_BX * score_BX).sum(dim=-1)
+        score_BX = (scores_TX.view_as(chosen_BLX) * mask_BL1).sum(dim=1) / count_B1
+        loss_B = self.alpha * (share_BX * score_BX).sum(dim=-1)
+        return out_TD.to(hidden_states.dtype).view(batch, length, width), loss_B
 
 
 class MiniMindBlock(nn.Module):
@@ -269,12 +257,9 @@ class MiniMindBlock(nn.Module):
 def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
     """Returns attention's mask, boolean (B or 1, 1, length, key_length), True where a query may look.
 
-    None where plain causal attention (or one token that sees all) is enough.
-
-    Args:
-        attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
-        length, past_length: New positions, and those in the cache.
-        key_length: Keys that attention will see (more than `past_length + length` with a static cache).
+    None where plain causal attention (or one token that sees all) is enough. `attention_mask` is (B, keys) with 0 at
+    pads, a ready-made 4-d mask, or None; `length` new positions follow `past_length` cached ones; attention will see
+    `key_length` keys (more than these with a static cache).
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
@@ -325,10 +310,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return self
 
     def forward(self, inputs_embeds, attention_mask, position_ids, cache, token_mask, positions):
-        """Runs the blocks over (B, L, D); returns normed hidden states, and each sequence's balancing loss or None.
-
-        Returns only `positions`, see `take`; the last block computes only those.
-        """
+        """Returns (B, L, D)'s normed hidden states at `positions` (see `take`), and the balancing losses or None."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
         is_static = cache is not None and cache.is_compileable
@@ -338,8 +320,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]  # pads do not count
         elif position_ids is None:
             position_ids = cache_position[None]
+        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
+        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        rotary = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
-        inputs = self.rotary(position_ids), attention_mask, cache, cache_position, token_mask
+        inputs = rotary, attention_mask, cache, cache_position, token_mask
 
         hidden_states, aux_losses = self.dropout(inputs_embeds), []
         for layer in self.layers:
@@ -350,12 +335,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if not self.config.use_moe:
             return self.norm(hidden_states), None
         return self.norm(take(hidden_states, positions)), sum(aux_losses)
-
-    def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, of positions (B or 1, L)."""
-        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
-        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -369,10 +348,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.compute_loss = causal_lm_loss  # an attribute, so CompiledVLM can replace it
         self.post_init()
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeds (B, L) ids as (B, L, D)."""
-        return self.model.embed_tokens(input_ids)
 
     def forward(
         self,
@@ -411,7 +386,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         is_masked = self.config.use_moe and input_ids is not None
         token_mask = input_ids != self.config.pad_token_id if is_masked else None
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.model.embed_tokens(input_ids)
         positions = slice(-logits_to_keep, None)
         if learned_positions is not None:
             positions = (learned_positions - 1).clamp(min=0)

@@ -31,8 +31,8 @@ from common.paths import (
     display_path,
     place_of,
 )
+from model.model_vlm import PROMPT_FORMS
 from model.vision_tower import TowerError, TowerSettings, read_tower_settings
-from model.vlm_config import PROMPT_FORMS
 from model.weights import (
     Weights,
     is_path,
