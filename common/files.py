@@ -36,8 +36,7 @@ LOADING_ERRORS = (
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
     """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
 
-    Raises:
-        UsageError: If that fails (the disk is full); the file is then as it was before.
+    Raises UsageError if that fails (the disk is full); the file is then as it was before.
     """
     write_together({path: write})
 
@@ -45,9 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
     """Does what `write_atomically` does for files of one folder: all are on disk before the first is renamed, in order.
 
-    Args:
-        files: What writes each.
-        then: Called once all are on disk, before they are renamed.
+    `then` is called in between.
     """
     path = next(iter(files))
     try:
@@ -111,15 +108,9 @@ def discard(scratch: Path):
 def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, flag: str = "") -> Iterator[Path]:
     """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
 
-    An old one is replaced only if its record shows that the same program wrote everything in it.
-
-    Args:
-        made_by: What writes it, by a key that no other program has.
-        overwrite: Whether an old one may be replaced.
-        flag: The flag that names the folder, for messages.
-
-    Raises:
-        UsageError: If something cannot be written, or the old one has to stay.
+    An old one is replaced if `overwrite`, and only if its record shows that the same program wrote everything in it:
+    `made_by` says what writes it, by a key that no other program has. `flag` names the folder, for messages. Raises
+    UsageError if something cannot be written, or the old one has to stay.
     """
     folder = Path(os.path.realpath(folder))
     try:
@@ -227,8 +218,7 @@ def not_a_file(path: Path) -> str | None:
 def load_file(path: Path) -> dict:
     """Loads a file of torch.save without running code from it.
 
-    Raises:
-        UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
+    Raises UsageError if the file is cut off, garbled, or holds more than tensors and plain values.
     """
     try:
         if reason := not_a_file(path):
@@ -242,9 +232,8 @@ def load_file(path: Path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"
-        raise UsageError(
-            f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
-        ) from error
+        message = f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
+        raise UsageError(message) from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
