@@ -17,51 +17,37 @@ CACHE_NAME = "cache" if hasattr(MoeCausalLMOutputWithPast, "cache") else "past_k
 
 
 class MiniMindConfig(PretrainedConfig):
-    """The decoder's shape.
-
-    Args:
-        hidden_size: Width D of the residual stream; 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are
-            the published ones.
-        num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K divides H, and 2 H divides D.
-        intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
-        inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
-            `original_max_position_embeddings` by `yarn_factor`.
-        yarn_attention_factor: Factor on queries and keys under YaRN, by default the paper's 0.1 ln(yarn_factor) + 1.
-        qk_norm: Norm each head's queries and keys before they are rotated (https://arxiv.org/abs/2302.05442).
-        use_moe: Use `n_routed_experts` experts, of which each token takes the `num_experts_per_tok` best, and
-            `n_shared_experts` that every token takes.
-        aux_loss_alpha: Coefficient of the experts' load-balancing loss.
-        balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
-
-    Raises:
-        ValueError: If the numbers of heads or experts do not fit.
-    """
+    """The decoder's shape; raises ValueError if the numbers of heads or experts do not fit."""
 
     model_type = "minimind"
 
-    hidden_size: int = 512
+    hidden_size: int = (
+        512  # width D: 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are the published ones
+    )
     num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8  # query heads H, which must divide D
+    num_key_value_heads: int = 2  # key/value heads K, which must divide H
     vocab_size: int = 6400
-    intermediate_size: int | None = None
+    intermediate_size: int | None = None  # of the SwiGLU; by default 8/3 of D, rounded up to a multiple of 64
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     dropout: float = 0.0
+    # Whether YaRN (https://arxiv.org/abs/2309.00071) stretches the rotary positions, from
+    # original_max_position_embeddings by yarn_factor.
     inference_rope_scaling: bool = False
     original_max_position_embeddings: int = 2048
     yarn_factor: float = 16.0
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
-    yarn_attention_factor: float | None = None
-    qk_norm: bool = False
-    use_moe: bool = False
+    yarn_attention_factor: float | None = None  # on queries and keys; by default the paper's 0.1 ln(yarn_factor) + 1
+    qk_norm: bool = False  # norms of each head's queries and keys before they rotate, https://arxiv.org/abs/2302.05442
+    use_moe: bool = False  # experts: each token takes the num_experts_per_tok best routed ones, and all shared ones
     num_experts_per_tok: int = 2
     n_routed_experts: int = 4
     n_shared_experts: int = 1
-    aux_loss_alpha: float = 0.01
-    balance_over_batch: bool = False
+    aux_loss_alpha: float = 0.01  # coefficient of the experts' load-balancing loss
+    balance_over_batch: bool = False  # balance the experts over all tokens of a batch, not of each sequence
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
@@ -254,29 +240,6 @@ class MiniMindBlock(nn.Module):
         return hidden_states + self.dropout(fed), aux_loss
 
 
-def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
-    """Returns attention's mask, boolean (B or 1, 1, length, key_length), True where a query may look.
-
-    None where plain causal attention (or one token that sees all) is enough. `attention_mask` is (B, keys) with 0 at
-    pads, a ready-made 4-d mask, or None; `length` new positions follow `past_length` cached ones; attention will see
-    `key_length` keys (more than these with a static cache).
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    exact = key_length == past_length + length
-    if not padded and exact and (past_length == 0 or length == 1):
-        return None
-    query_position = past_length + torch.arange(length, device=device)[:, None]
-    key_position = torch.arange(key_length, device=device)[None, :]
-    mask = (key_position <= query_position)[None, None]
-    if padded:
-        keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
-        # A pad attends to itself: a softmax over no keys is NaN, and NaN spreads through the values.
-        mask = mask & keys[:, None, None, :] | (key_position == query_position)
-    return mask
-
-
 class MiniMindPreTrainedModel(PreTrainedModel):
     config_class = MiniMindConfig
     base_model_prefix = "model"
@@ -310,21 +273,36 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return self
 
     def forward(self, inputs_embeds, attention_mask, position_ids, cache, token_mask, positions):
-        """Returns (B, L, D)'s normed hidden states at `positions` (see `take`), and the balancing losses or None."""
+        """Runs the blocks over (B, L, D); returns normed hidden states, and each sequence's balancing loss or None.
+
+        `attention_mask` is (B, keys) with 0 at pads, a ready-made mask of four dimensions, or None. Only `positions`,
+        see `take`, are returned, and the last block computes only those.
+        """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
         is_static = cache is not None and cache.is_compileable
         key_length = cache.layers[0].max_cache_len if is_static else past_length + length
         cache_position = past_length + torch.arange(length, device=device)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        is_per_key = attention_mask is not None and attention_mask.dim() == 2
+        if position_ids is None and is_per_key:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]  # pads do not count
         elif position_ids is None:
             position_ids = cache_position[None]
         angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
         cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         rotary = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
-        inputs = rotary, attention_mask, cache, cache_position, token_mask
+
+        mask = None if is_per_key else attention_mask  # (B or 1, 1, L, keys), True where a query may look
+        is_padded = is_per_key and not bool(attention_mask.all())
+        # Plain causal attention, or one token that sees all keys, needs no mask; a static cache has more keys.
+        if mask is None and (is_padded or key_length != past_length + length or (past_length != 0 and length != 1)):
+            key_position, query_position = torch.arange(key_length, device=device), cache_position[:, None]
+            mask = (key_position <= query_position)[None, None]
+            if is_padded:
+                keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
+                # A pad attends to itself: a softmax over no keys is NaN, and NaN spreads through the values.
+                mask = mask & keys[:, None, None, :] | (key_position == query_position)
+        inputs = rotary, mask, cache, cache_position, token_mask
 
         hidden_states, aux_losses = self.dropout(inputs_embeds), []
         for layer in self.layers:

@@ -35,24 +35,16 @@ LANGUAGE_MODEL = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": 
 class VLMConfig(MiniMindConfig):
     """The decoder's shape (see `MiniMindConfig`) and how images enter it.
 
-    Args:
-        image_token_id: The placeholder's id: 34, `@`, in the published tokenizer, 12 in minimind-3v's.
-        vision_hidden_size, vision_patches: Width and number of the tower's features per image; a tower's own win.
-        projector: A name of `model.projectors.PROJECTORS`: "linear" as published, "norm_mlp" in minimind-3v.
-        pixel_shuffle: N x N neighbouring patches become one token, N^2 times as wide.
-        llm: Another language model's configuration in transformers, which then gives the decoder's shape.
-
-    Raises:
-        ValueError: If there is no such projector, or it cannot take the patches.
+    Raises ValueError if there is no such projector, or it cannot take the patches.
     """
 
     model_type = "minimind-v"
-    image_token_id: int = 34
-    vision_hidden_size: int = 768
+    image_token_id: int = 34  # the placeholder: `@` in the published tokenizer; 12 in minimind-3v's
+    vision_hidden_size: int = 768  # of the tower's features for an image; a tower's own win
     vision_patches: int = 196
-    projector: str = "linear"
-    pixel_shuffle: int = 1
-    llm: dict | None = None
+    projector: str = "linear"  # a name of PROJECTORS: "linear" as published, "norm_mlp" in minimind-3v
+    pixel_shuffle: int = 1  # N x N neighbouring patches become one token, N^2 times as wide
+    llm: dict | None = None  # another language model's configuration in transformers, which gives the decoder's shape
 
     def __init__(self, **settings):
         llm = settings.get("llm")

@@ -13,21 +13,13 @@ PROJECTORS: dict[str, type["Projector"]] = {}
 
 
 class Projector(nn.Module):
-    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties.
+    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties."""
 
-    Attributes:
-        is_grid: Whether its tokens form a square grid over the image (word maps need that).
-        takes_pixel_shuffle: Whether `pixel_shuffle` x `pixel_shuffle` patches can become one token.
-        first_weight: The name in a weight file by which it is recognised, whose last dimension is the input width.
-        exported_as: The form of transformers with an equal projector: a name of scripts/share/forms.py, or None.
-        llava_activation: transformers' name of the activation between the two layers, if that is LLaVA.
-    """
-
-    is_grid = True
-    takes_pixel_shuffle = False
-    first_weight: str | None = None
-    exported_as: str | None = None
-    llava_activation: str | None = None
+    is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
+    takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
+    first_weight: str | None = None  # its name in weight files, which show it by that; the last dimension is the width
+    exported_as: str | None = None  # the form of transformers with an equal projector: a name of scripts/share/forms.py
+    llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__()

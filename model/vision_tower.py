@@ -22,27 +22,17 @@ from common.schema import Range, check, read_json
 
 @dataclass(frozen=True)
 class TowerKind:
-    """What the program must know of a family of towers.
+    """What the program must know of a family of towers."""
 
-    Attributes:
-        model: transformers' class; its configuration's model_type is the one in config.json.
-        mean, std, crops: Defaults for its preprocessor file: what pixels are normalised by, and whether pictures are
-            cropped to a square or squashed.
-        any_size: Whether pictures have the preprocessor's sizes; else the image_size of config.json.
-        settings: Schema of the keys of config.json that it needs beyond `TOWER`.
-        overrides: Values of its configuration, whatever config.json says.
-        arguments: Further arguments of `model`.
-        unused: Parts of the names of tensors that are not loaded, as the features do not need them.
-    """
-
-    model: type
-    mean: tuple[float, ...]
+    model: type  # transformers' class; its configuration's model_type is the one in config.json
+    mean: tuple[float, ...]  # what pixels are normalised by, where the preprocessor file does not say
     std: tuple[float, ...]
-    crops: bool
-    any_size: bool = False
-    settings: dict = field(default_factory=dict)
-    overrides: dict = field(default_factory=dict)
-    arguments: dict = field(default_factory=dict)
+    crops: bool  # whether pictures are cropped to a square or squashed, where that file does not say
+    any_size: bool = False  # whether pictures have that file's sizes; else the image_size of config.json
+    settings: dict = field(default_factory=dict)  # schema of the keys of config.json that it needs beyond `TOWER`
+    overrides: dict = field(default_factory=dict)  # values of its configuration, whatever config.json says
+    arguments: dict = field(default_factory=dict)  # further arguments of `model`
+    # Parts of the names of tensors that are not loaded, as the features do not need them.
     unused: tuple[str, ...] = ("pooler.", "classifier.", "head.")
 
 
@@ -93,24 +83,15 @@ class TowerError(UsageError):
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """What a tower's own files say.
+    """What a tower's own files say."""
 
-    Attributes:
-        kind: A name of `TOWERS`.
-        config: transformers' configuration.
-        mean, std: What its pixels are normalised by, a number per channel.
-        hidden_size: Width of the features.
-        patches: Features per image; class token and registers do not count.
-        size, resample, crop, shortest_edge: As in `dataset.pictures.PictureFormat`.
-    """
-
-    kind: str
+    kind: str  # a name of `TOWERS`
     config: transformers.PretrainedConfig
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # what its pixels are normalised by, a number per channel
     std: tuple[float, ...]
-    hidden_size: int
-    patches: int
-    size: int
+    hidden_size: int  # width of the features
+    patches: int  # features per image; class token and registers do not count
+    size: int  # this and the rest as in `dataset.pictures.PictureFormat`
     resample: int
     crop: bool
     shortest_edge: int | None
