@@ -1,9 +1,10 @@
 """Errors the user can fix, and how a script ends on one: a message and an exit status, no traceback."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
 
 from common.paths import printable
 
@@ -17,18 +18,15 @@ class RankError(UsageError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after it was saved."""
-
-    def __init__(self, number: int):
-        self.number, self.name = number, signal.Signals(number).name
-        super().__init__(self.name)
+    """A signal, whose number is the argument, ended the run after it was saved."""
 
 
+@dataclass(eq=False)
 class SteadyStream:
     """A text stream that drops what cannot be written (a lost reader, a full disk) and remembers the first error."""
 
-    def __init__(self, stream):
-        self.stream, self.error = stream, None
+    stream: TextIO
+    error: Exception | None = None
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -84,7 +82,7 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
             os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
         sys.exit(1)
     except Stopped as stopped:
-        sys.exit(128 + stopped.number)
+        sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -35,12 +35,10 @@ def answering(model: MiniMindVLM) -> Iterator[None]:
 
 
 def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings) -> torch.Tensor:
-    """Returns the new token ids (B, at most max_new_tokens); greedy unless `settings` say otherwise.
+    """Returns the new token ids (B, at most max_new_tokens) of left-padded prompts, see `dataset.prompts`.
 
-    Args:
-        inputs: Left-padded prompts, see `dataset.prompts`; None values are left out.
-        compiles: Whether to compile the step of one token, which takes half a minute.
-        settings: For transformers' `generate`.
+    They are greedy unless `settings`, of transformers' `generate`, say otherwise. With `compiles`, the step of one
+    token is compiled, which takes half a minute. None values of `inputs` are left out.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
     length = inputs["input_ids"].shape[1]
@@ -112,15 +110,9 @@ def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor, stops=lambda
         attention, all layers and heads       89.3    34.2    81.2
         chance                                 6.0     6.0
 
-    Args:
-        model: With its tower.
-        inputs: One prompt with images and text before them, see `dataset.prompts`; not padded.
-        ids: (T,) the answer's token ids, without the end token.
-        stops: Called every few patches; once it returns true, the result is None.
-
-    Returns:
-        (T, images, side, side), float32 on the CPU: the rise of the token's log-probability in nats. `side` is 14 for
-        196 tokens an image.
+    `inputs` are one prompt (see `dataset.prompts`), not padded, with images and text before them; `ids` (T,) the answer
+    without its end token. Returns (T, images, side, side), float32 on the CPU: the rise of the token's log-probability
+    in nats. `side` is 14 for 196 tokens an image. `stops` is called every few patches; once it is true, returns None.
     """
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "pixel_values", "image_starts")}
     ids, starts, patches = ids.to(model.device), inputs["image_starts"], model.config.image_tokens
@@ -153,10 +145,9 @@ def log_probabilities(model: MiniMindVLM, embeds: torch.Tensor, ids: torch.Tenso
 
 
 def split_words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int, int]]:
-    """Splits an answer's tokens into readable words: (text, first token, end) each.
+    """Splits an answer's tokens into words: (text, first token, end) each; the texts joined are the decoded answer.
 
-    A token is a word, but tokens that share a character, or a word of Latin letters, stay together. The texts joined
-    are the answer as it is decoded without special tokens.
+    A token is a word, but tokens that share a character, or a word of Latin letters, stay together.
     """
     texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(len(ids) + 1)]
     words, start = [], 0

@@ -76,11 +76,7 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
 
     With `from_tensors`, it was read from a weight file's tensors, and vision_hidden_size is the projection's input
     width: N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp is then minimind-3v's, for a
-    tower with 64 patches.
-
-    Raises:
-        ValueError: If the pixel shuffle does not divide the tower's patches as a grid, or the weights are minimind-3v's
-            and the tower is not.
+    tower with 64 patches. Raises ValueError if the patches do not fit the projection.
     """
     config, factor = copy.deepcopy(config), math.isqrt(config.vision_hidden_size // tower.hidden_size)
     is_3v = config.projector == "norm_mlp"
@@ -178,9 +174,6 @@ class ImageInputs:
                 if not given, which syncs a GPU.
             image_features: (all images, patches, vision_hidden_size) of `encode_images`, instead of pixel_values; needs
                 image_starts.
-
-        Raises:
-            ValueError: If the placeholders of a sample do not match its images.
         """
         if inputs_embeds is None:
             if image_features is None:
@@ -193,12 +186,9 @@ class ImageInputs:
         return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)
 
     def match_images(self, input_ids, pixel_values, image_starts):
-        """Returns the images' starts, searched for if not given; raises ValueError if there are more or fewer images.
-
-        Given starts may be on a GPU, so only their number is compared, which needs no sync.
-        """
+        """Returns the images' starts, searched for if not given; raises ValueError unless there are as many images."""
         given = 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
-        if image_starts is not None and len(image_starts) == given:
+        if image_starts is not None and len(image_starts) == given:  # comparing more would sync a GPU
             return image_starts
         if image_starts is None:
             image_starts = find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
