@@ -34,17 +34,14 @@ LOADING_ERRORS = (
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
-
-    Raises UsageError if that fails (the disk is full); the file is then as it was before.
-    """
+    """Replaces a file by what `write(file)` writes; raises UsageError if that fails, and leaves it as it was."""
     write_together({path: write})
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for files of one folder: all are on disk before the first is renamed, in order.
+    """Does what `write_atomically` does for files of one folder.
 
-    `then` is called in between.
+    All are written to temporary files and on disk, then `then` is called, then they are renamed, in order.
     """
     path = next(iter(files))
     try:
@@ -192,10 +189,8 @@ def flush(path: Path):
 
 
 def lock_of(name: Path) -> FileLock:
-    """Returns this machine's lock of a path; the system releases it when the process that holds it ends.
-
-    Its file lies in the system's temporary folder: not every disk knows locks, and the user's folders stay clean.
-    """
+    """Returns this machine's lock of a path; the system releases it when the process that holds it ends."""
+    # Its file lies in the system's temporary folder: not every disk knows locks, and the user's folders stay clean.
     user = getattr(os, "getuid", int)()  # a lock file of another user cannot be opened
     digest = hashlib.sha256(os.fsencode(name.resolve())).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"minimind-v-{user}-{digest}.lock")
@@ -216,10 +211,7 @@ def not_a_file(path: Path) -> str | None:
 
 
 def load_file(path: Path) -> dict:
-    """Loads a file of torch.save without running code from it.
-
-    Raises UsageError if the file is cut off, garbled, or holds more than tensors and plain values.
-    """
+    """Loads a file of torch.save, running no code from it; raises UsageError if it is damaged, or more than tensors."""
     try:
         if reason := not_a_file(path):
             raise ValueError(reason)

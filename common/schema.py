@@ -80,11 +80,7 @@ def parse_json(text: str | bytes, schema):
 
 
 def read_json(path: Path, schema):
-    """Returns what a JSON file holds.
-
-    Raises FileNotFoundError if it is missing, and SchemaError if it cannot be read, is no regular file or a very long
-    one, or does not fit the schema.
-    """
+    """Returns what a JSON file holds; raises FileNotFoundError, or SchemaError if it is unreadable or does not fit."""
     try:
         if path.exists() and not path.is_file():
             raise SchemaError("no regular file")

@@ -33,10 +33,7 @@ LANGUAGE_MODEL = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": 
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's shape (see `MiniMindConfig`) and how images enter it.
-
-    Raises ValueError if there is no such projector, or it cannot take the patches.
-    """
+    """The decoder's shape (see `MiniMindConfig`) and how images enter it; raises ValueError if these do not fit."""
 
     model_type = "minimind-v"
     image_token_id: int = 34  # the placeholder: `@` in the published tokenizer; 12 in minimind-3v's

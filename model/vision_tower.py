@@ -110,10 +110,7 @@ def unreadable(path: Path, reason: str) -> TowerError:
 
 
 def read_tower_settings(path: str | Path) -> TowerSettings:
-    """Reads config.json and preprocessor_config.json of a tower, or of a whole CLIP or SigLIP model, not its weights.
-
-    Raises TowerError if a file is missing or unreadable, or the tower is of another kind.
-    """
+    """Reads config.json and preprocessor_config.json of a tower, or a whole CLIP or SigLIP model; raises TowerError."""
     path, name = Path(path), "config.json"
     try:
         whole = read_json(path / name, {"vision_config?": (dict, None)})
@@ -161,7 +158,7 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     """Loads a frozen tower, in eval mode and float32, from the folder of a vision tower or a whole model.
 
     Returns transformers' model, with its `settings` (TowerSettings) and the buffers `pixel_mean`, `pixel_std`
-    (1, 3, 1, 1). Raises TowerError if a file is missing or unreadable, or weights and configuration do not fit.
+    (1, 3, 1, 1). Raises TowerError if a file is missing or unreadable, or they do not fit together.
     """
     path = Path(path)
     settings = read_tower_settings(path)
@@ -195,10 +192,7 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
 
 
 def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -> dict[str, torch.Tensor]:
-    """Reads the vision tensors of a folder, by their names without `vision_model.`; a text half stays on disk.
-
-    Raises TowerError if the file is missing or damaged, or holds something else than finite numbers.
-    """
+    """Reads a folder's vision tensors, by their names without `vision_model.`, but no text half; raises TowerError."""
     safetensors, pickled = path / "model.safetensors", path / "pytorch_model.bin"
     if not (safetensors.is_file() or pickled.is_file()):
         raise unreadable(path, f"{safetensors} is missing")

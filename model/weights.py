@@ -79,7 +79,6 @@ class Weights:
 
 
 def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
-    """Returns the file's name without its ending."""
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
@@ -94,10 +93,7 @@ def list_weights(save_dir: Path) -> dict[Path, tuple[str, int, bool]]:
 
 
 def matching_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None) -> list[Path]:
-    """Returns the weight files of a name, size and kind, the best first: the exact name, then the newest.
-
-    A name that ends in .pth is a path.
-    """
+    """Returns the weight files of a name (or path), size and kind, the best first: the exact name, then the newest."""
     if is_path(name):
         return [Path(name)] if Path(name).is_file() else []
     names = WEIGHT_NAMES.get(name, (name,))
@@ -186,10 +182,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
-    """Returns the configuration read from the tensors' names and shapes, overridden by `known` settings.
-
-    Raises UsageError if they are not a MiniMind model's, or an earlier minimind-3v's.
-    """
+    """Returns the shape that tensors show, overridden by `known`; raises UsageError unless they are a MiniMind's."""
     first = tensors.get("vision_proj.mlp.0.weight")
     if first is not None and (first.dim() != 1 or len(first) == EARLIER_3V_WIDTH):
         raise UsageError(
@@ -238,9 +231,9 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits. Only a language model may lack the projection.
+    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one they were trained with.
 
-    A projection trained beside another tower is refused too, where the sidecar says so.
+    Only a language model may lack the projection.
     """
     expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
     if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
