@@ -21,11 +21,9 @@ class MiniMindConfig(PretrainedConfig):
 
     model_type = "minimind"
 
-    hidden_size: int = (
-        512  # width D: 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are the published ones
-    )
+    hidden_size: int = 512  # width D; published are 512 (26 M parameters with 8 layers) and 768 (104 M with 16)
     num_hidden_layers: int = 8
-    num_attention_heads: int = 8  # query heads H, which must divide D
+    num_attention_heads: int = 8  # query heads H; 2 H must divide D
     num_key_value_heads: int = 2  # key/value heads K, which must divide H
     vocab_size: int = 6400
     intermediate_size: int | None = None  # of the SwiGLU; by default 8/3 of D, rounded up to a multiple of 64
