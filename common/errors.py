@@ -1,11 +1,11 @@
 """Errors the user can fix, and how a script ends on one: a message and an exit status, no traceback."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
 
-from common.output import outlive_output, report_lost_output
 from common.paths import printable
 
 
@@ -18,46 +18,71 @@ class RankError(UsageError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after it was saved."""
-
-    def __init__(self, number: int):
-        self.number, self.name = number, signal.Signals(number).name
-        super().__init__(self.name)
+    """A signal, whose number is the argument, ended the run after it was saved."""
 
 
-def report(error: UsageError, who: str = ""):
-    lines = map(printable, str(error).split("\n"))  # what was typed or read may hold a terminal's escape codes
-    print(f"error{who}: " + "\n".join(lines), file=sys.stderr, flush=True)
+@dataclass(eq=False)
+class SteadyStream:
+    """A text stream that drops what cannot be written (a lost reader, a full disk) and remembers the first error."""
+
+    stream: TextIO
+    error: Exception | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            if self.error is None:
+                self.stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.error = error
+        return len(text)
+
+    def flush(self):
+        try:
+            if self.error is None:
+                self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = error
 
 
 def run_script(main: Callable[[], None], outlives_output: bool = False):
     """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status.
 
-    Args:
-        outlives_output: Whether it goes on where its output cannot be written (`| head`, a closed terminal).
+    With `outlives_output` it goes on where its output cannot be written (`| head`, a closed terminal), and the other
+    stream reports that at the end.
     """
-    for stream in (sys.stdout, sys.stderr):
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr") if getattr(sys, name) is not None}
+    for stream in streams.values():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # don't crash on an ASCII terminal (LC_ALL=C)
+    steady = {name: SteadyStream(stream) for name, stream in streams.items() if outlives_output}
+    for name, stream in steady.items():
+        setattr(sys, name, stream)
     try:
-        if outlives_output:
-            outlive_output()
         try:
             main()
         finally:
-            report_lost_output()
-    except RankError as error:
-        rank = os.environ.get("RANK", "")
-        report(error, f" (process {rank})" if rank.isdecimal() else "")
-        sys.stdout.flush()
-        os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
+            for name, stream in steady.items():
+                stream.flush()
+                if stream.error is not None:
+                    note = f"note: {name} could not be written ({stream.error}); the program went on"
+                    print(note, file=sys.stderr if name == "stdout" else sys.stdout)
+                    setattr(sys, name, None)  # its buffer holds what cannot be flushed
     except UsageError as error:
+        is_of_rank, rank = isinstance(error, RankError), os.environ.get("RANK", "")
         # Under torchrun every rank sees the same mistake; one per machine reports it.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            report(error)
+        if is_of_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+            who = f" (process {rank})" if is_of_rank and rank.isdecimal() else ""
+            lines = map(printable, str(error).split("\n"))  # what was typed or read may hold a terminal's escape codes
+            print(f"error{who}: " + "\n".join(lines), file=sys.stderr, flush=True)
+        if is_of_rank:
+            sys.stdout.flush()
+            os._exit(1)  # a normal exit would wait for the other ranks, who may never answer
         sys.exit(1)
     except Stopped as stopped:
-        sys.exit(128 + stopped.number)
+        sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -34,20 +34,14 @@ LOADING_ERRORS = (
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
-
-    Raises:
-        UsageError: If that fails (the disk is full); the file is then as it was before.
-    """
+    """Replaces a file by what `write(file)` writes; raises UsageError if that fails, and leaves it as it was."""
     write_together({path: write})
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for files of one folder: all are on disk before the first is renamed, in order.
+    """Does what `write_atomically` does for files of one folder.
 
-    Args:
-        files: What writes each.
-        then: Called once all are on disk, before they are renamed.
+    All are written to temporary files and on disk, then `then` is called, then they are renamed, in order.
     """
     path = next(iter(files))
     try:
@@ -111,15 +105,9 @@ def discard(scratch: Path):
 def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, flag: str = "") -> Iterator[Path]:
     """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
 
-    An old one is replaced only if its record shows that the same program wrote everything in it.
-
-    Args:
-        made_by: What writes it, by a key that no other program has.
-        overwrite: Whether an old one may be replaced.
-        flag: The flag that names the folder, for messages.
-
-    Raises:
-        UsageError: If something cannot be written, or the old one has to stay.
+    An old one is replaced if `overwrite`, and only if its record shows that the same program wrote everything in it:
+    `made_by` says what writes it, by a key that no other program has. `flag` names the folder, for messages. Raises
+    UsageError if something cannot be written, or the old one has to stay.
     """
     folder = Path(os.path.realpath(folder))
     try:
@@ -201,10 +189,8 @@ def flush(path: Path):
 
 
 def lock_of(name: Path) -> FileLock:
-    """Returns this machine's lock of a path; the system releases it when the process that holds it ends.
-
-    Its file lies in the system's temporary folder: not every disk knows locks, and the user's folders stay clean.
-    """
+    """Returns this machine's lock of a path; the system releases it when the process that holds it ends."""
+    # Its file lies in the system's temporary folder: not every disk knows locks, and the user's folders stay clean.
     user = getattr(os, "getuid", int)()  # a lock file of another user cannot be opened
     digest = hashlib.sha256(os.fsencode(name.resolve())).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"minimind-v-{user}-{digest}.lock")
@@ -225,11 +211,7 @@ def not_a_file(path: Path) -> str | None:
 
 
 def load_file(path: Path) -> dict:
-    """Loads a file of torch.save without running code from it.
-
-    Raises:
-        UsageError: If the file is cut off, garbled, or holds more than tensors and plain values.
-    """
+    """Loads a file of torch.save, running no code from it; raises UsageError if it is damaged, or more than tensors."""
     try:
         if reason := not_a_file(path):
             raise ValueError(reason)
@@ -242,9 +224,8 @@ def load_file(path: Path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"
-        raise UsageError(
-            f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
-        ) from error
+        message = f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
+        raise UsageError(message) from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

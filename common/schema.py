@@ -28,40 +28,38 @@ class Range:
     high: float
 
 
-def matches(value, schema) -> tuple[bool, str]:
-    """Tells whether a value is of a schema's kind, without what is in a list or dict, and names that kind."""
-    if isinstance(schema, Range):
-        is_number = type(value) in (int, schema.kind) and schema.low <= value <= schema.high
-        return is_number, f"{WORDS[schema.kind]} from {schema.low:g} to {schema.high:g}"
-    if isinstance(schema, frozenset):
-        words = "one of " + ", ".join(sorted(map(str, schema))[:12]) if schema else "nothing of this name"
-        return any(type(value) is type(choice) and value == choice for choice in schema), words
-    if isinstance(schema, list):
-        words = "a list" if len(schema) == 1 else f"a list of {len(schema)}"
-        return isinstance(value, list | tuple) and len(schema) in (1, len(value)), words
-    kind = dict if isinstance(schema, dict) else schema or type(None)
-    is_kind = type(value) is kind if kind in (int, float) else isinstance(value, kind)  # True is an int
-    return is_kind, WORDS.get(kind, kind.__name__)
-
-
 def check(value, schema, where: str = ""):
     """Raises SchemaError unless a value fits a schema."""
-    options = schema if isinstance(schema, tuple) else (schema,)
-    fitting = [option for option in options if matches(value, option)[0]]
-    if not fitting:
-        words = " or ".join(matches(value, option)[1] for option in options)
-        raise SchemaError(f"{where or 'it'} is {reprlib.repr(value)[:60]}, {words} is needed")
-    schema = fitting[0]
-    if isinstance(schema, list):
+    needed = []
+    for option in schema if isinstance(schema, tuple) else (schema,):
+        if isinstance(option, Range):
+            fits = type(value) in (int, option.kind) and option.low <= value <= option.high
+            words = f"{WORDS[option.kind]} from {option.low:g} to {option.high:g}"
+        elif isinstance(option, frozenset):
+            fits = any(type(value) is type(choice) and value == choice for choice in option)
+            words = "one of " + ", ".join(sorted(map(str, option))[:12]) if option else "nothing of this name"
+        elif isinstance(option, list):
+            fits = isinstance(value, list | tuple) and len(option) in (1, len(value))
+            words = "a list" if len(option) == 1 else f"a list of {len(option)}"
+        else:
+            kind = dict if isinstance(option, dict) else option or type(None)
+            fits = type(value) is kind if kind in (int, float) else isinstance(value, kind)  # True is an int
+            words = WORDS.get(kind, kind.__name__)
+        if fits:
+            break
+        needed.append(words)
+    else:
+        raise SchemaError(f"{where or 'it'} is {reprlib.repr(value)[:60]}, {' or '.join(needed)} is needed")
+    if isinstance(option, list):
         for index, item in enumerate(value):
-            check(item, schema[index % len(schema)], f"{where}[{index}]")
-    if isinstance(schema, dict):
+            check(item, option[index % len(option)], f"{where}[{index}]")
+    if isinstance(option, dict):
         inside = f"{where}." if where else ""
-        missing = [name for name in schema if name != "*" and not name.endswith("?") and name not in value]
+        missing = [name for name in option if name != "*" and not name.endswith("?") and name not in value]
         if missing:
             raise SchemaError(f"{inside}{missing[0]} is missing")
         for name, item in value.items():
-            check(item, schema.get(name, schema.get(f"{name}?", schema.get("*", object))), f"{inside}{name}")
+            check(item, option.get(name, option.get(f"{name}?", option.get("*", object))), f"{inside}{name}")
 
 
 def parse_json(text: str | bytes, schema):
@@ -82,12 +80,7 @@ def parse_json(text: str | bytes, schema):
 
 
 def read_json(path: Path, schema):
-    """Returns what a JSON file holds.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-        SchemaError: If it cannot be read, is no regular file or a very long one, or does not fit the schema.
-    """
+    """Returns what a JSON file holds; raises FileNotFoundError, or SchemaError if it is unreadable or does not fit."""
     try:
         if path.exists() and not path.is_file():
             raise SchemaError("no regular file")

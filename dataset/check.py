@@ -32,7 +32,7 @@ from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset, bad_rows_limit
 from dataset.pictures import PictureError, load_picture
 from dataset.tokenizer import load_tokenizer, quiet_libraries
-from model.vlm_config import MINIMIND_3V, VLMConfig
+from model.model_vlm import MINIMIND_3V, VLMConfig
 
 WIDTH = 80  # characters of a line
 SHOWN_LINES, SHOWN_PICTURES = 8, 20

@@ -12,7 +12,7 @@ from common.errors import UsageError
 from dataset.chat import ChatEncoder
 from dataset.chat_template import encoder_for
 from dataset.conversation import IMAGE_TAG
-from model.vlm_config import PROMPT_FORMS
+from model.model_vlm import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
 DEFAULT_FORM = PROMPT_FORMS[0]

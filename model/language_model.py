@@ -1,9 +1,10 @@
-"""Other language models as the decoder: the causal ones of transformers that take `inputs_embeds`."""
+"""Other language models as the decoder: the causal ones of transformers that take `inputs_embeds`; and adapters."""
 
 import inspect
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -12,9 +13,8 @@ from common.errors import UsageError
 from common.paths import display_path
 from common.schema import read_json
 from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
-from model.model_vlm import ImageInputs, MiniMindVLM
-from model.vlm_config import LLM, VLMConfig
-from model.weights import Weights
+from model.model_vlm import ImageInputs, MiniMindVLM, VLMConfig
+from model.weights import LLM, LORA_SCALE, Weights
 
 VISION_SETTINGS = ("image_token_id", "image_tokens", "vision_hidden_size", "vision_patches", "projector")
 VISION_SETTINGS += ("pixel_shuffle", "eos_token_id", "pad_token_id", "use_moe")
@@ -24,9 +24,6 @@ class LanguageModel:
     """Gives a causal language model of transformers the `forward` of `MiniMindForCausalLM`."""
 
     compute_loss = staticmethod(causal_lm_loss)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.get_input_embeddings()(input_ids)
 
     def forward(
         self,
@@ -77,14 +74,10 @@ def check_language_model(folder: Path):
 
 
 def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
-    """Reads another language model's folder, of `check_language_model`.
+    """Reads another language model's folder, of `check_language_model`; its embedding gets rows for all `tokens`.
 
-    Args:
-        tokens: Tokens of its tokenizer; the embedding gets rows for all of them.
-        ids: The VLMConfig's image_token_id, eos_token_id and pad_token_id.
-
-    Raises:
-        UsageError: If it cannot be read, or does not take embeddings.
+    `ids` are the VLMConfig's image_token_id, eos_token_id and pad_token_id. Raises UsageError if the folder cannot be
+    read, or the model does not take embeddings.
     """
     try:
         how = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -101,3 +94,19 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"--llm_path {display_path(folder)} cannot be used: {reason}") from error
     return Weights(folder, model.state_dict(), VLMConfig(llm=model.config.to_dict(), **ids), {})
+
+
+def add_lora(model: nn.Module, rank: int):
+    """Freezes the decoder and puts trainable adapters beside the matrices of its blocks; needs `peft`.
+
+    They are low-rank (https://arxiv.org/abs/2106.09685), for a decoder too large to train whole; `weight_files` merges
+    them. Raises UsageError if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise UsageError("--lora needs a package: pip install -r scripts/requirements-lora.txt") from error
+    model.requires_grad_(False)
+    blocks = model.base_model
+    names = {name.split(".")[-1] for name, part in blocks.named_modules() if isinstance(part, nn.Linear)}
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=sorted(names)), blocks)

@@ -17,51 +17,35 @@ CACHE_NAME = "cache" if hasattr(MoeCausalLMOutputWithPast, "cache") else "past_k
 
 
 class MiniMindConfig(PretrainedConfig):
-    """The decoder's shape.
-
-    Args:
-        hidden_size: Width D of the residual stream; 512 (26 M parameters with 8 layers) and 768 (104 M with 16) are
-            the published ones.
-        num_attention_heads, num_key_value_heads: Query heads H and key/value heads K; K must divide H, H must divide D.
-        intermediate_size: Width of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 64.
-        inference_rope_scaling: Stretch the rotary positions by YaRN (https://arxiv.org/abs/2309.00071) from
-            `original_max_position_embeddings` by `yarn_factor`.
-        yarn_attention_factor: Factor on queries and keys under YaRN, by default the paper's 0.1 ln(yarn_factor) + 1.
-        qk_norm: Norm each head's queries and keys before they are rotated (https://arxiv.org/abs/2302.05442).
-        use_moe: Use `n_routed_experts` experts, of which each token takes the `num_experts_per_tok` best, and
-            `n_shared_experts` that every token takes.
-        aux_loss_alpha: Coefficient of the experts' load-balancing loss.
-        balance_over_batch: Balance the experts over all tokens of a batch, not of each sequence.
-
-    Raises:
-        ValueError: If the numbers of heads or experts do not fit.
-    """
+    """The decoder's shape; raises ValueError if the numbers of heads or experts do not fit."""
 
     model_type = "minimind"
 
-    hidden_size: int = 512
+    hidden_size: int = 512  # width D; published are 512 (26 M parameters with 8 layers) and 768 (104 M with 16)
     num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8  # query heads H; 2 H must divide D
+    num_key_value_heads: int = 2  # key/value heads K, which must divide H
     vocab_size: int = 6400
-    intermediate_size: int | None = None
+    intermediate_size: int | None = None  # of the SwiGLU; by default 8/3 of D, rounded up to a multiple of 64
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     dropout: float = 0.0
+    # Whether YaRN (https://arxiv.org/abs/2309.00071) stretches the rotary positions, from
+    # original_max_position_embeddings by yarn_factor.
     inference_rope_scaling: bool = False
     original_max_position_embeddings: int = 2048
     yarn_factor: float = 16.0
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
-    yarn_attention_factor: float | None = None
-    qk_norm: bool = False
-    use_moe: bool = False
+    yarn_attention_factor: float | None = None  # on queries and keys; by default the paper's 0.1 ln(yarn_factor) + 1
+    qk_norm: bool = False  # norms of each head's queries and keys before they rotate, https://arxiv.org/abs/2302.05442
+    use_moe: bool = False  # experts: each token takes the num_experts_per_tok best routed ones, and all shared ones
     num_experts_per_tok: int = 2
     n_routed_experts: int = 4
     n_shared_experts: int = 1
-    aux_loss_alpha: float = 0.01
-    balance_over_batch: bool = False
+    aux_loss_alpha: float = 0.01  # coefficient of the experts' load-balancing loss
+    balance_over_batch: bool = False  # balance the experts over all tokens of a batch, not of each sequence
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
@@ -89,33 +73,26 @@ class MiniMindConfig(PretrainedConfig):
         self.yarn_attention_factor = self.yarn_attention_factor or 0.1 * math.log(self.yarn_factor) + 1.0
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        normed = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
         return normed.to(hidden_states.dtype)
 
 
 def rotary_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
     """Returns the radians per position of each pair of a head's dimensions, (E/2,), and YaRN's attention factor."""
-    head_dim = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    head_dim, base = config.head_dim, config.rope_theta
+    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if not config.inference_rope_scaling:
         return frequencies, 1.0
-
-    def pair_with(rotations: float) -> float:
-        """Returns the (fractional) pair that makes this many full turns within the original context."""
-        wavelength = config.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(pair_with(config.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_with(config.yarn_beta_slow)), head_dim - 1)
+    # The (fractional) pairs that make so many full turns within the original context.
+    fast, slow = (
+        head_dim * math.log(config.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (config.yarn_beta_fast, config.yarn_beta_slow)
+    )
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), head_dim - 1)
     # Fast pairs (below low) keep their frequency, slow ones (above high) are stretched, those between are blended.
     stretched = ((torch.arange(head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
     frequencies = frequencies * (1 - stretched) + frequencies / config.yarn_factor * stretched
@@ -212,7 +189,8 @@ class MoEFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
         """Returns the (B, L, D) output and each sequence's balancing loss; `token_mask` (B, L) is 0 at pads.
 
-        The loss is (B,), or (1,) where it is balanced over the batch: all tokens count as one sequence.
+        The loss is alpha * sum over experts of (share of choices, times experts) * (mean score): (B,), or (1,) where it
+        is balanced over the batch and all tokens count as one sequence.
         """
         batch, length, width = hidden_states.shape
         x_TD = hidden_states.reshape(-1, width)
@@ -227,22 +205,16 @@ class MoEFeedForward(nn.Module):
         for index, expert in enumerate(self.experts):
             token, slot = (expert_Tk == index).nonzero(as_tuple=True)
             out_TD = out_TD.index_add(0, token, expert(x_TD[token]).float() * weight_Tk[token, slot, None])
-        out_BLD = out_TD.to(hidden_states.dtype).view(batch, length, width)
-        sequences = 1 if self.balance_over_batch else batch
-        token_mask = torch.ones_like(x_TD[:, 0]) if token_mask is None else token_mask
-        return out_BLD, self.balancing_loss(
-            scores_TX.view(sequences, -1, self.num_experts),
-            expert_Tk.view(sequences, -1, self.top_k),
-            token_mask.reshape(sequences, -1, 1).float(),
-        )
 
-    def balancing_loss(self, scores_BLX, expert_BLk, mask_BL1):
-        """alpha * sum over experts of (share of choices, times experts) * (mean score), per sequence: (B,)."""
-        chosen_BLX = F.one_hot(expert_BLk, self.num_experts).sum(dim=2).float()
+        sequences = 1 if self.balance_over_batch else batch
+        mask_BL1 = torch.ones_like(x_TD[:, 0]) if token_mask is None else token_mask
+        mask_BL1 = mask_BL1.reshape(sequences, -1, 1).float()
+        chosen_BLX = F.one_hot(expert_Tk, self.num_experts).sum(dim=1).float().view(sequences, -1, self.num_experts)
         count_B1 = mask_BL1.sum(dim=1).clamp(min=1)
         share_BX = (chosen_BLX * mask_BL1).sum(dim=1) / count_B1 * (self.num_experts / self.top_k)
-        score_BX = (scores_BLX * mask_BL1).sum(dim=1) / count_B1
-        return self.alpha * (share_BX * score_BX).sum(dim=-1)
+        score_BX = (scores_TX.view_as(chosen_BLX) * mask_BL1).sum(dim=1) / count_B1
+        loss_B = self.alpha * (share_BX * score_BX).sum(dim=-1)
+        return out_TD.to(hidden_states.dtype).view(batch, length, width), loss_B
 
 
 class MiniMindBlock(nn.Module):
@@ -264,32 +236,6 @@ class MiniMindBlock(nn.Module):
         has_experts = isinstance(self.mlp, MoEFeedForward)
         fed, aux_loss = self.mlp(normed, token_mask) if has_experts else (self.mlp(normed), None)
         return hidden_states + self.dropout(fed), aux_loss
-
-
-def causal_mask(attention_mask: torch.Tensor | None, length: int, past_length: int, key_length: int, device):
-    """Returns attention's mask, boolean (B or 1, 1, length, key_length), True where a query may look.
-
-    None where plain causal attention (or one token that sees all) is enough.
-
-    Args:
-        attention_mask: (B, keys) with 0 at pads, a ready-made 4-d mask, or None.
-        length, past_length: New positions, and those in the cache.
-        key_length: Keys that attention will see (more than `past_length + length` with a static cache).
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    exact = key_length == past_length + length
-    if not padded and exact and (past_length == 0 or length == 1):
-        return None
-    query_position = past_length + torch.arange(length, device=device)[:, None]
-    key_position = torch.arange(key_length, device=device)[None, :]
-    mask = (key_position <= query_position)[None, None]
-    if padded:
-        keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
-        # A pad attends to itself: a softmax over no keys is NaN, and NaN spreads through the values.
-        mask = mask & keys[:, None, None, :] | (key_position == query_position)
-    return mask
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -327,19 +273,34 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def forward(self, inputs_embeds, attention_mask, position_ids, cache, token_mask, positions):
         """Runs the blocks over (B, L, D); returns normed hidden states, and each sequence's balancing loss or None.
 
-        Returns only `positions`, see `take`; the last block computes only those.
+        `attention_mask` is (B, keys) with 0 at pads, a ready-made mask of four dimensions, or None. Only `positions`,
+        see `take`, are returned, and the last block computes only those.
         """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past_length = cache.get_seq_length() if cache is not None else 0
         is_static = cache is not None and cache.is_compileable
         key_length = cache.layers[0].max_cache_len if is_static else past_length + length
         cache_position = past_length + torch.arange(length, device=device)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        is_per_key = attention_mask is not None and attention_mask.dim() == 2
+        if position_ids is None and is_per_key:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]  # pads do not count
         elif position_ids is None:
             position_ids = cache_position[None]
-        attention_mask = causal_mask(attention_mask, length, past_length, key_length, device)
-        inputs = self.rotary(position_ids), attention_mask, cache, cache_position, token_mask
+        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
+        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        rotary = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+        mask = None if is_per_key else attention_mask  # (B or 1, 1, L, keys), True where a query may look
+        is_padded = is_per_key and not bool(attention_mask.all())
+        # Plain causal attention, or one token that sees all keys, needs no mask; a static cache has more keys.
+        if mask is None and (is_padded or key_length != past_length + length or (past_length != 0 and length != 1)):
+            key_position, query_position = torch.arange(key_length, device=device), cache_position[:, None]
+            mask = (key_position <= query_position)[None, None]
+            if is_padded:
+                keys = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
+                # A pad attends to itself: a softmax over no keys is NaN, and NaN spreads through the values.
+                mask = mask & keys[:, None, None, :] | (key_position == query_position)
+        inputs = rotary, mask, cache, cache_position, token_mask
 
         hidden_states, aux_losses = self.dropout(inputs_embeds), []
         for layer in self.layers:
@@ -350,12 +311,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if not self.config.use_moe:
             return self.norm(hidden_states), None
         return self.norm(take(hidden_states, positions)), sum(aux_losses)
-
-    def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and signed sines (B or 1, 1, L, E) for `apply_rotary`, of positions (B or 1, L)."""
-        angles = position_ids[:, None, :, None].float() * self.rotary_frequencies
-        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -369,10 +324,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.compute_loss = causal_lm_loss  # an attribute, so CompiledVLM can replace it
         self.post_init()
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeds (B, L) ids as (B, L, D)."""
-        return self.model.embed_tokens(input_ids)
 
     def forward(
         self,
@@ -411,7 +362,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         is_masked = self.config.use_moe and input_ids is not None
         token_mask = input_ids != self.config.pad_token_id if is_masked else None
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.model.embed_tokens(input_ids)
         positions = slice(-logits_to_keep, None)
         if learned_positions is not None:
             positions = (learned_positions - 1).clamp(min=0)

@@ -4,17 +4,89 @@ An image is a run of placeholder tokens in the text (196 with the published towe
 tower's projected patch features.
 """
 
+import copy
 import math
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
-from model.model_minimind import MiniMindForCausalLM
-from model.projectors import PROJECTORS, VisionProj
-from model.vision_tower import TowerError, encode_images, load_vision_tower
-from model.vlm_config import VLMConfig, fit_config_to_tower
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.projectors import PROJECTORS
+from model.vision_tower import TowerError, TowerSettings, encode_images, load_vision_tower
 
-__all__ = ["MiniMindVLM", "VLMConfig", "VisionProj", "find_image_starts"]
+# Settings that minimind-3v's tensors do not show. Its per-head norms, which no older model has, identify it.
+MINIMIND_3V = {
+    "rms_norm_eps": 1e-6,
+    "yarn_attention_factor": 1.0,
+    "num_experts_per_tok": 1,
+    "aux_loss_alpha": 5e-4,
+    "balance_over_batch": True,
+    "image_token_id": 12,
+    "vision_patches": 64,
+    "projector": "norm_mlp",
+}
+# Image positions in a prompt; the first is the default.
+PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
+# Settings that another language model's configuration has too, with what is taken where it has none.
+LANGUAGE_MODEL = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": None, "max_position_embeddings": 2048}
+
+
+class VLMConfig(MiniMindConfig):
+    """The decoder's shape (see `MiniMindConfig`) and how images enter it; raises ValueError if these do not fit."""
+
+    model_type = "minimind-v"
+    image_token_id: int = 34  # the placeholder: `@` in the published tokenizer; 12 in minimind-3v's
+    vision_hidden_size: int = 768  # of the tower's features for an image; a tower's own win
+    vision_patches: int = 196
+    projector: str = "linear"  # a name of PROJECTORS: "linear" as published, "norm_mlp" in minimind-3v
+    pixel_shuffle: int = 1  # N x N neighbouring patches become one token, N^2 times as wide
+    llm: dict | None = None  # another language model's configuration in transformers, which gives the decoder's shape
+
+    def __init__(self, **settings):
+        llm = settings.get("llm")
+        if llm:
+            its = AutoConfig.for_model(**llm)  # which knows its own names for these
+            shape = {name: getattr(its, name, default) for name, default in LANGUAGE_MODEL.items()}
+            settings |= shape | {"num_attention_heads": 1, "num_key_value_heads": 1}
+        super().__init__(**settings)
+        if llm:
+            self.head_dim = getattr(its, "head_dim", None) or self.hidden_size // getattr(its, "num_attention_heads", 1)
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
+        PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)  # raises where they do not fit
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders per image in the text."""
+        return PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
+
+
+def config_fields(config: VLMConfig) -> dict:
+    """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
+    fields = {name: getattr(config, name) for name in VLMConfig.defaults()}
+    return fields if config.llm else {name: value for name, value in fields.items() if name != "llm"}
+
+
+def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:
+    """Returns the configuration with the tower's width and number of patches.
+
+    With `from_tensors`, it was read from a weight file's tensors, and vision_hidden_size is the projection's input
+    width: N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp is then minimind-3v's, for a
+    tower with 64 patches. Raises ValueError if the patches do not fit the projection.
+    """
+    config, factor = copy.deepcopy(config), math.isqrt(config.vision_hidden_size // tower.hidden_size)
+    is_3v = config.projector == "norm_mlp"
+    if from_tensors and is_3v and tower.patches != config.vision_patches:
+        raise ValueError(
+            f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
+            f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
+        )
+    if from_tensors and not is_3v and config.vision_hidden_size == tower.hidden_size * factor**2:
+        config.pixel_shuffle = factor
+    config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
+    PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)  # raises where they do not fit
+    return config
 
 
 def find_image_starts(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
@@ -32,22 +104,11 @@ def find_image_starts(input_ids: torch.Tensor, image_token_id: int, image_tokens
     return starts
 
 
-def count_images(pixel_values: torch.Tensor | None) -> int:
-    """Returns how many images (..., 3, height, width) holds."""
-    return 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
-
-
 class ImageInputs:
     """Gives a decoder the tower, the projection and images in its text.
 
-    Its state dict and its parameters are the projection's and the decoder's alone.
-
-    Args:
-        config: The decoder's shape, with VLMConfig's settings of images.
-        vision_model_path: The tower's folder; None builds the model without one (it then takes no pictures).
-
-    Raises:
-        TowerError: If the tower is missing or cannot be read.
+    Its state dict and its parameters are the projection's and the decoder's alone. Without `vision_model_path`, the
+    tower's folder, the model takes no pictures. Raises TowerError if the tower is missing or cannot be read.
     """
 
     def __init__(self, config, vision_model_path: str | Path | None = None):
@@ -68,11 +129,7 @@ class ImageInputs:
         return self
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Returns the tower's features (images, patches, width) of (..., 3, size, size): see `vision_tower`.
-
-        Raises:
-            TowerError: If the model was built without a tower.
-        """
+        """Returns the tower's features (images, patches, width) of (..., 3, size, size): see `vision_tower`."""
         if self.vision_encoder is None:
             raise TowerError("pictures were given, but this model was built without a vision tower (vision_model_path)")
         return encode_images(self.vision_encoder, pixel_values.flatten(0, -4))
@@ -114,31 +171,26 @@ class ImageInputs:
                 if not given, which syncs a GPU.
             image_features: (all images, patches, vision_hidden_size) of `encode_images`, instead of pixel_values; needs
                 image_starts.
-
-        Raises:
-            ValueError: If the placeholders of a sample do not match its images.
         """
         if inputs_embeds is None:
             if image_features is None:
                 image_starts = self.match_images(input_ids, pixel_values, image_starts)
-                image_features = self.encode_images(pixel_values) if count_images(pixel_values) else None
-            inputs_embeds = self.embed(input_ids)
+                image_features = self.encode_images(pixel_values) if len(image_starts) else None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
             if image_features is not None:  # even of zero images: every batch then reaches the projection
                 inputs_embeds = self.splice_images(inputs_embeds, image_features, image_starts)
         text = input_ids, attention_mask, position_ids, past_key_values if cache is None else cache
         return super().forward(*text, inputs_embeds, labels, logits_to_keep=logits_to_keep, **kwargs)
 
     def match_images(self, input_ids, pixel_values, image_starts):
-        """Returns the images' starts, searched for if not given; raises ValueError if there are more or fewer images.
-
-        Given starts may be on a GPU, so only their number is compared, which needs no sync.
-        """
-        given, per_sample = count_images(pixel_values), pixel_values is not None and pixel_values.dim() == 5
-        if image_starts is not None and len(image_starts) == given:
+        """Returns the images' starts, searched for if not given; raises ValueError unless there are as many images."""
+        given = 0 if pixel_values is None else math.prod(pixel_values.shape[:-3])
+        if image_starts is not None and len(image_starts) == given:  # comparing more would sync a GPU
             return image_starts
         if image_starts is None:
             image_starts = find_image_starts(input_ids, self.config.image_token_id, self.config.image_tokens)
         runs = torch.bincount(image_starts[:, 0], minlength=len(input_ids)).tolist()
+        per_sample = pixel_values is not None and pixel_values.dim() == 5
         expected = [pixel_values.shape[1]] * len(pixel_values) if per_sample else runs
         if runs == expected and sum(runs) == given:
             return image_starts
@@ -149,11 +201,9 @@ class ImageInputs:
             f"{self.config.image_tokens} in a row each: was a text cut off?"
         )
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if kwargs.get("use_cache", True) and not is_first_iteration:
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration", False):
             # The images are in the key/value cache; a generated placeholder is text.
             inputs |= {"pixel_values": None, "image_starts": input_ids.new_zeros(0, 2)}
         return inputs
@@ -168,6 +218,3 @@ class MiniMindVLM(ImageInputs, MiniMindForCausalLM):
     """The vision-language model around the MiniMind decoder."""
 
     config_class = VLMConfig
-
-    def __init__(self, config: VLMConfig | None = None, vision_model_path: str | Path | None = None):
-        super().__init__(config or VLMConfig(), vision_model_path)

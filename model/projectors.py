@@ -13,17 +13,13 @@ PROJECTORS: dict[str, type["Projector"]] = {}
 
 
 class Projector(nn.Module):
-    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties.
+    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties."""
 
-    Attributes:
-        is_grid: Whether its tokens form a square grid over the image (word maps need that).
-        exported_as: The form of transformers with an equal projector: a name of scripts/share/forms.py, or None.
-        llava_activation: transformers' name of the activation between the two layers, if that is LLaVA.
-    """
-
-    is_grid = True
-    exported_as: str | None = None
-    llava_activation: str | None = None
+    is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
+    takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
+    first_weight: str | None = None  # its name in weight files, which show it by that; the last dimension is the width
+    exported_as: str | None = None  # the form of transformers with an equal projector: a name of scripts/share/forms.py
+    llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__()
@@ -31,14 +27,17 @@ class Projector(nn.Module):
     @classmethod
     def tokens(cls, patches: int, pixel_shuffle: int) -> int:
         """Returns the tokens of an image with this many patches; raises ValueError if it cannot take them."""
-        if pixel_shuffle != 1:
+        side = math.isqrt(patches)
+        if pixel_shuffle != 1 and not cls.takes_pixel_shuffle:
             raise ValueError(f"this projection takes no pixel_shuffle {pixel_shuffle}")
-        return patches
+        if pixel_shuffle != 1 and (pixel_shuffle < 1 or side**2 != patches or side % pixel_shuffle):
+            raise ValueError(f"pixel_shuffle {pixel_shuffle} does not divide the tower's {patches} patches as a grid")
+        return patches // pixel_shuffle**2
 
     @classmethod
     def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
         """Returns the input width in a weight file's tensors (`vision_proj.*`); None if they are of another kind."""
-        return None
+        return tensors[cls.first_weight].shape[-1] if cls.first_weight in tensors else None
 
 
 def register(name: str):
@@ -55,13 +54,16 @@ def register(name: str):
 class VisionProj(Projector):
     """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
 
-    exported_as, llava_activation = "LLaVA", "linear"
+    takes_pixel_shuffle, exported_as, llava_activation = True, "LLaVA", "linear"
     number_of_layers = 1
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
         super().__init__(ve_hidden_size, hidden_size, pixel_shuffle)
         self.pixel_shuffle = pixel_shuffle
-        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size))
+        layers = [nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size)]
+        if self.number_of_layers == 2:
+            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+        self.vision_proj = nn.Sequential(*layers)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         if self.pixel_shuffle > 1:  # each square of neighbouring patches becomes one, https://arxiv.org/abs/1609.05158
@@ -71,16 +73,9 @@ class VisionProj(Projector):
         return self.vision_proj(image_features)
 
     @classmethod
-    def tokens(cls, patches: int, pixel_shuffle: int) -> int:
-        side = math.isqrt(patches)
-        if pixel_shuffle != 1 and (pixel_shuffle < 1 or side**2 != patches or side % pixel_shuffle):
-            raise ValueError(f"pixel_shuffle {pixel_shuffle} does not divide the tower's {patches} patches as a grid")
-        return patches // pixel_shuffle**2
-
-    @classmethod
     def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        layers = (tensors.get(f"vision_proj.vision_proj.{number}.weight") for number in (0, 2))
-        layers = [weight for weight in layers if weight is not None]
+        layers = [f"vision_proj.vision_proj.{number}.weight" for number in (0, 2)]
+        layers = [tensors[name] for name in layers if name in tensors]
         return layers[0].shape[1] if len(layers) == cls.number_of_layers else None
 
 
@@ -91,16 +86,12 @@ class MLP(VisionProj):
     llava_activation = "gelu"
     number_of_layers = 2
 
-    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
-        super().__init__(width, hidden_size, pixel_shuffle)
-        self.vision_proj += nn.Sequential(nn.GELU(), nn.Linear(hidden_size, hidden_size))
-
 
 @register("norm_mlp")
 class NormMLP(Projector):
     """minimind-3v's: a LayerNorm before the MLP, under its names."""
 
-    exported_as = "LFM2-VL"
+    first_weight, exported_as = "vision_proj.mlp.0.weight", "LFM2-VL"
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)
@@ -109,16 +100,3 @@ class NormMLP(Projector):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.mlp(image_features)
-
-    @classmethod
-    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        norm = tensors.get("vision_proj.mlp.0.weight")
-        return None if norm is None else len(norm)
-
-
-def read_projector(tensors: dict[str, torch.Tensor]) -> dict:
-    """Reads the projection's VLMConfig settings from a state dict; {} if no projector of the table fits."""
-    for name, kind in PROJECTORS.items():
-        if width := kind.read_width(tensors):
-            return {"projector": name, "vision_hidden_size": width}
-    return {}

@@ -61,8 +61,7 @@ def to_lfm2_vl(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor])
 def from_transformers(tensors: dict[str, torch.Tensor], projector_act: str | None) -> dict[str, torch.Tensor]:
     """Renames the tensors of an exported folder back to this project's; the tower's are left out.
 
-    Args:
-        projector_act: LLaVA's activation between the projector's two layers: "linear" means there is one layer.
+    LLaVA's activation between the projector's two layers is `projector_act`: "linear" means there is one layer.
     """
     if is_lfm2 := any(name.startswith(f"model.{DECODER}") for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}

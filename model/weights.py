@@ -21,12 +21,10 @@ from common.errors import UsageError
 from common.files import FLOATS, load_tensors
 from common.paths import ROOT, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
-from model.lora import merged
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.projectors import read_projector
+from model.model_vlm import MINIMIND_3V, PROMPT_FORMS, MiniMindVLM, VLMConfig, config_fields
+from model.projectors import PROJECTORS
 from model.transformers_names import from_transformers
 from model.vision_tower import tower_weights_sha256
-from model.vlm_config import CONFIG, MINIMIND_3V, PROMPT_FORMS, config_fields
 
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
 ORIGINAL_HEADS = 8  # of all models without per-head norms: their tensors do not show the number
@@ -36,6 +34,20 @@ EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
 EXPORTED = ("llava", "lfm2_vl", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the exported weights
+# The schema of VLMConfig's settings. (It refuses settings that do not fit together.)
+SIZE, COUNT, ID = Range(int, 1, 1 << 20), Range(int, 1, 1 << 10), Range(int, 0, 1 << 20)
+FACTOR, SHARE = Range(float, 1e-3, 1e12), Range(float, 0, 1)
+KINDS = {bool: bool, str: str, int: SIZE, float: FACTOR, type(None): None}
+CONFIG = {f"{name}?": KINDS[type(default)] for name, default in VLMConfig.defaults().items()} | {"*": frozenset()}
+CONFIG |= {f"num_{name}?": COUNT for name in ("hidden_layers", "attention_heads", "key_value_heads", "experts_per_tok")}
+CONFIG |= {"n_routed_experts?": COUNT, "pixel_shuffle?": COUNT, "n_shared_experts?": ID}
+CONFIG |= {f"{name}_token_id?": ID for name in ("image", "bos", "eos", "pad")}
+CONFIG |= dict.fromkeys(("rms_norm_eps?", "dropout?", "aux_loss_alpha?"), SHARE)
+CONFIG |= {"intermediate_size?": SIZE, "yarn_attention_factor?": FACTOR}
+# The schema of another language model's configuration.
+LLM = {"model_type": str} | {f"num_{name}?": COUNT for name in ("hidden_layers", "attention_heads")}
+LLM |= dict.fromkeys(("hidden_size?", "vocab_size?", "intermediate_size?"), SIZE)
+CONFIG["llm?"] = (LLM, None)
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
     "config": CONFIG,
@@ -50,6 +62,7 @@ EXPORTED_CONFIG = {f"{name}?": (dict, None) for name in ("text_config", "vision_
 EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
 NAME = re.compile(r"(.+)_(\d+)(_moe)?")  # of a weight file, see `weight_name`
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
+LORA_SCALE = 2  # of an adapter's product: peft's lora_alpha by the rank
 
 
 @dataclass
@@ -66,7 +79,6 @@ class Weights:
 
 
 def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
-    """Returns the file's name without its ending."""
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
@@ -81,10 +93,7 @@ def list_weights(save_dir: Path) -> dict[Path, tuple[str, int, bool]]:
 
 
 def matching_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None) -> list[Path]:
-    """Returns the weight files of a name, size and kind, the best first: the exact name, then the newest.
-
-    A name that ends in .pth is a path.
-    """
+    """Returns the weight files of a name (or path), size and kind, the best first: the exact name, then the newest."""
     if is_path(name):
         return [Path(name)] if Path(name).is_file() else []
     names = WEIGHT_NAMES.get(name, (name,))
@@ -109,7 +118,8 @@ def read_training(folder: Path) -> dict:
     path = folder / TRAINING
     try:
         sidecar = read_json(path, dict) if path.exists() else {}
-        check(sidecar, SIDECAR if sidecar else dict)  # {} if the weights had none
+        if sidecar:  # {} if the weights had none
+            check(sidecar, SIDECAR)
         sidecar.pop("tower_sha256", None)  # the tower was exported with the weights, in another precision
         return sidecar
     except SchemaError as error:
@@ -172,11 +182,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
-    """Returns the configuration read from the tensors' names and shapes, overridden by `known` settings.
-
-    Raises:
-        UsageError: If they are not a MiniMind model's, or an earlier minimind-3v's.
-    """
+    """Returns the shape that tensors show, overridden by `known`; raises UsageError unless they are a MiniMind's."""
     first = tensors.get("vision_proj.mlp.0.weight")
     if first is not None and (first.dim() != 1 or len(first) == EARLIER_3V_WIDTH):
         raise UsageError(
@@ -204,7 +210,10 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
-        return VLMConfig(**shape | read_projector(tensors) | (known or {}))
+        for name, kind in PROJECTORS.items():
+            if width := kind.read_width(tensors):
+                shape |= {"projector": name, "vision_hidden_size": width}
+        return VLMConfig(**shape | (known or {}))
     except (LookupError, *CONFIG_ERRORS) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UsageError(f"{display_path(path)} is no MiniMind weight file: {reason}") from error
@@ -222,9 +231,9 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits. Only a language model may lack the projection.
+    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one they were trained with.
 
-    A projection trained beside another tower is refused too, where the sidecar says so.
+    Only a language model may lack the projection.
     """
     expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
     if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
@@ -254,13 +263,11 @@ def load_learned(model: MiniMindVLM, state: dict, path: Path):
     """Loads the trainable parameters of a checkpoint; raises UsageError if their names or shapes differ now."""
     parameters, learned, saved = learned_parameters(model), state["learned"], state["optimizer"]["state"]
     moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
-    shapes = {"step": torch.zeros(())}
-    expected = {
-        (number, part): shapes.get(part, parameter)
-        for number, parameter in enumerate(parameters.values())
-        for part in ("step", "exp_avg", "exp_avg_sq")
-        if number in saved
-    }
+    expected = {}
+    for number, parameter in enumerate(parameters.values()):
+        if number in saved:
+            expected |= {(number, "step"): torch.zeros(())}
+            expected |= {(number, part): parameter for part in ("exp_avg", "exp_avg_sq")}
     problems = mismatches(parameters, learned) + mismatches(expected, moments)
     if problems:
         raise UsageError(
@@ -296,18 +303,31 @@ def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def weight_files(path: Path, model: MiniMindVLM, frozen: dict[str, torch.Tensor], sidecar: dict) -> dict:
-    """Returns the weights in half precision and their sidecar, for `write_together`.
+    """Returns the weights in half precision, adapters added to their matrices, and the sidecar, for `write_together`.
 
-    Args:
-        frozen: The frozen tensors as loaded: the model may hold them rounded to bfloat16.
+    `frozen` are the frozen tensors as loaded: the model may hold them rounded to bfloat16.
     """
-    tensors = in_half_precision(merged(model.state_dict() | frozen))
+    tensors, merged = model.state_dict() | frozen, {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.partition(".base_layer.")
+        if kind == "weight":
+            up, down = (tensors[f"{layer}.lora_{part}.default.weight"] for part in "BA")
+            # Frozen tensors are kept on the CPU, adapters are where they learn.
+            tensor = tensor.float() + LORA_SCALE * (up.float() @ down.float()).to(tensor.device)
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer.", ".")] = tensor
+    halves = in_half_precision(merged)
     text = json.dumps(sidecar, indent=2, ensure_ascii=False, default=str).encode("utf-8")
-    return {path: lambda file: torch.save(tensors, file), path.with_suffix(".json"): lambda file: file.write(text)}
+    return {path: lambda file: torch.save(halves, file), path.with_suffix(".json"): lambda file: file.write(text)}
 
 
 def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, arguments: dict, title=None) -> dict:
     """Returns the sidecar: a weight file's configuration, and how it was made."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]  # + where files were changed
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # outside a git checkout
+        commit = None
     return {
         "config": config_fields(config),
         "stage": stage,
@@ -316,15 +336,6 @@ def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, 
         "tokenizer_sha256": tokenizer_sha256,
         "arguments": {key: display_path(it) if isinstance(it, Path) else it for key, it in arguments.items()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def git_commit() -> str | None:
-    """Returns the project's commit, with a + where files were changed since; None outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

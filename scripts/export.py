@@ -30,8 +30,8 @@ from common.paths import SAVE_DIR, display_path
 from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.projectors import PROJECTORS
-from model.tower_files import read_tower_weights
 from model.transformers_names import to_transformers
+from model.vision_tower import read_tower_weights
 from model.weights import TRAINING
 from scripts.share.forms import FORMS, chat_template, check_exportable, text_config, tokenizer_files
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model

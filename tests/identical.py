@@ -19,8 +19,7 @@ import torch
 from tiny import EVAL, PRETRAIN, SFT, World, read_jsonl
 from tiny_models import save_siglip, save_tokenizer_3v
 
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import MINIMIND_3V
+from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 
 LEARNS = ["--learning_rate", "1e-3", "--log_interval", "1", "--epochs", "2", "--batch_size", "4"]
 EXPERTS = ["--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "2", "--use_moe", "1"]

@@ -21,8 +21,7 @@ from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 from dataset.chat import ChatEncoder
 from dataset.tokenizer import load_tokenizer
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import MINIMIND_3V
+from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from model.weights import Weights, read_weights
 from scripts.web_demo_vlm import parse_arguments
 from trainer import bundles

@@ -11,8 +11,8 @@ from common.cli import file_path
 from common.errors import UsageError
 from common.paths import display_path, place_of
 from model import weights as weight_io
+from model.model_vlm import PROMPT_FORMS
 from model.vision_tower import TowerError, TowerSettings, read_tower_settings
-from model.vlm_config import PROMPT_FORMS
 
 PARTIAL = r"((\.[0-9a-f]{12})?\.part)?$"  # the end of a file that is still being downloaded
 WEIGHT_FILE = re.compile(r"\.(pth|pt|bin|ckpt|safetensors)" + PARTIAL, re.IGNORECASE)

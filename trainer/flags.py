@@ -10,7 +10,7 @@ from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.language_model import check_language_model
 from model.projectors import PROJECTORS
-from model.tower_files import TOWERS
+from model.vision_tower import TOWERS
 from trainer.bundles import BUILTIN, BUNDLES, LANGUAGE_MODEL, choose
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks

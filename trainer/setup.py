@@ -23,11 +23,9 @@ from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
 from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
-from model.language_model import build, read_language_model
-from model.lora import add_lora
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.language_model import add_lora, build, read_language_model
+from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.vision_tower import TowerSettings
-from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype

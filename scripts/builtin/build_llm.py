@@ -143,10 +143,10 @@ def embed(model: MiniMindForCausalLM, batch: dict, words: list[list[int]]) -> Te
 
     A grid word's is the scaled sum of its tokens' (`words`).
     """
-    embedded = model.embed(batch["input_ids"])
+    embedded = model.model.embed_tokens(batch["input_ids"])
     if not len(batch["weights"]):
         return embedded
-    word_vectors = torch.stack([model.embed(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in words])
+    word_vectors = torch.stack([model.model.embed_tokens(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in words])
     vectors = batch["weights"] @ word_vectors
     scale = word_vectors.detach().square().mean().sqrt()
     # Noise on each cell, and an offset common to all: no projection is clean.

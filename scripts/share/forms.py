@@ -14,9 +14,9 @@ from common.errors import UsageError
 from dataset.chat import IMAGE_CHARACTER, has_image_pad
 from dataset.chat_template import image_placeholder, uses_template
 from dataset.conversation import IMAGE_TAG
+from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS
 from model.transformers_names import to_lfm2_vl, to_llava
-from model.vlm_config import VLMConfig
 from trainer.answering.loaded_model import LoadedModel
 
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text

@@ -12,8 +12,7 @@ from tiny import EVAL, PRETRAIN, ROOT
 from transformers import AutoModel, BitImageProcessorPil, ViTModel
 
 from dataset.pictures import PictureFormat, load_picture
-from model.tower_files import TOWERS, TowerKind
-from model.vision_tower import encode_images, load_vision_tower
+from model.vision_tower import TOWERS, TowerKind, encode_images, load_vision_tower
 
 pytest_plugins = ["tiny"]
 IMPORTED = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/changes')!r}); import test_dinov2"

@@ -3,7 +3,7 @@
     python tests/checks/check_looking.py --weight sft_vlm
 
 In each scene that is described word for word, each object's colour, shape, size and place get a map of the patches
-that they depend on (model/word_maps.py). Prints how often the map's peak is on the object, compared with chance.
+that they depend on (model/answers.py). Prints how often the map's peak is on the object, compared with chance.
 """
 
 import argparse
@@ -24,8 +24,7 @@ from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, ENGLISH, Language, caption
-from model.answers import generate
-from model.word_maps import word_maps
+from model.answers import generate, word_maps
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
 
 SCENES, TOKENS = 50, 64  # the first of the 200 scenes

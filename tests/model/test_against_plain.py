@@ -49,7 +49,7 @@ class PlainLoop:
         input_ids[: len(chat.input_ids)] = torch.tensor(chat.input_ids)
         for start, end in chat.learned:
             labels[start:end] = input_ids[start:end]
-        embeds = self.model.embed(input_ids)
+        embeds = self.model.get_input_embeddings()(input_ids)
         for name, start in zip(row.get("image", "").split(", "), chat.image_starts, strict=False):
             with Image.open(self.images / name) as image:
                 pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.int8 import KERNEL_ROWS, Int8Linear, quantize
+from model.answers import KERNEL_ROWS, Int8Linear, quantize
 from model.model_vlm import MiniMindVLM, VLMConfig
 
 

@@ -9,9 +9,8 @@ from tiny_models import save_siglip
 
 from common.errors import UsageError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.projectors import PROJECTORS
-from model.vlm_config import MINIMIND_3V, fit_config_to_tower
 from model.weights import config_of, load_into, read_weights
 
 IMAGE_ID, PATCHES = 12, 64
@@ -141,7 +140,7 @@ def test_earlier_files_are_refused(tmp_path, shape):
 
 
 def test_the_tower_of_another_generation_is_refused(tmp_path):
-    from model.tower_files import read_tower_settings
+    from model.vision_tower import read_tower_settings
 
     config = config_of(model_3v().state_dict(), tmp_path / "llm_768.pth")
     tower = read_tower_settings(save_siglip(tmp_path / "tower", patch_size=16))

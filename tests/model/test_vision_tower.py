@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from model import tower_files
+from model import vision_tower
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerError, load_vision_tower
 
@@ -344,7 +344,7 @@ def test_a_bug_in_a_custom_tower_is_not_reported_as_a_damaged_file(tmp_path, mon
         def __init__(self, config):
             raise error("typo")
 
-    tinkered = dataclasses.replace(tower_files.TOWERS["CLIP"], model=Tinkered)
-    monkeypatch.setitem(tower_files.TOWERS, "CLIP", tinkered)
+    tinkered = dataclasses.replace(vision_tower.TOWERS["CLIP"], model=Tinkered)
+    monkeypatch.setitem(vision_tower.TOWERS, "CLIP", tinkered)
     with pytest.raises(error, match="typo"):
         load_vision_tower(tiny_models.save_tower(tmp_path))

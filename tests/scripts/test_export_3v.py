@@ -18,8 +18,7 @@ from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch
 from dataset.tokenizer import load_tokenizer
 from model.answers import generate
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import MINIMIND_3V
+from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from scripts import export
 from trainer.answering.loaded_model import find_model
 

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig
 
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
-from model.vision_tower import bicubic_weights, enlarge
+from model.vision_tower import bicubic_weights, normalise
 from scripts.bench import synthetic
 from trainer import flags
 from trainer.setup import freeze
@@ -157,8 +157,8 @@ def test_images_are_enlarged_to_pillows_bytes(source, size):
     expected = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in images]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        enlarged = enlarge(pixels, bicubic_weights(source, size, pixels.device))
-    np.testing.assert_array_equal(enlarged.numpy(), np.stack(expected).transpose(0, 3, 1, 2))
+        enlarged = normalise(pixels, bicubic_weights(source, size, pixels.device), 0, 1) * 255
+    np.testing.assert_array_equal(enlarged.round().numpy(), np.stack(expected).transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from tiny import PICTURES, PRETRAIN, PRETRAIN_ROWS, SFT, TOKENIZER, language_mod
 from common import files
 from common.errors import UsageError
 from model import weights as checkpoint
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vlm_config import config_fields
+from model.model_vlm import MiniMindVLM, VLMConfig, config_fields
 
 pytest_plugins = ["tiny"]
 

@@ -11,8 +11,8 @@ from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.scenes.draw import heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from dataset.tokenizer import load_tokenizer
-from model import word_maps as looking
-from model.word_maps import patch_maps, split_words, word_maps
+from model import answers as looking
+from model.answers import patch_maps, split_words, word_maps
 from trainer.answering.assistant import mask_of
 
 pytest_plugins = ["tiny"]
@@ -41,7 +41,7 @@ def plain_rise(model, inputs: dict, ids: list[int], image: int, patch: int) -> l
     for token in range(len(ids)):
         scores = []
         for images in (blank, showing):
-            embeds = model.embed(torch.tensor([prompt_ids + ids[:token]]))
+            embeds = model.get_input_embeddings()(torch.tensor([prompt_ids + ids[:token]]))
             for (_, start), of_image in zip(inputs["image_starts"].tolist(), images, strict=True):
                 embeds[0, start : start + len(of_image)] = of_image
             scores.append(model(inputs_embeds=embeds).logits[0, -1].log_softmax(dim=-1)[ids[token]].item())

@@ -15,10 +15,8 @@ from dataset.chat_template import encoder_for
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw, heldout_scenes
-from model.answers import generate
-from model.int8 import quantize
+from model.answers import generate, quantize, word_maps
 from model.model_vlm import MiniMindVLM
-from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel
 from trainer.bundles import MINIMIND2
 

@@ -14,9 +14,8 @@ from common.schema import read_json
 from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.language_model import build
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.vision_tower import TowerSettings
-from model.vlm_config import fit_config_to_tower
 from trainer.bundles import BUILTIN, BUNDLES, Bundle, bundle_of, find_weights, read_tower, recorded_folders
 
 
