@@ -39,12 +39,8 @@ class FeatureCacheError(UsageError):
 class FeatureFolder:
     """Features by a picture's content (`VLMDataset.picture_keys`): files of a checksum and float16 (patches, width).
 
-    They are read, not mapped: a mapped file that another process truncates would crash this one.
-
-    Args:
-        folder: Parent of these folders.
-        made_by: A hash of tower, dtype and picture format; its first 12 digits name the folder.
-        shape: (patches, width).
+    They are read, not mapped: a mapped file that another process truncates would crash this one. `made_by` is a hash of
+    tower, dtype and picture format; its first 12 digits name the folder. `shape` is (patches, width).
     """
 
     def __init__(self, folder: Path, made_by: str, shape: tuple[int, int]):
@@ -107,12 +103,7 @@ class FeatureFolder:
 
 
 def compute_features(
-    data: VLMDataset,
-    folder: FeatureFolder,
-    encode_images: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    rank: int = 0,
-    ranks: int = 1,
+    data: VLMDataset, folder: FeatureFolder, encode_images: Callable, device: torch.device, rank=0, ranks=1
 ):
     """Computes this rank's share of the features that `folder` lacks for `data`, each picture once.
 

@@ -43,15 +43,12 @@ class VLMDataset(Dataset):
     Args:
         data_path: A jsonl file of rows in a form of `dataset.forms`, or a parquet (`conversations`, `image_bytes`).
         images_path: The folder of the jsonl's images; by default the jsonl's own. Not needed for parquet.
-        tokenizer: The tokenizer that belongs to the language model.
         max_length: Tokens a sample is cut at.
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
-        picture_format: How images are resized.
         cache_dir: Where tokenised rows are cached; by default in the cache of the `datasets` library.
         variation: Of minimind-3v's rows, for training.
 
-    Raises:
-        DataError: If a file or folder is missing, unreadable or empty.
+    Raises DataError if a file or folder is missing, unreadable or empty.
     """
 
     def __init__(
@@ -120,26 +117,17 @@ class VLMDataset(Dataset):
         return pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.row_indices]
 
     @property
-    def learned_tokens(self) -> np.ndarray:
-        """(samples,) learned tokens of each sample."""
-        return self.column("learned_tokens")[self.row_indices]
-
-    @property
     def picture_count(self) -> int:
         """Images of all samples."""
         return int(self.image_counts.sum())
 
     @property
-    def cut_rows(self) -> int:
-        """Samples that lose tokens to max_length."""
-        return int((self.column("cut_tokens")[self.row_indices] > 0).sum())
-
-    @property
     def summary(self) -> str:
         """The samples' line in a run's header."""
-        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
-        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
-        return f"{len(self.row_indices):,} rows, {self.picture_count:,} pictures, {learned}"
+        learned, cut = (self.column(name)[self.row_indices] for name in ("learned_tokens", "cut_tokens"))
+        cut = f"; {(cut > 0).sum():,} rows are cut at max_seq_len" if cut.any() else ""
+        learned = f"{learned.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
+        return f"{len(self):,} rows, {self.picture_count:,} pictures, {learned}"
 
     @property
     def rules(self) -> dict[str, str]:
@@ -297,11 +285,6 @@ def text_of(row: dict) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels, "image_starts": starts}
 
 
-def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
-    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
-    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
-
-
 @dataclass
 class VLMCollator:
     """Joins samples of any lengths and numbers of images into one batch."""
@@ -341,3 +324,53 @@ class VLMCollator:
             "tokens": sum(len(sample["input_ids"]) for sample in samples),
             "skipped": skipped,
         }
+
+
+def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
+    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
+    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
+
+
+def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
+    """Splits off the rows whose first image has the smallest hash, so that rows of one image stay together.
+
+    The order of rows does not matter. If any have images, only those are held out, at least one from three images on.
+    Training rows that show a held-out image beside others are left out, unless they are more than a fifth of all.
+    Returns training rows, and held-out rows (`share` of all, at most about `most`) or None.
+    """
+    candidates = data.row_indices[data.image_counts > 0] if data.picture_count else data.row_indices
+    hashes = data.column("picture_hash")[candidates]
+    images = len(np.unique(hashes)) if data.picture_count else 0
+    share_of_all = int(share * len(data))
+    wanted = min(most, max(share_of_all, int(images >= 3)))
+    if wanted == 0 or wanted >= len(candidates):
+        return data, None
+    order = np.argsort(hashes, kind="stable")
+    count = int(np.searchsorted(hashes[order], hashes[order[wanted - 1]], side="right"))
+    if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
+        count = wanted
+    taken = np.sort(candidates[order[:count]])
+    training = data.changed(row_indices=np.setdiff1d(data.row_indices, taken))
+    held_out = data.changed(row_indices=taken)
+    leaking = showing_the_same(training, held_out)
+    if len(leaking) <= len(data) // 5:
+        training = data.changed(row_indices=np.setdiff1d(training.row_indices, leaking))
+    return training, held_out
+
+
+def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
+    """Returns the indices of rows in `data` that show an image of `held_out`, from the same file."""
+    row_of_image = np.repeat(data.row_indices, data.image_counts)
+    return np.unique(row_of_image[np.isin(data.shown_pictures, held_out.shown_pictures)])
+
+
+def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
+    """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
+    hashes = [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
+    suspects = [np.flatnonzero(np.isin(of_these, of_those)) for of_these, of_those in (hashes, hashes[::-1])]
+    tokens = [
+        [tuple(row["input_ids"]) for row in rows.read_rows(rows.row_indices[places].tolist())]
+        for rows, places in zip((data, heldout), suspects, strict=True)
+    ]
+    learned = set(tokens[0])
+    return sum(row in learned for row in tokens[1])

@@ -127,7 +127,7 @@ def as_files(images) -> list[bytes] | None:
 
     None if one is only a path, which is not followed: it may lead anywhere.
     """
-    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+    images = images if isinstance(images, list) else [images]
     images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
     if any(image.get("bytes") is None and image.get("path") for image in images):
         return None

@@ -33,8 +33,6 @@ TURNS = {  # by EXIF orientation: the transposition that makes a picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 SMALLEST, STRETCH = 0.35, 4 / 3  # of a view: its least share of the picture's area, and its largest aspect ratio
 LIGHT = 0.3  # how far a view's saturation, contrast and brightness change; each colour by half of it
 
@@ -173,24 +171,13 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def load_picture(
-    source: str | Path | bytes,
-    name: str | None = None,
-    picture_format: PictureFormat = CLIP_FORMAT,
-    leaves_small: bool = False,
+    source: str | Path | bytes, name: str | None = None, picture_format: PictureFormat = CLIP_FORMAT, leaves_small=False
 ) -> torch.Tensor:
-    """Reads one picture, upright by its EXIF orientation.
+    """Reads a picture's file or its bytes, upright by its EXIF orientation.
 
-    Args:
-        source: A path, or the bytes of a picture's file.
-        name: Its name in errors; by default the path.
-        picture_format: How it is resized.
-        leaves_small: Leave a square as it is if it is smaller and the filter is one that `encode_images` knows.
-
-    Returns:
-        uint8 (3, size, size), or (3, n, n) of a small square.
-
-    Raises:
-        PictureError: If it is missing or cannot be decoded.
+    Returns uint8 (3, size, size); with `leaves_small`, (3, n, n) of a smaller square if the filter is one that
+    `encode_images` knows. Raises PictureError, which calls it `name` (default: the path), if it is missing or cannot be
+    decoded.
     """
     with open_picture(source, str(name or source)) as file:
         image = to_rgb(upright(file, picture_format.size))
@@ -203,13 +190,8 @@ def load_picture(
 def random_views(pixels: torch.Tensor, size: int, may_flip: torch.Tensor) -> torch.Tensor:
     """Returns a random crop of each picture, resized to a square, in other light; random numbers are the CPU's.
 
-    Args:
-        pixels: uint8 (images, 3, n, n).
-        size: Width and height of the views.
-        may_flip: bool (images,): which may be mirrored; half of them are.
-
-    Returns:
-        float32 (images, 3, size, size), 0 to 255 but for what is too bright or dark.
+    From uint8 (images, 3, n, n) and bool (images,): which may be mirrored; half of them are. To float32 (images, 3,
+    size, size), 0 to 255 but for what is too bright or dark.
     """
     count, device = len(pixels), pixels.device
 

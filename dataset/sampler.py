@@ -43,12 +43,8 @@ class BatchSampler(Sampler):
     """Yields one rank's share of the batches, from a given sample on, over all epochs that are left.
 
     An optimizer step takes the next `batch_size * accumulation_steps * world_size` samples of the epoch's order (fewer
-    in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty.
-
-    Args:
-        lengths: (samples,) tokens of each sample.
-        batch_size: Samples of one rank in one forward pass.
-        accumulation_steps: Forward passes of one optimizer step.
+    in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty. `lengths`
+    are the samples' tokens, `accumulation_steps` the forward passes of a step.
     """
 
     def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):

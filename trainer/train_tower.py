@@ -35,8 +35,7 @@ from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
 from common.errors import Stopped, UsageError, run_script
 from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
-from dataset.holdout import hold_out
-from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, text_of
+from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, hold_out, text_of
 from dataset.pictures import PictureFormat, random_views
 from dataset.sampler import BatchSampler
 from dataset.tokenizer import load_tokenizer, quiet_libraries

@@ -162,7 +162,7 @@ def patch_coverage(scene: Scene) -> np.ndarray:
     return np.stack([np.asarray(mask, dtype=np.float32) / 255 for mask in masks])
 
 
-def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
+def is_drawn(root: Path) -> bool:
     """Tells whether `root` holds the complete set, drawn by this very code."""
     return STAMP.items() <= read_record(root).items()
 

@@ -167,10 +167,7 @@ def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>", lang
 
 
 def description_of_two(
-    scenes: Sequence[Sequence[Facts]],
-    rng: Random,
-    shown: Sequence[str] = ("<image>", "<image>"),
-    language: Language = CHINESE,
+    scenes: Sequence[Sequence[Facts]], rng: Random, shown=("<image>", "<image>"), language: Language = CHINESE
 ) -> list[dict]:
     """Returns a conversation that asks for the captions of two images; arguments as in `description`."""
     images = rng.choice(("", "\n")).join(shown)

@@ -26,8 +26,7 @@ from dataset import parquet
 from dataset.chat import ChatEncoder
 from dataset.features import FeatureFolder, compute_features
 from dataset.formats import DataError
-from dataset.holdout import hold_out, rows_in_both
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMDataset, hold_out, rows_in_both
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
 from scripts.data.sources import read_source
