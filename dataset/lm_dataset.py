@@ -366,11 +366,9 @@ def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
     """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
-    hashes = [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
-    suspects = [np.flatnonzero(np.isin(of_these, of_those)) for of_these, of_those in (hashes, hashes[::-1])]
-    tokens = [
-        [tuple(row["input_ids"]) for row in rows.read_rows(rows.row_indices[places].tolist())]
-        for rows, places in zip((data, heldout), suspects, strict=True)
-    ]
+    tokens, hashes = [], [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
+    for rows, own, others in ((data, *hashes), (heldout, *hashes[::-1])):
+        suspects = rows.row_indices[np.isin(own, others)]
+        tokens.append([tuple(row["input_ids"]) for row in rows.read_rows(suspects.tolist())])
     learned = set(tokens[0])
     return sum(row in learned for row in tokens[1])

@@ -120,13 +120,10 @@ def open_picture(source: str | Path | bytes, name: str) -> Iterator[Image.Image]
 
 def is_blank(content: bytes) -> bool:
     """Tells whether a file is the black 8 x 8 placeholder of published rows without a picture."""
-    if len(content) > BLANK_BYTES:
-        return False
-    try:
-        with open_picture(content, "a small picture") as image:
+    if len(content) <= BLANK_BYTES:
+        with contextlib.suppress(PictureError), open_picture(content, "a small picture") as image:
             return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
-    except PictureError:
-        return False
+    return False
 
 
 def upright(image: Image.Image, size: int) -> Image.Image:
