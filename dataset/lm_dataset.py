@@ -1,4 +1,4 @@
-"""The training data: rows of a jsonl or parquet file to tensors, and a list of samples to a batch.
+"""The training data: rows of a jsonl or parquet file to tensors, samples to a batch, and which rows are held out.
 
 A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
 """
