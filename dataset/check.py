@@ -64,7 +64,7 @@ def overview(data: VLMDataset) -> list[str]:
     facts["rows"] += f" ({percent(bad, data.row_count)})" if bad else ""
     facts["rows"] += f", and {counted(blank, 'blank line')}" if blank else ""
     if len(data):
-        lengths, learned = data.lengths, int(data.learned_tokens.sum())
+        lengths, learned = data.lengths, int(data.column("learned_tokens")[data.row_indices].sum())
         total, (half, most) = int(lengths.sum()), np.percentile(lengths, (50, 95))
         images = percent(data.picture_count * data.image_tokens, total)
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
@@ -106,7 +106,7 @@ def cut(data: VLMDataset) -> str:
     longest = max((data.lengths + lost).max(initial=0), refused.max(initial=0))
     if longest <= data.max_length:
         return f"nothing (the longest row has {longest:,} tokens)"
-    parts = [f"{lost.sum():,} tokens of {counted(data.cut_rows, 'row')}"] if data.cut_rows else []
+    parts = [f"{lost.sum():,} tokens of {counted((lost > 0).sum(), 'row')}"] if lost.any() else []
     parts += [f"the whole of {counted(len(refused), 'row')}"] if len(refused) else []
     return f"{' and '.join(parts)}; --max_seq_len {longest} fits all"
 

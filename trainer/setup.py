@@ -16,8 +16,7 @@ from dataset.chat import has_image_pad, image_token_id
 from dataset.chat_template import encoder_for
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.forms import RIGHT_FORM
-from dataset.holdout import hold_out, rows_in_both, showing_the_same
-from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
+from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
 from dataset.pictures import PictureFormat
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import EVAL, PRETRAIN, ROOT, SFT, read_jsonl, write_jsonl
 
 from common.files import read_record
-from dataset.views import random_views
+from dataset.pictures import random_views
 from model.vision_tower import load_vision_tower
 from trainer.stage import epochs_for
 from trainer.train_tower import Words
