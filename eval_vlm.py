@@ -42,8 +42,8 @@ from trainer.answering.assistant import Assistant, add_generation_flags, add_spe
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
+from trainer.report.page import verdict
 from trainer.report.scene_table import scene_table
-from trainer.report.verdict import verdict
 from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 

@@ -18,8 +18,7 @@ from dataset.sampler import BatchSampler
 from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.report.header import describe_features, print_header
-from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.report.progress import Progress, clock
+from trainer.report.progress import BadSteps, Progress, UnreadableImages, check_first_loss, clock, report_if_due
 from trainer.report.watcher import Watch
 from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights

@@ -11,8 +11,7 @@ from PIL import Image
 from common.errors import UsageError
 from common.paths import ROOT
 from scripts.report import find_run
-from trainer.report.charts import line_chart, ticks
-from trainer.report.page import write_report
+from trainer.report.page import line_chart, ticks, write_report
 
 pytest_plugins = ["tiny"]
 
