@@ -39,10 +39,10 @@ from dataset.prompts import prompt_batch
 from dataset.scenes.draw import draw, draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption, questions
+from eval_vlm import scene_table
 from model.answers import generate
 from scripts.export import check_exportable, write_gguf, write_pictures, write_transformers
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
-from trainer.report.scene_table import scene_table
 
 SENTENCES = (
     "What is in the picture?",
@@ -164,8 +164,8 @@ def compare(program: Path, trained: LoadedModel, temporary: Path) -> dict[str, d
     ours = {"MB": f"{megabytes(trained.weights.path)} *"}
     ours["tokens/s"] = tokens_per_second(lambda: generate(model, prompts[0], **exact))
     if grades:
-        [graded, *_] = scene_table(model, trained.tokenizer)
-        ours |= {part: f"{graded[part]:.1%}" for part in ("attributes", "captions")}
+        [graded, *_] = scene_table(model, trained.tokenizer).values()
+        ours |= {part: f"{share:.1%}" for part, share in graded._asdict().items()}
     table = {"this repository": ours, "transformers": {"MB": megabytes(*folders["hf"].iterdir())}}
     table["transformers"]["tokens/s"] = tokens_per_second(lambda: theirs.generate(**inputs, **exact, do_sample=False))
     for quant in ("f16", "q8_0"):

@@ -20,7 +20,7 @@ from model.int8 import quantize
 from model.model_vlm import MiniMindVLM
 from model.word_maps import word_maps
 from trainer.answering.loaded_model import LoadedModel
-from trainer.bundles import MINIMIND2
+from trainer.bundles import MINIMIND2, bundle_of
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 DARKEST = 0.75  # opacity over a patch that does nothing for a word
@@ -28,7 +28,6 @@ BRIGHT = 1.0  # nats: a word whose peak is lower stays darker
 
 
 def add_speed_flags(group):
-    """Adds the flags of device, dtype and compilation to an argument group."""
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "int8: the matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
@@ -52,7 +51,7 @@ def add_generation_flags(group, max_new_tokens: int):
 
 def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
     """Returns the sampling settings: those of the flags, else of the weights' recipe."""
-    usual = loaded.bundle.sampling
+    usual = bundle_of(loaded.weights).sampling
     return usual | {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
 
 
@@ -68,8 +67,7 @@ def draw_heldout(folder: Path, count: int) -> list[Path]:
 class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts.
 
-    Raises:
-        UsageError: If `dtype`, one of PRECISIONS, is not for that device, or the model cannot think before it answers.
+    Raises UsageError if `dtype` is not for that device, or the model cannot think before it answers.
     """
 
     def __init__(
@@ -92,9 +90,8 @@ class Assistant:
     def turn(self, question: str, images: int, before: Sequence[dict] = (), max_new_tokens: int = 1) -> dict:
         """Returns a user's turn, with its images where the model expects them.
 
-        Raises:
-            UsageError: If the question has `<image>` tags, but not one per image; or if the turns before, this one and
-                the answer need more tokens than the model has positions.
+        Raises UsageError if the question has `<image>` tags, but not one per image; or if the turns before, this one
+        and the answer need more tokens than the model has positions.
         """
         try:
             turn = {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
