@@ -242,7 +242,7 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     watch._describe = taking(7.0, None)
     watch.measure_if_due(progress, 1, 1)
     taking(2.0, None)()
-    progress.add(torch.tensor([1.0, 1.0]), samples=10, tokens=100, data_seconds=0.0)
+    progress.add(torch.tensor([1.0, 1.0]), torch.tensor(False), samples=10, tokens=100, data_seconds=0.0)
     progress.report(2, 1, 1e-3, {})
     assert json.loads(run.files.metrics.read_text().splitlines()[-1])["samples_per_second"] == 5.0
 

@@ -29,6 +29,10 @@ FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training los
 FEW = 30  # short answers, which tell nothing
 SMALL = 0.02  # of the held-out loss: a gap that is sure, but changes little of what is said
 NOT, HARDLY = "It does not look at the images", "It hardly looks at the images"
+UNWRITTEN = (
+    "That is to be expected of stage 1: the language model stays as it is, and words that it has never written keep a "
+    "high loss until stage 2 teaches them."
+)
 MAIN_SETTINGS = (
     *("hidden_size", "num_hidden_layers", "use_moe", "projector", "image_tokens", "--from_weight", "--freeze_llm"),
     *("--data_path", "--images_path", "--epochs", "--batch_size", "--accumulation_steps", "--learning_rate"),
@@ -60,17 +64,6 @@ class Record:
         """Whether the data is the built-in set."""
         data = self.sidecar["arguments"].get("data_path") or display_path(BUILTIN_DATASET_DIR)
         return self.sidecar.get("assets") == "built-in" and str(data).startswith(display_path(BUILTIN_DATASET_DIR))
-
-
-@dataclass
-class Chart:
-    """A line chart, ready to be drawn. Styles are CSS classes; c1, c2 ... are the curves'."""
-
-    unit: str  # of the values
-    ends: list[tuple[str, str]] = field(default_factory=list)  # each curve's name and last value
-    lines: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)  # (style, [(x, y), ...])
-    dots: list[tuple[str, float, float, str]] = field(default_factory=list)  # (style, x, y, tooltip)
-    texts: list[tuple[float, float, str, str]] = field(default_factory=list)  # (x, y, text-anchor, text)
 
 
 def read_samples(path: Path) -> list[dict]:
@@ -120,27 +113,29 @@ def last_of(rows: list[dict], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if is_finite(row.get(key))), None)
 
 
-def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may_be_log=False) -> Chart | None:
-    """Lays out a chart over steps.
+def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may_be_log=False) -> dict | None:
+    """Lays out a chart over steps; None if no curve has a value.
 
     Args:
         curves: (step, value) points by name, at rising steps; None is a gap.
-        may_be_log: The axis is logarithmic if the values span a wide range (`unit` then says so), and need not show
-            zero.
+        may_be_log: The axis is logarithmic if the values span a wide range, and need not show zero.
 
     Returns:
-        The chart; None if no curve has a value.
+        "unit"; "ends", each curve's name and last value; "lines" (style, [(x, y), ...]), "dots" (style, x, y, tooltip)
+        and "texts" (x, y, text-anchor, text). Styles are CSS classes; c1, c2 ... are the curves'.
     """
     shown = [(step, value) for curve in curves.values() for step, value in curve if value is not None]
     if not shown:
         return None
-    low, high = min(value for _, value in shown), max(value for _, value in shown)
+    steps, values = zip(*shown, strict=True)
+    low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low >= LOG_FROM:
         unit, low, high = f"{unit}, log scale", low / 1.2, high * 1.2
         factors = (1, 2, 5) if high / low < 1000 else (1,)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         marks = [factor * 10.0**power for power in powers for factor in factors]
-        marks, y = [mark for mark in marks if low <= mark <= high], axis(low, high, BOTTOM, TOP, math.log)
+        marks = [mark for mark in marks if low <= mark <= high]
+        y = axis(low, high, BOTTOM, TOP, math.log)
     else:
         if not may_be_log:
             low, high = min(0.0, low), max(0.0, high)
@@ -148,26 +143,27 @@ def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may
             low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
         marks = ticks(low, high)
         y = axis(marks[0], marks[-1], BOTTOM, TOP)
-    last_step = max(1, *(step for step, _ in shown))
-    x, chart = axis(0, last_step, LEFT, RIGHT), Chart(unit)
+    last_step = max(1, *steps)
+    x = axis(0, last_step, LEFT, RIGHT)
+    ends, lines, dots, texts = [], [], [], []
     for mark in marks:
-        chart.lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
-        chart.texts.append((LEFT - 7, y(mark), "end", f"{mark:,g}"))
-    chart.lines.append(("axis", [(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
+        lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
+        texts.append((LEFT - 7, y(mark), "end", f"{mark:,g}"))
+    lines.append(("axis", [(LEFT, BOTTOM), (RIGHT, BOTTOM)]))
     for step in (step for step in ticks(0, last_step) if step <= last_step and step == int(step)):
-        chart.lines.append(("axis", [(x(step), BOTTOM), (x(step), BOTTOM + 4)]))
-        chart.texts.append((x(step), BOTTOM + 13, "middle", f"{step:,.0f}"))
+        lines.append(("axis", [(x(step), BOTTOM), (x(step), BOTTOM + 4)]))
+        texts.append((x(step), BOTTOM + 13, "middle", f"{step:,.0f}"))
     for name, curve in curves.items():
         runs = [list(run) for is_gap, run in groupby(curve, lambda point: point[1] is None) if not is_gap]
         if not runs:
             continue
-        chart.ends.append((name, f"{float(f'{runs[-1][-1][1]:.3g}'):,g}"))
-        style = f"c{len(chart.ends)}"
+        ends.append((name, f"{float(f'{runs[-1][-1][1]:.3g}'):,g}"))
+        style = f"c{len(ends)}"
         for run in runs:
-            chart.lines.append((f"curve {style}", [(x(step), y(value)) for step, value in run]))
+            lines.append((f"curve {style}", [(x(step), y(value)) for step, value in run]))
             if len(curve) <= MOST_DOTS or len(run) == 1:
-                chart.dots += [(style, x(step), y(value), f"step {step:,}: {value:,.4g}") for step, value in run]
-    return chart
+                dots += [(style, x(step), y(value), f"step {step:,}: {value:,.4g}") for step, value in run]
+    return {"unit": unit, "ends": ends, "lines": lines, "dots": dots, "texts": texts}
 
 
 def axis(low: float, high: float, start: float, end: float, change: Callable = float) -> Callable[[float], float]:
@@ -220,11 +216,7 @@ def verdict(figures: dict, sidecar: dict) -> list[str]:
         return [f"{sentence}."]
     arguments, stage, cures = sidecar.get("arguments", {}), sidecar.get("stage"), []
     if found == HARDLY and stage == "pretrain":
-        return [
-            f"{sentence}.",
-            "That is to be expected of stage 1: the language model stays as it is, and words that it has never written "
-            "keep a high loss until stage 2 teaches them.",
-        ]
+        return [f"{sentence}.", UNWRITTEN]
     has_own_data = display_path(BUILTIN_DATASET_DIR) not in str(arguments.get("data_path"))
     if has_own_data and str(arguments.get("vision_model_path")) == display_path(BUILTIN_TOWER_DIR):
         cures.append("a tower of your own pictures, as this one has seen drawn shapes only (trainer/train_tower.py)")
@@ -290,12 +282,8 @@ def settings(record: Record) -> dict:
 
 
 def write_report(out_dir: Path, name: str) -> Path:
-    """Writes {out_dir}/{name}.report.html, whole or not at all, and returns its path.
-
-    Raises:
-        UsageError: If there are no metrics to show, or the page cannot be written.
-    """
-    record = read_record(Path(out_dir), name)
+    """Writes {out_dir}/{name}.report.html and returns its path; raises UsageError without metrics, or if it fails."""
+    record = read_record(out_dir, name)
     rows, held_out, sidecar = record.training, record.evaluations, record.sidecar
     losses = {"training": points(rows, "loss"), "held out": points(held_out, "loss")}
     gaps = {"shuffled images": points(held_out, "gap_shuffled"), "no images": points(held_out, "gap_blind")}
@@ -329,6 +317,6 @@ def write_report(out_dir: Path, name: str) -> Path:
         images=descriptions(record),
         **settings(record),
     )
-    path = Path(out_dir) / f"{name}.report.html"
+    path = out_dir / f"{name}.report.html"
     write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
     return path

@@ -31,7 +31,7 @@ class Progress:
     """
 
     def __init__(self, run: Run, total_steps: int, done_steps: int, settings: dict):
-        self.total_steps, self.done_steps = total_steps, done_steps
+        self.run, self.total_steps, self.done_steps = run, total_steps, done_steps
         self.metrics_path = run.files.metrics if run.processes.is_main else None  # None: silent
         used = [name for name in TRACKERS if getattr(run.args, f"use_{name}") and run.processes.is_main]
         self.trackers = {name: start_tracker(name, run, settings) for name in used}
@@ -40,8 +40,13 @@ class Progress:
         disable = None if run.processes.is_main else True  # None: shown in a terminal only
         form = "{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}"
         self.bar = tqdm(total=total_steps, initial=done_steps, disable=disable, dynamic_ncols=True, bar_format=form)
+        # Steps whose loss or gradient was not finite: all, in a row, the most in a row. Counting syncs no GPU.
+        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=run.device)
+        self.bad_steps_logged, self.unreadable = 0, set()
         self._reset()
         if run.state is not None:
+            self.bad_steps = self.bad_steps.new_tensor(run.state["bad_steps"])
+            self.bad_steps_logged = run.state["bad_steps"][0]
             earlier = run.state["progress"]
             self.counted = {name: earlier[name] for name in self.counted}
             self.losses = torch.tensor(earlier["learned_from"])
@@ -52,18 +57,68 @@ class Progress:
         self.counted = {"samples": 0, "tokens": 0, "data_seconds": 0}
 
     def state_dict(self) -> dict:
-        """Returns the sums since the last report, for a resumed run to report."""
+        """Returns what a resumed run needs: the bad steps, and the sums since the last report."""
         seconds = time.perf_counter() - self.interval_started
         counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": seconds}
         ids = dict.fromkeys(f"{name}_id" for name in TRACKERS)
-        return {"progress": counted} | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
+        state = {"bad_steps": self.bad_steps.tolist(), "progress": counted}
+        return state | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
 
-    def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
-        """Counts an optimizer step; `losses` (2,), its summed loss and learned tokens over all ranks, is not synced."""
+    def name_unreadable(self, micro_batches: list[dict]):
+        """Names this rank's images that cannot be read: the first few on the screen, all in {name}.bad_rows.txt."""
+        path = self.run.files.bad_rows
+        for error in (str(error) for batch in micro_batches for error in batch["skipped"]):
+            if error in self.unreadable:
+                continue
+            self.unreadable.add(error)
+            if len(self.unreadable) <= NAMED_ON_SCREEN:
+                tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
+            elif len(self.unreadable) == NAMED_ON_SCREEN + 1:
+                tqdm.write(f"more pictures cannot be read: all of them are in {display_path(path)}")
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(f"  a picture cannot be read: {error}\n")
+
+    def add(self, losses: torch.Tensor, is_bad: torch.Tensor, samples: int, tokens: int, data_seconds: float):
+        """Counts an optimizer step without a sync.
+
+        `losses` (2,) are its summed loss and learned tokens over all ranks; `is_bad` tells whether it was skipped, as
+        the loss or the gradient was not finite.
+        """
+        total, in_a_row, most = self.bad_steps
+        in_a_row = (in_a_row + 1) * is_bad
+        self.bad_steps = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
         self.losses = self.losses.to(losses.device) + losses
         for name, value in (("samples", samples), ("tokens", tokens), ("data_seconds", data_seconds)):
             self.counted[name] += value
         self.bar.update(1)
+
+    def report_if_due(self, state, epoch: int, learning_rate: float):
+        """Reports after step 1, every --log_interval steps and at an epoch's end; skipped steps at once without a GPU.
+
+        Raises UsageError if too many steps in a row were skipped.
+        """
+        args, step = self.run.args, state.step
+        is_due = step == 1 or step % args.log_interval == 0 or state.sample == 0
+        if not is_due and self.run.device.type == "cuda":
+            return
+        total, _, most = self.bad_steps.tolist()  # syncs
+        if total > self.bad_steps_logged:
+            self.log(
+                f"by step {step} the loss or the gradient was not finite in {total - self.bad_steps_logged} step(s) "
+                f"more: skipped, the weights are unchanged ({total} so far)"
+            )
+            self.bad_steps_logged = total
+        if most >= BAD_STEPS_IN_A_ROW:
+            raise UsageError(
+                f"{most} steps in a row, up to step {step}, had a loss or a gradient that is not finite, so the run "
+                "ends; the weights saved last are finite. Try a lower --learning_rate than "
+                f"{args.learning_rate:g}, a lower --grad_clip than {args.grad_clip:g} or --dtype float32, and check "
+                f"the data (python -m dataset.check {display_path(args.data_path)})"
+            )
+        if is_due:
+            self.report(
+                step, epoch, learning_rate, {"skipped_pictures": state.skipped_pictures, "skipped_steps": total}
+            )
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]):
         """Reports the interval that ends here and begins the next."""
@@ -157,73 +212,6 @@ def start_tracker(name: str, run: Run, settings: dict):
             f"--use_{name}: {name} does not start: {error}. {name.upper()}_MODE=offline works without a network; "
             "metrics.jsonl beside the weights has the same figures"
         ) from error
-
-
-class BadSteps:
-    """Counts the steps skipped because loss or gradient was not finite, without syncing the GPU."""
-
-    def __init__(self, device: torch.device):
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # all, in a row, the most in a row
-        self.logged = 0
-
-    def add(self, is_bad: torch.Tensor):
-        total, in_a_row, most = self.counts
-        in_a_row = (in_a_row + 1) * is_bad
-        self.counts = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
-
-    def state_dict(self) -> dict:
-        return {"bad_steps": self.counts.tolist()}
-
-    def load_state_dict(self, state: dict):
-        self.counts = torch.tensor(state["bad_steps"], device=self.counts.device)
-        self.logged = state["bad_steps"][0]
-
-
-def report_if_due(run: Run, progress: Progress, state, epoch: int, learning_rate: float, bad_steps: BadSteps):
-    """Reports after step 1, every --log_interval steps and at an epoch's end; skipped steps at once without a GPU.
-
-    Raises UsageError if too many steps in a row were skipped.
-    """
-    is_due = state.step == 1 or state.step % run.args.log_interval == 0 or state.sample == 0
-    if not is_due and run.device.type == "cuda":
-        return
-    total, _, most = bad_steps.counts.tolist()  # syncs
-    if total > bad_steps.logged:
-        progress.log(
-            f"by step {state.step} the loss or the gradient was not finite in {total - bad_steps.logged} step(s) more: "
-            f"skipped, the weights are unchanged ({total} so far)"
-        )
-        bad_steps.logged = total
-    if most >= BAD_STEPS_IN_A_ROW:
-        raise UsageError(
-            f"{most} steps in a row, up to step {state.step}, had a loss or a gradient that is not finite, so the run "
-            "ends; the weights saved last are finite. Try a lower --learning_rate than "
-            f"{run.args.learning_rate:g}, a lower --grad_clip than {run.args.grad_clip:g} or --dtype float32, and "
-            f"check the data (python -m dataset.check {display_path(run.args.data_path)})"
-        )
-    if is_due:
-        skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": total}
-        progress.report(state.step, epoch, learning_rate, skipped)
-
-
-class UnreadableImages:
-    """Names this rank's images that cannot be read: the first few on the screen, all in {name}.bad_rows.txt."""
-
-    def __init__(self, path: Path):
-        self.path, self.named = path, set()
-
-    def note(self, micro_batches: list[dict]):
-        """Names what these batches skipped, each image once."""
-        for error in (str(error) for batch in micro_batches for error in batch["skipped"]):
-            if error in self.named:
-                continue
-            self.named.add(error)
-            if len(self.named) <= NAMED_ON_SCREEN:
-                tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
-            elif len(self.named) == NAMED_ON_SCREEN + 1:
-                tqdm.write(f"more pictures cannot be read: all of them are in {display_path(self.path)}")
-            with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"  a picture cannot be read: {error}\n")
 
 
 def check_first_loss(run: Run, losses: torch.Tensor):
