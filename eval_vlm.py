@@ -26,23 +26,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
-from dataset.chat_template import encoder_for
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
 from dataset.lm_dataset import VLMCollator, VLMDataset
-from dataset.pictures import HEIC_CURE, PictureError, PictureFormat, load_picture
+from dataset.pictures import HEIC_CURE, PictureError
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from dataset.tokenizer import quiet_libraries
 from model.answers import generate_answers
-from model.model_vlm import MiniMindVLM
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
@@ -218,24 +216,18 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
         write_atomically(args.json.absolute(), lambda file: file.write(text.encode()))
 
 
-def scene_table(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-    """Measures how many of the built-in set's held-out scenes a model describes correctly.
-
-    Returns:
-        Scores by name: asked in Chinese (first) and in English, with the right images and with shuffled ones, and of
-        answers without looking.
-    """
-    root, facts = draw_builtin_dataset(), [scene.facts for scene in heldout_scenes()]
-    encoder = encoder_for(tokenizer, model.config.image_tokens)
-    picture_format = PictureFormat(**model.vision_encoder.settings.picture_settings)
-    paths = sorted((root / "heldout_images").iterdir())
-    pictures = [[load_picture(path, picture_format=picture_format)] for path in paths]
+def scene_table(assistant: Assistant) -> dict[str, Score]:
+    """Grades a model's descriptions of the built-in set's held-out scenes: with the right images, in Chinese, first."""
+    facts = [scene.facts for scene in heldout_scenes()]
+    paths = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+    pictures = [[assistant.load_picture(path)] for path in paths]
     rows, half = {}, len(pictures) // 2
     for name, language in zip(("Chinese", "English"), LANGUAGES, strict=True):
         question, texts = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
         for start in range(0, len(pictures), SCENES_AT_ONCE):
             part = pictures[start : start + SCENES_AT_ONCE]
-            texts += generate_answers(model, tokenizer, prompt_batch(encoder, [question] * len(part), part), 64)
+            inputs = prompt_batch(assistant.encoder, [question] * len(part), part)
+            texts += generate_answers(assistant.model, assistant.tokenizer, inputs, 64)
         rows[f"{name}: right pictures"] = score(texts, facts)
         # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
         rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)
@@ -264,7 +256,7 @@ def describe_folder(chat: Chat, args: argparse.Namespace):
     for start in range(0, len(paths), args.batch_size):
         unreadable += chat.describe(prompts, paths[start : start + args.batch_size])
     if only_scenes and not args.image_dir:
-        started, rows = time.perf_counter(), scene_table(chat.assistant.model, chat.assistant.tokenizer)
+        started, rows = time.perf_counter(), scene_table(chat.assistant)
         scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
         print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
         print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
