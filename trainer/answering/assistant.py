@@ -119,12 +119,8 @@ class Assistant:
     ) -> list[torch.Tensor]:
         """Returns the token ids of each conversation's next turn, up to its end token; all in one batch.
 
-        Args:
-            conversations: Lists of turns that fit, see `turn`.
-            pictures: Each conversation's images in order.
-            temperature: 0 always takes the likeliest token.
-            top_p, top_k: Sample from the likeliest tokens: of this share, and this many (0: all).
-            settings: For transformers' `generate`: a streamer, stopping criteria.
+        Temperature 0 takes the likeliest token, others draw from the likeliest: of the share `top_p`, and `top_k` of
+        them (0: all). `settings` are for transformers' `generate`: a streamer, stopping criteria.
         """
         if temperature > 0:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -146,11 +142,9 @@ class Assistant:
 
 
 def mask_of(maps: np.ndarray) -> Image.Image:
-    """Returns maps (H, W) of a word as a mask that darkens where it does not look.
-
-    It is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
-    """
+    """Returns maps (H, W) of a word as a mask that darkens where it does not look, scaled by its own peak."""
     maps = np.nan_to_num(maps).clip(0)
+    # A word that no patch makes more probable stays dark.
     shade = np.rint(255 * DARKEST * (1 - maps / max(maps.max(), BRIGHT))).astype(np.uint8)
     return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 

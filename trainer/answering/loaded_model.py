@@ -70,8 +70,7 @@ def add_model_flags(parser: argparse.ArgumentParser):
 def find_model(args: argparse.Namespace) -> LoadedModel:
     """Reads the weights that the flags of `add_model_flags` name, with their tokenizer and tower.
 
-    Raises:
-        UsageError: If something is missing, unreadable, or does not belong to the rest.
+    Raises UsageError if something is missing, unreadable, or does not belong to the rest.
     """
     if args.load_from != "model":
         weights = weight_io.read_folder(Path(args.load_from).expanduser())

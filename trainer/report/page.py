@@ -245,17 +245,14 @@ def judgement(record: Record) -> list[str]:
 
 
 def descriptions(record: Record) -> list[dict]:
-    """Returns each image with its reference and its descriptions over time, equal ones in a row together.
-
-    "data" is the image's file in base64; None if it is missing, a link, or no image: a page is shown to others.
-    """
+    """Returns each image with its reference and its descriptions over time, equal ones in a row together."""
     by_image, folder = {}, RunFiles(record.folder, record.name).samples
     for row in record.samples:  # a run that was resumed at its end describes twice at a step: the later counts
         by_image.setdefault((row["picture"], row["prompt"]), {})[row["step"]] = row
     images = []
     for (name, prompt), rows in list(by_image.items())[:MOST_IMAGES]:
-        path, data = folder / Path(name).name, None
-        with contextlib.suppress(OSError, PictureError):
+        path, data = folder / Path(name).name, None  # None: missing, a link, or no image
+        with contextlib.suppress(OSError, PictureError):  # a page is shown to others
             if not path.is_symlink() and not folder.is_symlink():
                 load_picture(content := path.read_bytes(), path.name)
                 data = b64encode(content).decode()

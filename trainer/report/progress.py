@@ -79,11 +79,7 @@ class Progress:
                 file.write(f"  a picture cannot be read: {error}\n")
 
     def add(self, losses: torch.Tensor, is_bad: torch.Tensor, samples: int, tokens: int, data_seconds: float):
-        """Counts an optimizer step without a sync.
-
-        `losses` (2,) are its summed loss and learned tokens over all ranks; `is_bad` tells whether it was skipped, as
-        the loss or the gradient was not finite.
-        """
+        """Counts an optimizer step, without a sync; `losses` (2,) are summed loss and learned tokens over all ranks."""
         total, in_a_row, most = self.bad_steps
         in_a_row = (in_a_row + 1) * is_bad
         self.bad_steps = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
@@ -116,9 +112,8 @@ class Progress:
                 f"the data (python -m dataset.check {display_path(args.data_path)})"
             )
         if is_due:
-            self.report(
-                step, epoch, learning_rate, {"skipped_pictures": state.skipped_pictures, "skipped_steps": total}
-            )
+            skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": total}
+            self.report(step, epoch, learning_rate, skipped)
 
     def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]):
         """Reports the interval that ends here and begins the next."""
@@ -215,10 +210,9 @@ def start_tracker(name: str, run: Run, settings: dict):
 
 
 def check_first_loss(run: Run, losses: torch.Tensor):
-    """Stops if weights with an unknown tokenizer start no better than guessing: most likely the tokenizer is wrong.
+    """Raises UsageError if weights with an unknown tokenizer start no better than guessing: it is most likely wrong.
 
-    Raises:
-        UsageError: Unless --ignore_high_loss is set; unfamiliar text may be the reason, too.
+    Unfamiliar text may be the reason, too: --ignore_high_loss goes on.
     """
     loss_sum, learned = losses.tolist()
     uniform = math.log(run.config.vocab_size)
