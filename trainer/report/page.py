@@ -181,15 +181,11 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def verdict(figures: dict, sidecar: dict) -> list[str]:
-    """Says whether a model looks at its images, with the figures, and what would help (the likeliest cure first).
+    """Says whether a model looks at its images, by `HeldOut.as_dict` and `exact_match`, and what would help.
 
     A gap counts from twice its standard error on. Where short answers were asked for, more of them must be right than
     with the images of other rows, by twice that difference's standard error; where none were, as for captions, the gap
-    must be more than SMALL of the loss.
-
-    Args:
-        figures: Of `HeldOut.as_dict` and `exact_match`. Without images of other rows, nothing is said.
-        sidecar: Of the model's weights.
+    must be more than SMALL of the loss. Without images of other rows, nothing is said.
     """
     gap, error, asked = figures.get("gap_shuffled"), figures.get("gap_error", 0), figures.get("short_answers")
     if gap is None:
@@ -214,7 +210,7 @@ def verdict(figures: dict, sidecar: dict) -> list[str]:
         )
     if found not in (NOT, HARDLY):
         return [f"{sentence}."]
-    arguments, stage, cures = sidecar.get("arguments", {}), sidecar.get("stage"), []
+    arguments, stage, cures = sidecar.get("arguments", {}), sidecar.get("stage"), []  # the likeliest cure first
     if found == HARDLY and stage == "pretrain":
         return [f"{sentence}.", UNWRITTEN]
     has_own_data = display_path(BUILTIN_DATASET_DIR) not in str(arguments.get("data_path"))
