@@ -18,7 +18,6 @@ from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 LOG_INTERVAL = 100
 LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
 COUNT, POSITIVE = number(int, 1), number(float, 1e-12)
-FREEZE = ("none", "ends", "all")
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
@@ -30,16 +29,15 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
             start = "With --llm_path" if bundle is LANGUAGE_MODEL else f"From {bundle.name}'s weights"
             epilog += f"\n{start} the defaults are: {settings}."
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
-    add_model_flags(parser.add_argument_group("model").add_argument, stage.defaults)
-    add_file_flags(parser.add_argument_group("files").add_argument, stage)
-    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument, stage.defaults)
-    add_device_flags(parser.add_argument_group("device").add_argument)
-    add_saving_flags(parser.add_argument_group("saving, resuming, logging").add_argument)
+    add_model_flags(parser, stage)
+    add_run_flags(parser, stage)
     stage.add_flags(parser.add_argument)
     return parser
 
 
-def add_model_flags(add, default: dict):
+def add_model_flags(parser: ArgumentParser, stage: Stage):
+    """Adds what is trained on what: model and files."""
+    add, default = parser.add_argument_group("model").add_argument, stage.defaults
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
     add("--from_weight", help=f"{what} (default: {default['from_weight']})")
     what = "a causal language model of transformers with a chat template, in place of --from_weight"
@@ -47,45 +45,17 @@ def add_model_flags(add, default: dict):
     what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
     add("--lora", type=COUNT, metavar="RANK", help=what)
     what = "what learns, none: projection and decoder; ends: projection, first and last layer; all: the projection"
-    add("--freeze_llm", type=freeze_word, choices=FREEZE, default=default["freeze_llm"], help=what)
+    add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
     add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
-    what = "kind of projection (default: what the weights say, else linear)"
-    add("--projector", choices=tuple(PROJECTORS), help=what)
+    add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=COUNT, metavar="N", help=what)
     what = "tokens a sample is cut at, its images' included"
     add("--max_seq_len", type=number(int, 8), help=f"{what} (default: {default['max_seq_len']})")
 
-
-def freeze_word(text: str) -> str:
-    """Converts `--freeze_llm`: one of its words, or the numbers 0 and 1 of this project's first generation."""
-    if text == "2":
-        raise argparse.ArgumentTypeError(
-            "2 is not the same in the original's two generations: write ends (projection and the decoder's first and "
-            "last layer learn) or all (the projection alone learns)"
-        )
-    return {"0": "none", "1": "all"}.get(text, text)
-
-
-def path_or(word: str) -> Callable[[str], Path | str]:
-    """Returns an argparse type: a path, or the word in its place."""
-    return lambda text: text if text == word else file_path(text).resolve()
-
-
-def run_name(text: str) -> str:
-    """An argparse type: what files of a run are called."""
-    is_printable = bool(text.strip()) and text.isprintable()
-    if not is_printable or len(os.fsencode(text)) > LONGEST_NAME or {*text} & {*"/\\"}:
-        raise argparse.ArgumentTypeError(
-            f"{text[:60]!r} must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
-        )
-    return text
-
-
-def add_file_flags(add, stage: Stage):
-    data = stage.data
+    add, data = parser.add_argument_group("files").add_argument, stage.data
     add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.parquet, else .jsonl)")
     folder = f"the jsonl's own; dataset/{data}_images for published data"
     add("--images_path", type=file_path, help=f"folder of the jsonl's images (default: {folder})")
@@ -95,7 +65,7 @@ def add_file_flags(add, stage: Stage):
     add("--vision_model_path", type=file_path, help=f"{what} (default: {display_path(TOWER_DIR)})")
     what = "where weights, checkpoints and metrics are written"
     add("--save_dir", type=file_path, help=f"{what} (default: {display_path(SAVE_DIR)})", default=SAVE_DIR)
-    add("--save_weight", type=run_name, default=stage.defaults["save_weight"], help="the weights' name")
+    add("--save_weight", type=run_name, default=default["save_weight"], help="the weights' name")
     what = "keep the tower's features in this folder, so that an image is encoded once; or: off"
     tenth = "on where the tower runs on CPU or MPS and a tenth of the free disk holds them"
     add("--cache_vision", type=path_or("off"), metavar="DIR", help=f"{what} (default: {tenth})")
@@ -111,31 +81,26 @@ def add_file_flags(add, stage: Stage):
     add("--max_bad_rows", type=number(int, 0), help=f"{what} (default: 1 %% of the rows)")
 
 
-def add_optimisation_flags(add, default: dict):
+def add_run_flags(parser: ArgumentParser, stage: Stage):
+    """Adds how it is trained: optimisation, device, saving and logging."""
+    add, default = parser.add_argument_group("optimisation").add_argument, stage.defaults
     add("--epochs", type=COUNT, help=f"passes over the data (default: {default['epochs']})")
     add("--batch_size", type=COUNT, help=f"samples per process and forward pass (default: {default['batch_size']})")
     add("--accumulation_steps", type=COUNT, default=1, help="forward passes (micro-batches) per optimizer step")
-    what = "peak; cosine decay to 10 %%"
-    add("--learning_rate", type=POSITIVE, help=f"{what} (default: {default['learning_rate']:g})")
+    add("--learning_rate", type=POSITIVE, help=f"peak; cosine decay to 10 %% (default: {default['learning_rate']:g})")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 does not clip")
     what = "for the projection's initial weights and the order of samples"
     add("--seed", type=number(int, 0, 2**63 - 1), default=42, help=what)
 
-
-def add_device_flags(add):
+    add = parser.add_argument_group("device").add_argument
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "compute dtype (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
     what += "that and heads are at least 32 wide, else float32)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
-    what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs"
-    add(
-        "--compile",
-        "--use_compile",
-        type=int,
-        choices=(0, 1),
-        help=f"{what} (default: 1 on CUDA, but 0 with the built-in set)",
-    )
+    what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs (default: 1 on "
+    what += "CUDA, but 0 with the built-in set)"
+    add("--compile", "--use_compile", type=int, choices=(0, 1), help=what)
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
     add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
     what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
@@ -143,8 +108,7 @@ def add_device_flags(add):
     what = "processes that decode images"
     add("--num_workers", type=number(int, 0), help=f"{what} (default: one per core, two fewer on CUDA, at most 16)")
 
-
-def add_saving_flags(add):
+    add = parser.add_argument_group("saving, resuming, logging").add_argument
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
     what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
@@ -160,6 +124,31 @@ def add_saving_flags(add):
     add("--ignore_high_loss", action="store_true", help=what)
 
 
+def freeze_word(text: str) -> str:
+    """Converts `--freeze_llm`: one of its words, or the numbers 0 and 1 of this project's first generation."""
+    if text == "2":
+        raise argparse.ArgumentTypeError(
+            "2 is not the same in the original's two generations: write ends (projection and the decoder's first and "
+            "last layer learn) or all (the projection alone learns)"
+        )
+    return {"0": "none", "1": "all"}.get(text, text)
+
+
+def path_or(word: str) -> Callable[[str], Path | str]:
+    """Returns an argparse type: a path, or the word in its place."""
+    return lambda text: text if text == word else file_path(text)
+
+
+def run_name(text: str) -> str:
+    """An argparse type: what files of a run are called."""
+    is_printable = bool(text.strip()) and text.isprintable()
+    if not is_printable or len(os.fsencode(text)) > LONGEST_NAME or {*text} & {*"/\\"}:
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} must be a plain name of at most {LONGEST_NAME} bytes; --save_dir is the folder"
+        )
+    return text
+
+
 def parse_arguments(stage: Stage, description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags and fills in missing ones: files, the stage's or the built-in settings, the device.
 
@@ -167,39 +156,37 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     missing, or a flag does not fit this machine.
     """
     args = build_parser(stage, description).parse_args(argv)
-    paths = ("data_path", "images_path", "eval_images_path", "tokenizer_path", "vision_model_path", "llm_path")
-    for name in (*paths, "save_dir"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).resolve())
-    shape = ("from_weight", "hidden_size", "num_hidden_layers", "use_moe")
-    if args.llm_path is not None and (named := [flag for flag in shape if getattr(args, flag) is not None]):
-        raise UsageError(
-            f"--llm_path starts from that language model: leave out --{named[0]} (stage 2 names stage 1's weights "
-            "by --from_weight alone)"
-        )
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.resolve())
     if args.llm_path is not None:
+        shape = ("from_weight", "hidden_size", "num_hidden_layers", "use_moe")
+        if named := [flag for flag in shape if getattr(args, flag) is not None]:
+            raise UsageError(
+                f"--llm_path starts from that language model: leave out --{named[0]} (stage 2 names stage 1's weights "
+                "by --from_weight alone)"
+            )
         check_language_model(args.llm_path)
     args.from_weight = os.path.expanduser(args.from_weight or stage.defaults["from_weight"])
     bundle, paths = choose(args, stage.data)
     args.assets = bundle.name
-    fill_in(args, {"log_interval": LOG_INTERVAL} | bundle.recipe(stage) | paths)
     _, world_size, *local_share = ranks()
     device = pick_device(args.device, *local_share)
-    args.device, dtype = str(device), pick_dtype(args.dtype, device)
+    args.device, dtype, is_cuda = str(device), pick_dtype(args.dtype, device), device.type == "cuda"
     if args.dtype or device.type != "cpu":  # on a CPU it depends on the model: see `prepare_run`
         args.dtype = str(dtype).removeprefix("torch.")
-    is_cuda = device.type == "cuda"
-    workers = min(16, max(1, cores() // world_size - 2 * is_cuda))  # two cores for the training loop and for pinning
-    fill_in(args, {"deterministic": device.type == "cpu", "capture": is_cuda, "num_workers": workers})
-    # Compiled kernels are chosen by timing them, so they may differ from run to run.
-    fill_in(args, {"compile": is_cuda and not args.deterministic})
+    if args.deterministic is None:
+        args.deterministic = device.type == "cpu"
+    defaults = {
+        "log_interval": LOG_INTERVAL,
+        "capture": is_cuda,
+        "num_workers": min(16, max(1, cores() // world_size - 2 * is_cuda)),  # two cores for the loop and for pinning
+        # Compiled kernels are chosen by timing them, so they may differ from run to run.
+        "compile": is_cuda and not args.deterministic,
+    }
+    for name, value in (defaults | stage.defaults | bundle.recipes.get(stage.name, {}) | paths).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.compile and args.deterministic and is_cuda:
         raise UsageError("--compile 1 picks kernels by timing them: --deterministic 1 needs --compile 0")
     return args
-
-
-def fill_in(args, values: dict):
-    """Sets the flags that were not given."""
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)

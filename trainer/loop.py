@@ -10,19 +10,21 @@ from functools import partial
 import numpy as np
 import torch
 
+from common.cli import command
 from common.errors import Stopped
-from common.paths import display_path
-from dataset.features import FeatureFolder, compute_features
+from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR, display_path
+from dataset.features import compute_features
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.sampler import BatchSampler
 from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
+from trainer.bundles import BUILTIN
 from trainer.report.progress import Progress, check_first_loss, clock
 from trainer.report.watcher import Watch, describe_features, print_header
 from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, report_resume, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
-from trainer.stage import next_command
-from trainer.step import TrainContext, count, make_context, train_step
+from trainer.stage import epochs_for
+from trainer.step import TrainContext, count, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.prefetch import on_device
@@ -53,27 +55,25 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     loss = partial(stage.loss, **companions)
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
-    measured = heldout, model, loss, collate, processes, run.dtype, args.batch_size
-    evaluator = None if heldout is None else stage.evaluator(*measured)
+    how = model, loss, collate, processes, run.dtype, args.batch_size
+    evaluator = None if heldout is None else stage.evaluator(heldout, *how)
     watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
-    an_epoch = math.ceil(len(data) / sampler.group)
-    lines = {"data": data.summary, "held_out": watch.plan, "features": describe_features(features, data)}
-    lines["steps"] = f"{total_steps:,} of {sampler.group} samples ({an_epoch:,} an epoch)"
-    print_header(run, model, is_compiled, **lines)
+    steps = f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)"
+    cached = describe_features(features, data)
+    print_header(run, model, is_compiled, data=data.summary, held_out=watch.plan, features=cached, steps=steps)
+    torch.manual_seed(args.seed + processes.rank)  # for dropout
     if run.state is not None:
         context.load_state_dict(run.state)
         report_resume(run, state.step, total_steps, data)
-    if features is not None:
-        data = encode_once(run, model, data, features)
-    torch.manual_seed(args.seed + processes.rank)  # for dropout
-    if run.state is not None:
         restore_random_state(run.state["random"], processes.rank, device)
+    if features is not None:  # those that are missing, split over ranks
+        compute_features(data, features, model.encode_images, device, *processes.local_share)
+        processes.barrier(patient=True)
+        data = data.changed(features=features)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
-    with (
-        contextlib.closing(Progress(run, total_steps, state.step, settings)) as progress,
-        contextlib.closing(batches),
-    ):
+    progress = Progress(run, total_steps, state.step, settings)
+    with contextlib.closing(progress), contextlib.closing(batches):
         with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
             for epoch, first_sample in sampler.steps():
                 started = time.perf_counter()
@@ -100,24 +100,25 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         finish(run, state, progress, watch, data)
 
 
-def make_step(
-    run: Run, model: MiniMindVLM, loss: Callable, collate: Callable, data: VLMDataset
-) -> tuple[TrainContext, Callable, bool]:
+def make_step(run: Run, model: MiniMindVLM, loss: Callable, collate: Callable, data: VLMDataset) -> tuple:
     """Returns the TrainContext, the step function (plain or captured), and whether the model is compiled."""
-    args, forward = run.args, model
+    args, config, forward = run.args, run.config, model
     if run.compiles:
         batches = extreme_batches(data, args.batch_size, collate, run.device)
         forward = compile_or_not(model, loss, batches, run.dtype, run.log)
-    context = make_context(model, loss, run.processes, run.dtype, args.grad_clip, forward)
+    context = TrainContext(model, loss, run.processes, run.dtype, args.grad_clip, forward)
+    # Experts, scaler, dropout and other ranks need the host in each step, and so may another language model.
+    needs_host = config.use_moe or run.dtype == torch.float16 or config.dropout or config.llm is not None
+    needs_host = needs_host or run.processes.world_size > 1
     take_step = partial(train_step, context)
-    if run.captures and run.stage.pad is not None:
+    if args.capture and run.device.type == "cuda" and run.stage.pad is not None and not needs_host:
         take_step = CapturedStep(train_step, context, partial(run.stage.pad, batch_size=args.batch_size))
     return context, take_step, forward is not model
 
 
 def extreme_batches(data: VLMDataset, batch_size: int, collate: Callable, device: torch.device) -> list[dict]:
     """Returns the full batches of the shortest and of the longest rows, on the device; of rows with pictures first."""
-    data, batches = as_loaded(data, device), []
+    data, batches = data.changed(leaves_small=device.type == "cuda"), []
     lengths, is_text = data.lengths, data.image_counts == 0
     for order in (np.lexsort((lengths, is_text)), np.lexsort((-lengths, is_text))):
         samples = data.__getitems__(order[: 2 * batch_size].tolist())  # some pictures may be broken
@@ -126,37 +127,39 @@ def extreme_batches(data: VLMDataset, batch_size: int, collate: Callable, device
     return [batch for batch in on_device(batches, device) if batch["units"]]
 
 
-def as_loaded(data: VLMDataset, device: torch.device) -> VLMDataset:
-    """Returns the rows as batches are loaded from them: a GPU enlarges small pictures itself."""
-    return data.changed(leaves_small=True) if device.type == "cuda" else data
-
-
-def encode_once(run: Run, model: MiniMindVLM, data: VLMDataset, features: FeatureFolder) -> VLMDataset:
-    """Computes missing features, split over ranks; returns the data set that yields them."""
-    compute_features(data, features, model.encode_images, run.device, *run.processes.local_share)
-    run.processes.barrier(patient=True)
-    return data.changed(features=features)
-
-
 def load_batches(
     data: VLMDataset, sampler: BatchSampler, collate: Callable, device: torch.device, num_workers: int
 ) -> Iterator[dict]:
     """Yields this rank's micro-batches, on the device."""
-    batches = load_in_workers(
-        as_loaded(data, device),
-        num_workers,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4,
-    )
-    return on_device(batches, device)
+    is_cuda = device.type == "cuda"
+    data = data.changed(leaves_small=is_cuda)  # a GPU enlarges small pictures itself
+    how = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": is_cuda, "prefetch_factor": 4}
+    return on_device(load_in_workers(data, num_workers, **how), device)
 
 
 def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: VLMDataset):
-    """Writes the run's page, and says what comes next."""
+    """Writes the run's page, and says what comes next: the next stage on the same rows, or questions to the model."""
     if state.skipped_pictures:
         progress.log(f"{state.skipped_pictures} sample(s) were skipped, see {display_path(run.files.bad_rows)}")
     watch.finish(progress, state.step)
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
-    progress.log(f"next: {next_command(run.stage.following, run.args, data)}")
+    args, name = run.args, run.args.save_weight
+    published = [DATASET_DIR / form.format(stage) for form in DATA_NAMES for stage in ("pretrain", "sft")]
+    is_own = args.data_path.parent != BUILTIN_DATASET_DIR and args.data_path not in published
+    images = None if args.images_path in (None, args.data_path.parent) else args.images_path
+    heldout = None if args.eval_data == "none" else args.eval_data
+    save_dir = None if args.save_dir == SAVE_DIR else args.save_dir
+    if run.stage.following == "eval_vlm.py":
+        flags = {"weight": name, "save_dir": save_dir}
+        if is_own and heldout:
+            flags |= {"eval_data": heldout, "images_path": args.eval_images_path or images}
+        elif is_own and not data.is_parquet and data.picture_count:
+            flags["image_dir"] = data.picture_source(data.first_pictures.max())[0].parent
+    else:
+        sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
+        flags = {"from_weight": name, "save_weight": sft, "save_dir": save_dir}
+        if is_own:
+            flags |= {"data_path": args.data_path, "images_path": images, "eval_data": heldout}
+            flags["eval_images_path"] = args.eval_images_path
+            flags["epochs"] = epochs_for("sft", len(data)) if run.bundle is BUILTIN else None
+    progress.log(f"next: {command(run.stage.following, flags)}")

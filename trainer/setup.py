@@ -1,4 +1,4 @@
-"""Setup before training: functions that find, check and load what a run needs."""
+"""Finds, checks and loads what a run needs before training."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from model.lora import add_lora
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision_tower import TowerSettings
 from model.vlm_config import fit_config_to_tower
-from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, Bundle, find_weights, read_tower
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, find_weights, read_tower
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
 from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_dir, read_state
@@ -36,9 +36,9 @@ from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_di
 SHOWN_BAD_ROWS = 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """Everything a run needs; immutable."""
+    """Everything a run needs; it does not change."""
 
     stage: Stage
     args: object  # the stage's flags
@@ -54,40 +54,13 @@ class Run:
     started: float  # `time.perf_counter()`
     lock: object  # keeps another process from writing the same files
 
-    @property
-    def device(self) -> torch.device:
-        return self.processes.device
-
-    @property
-    def settings(self) -> dict:
-        """The flags in effect, for sidecar, checkpoint and wandb."""
-        return vars(self.args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
-
-    @property
-    def bundle(self) -> Bundle:
-        """The generation of the model."""
-        return BUNDLES[self.args.assets]
-
-    @property
-    def learns_scenes(self) -> bool:
-        """Whether the data is the built-in set."""
-        return self.args.data_path.parent == BUILTIN_DATASET_DIR
-
-    @property
-    def compiles(self) -> bool:
-        """Whether to use torch.compile. Not with experts, whose routing breaks the graph, nor with another model."""
-        return bool(self.args.compile) and not self.config.use_moe and self.config.llm is None
-
-    @property
-    def captures(self) -> bool:
-        """Whether to capture steps as CUDA graphs; experts, scaler, dropout and other ranks need the host each step."""
-        is_able = self.processes.world_size == 1 and not self.config.use_moe and self.config.dropout == 0
-        is_able &= self.config.llm is None
-        return bool(self.args.capture) and self.device.type == "cuda" and is_able and self.dtype != torch.float16
-
-    def log(self, message: str = ""):
-        """Prints a line, on the main process."""
-        self.processes.log(message)
+    def __post_init__(self):
+        self.device, self.log, self.bundle = self.processes.device, self.processes.log, BUNDLES[self.args.assets]
+        self.learns_scenes = self.args.data_path.parent == BUILTIN_DATASET_DIR
+        # Not with experts, whose routing breaks the graph, nor with another language model.
+        self.compiles = bool(self.args.compile) and not self.config.use_moe and self.config.llm is None
+        # The flags in effect, for sidecar, checkpoint and wandb.
+        self.settings = vars(self.args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
 
 
 def prepare_run(stage: Stage, args, processes: Processes) -> Run:
@@ -102,10 +75,10 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
         with processes.main_first():
             draw_builtin_dataset()
     tokenizer = load_tokenizer(args.tokenizer_path)
-    sha256 = tokenizer_hash(tokenizer)
+    tokenizer_sha256 = tokenizer_hash(tokenizer)
     weights = find_starting_weights(args, processes.log, tokenizer)
     if weights is not None:
-        check_tokenizer(weights, sha256, args.tokenizer_path, tokenizer)
+        check_tokenizer(weights, tokenizer_sha256, args.tokenizer_path, tokenizer)
     tower = read_tower(args.vision_model_path)
     config = model_config(args, weights, tower, tokenizer)
     files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
@@ -116,24 +89,12 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
             "from: give it another name"
         )
-    run_lock = prepare_save_dir(files, processes)
+    lock = prepare_save_dir(files, processes)
     state = read_state(files.state, STATE, args.from_resume, processes.log)
-    dtype_name = args.dtype or (state and state["arguments"].get("dtype"))
-    dtype = getattr(torch, dtype_name) if dtype_name else pick_dtype(None, processes.device, config.head_dim)
+    dtype = args.dtype or (state and state["arguments"].get("dtype"))
+    dtype = getattr(torch, dtype) if dtype else pick_dtype(None, processes.device, config.head_dim)
     return Run(
-        stage=stage,
-        args=args,
-        processes=processes,
-        tokenizer=tokenizer,
-        tokenizer_sha256=sha256,
-        weights=weights,
-        config=config,
-        tower=tower,
-        files=files,
-        state=state,
-        dtype=dtype,
-        started=started,
-        lock=run_lock,
+        stage, args, processes, tokenizer, tokenizer_sha256, weights, config, tower, files, state, dtype, started, lock
     )
 
 
@@ -156,9 +117,8 @@ def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None
     is_builtin = BUNDLES[args.assets] is BUILTIN
     save_dir = BUILTIN.weights_dir if is_builtin and args.from_weight == "llm" else args.save_dir
     hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
-    weights = weight_io.read_weights(
-        find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
-    )
+    path = find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
+    weights = weight_io.read_weights(path)
     weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
     return weights
 
@@ -169,7 +129,7 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     Raises UsageError if the shape is invalid, or the flags contradict the weights.
     """
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
-    projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
+    projector = {"projector": args.projector, "pixel_shuffle": args.pixel_shuffle}
     projector = {flag: value for flag, value in projector.items() if value is not None}
     try:
         if weights is None:
@@ -185,11 +145,9 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
         tower_flag = f"--vision_model_path {display_path(args.vision_model_path)}"
         raise UsageError(f"--hidden_size {hidden_size} and {tower_flag} make no valid model: {error}") from error
     for flag, value in projector.items():
-        if getattr(config, flag) != value:
-            raise UsageError(
-                f"--{flag} {value} contradicts {display_path(weights.path)}, which has {getattr(config, flag)}: "
-                "leave it out"
-            )
+        if (actual := getattr(config, flag)) != value:
+            source = display_path(weights.path)
+            raise UsageError(f"--{flag} {value} contradicts {source}, which has {actual}: leave it out")
     config.image_token_id = image_token_id(tokenizer)
     if args.max_seq_len > config.max_position_embeddings:
         raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions")
@@ -241,40 +199,40 @@ def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
 
 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
-    tokens, picture_format = run.config.image_tokens, PictureFormat(**run.tower.picture_settings)
-    shares, more = (run.args.empty_think_ratio, run.args.add_system_ratio), {}
-    if any(share is not None for share in shares) and path == run.args.data_path:
+    args, more = run.args, {}
+    is_varied = args.empty_think_ratio is not None or args.add_system_ratio is not None
+    if is_varied and path == args.data_path:
         if not has_image_pad(run.tokenizer):
             raise UsageError("--empty_think_ratio and --add_system_ratio are for minimind-3v's prompt form")
-        keeps, adds = (usual if share is None else share for share, usual in zip(shares, (1.0, 0.0), strict=True))
-        more["variation"] = Variation(keeps, adds, run.args.seed)
+        keeps = 1.0 if args.empty_think_ratio is None else args.empty_think_ratio
+        more["variation"] = Variation(keeps, args.add_system_ratio or 0.0, args.seed)
+    how = run.tokenizer, args.max_seq_len, run.config.image_tokens, PictureFormat(**run.tower.picture_settings)
     with run.processes.main_first():  # the others find its tokens in the cache
-        return run.stage.dataset(path, images_path, run.tokenizer, run.args.max_seq_len, tokens, picture_format, **more)
+        return run.stage.dataset(path, images_path, *how, **more)
 
 
 def report_bad_rows(run: Run, data: VLMDataset):
     """Logs the unusable rows, lists them in {name}.bad_rows.txt; raises UsageError if there are too many."""
-    args, path, bad = run.args, run.files.bad_rows, data.bad_rows
-    if run.processes.is_main and run.state is None and run.files.weights.is_file():
+    args, path, bad, is_main = run.args, run.files.bad_rows, data.bad_rows, run.processes.is_main
+    if is_main and run.state is None and run.files.weights.is_file():
         run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
-    if not bad:
-        if run.processes.is_main:
-            path.unlink(missing_ok=True)
-        return
     title = f"{data.data_path}: {len(bad)} of {data.row_count} rows cannot be learned from"
     if any(row.reason.startswith("no such picture") for row in bad):
         title += f" (pictures are looked for in {display_path(data.images_path)})"
     report = [title, *(f"  {'row' if data.is_parquet else 'line'} {row.line}: {row.reason}" for row in bad)]
-    if run.processes.is_main:
-        try:
+    try:
+        if is_main and bad:
             path.write_text("\n".join(report) + "\n", encoding="utf-8")
-        except OSError as error:
-            run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
+        elif is_main:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
     if len(bad) > SHOWN_BAD_ROWS:
         report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
     limit = bad_rows_limit(data, args.max_bad_rows)
     if len(bad) <= limit:
-        run.log("\n".join([*report, "They are left out."]))
+        if bad:
+            run.log("\n".join([*report, "They are left out."]))
         return
     if not data.is_parquet:
         report.append(f"A good line looks like this:\n  {RIGHT_FORM}")
@@ -297,16 +255,13 @@ def load_model(run: Run) -> MiniMindVLM:
 
 
 def freeze(model: MiniMindVLM, frozen: str, lora: int | None = None):
-    """Freezes the decoder's layers: "none", all but its "ends", or "all". The projection trains, the tower never.
-
-    With `lora`, adapters of that rank train in place of the decoder's layers.
-    """
+    """Freezes of the decoder "none", all but its "ends", or "all"; with `lora`, adapters of that rank train instead."""
     if lora and frozen != "none":
         raise UsageError(f"--lora {lora} trains the decoder, and --freeze_llm {frozen} does not: use --freeze_llm none")
     model.requires_grad_(frozen == "none")
     if lora:
         add_lora(model, lora)
-    model.vision_proj.requires_grad_(True)
+    model.vision_proj.requires_grad_(True)  # the projection always trains, the tower never
     if frozen == "ends":
         layers = next(part for part in model.base_model.modules() if isinstance(part, torch.nn.ModuleList))
         layers[0].requires_grad_(True)

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.cli import command
-from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR
 from dataset.lm_dataset import VLMCollator, VLMDataset
-from trainer.bundles import BUILTIN
 from trainer.evaluate import Evaluator
 from trainer.support.capture import round_up
 
@@ -27,18 +24,13 @@ def answer_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def model_inputs(model, batch: dict) -> dict:
     """Returns what the model's `forward` takes of a batch of `VLMCollator`."""
-    return {name: batch[name] for name in MODEL_INPUTS} | {"image_features": image_features(model, batch)}
-
-
-def image_features(model, batch: dict) -> torch.Tensor:
-    """Returns a batch's (images, patches, width): from the cache, or encoded now."""
-    if "image_features" not in batch:
-        return model.encode_images(batch["pixel_values"])
-    features = batch["image_features"]
-    if "pixel_values" in batch:  # one by one, as compute_features does, for the same bits
+    features = batch.get("image_features")  # (images, patches, width) from the cache, or encoded now
+    if features is None:
+        features = model.encode_images(batch["pixel_values"])
+    elif "pixel_values" in batch:  # one by one, as compute_features does, for the same bits
         encoded = [model.encode_images(pixels) for pixels in batch["pixel_values"].split(1)]
         features[batch["unencoded"]] = torch.cat(encoded).to(features.dtype)
-    return features
+    return {name: batch[name] for name in MODEL_INPUTS} | {"image_features": features}
 
 
 def pad_answers(batch: dict, batch_size: int) -> dict | None:
@@ -73,66 +65,31 @@ def epochs_for(stage: str, rows: int) -> int:
     return max(1, min(MOST_EPOCHS, math.ceil(ROWS_SHOWN[stage] / max(1, rows))))
 
 
-def next_command(following: str, args, data: VLMDataset) -> str:
-    """Returns the command that follows a stage: the next stage on the same rows, or questions to the model."""
-    name, path, shown = args.save_weight, args.data_path, data.first_pictures
-    published = {DATASET_DIR / form.format(of_stage) for form in DATA_NAMES for of_stage in ("pretrain", "sft")}
-    is_own = path.parent != BUILTIN_DATASET_DIR and path not in published
-    images = None if args.images_path in (None, path.parent) else args.images_path
-    heldout = {"eval_data": None if args.eval_data == "none" else args.eval_data}
-    save_dir = {"save_dir": None if args.save_dir == SAVE_DIR else args.save_dir}
-    if following == "eval_vlm.py":
-        asked = {}
-        if is_own and heldout["eval_data"]:
-            asked = heldout | {"images_path": args.eval_images_path or images}
-        elif is_own and not data.is_parquet and shown.max(initial=-1) >= 0:
-            asked = {"image_dir": data.picture_source(shown.max())[0].parent}
-        return command(following, {"weight": name} | save_dir | asked)
-    sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
-    flags = {"from_weight": name, "save_weight": sft} | save_dir
-    if is_own:
-        flags |= {"data_path": path, "images_path": images} | heldout | {"eval_images_path": args.eval_images_path}
-        flags["epochs"] = epochs_for("sft", len(data)) if args.assets == BUILTIN.name else None
-    return command(following, flags)
-
-
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What makes a stage.
+    """What makes a stage."""
 
-    Attributes:
-        name: In the sidecar of its weights.
-        title, story: What it is called, and what it does, in a line.
-        defaults: The published settings, by flag; trainer/bundles.py has where a model needs others.
-        data: Its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set.
-        following: The script that comes next, for `next_command`.
-        dataset: A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
-        collator: (pad id, multiple of lengths) -> samples to a batch: tensors, and the numbers `units` (what the loss
-            is divided by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).
-        loss: (model, the batch's tensors, **companions) -> (loss summed over the batch's units, balancing loss of
-            experts or None).
-        companions: (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen
-            models such as a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside
-            the same ones.
-        evaluator: Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the
-            companions; has its attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
-        pad: (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as
-            a CUDA graph, or None; a stage without it takes ordinary steps.
-        schedule: (flags, share of the run done, optimizer steps done) -> learning rate.
-        add_flags: Adds the stage's own flags to a parser's `add_argument`.
-    """
-
-    name: str
-    title: str
-    story: str
-    defaults: dict
-    data: str
-    following: str
+    name: str  # in the sidecar of its weights
+    title: str  # what it is called
+    story: str  # what it does, in a line
+    defaults: dict  # the published settings, by flag; trainer/bundles.py has where a model needs others
+    data: str  # its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set
+    following: str  # the script that comes next
+    # A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
     dataset: Callable = VLMDataset
+    # (pad id, multiple of lengths) -> samples to a batch: tensors, and the numbers `units` (what the loss is divided
+    # by: learned tokens, or pairs), `samples`, `tokens` and `skipped` (PictureErrors).
     collator: Callable = VLMCollator
+    # (model, the batch's tensors, **companions) -> (loss summed over its units, balancing loss of experts or None).
     loss: Callable = answer_loss
+    # (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen models such as
+    # a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside the same ones.
     companions: Callable = lambda args, model: {}
+    # Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the companions; has its
+    # attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
     evaluator: Callable = Evaluator
+    # (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as a CUDA
+    # graph, or None; a stage without it takes ordinary steps.
     pad: Callable | None = None
-    schedule: Callable = cosine_learning_rate
-    add_flags: Callable = lambda add: None
+    schedule: Callable = cosine_learning_rate  # (flags, share of the run done, optimizer steps done) -> learning rate
+    add_flags: Callable = lambda add: None  # adds the stage's own flags to a parser's `add_argument`

@@ -1,6 +1,5 @@
 """One optimizer step, the same for every stage and for any number of processes."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,28 +14,6 @@ from trainer.support.processes import Processes, others_may_be_gone
 
 
 @dataclass(frozen=True)
-class TrainContext:
-    """Everything a step needs."""
-
-    loss: nn.Module  # a StageLoss; DistributedDataParallel over several processes
-    parameters: list[nn.Parameter]  # those that are trained
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    processes: Processes
-    dtype: torch.dtype
-    grad_clip: float
-
-    def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        # Keep this run's groups: the state may come from another kind of device.
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        if state["scaler"].keys() == self.scaler.state_dict().keys():  # not from a run in another precision
-            self.scaler.load_state_dict(state["scaler"])
-
-
-@dataclass(frozen=True)
 class Counts:
     """Sizes of an optimizer step, summed over its micro-batches and all ranks."""
 
@@ -47,10 +24,7 @@ class Counts:
 
 
 class StageLoss(nn.Module):
-    """A stage's loss as a module, for DistributedDataParallel: every batch reaches every trainable parameter.
-
-    `forward_model` is the model whose parameters are trained, possibly compiled.
-    """
+    """A stage's loss as a module, for DistributedDataParallel: every batch reaches every trainable parameter."""
 
     def __init__(self, model: MiniMindVLM, loss: Callable, forward_model: Callable):
         super().__init__()
@@ -64,21 +38,33 @@ class StageLoss(nn.Module):
         return self.stage_loss(self.forward_model, tensors_of(batch))
 
 
-def make_context(
-    model: MiniMindVLM, loss: Callable, processes: Processes, dtype: torch.dtype, grad_clip: float, forward_model=None
-) -> TrainContext:
-    """Returns AdamW over the trainable parameters, and a gradient scaler for float16."""
-    device = processes.device.type
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=device in ("cpu", "cuda"), capturable=device == "cuda")
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    loss = StageLoss(model, loss, forward_model or model)
-    if processes.world_size > 1:
-        with others_may_be_gone():
-            loss = DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return TrainContext(loss, parameters, optimizer, scaler, processes, dtype, grad_clip)
+class TrainContext:
+    """Everything a step needs: the loss, AdamW over the trainable parameters, a gradient scaler for float16."""
+
+    def __init__(
+        self, model, loss: Callable, processes: Processes, dtype: torch.dtype, grad_clip: float, forward_model=None
+    ):
+        device = processes.device.type
+        self.processes, self.dtype, self.grad_clip = processes, dtype, grad_clip
+        parameters = self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, fused=device in ("cpu", "cuda"), capturable=device == "cuda")
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.loss = StageLoss(model, loss, forward_model or model)  # the former is the model compiled
+        if processes.world_size > 1:
+            with others_may_be_gone():
+                self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        # Keep this run's groups: the state may come from another kind of device.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if state["scaler"].keys() == self.scaler.state_dict().keys():  # not from a run in another precision
+            self.scaler.load_state_dict(state["scaler"])
 
 
+@others_may_be_gone()
 def train_step(
     context: TrainContext, micro_batches: list[dict], counts: Counts, learning_rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,19 +81,19 @@ def train_step(
     if not micro_batches[-1]["units"] and counts.units == 0:  # no step: even a zero gradient would move AdamW's weights
         return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
     for batch in micro_batches:
-        with gradient_sums(context, batch is micro_batches[-1]):
-            with torch.autocast(device.type, context.dtype, enabled=context.dtype != torch.float32):
-                loss, aux_loss = context.loss(batch)
-            loss_sum += loss.detach()
-            # Each backward() adds to the gradient, so divide by the units of the whole step, of all ranks.
-            loss = loss / counts.units
-            if aux_loss is not None:
-                loss = loss + aux_loss * (batch["samples"] / counts.samples)
-            # DistributedDataParallel averages over ranks; this is a sum.
-            scaler.scale(loss * context.processes.world_size).backward()
+        # DistributedDataParallel sums gradients over ranks; in a step's last backward pass is enough.
+        context.loss.require_backward_grad_sync = batch is micro_batches[-1]
+        with torch.autocast(device.type, context.dtype, enabled=context.dtype != torch.float32):
+            loss, aux_loss = context.loss(batch)
+        loss_sum += loss.detach()
+        # Each backward() adds to the gradient, so divide by the units of the whole step, of all ranks.
+        loss = loss / counts.units
+        if aux_loss is not None:
+            loss = loss + aux_loss * (batch["samples"] / counts.samples)
+        # DistributedDataParallel averages over ranks; this is a sum.
+        scaler.scale(loss * context.processes.world_size).backward()
     if context.processes.world_size > 1:
-        with others_may_be_gone():
-            dist.all_reduce(loss_sum)
+        dist.all_reduce(loss_sum)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in context.parameters if weight.grad is not None])
     if context.grad_clip > 0:
@@ -119,27 +105,14 @@ def train_step(
         scaler.step(optimizer)  # skips steps by itself: overflowing gradients are how it finds its scale
         scaler.update()
     else:
-        is_bad = is_bad | ~norm.isfinite()
-        step_unless(is_bad, optimizer)
+        is_bad |= ~norm.isfinite()
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = is_bad.float()  # the kernel reads it on the device and skips the step: no sync
+        if optimizer.defaults["fused"] or not is_bad:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     losses = torch.cat((loss_sum, torch.ones_like(loss_sum) * counts.units))
     return torch.where(is_bad, 0.0, losses), is_bad
-
-
-def gradient_sums(context: TrainContext, is_last: bool) -> contextlib.AbstractContextManager:
-    """Sums gradients over ranks during the backward pass of a step's last micro-batch."""
-    if context.processes.world_size == 1:
-        return contextlib.nullcontext()
-    return others_may_be_gone() if is_last else context.loss.no_sync()
-
-
-def step_unless(is_bad: torch.Tensor, optimizer: torch.optim.Optimizer):
-    """Steps unless `is_bad`. The fused kernel reads it on the device, so no sync is needed."""
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = is_bad.float()
-        optimizer.step()
-    elif not is_bad:
-        optimizer.step()
 
 
 def count(micro_batches: list[dict], processes: Processes) -> Counts:

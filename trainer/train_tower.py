@@ -47,7 +47,7 @@ from model.weights import load_learned
 from trainer.report.progress import clock
 from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
 from trainer.stage import epochs_for
-from trainer.step import Counts, make_context, train_step
+from trainer.step import Counts, TrainContext, train_step
 from trainer.support.processes import Processes, cores, pick_dtype
 from trainer.support.run_files import PROGRESS, SECONDS, read_state
 from trainer.support.signals import StopSignals
@@ -317,7 +317,7 @@ def train(args: Namespace, processes: Processes) -> int:
     device = processes.device
     learner = Learner(tower, len(words.numbers)).to(device)
     dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
-    context = make_context(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
+    context = TrainContext(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
     context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
     lengths = np.ones(len(pictures.rows))  # all the same: the order is random
     sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed)

@@ -21,7 +21,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.loop import extreme_batches, load_batches
 from trainer.setup import freeze, round_frozen_weights
 from trainer.stage import answer_loss, pad_answers
-from trainer.step import count, make_context, train_step
+from trainer.step import TrainContext, count, train_step
 from trainer.support.capture import CapturedStep
 from trainer.support.compilation import LENGTH_MULTIPLE, compile_or_not
 from trainer.support.processes import Processes, pick_dtype
@@ -118,7 +118,7 @@ class Steps:
             forward = compile_or_not(self.model, answer_loss, extremes, dtype, print)
             if forward is self.model:
                 raise RuntimeError("torch.compile does not work here")
-        self.context = make_context(self.model, answer_loss, self.processes, dtype, grad_clip, forward)
+        self.context = TrainContext(self.model, answer_loss, self.processes, dtype, grad_clip, forward)
         self.step = partial(train_step, self.context)
         if "captured" in how:
             self.step = CapturedStep(train_step, self.context, partial(pad_answers, batch_size=args.batch_size))

@@ -19,7 +19,7 @@ from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import PictureError
 from dataset.tokenizer import load_tokenizer
 from model.vision_tower import load_vision_tower
-from trainer.stage import image_features
+from trainer.stage import model_inputs
 
 pytest_plugins = ["tiny"]
 
@@ -252,7 +252,7 @@ def test_what_is_damaged_is_computed_again_also_while_training(data, tmp_path, d
     shown = batch["unencoded"].sum(), now["unencoded"].sum()
     assert shown[0] == 0 < shown[1] == len(now["pixel_values"]) and "pixel_values" not in batch
     model = SimpleNamespace(encode_images=encoder)
-    assert torch.equal(image_features(model, now), batch["image_features"])
+    assert torch.equal(model_inputs(model, now)["image_features"], batch["image_features"])
     if damage != "a folder":
         computed(data, tmp_path, again := Encoder())
         assert again.images == 3

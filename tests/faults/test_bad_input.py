@@ -11,13 +11,15 @@ import pytest
 import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, write_jsonl
 
+from common import paths
 from common.errors import UsageError
+from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from dataset.forms import RIGHT_FORM
 from dataset.tokenizer import load_tokenizer
 from model.weights import read_weights
 from trainer import bundles
 from trainer.bundles import BUNDLES, MINIMIND2, MINIMIND_3V, TOWER_WEIGHTS, find_weights
-from trainer.flags import build_parser, fill_in, parse_arguments
+from trainer.flags import build_parser, parse_arguments
 from trainer.setup import find_starting_weights
 from trainer.support.processes import pick_device, pick_dtype
 from trainer.train_pretrain_vlm import STAGE as PRETRAIN_STAGE
@@ -230,7 +232,7 @@ class Place:
     def __init__(self, root, monkeypatch):
         self.root = root
         for name in ("TOWER_DIR", "DATASET_DIR"):
-            monkeypatch.setattr(bundles, name, root / getattr(bundles, name).relative_to(ROOT))
+            monkeypatch.setattr(paths, name, root / getattr(paths, name).relative_to(ROOT))
         for bundle in (bundles.MINIMIND2, bundles.MINIMIND_3V):
             for part in ("tower", "tokenizer"):
                 monkeypatch.setitem(vars(bundle), part, root / getattr(bundle, part).relative_to(ROOT))
@@ -252,10 +254,9 @@ class Place:
         args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe", "llm_path"))
         args["save_weight"] = f"{stage}_vlm"
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
-        bundle, paths = bundles.choose(args, stage)
-        args.assets = bundle.name
-        fill_in(args, paths)
-        return args
+        bundle, chosen = bundles.choose(args, stage)
+        missing = {name: value for name, value in chosen.items() if getattr(args, name) is None}
+        return argparse.Namespace(**vars(args) | missing, assets=bundle.name)
 
 
 @pytest.fixture
@@ -271,9 +272,9 @@ DATA = ("dataset/pretrain_data.jsonl", "dataset/pretrain_images")
 def test_without_published_files_the_built_in_set_is_used(place):
     args = place.choose()
     assert args.assets == "built-in"
-    assert args.vision_model_path == bundles.BUILTIN_TOWER_DIR
-    assert args.tokenizer_path == bundles.BUILTIN_TOKENIZER_DIR
-    assert args.data_path == bundles.BUILTIN_DATASET_DIR / "pretrain.jsonl"
+    assert args.vision_model_path == BUILTIN_TOWER_DIR
+    assert args.tokenizer_path == BUILTIN_TOKENIZER_DIR
+    assert args.data_path == BUILTIN_DATASET_DIR / "pretrain.jsonl"
     assert place.choose("sft", "pretrain_vlm").data_path.name == "sft.jsonl"
     # Weights of an earlier run on the built-in set do not count as published files.
     assert place.has("out/pretrain_vlm_128.pth").choose("sft", "pretrain_vlm").assets == "built-in"
@@ -413,7 +414,7 @@ def test_the_built_in_set_is_not_mixed_with_own_paths(place):
 def test_own_data_trains_whichever_model_is_there(place):
     mine = place.root / "mine" / "rows.jsonl"
     args = place.choose(data_path=mine)  # nothing downloaded
-    assert (args.assets, args.vision_model_path) == ("built-in", bundles.BUILTIN_TOWER_DIR)
+    assert (args.assets, args.vision_model_path) == ("built-in", BUILTIN_TOWER_DIR)
     assert (args.data_path, args.images_path, args.eval_data) == (mine, mine.parent, None)
     # The newest weights of that name decide on tower and tokenizer, whatever was downloaded.
     place.has(TOWER, PUBLISHED_TOKENIZER, *DATA, "out/llm_512.pth", "out/sft_vlm_128.pth")
@@ -421,7 +422,7 @@ def test_own_data_trains_whichever_model_is_there(place):
     (place.root / "out/sft_vlm_128.json").write_text(json.dumps(shape | {"assets": "built-in"}))
     assert place.choose(data_path=mine).assets == "minimind2-v"
     args = place.choose("sft", "sft_vlm", data_path=mine)
-    assert (args.assets, args.tokenizer_path) == ("built-in", bundles.BUILTIN_TOKENIZER_DIR)
+    assert (args.assets, args.tokenizer_path) == ("built-in", BUILTIN_TOKENIZER_DIR)
     path = str(place.root / "out/sft_vlm_128.pth")
     assert place.choose("sft", path, data_path=mine).assets == "built-in"
     tower = place.root / "my_tower"
@@ -445,7 +446,7 @@ def test_the_generation_is_that_of_the_weights_that_the_run_takes(place):
     place.has("model/tokenizer_minimind3v/tokenizer.json")
     args = place.choose("sft", "pretrain_vlm")
     assert (args.assets, args.vision_model_path) == ("minimind-3v", MINIMIND_3V.tower)
-    assert BUNDLES[args.assets].recipe(SFT_STAGE)["learning_rate"] == 5e-6
+    assert BUNDLES[args.assets].recipes["sft"]["learning_rate"] == 5e-6
     assert find_starting_weights(args, print).path.name == "pretrain_vlm_768.pth"
     args = place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
     assert args.assets == "built-in"
@@ -461,7 +462,7 @@ def test_another_generation_is_one_more_record(place, monkeypatch):
     (place.root / "out/pretrain_vlm_64.json").write_text(json.dumps(sidecar))
     args = place.choose("sft", "pretrain_vlm", data_path=place.root / "mine.parquet")
     assert (args.assets, args.vision_model_path, args.tokenizer_path) == ("mine", *folders.values())
-    assert mine.recipe(SFT_STAGE)["epochs"] == 9
+    assert mine.recipes["sft"]["epochs"] == 9
     mine_gone = place.root / "model/my_tower/model.safetensors"
     mine_gone.unlink()
     with pytest.raises(UsageError, match="vision tower: .*my_tower"):

@@ -22,7 +22,7 @@ from scripts.bench import synthetic
 from trainer import flags
 from trainer.setup import freeze
 from trainer.stage import answer_loss, pad_answers
-from trainer.step import Counts, make_context, train_step
+from trainer.step import Counts, TrainContext, train_step
 from trainer.support.capture import CapturedStep, round_up
 from trainer.support.processes import Processes
 from trainer.train_pretrain_vlm import STAGE
@@ -67,7 +67,7 @@ def batch_of(length: int, learned: int) -> dict:
 def context_of(frozen: str):
     model = tiny_vlm().train()
     freeze(model, frozen)
-    return model, make_context(model, answer_loss, Processes(0, 1, torch.device("cpu")), torch.float32, 1.0)
+    return model, TrainContext(model, answer_loss, Processes(0, 1, torch.device("cpu")), torch.float32, 1.0)
 
 
 def take(step, batches) -> tuple[list, list]:

@@ -19,7 +19,7 @@ from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.setup import freeze
 from trainer.stage import answer_loss
-from trainer.step import count, make_context, train_step
+from trainer.step import TrainContext, count, train_step
 from trainer.support.processes import Processes
 
 pytest_plugins = ["tiny"]
@@ -154,7 +154,7 @@ def trainer(world):
     tokenizer = load_tokenizer(world.tokenizer)
     data = VLMDataset(world.root / "sft.jsonl", world.images, tokenizer, 1536, 196, cache_dir=world.root / "cache")
     processes = Processes(0, 1, torch.device("cpu"))
-    context = make_context(model.train(), answer_loss, processes, torch.float32, grad_clip=1.0)
+    context = TrainContext(model.train(), answer_loss, processes, torch.float32, grad_clip=1.0)
     return SimpleNamespace(model=model, data=data, context=context, skipped_pictures=0)
 
 
