@@ -230,7 +230,7 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    args = SimpleNamespace(use_wandb=False, use_swanlab=False)
+    args = SimpleNamespace(use_wandb=False, use_swanlab=False, log_interval=2)
     run = SimpleNamespace(device=CPU.device, processes=CPU, state=None, args=args)
     run.files = SimpleNamespace(samples=tmp_path, metrics=tmp_path / "metrics.jsonl")
     progress = Progress(run, 4, 0, {})
@@ -243,7 +243,7 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     watch.measure_if_due(progress, 1, 1)
     taking(2.0, None)()
     progress.add(torch.tensor([1.0, 1.0]), torch.tensor(False), samples=10, tokens=100, data_seconds=0.0)
-    progress.report(2, 1, 1e-3, {})
+    progress.report_if_due(SimpleNamespace(step=2, sample=3, skipped_pictures=0), 1, 1e-3)
     assert json.loads(run.files.metrics.read_text().splitlines()[-1])["samples_per_second"] == 5.0
 
 

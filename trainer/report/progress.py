@@ -111,12 +111,8 @@ class Progress:
                 f"{args.learning_rate:g}, a lower --grad_clip than {args.grad_clip:g} or --dtype float32, and check "
                 f"the data (python -m dataset.check {display_path(args.data_path)})"
             )
-        if is_due:
-            skipped = {"skipped_pictures": state.skipped_pictures, "skipped_steps": total}
-            self.report(step, epoch, learning_rate, skipped)
-
-    def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]):
-        """Reports the interval that ends here and begins the next."""
+        if not is_due:
+            return
         loss_sum, learned = self.losses.tolist()  # syncs
         seconds = max(1e-9, time.perf_counter() - self.interval_started)
         record = {
@@ -128,7 +124,8 @@ class Progress:
             "tokens_per_second": round(self.counted["tokens"] / seconds, 1),
             "data_wait": round(self.counted["data_seconds"] / seconds, 4),
             "learned_tokens": int(learned),
-            **counts,
+            "skipped_pictures": state.skipped_pictures,
+            "skipped_steps": total,
             "seconds": round(time.perf_counter() - self.started, 3),
         }
         loss = f"{record['loss']:.4f}" if learned else "none"
