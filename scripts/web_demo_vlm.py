@@ -23,7 +23,6 @@ from common.cli import ArgumentParser, HelpFormatter, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
 from dataset.tokenizer import quiet_libraries
-from scripts.demo.chat import CLOSING, MOST_PICTURES
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.support.processes import Processes
@@ -47,8 +46,10 @@ def parse_arguments(argv=None) -> Namespace:
 def main():
     args = parse_arguments()
     try:
-        from scripts.demo.guard import Uploads, is_loopback, middleware
-        from scripts.demo.page import LABELS, Handlers, build_page
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from scripts.demo.guard import Guard, Uploads, is_loopback
+        from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Handlers, build_page
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "starlette"):
             raise
@@ -61,22 +62,19 @@ def main():
         examples = draw_heldout(folder / "examples", EXAMPLES) if loaded.knows_only_scenes else photos
         assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
         page = build_page(Handlers(assistant, sampling_of(args, loaded), examples, uploads), args.max_new_tokens)
-        css = Path(__file__).with_name("demo").joinpath("page.css").read_text(encoding="utf-8")
         try:
-            guards = middleware(uploads, MOST_PICTURES * LARGEST_FILE, not args.share and is_loopback(args.host))
+            is_local = not args.share and is_loopback(args.host)
+            # Under another name than this machine's own, a site may resolve to it (DNS rebinding).
+            hosts = ["localhost", "127.0.0.1", "::1"] if is_local else ["*"]
+            guards = [
+                (TrustedHostMiddleware, (hosts,), {}),
+                (Guard, (uploads, MOST_PICTURES * LARGEST_FILE, is_local), {}),
+            ]
+            address = {"server_name": args.host, "server_port": args.port, "share": args.share}
+            looks = {"i18n": LABELS, "css_paths": Path(__file__).parent / "demo/page.css", "footer_links": []}
+            limits = {"app_kwargs": {"middleware": guards}, "max_file_size": LARGEST_FILE, "show_error": False}
             with StopSignals(speaks=False) as signals:
-                page.launch(
-                    server_name=args.host,
-                    server_port=args.port,
-                    share=args.share,
-                    i18n=LABELS,
-                    max_file_size=LARGEST_FILE,
-                    css=css,
-                    app_kwargs={"middleware": guards},
-                    footer_links=[],
-                    show_error=False,
-                    prevent_thread_lock=True,
-                )
+                page.launch(**address, **looks, **limits, prevent_thread_lock=True)
                 while signals.asked is None:
                     time.sleep(0.1)
         except OSError as error:

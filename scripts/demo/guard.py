@@ -6,24 +6,12 @@ import json
 import socket
 import threading
 from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 
 from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
 MOST_FILES, MOST_BYTES = 100, 256 * 2**20  # of uploads that no question has used yet
-
-
-def middleware(uploads: "Uploads", most_bytes: int, is_local: bool) -> list[tuple]:
-    """Returns the page's ASGI middleware: class, arguments and keywords each.
-
-    Where the page is local, it answers under this machine's own names only: another one may be a site's that resolves
-    to this machine (DNS rebinding).
-    """
-    hosts = ["localhost", "127.0.0.1", "::1"] if is_local else ["*"]
-    return [(TrustedHostMiddleware, (hosts,), {}), (Guard, (uploads, most_bytes, is_local), {})]
 
 
 def is_loopback(host: str) -> bool:
@@ -57,8 +45,9 @@ class Uploads:
         # gradio itself deletes files an hour old: where it was faster, the next request tries again.
         with self.lock, contextlib.suppress(FileNotFoundError):
             files = sorted(filter(Path.is_file, self.folder.rglob("*")), key=lambda path: -path.stat().st_mtime_ns)
-            totals = list(accumulate(path.stat().st_size for path in files))
-            for number, (path, total) in enumerate(zip(files, totals, strict=True), start=1):
+            total = 0
+            for number, path in enumerate(files, start=1):
+                total += path.stat().st_size
                 if number > MOST_FILES or total > MOST_BYTES:
                     self._delete(path)
 

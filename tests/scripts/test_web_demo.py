@@ -21,10 +21,10 @@ from tiny_models import save_tower
 
 import eval_vlm
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from scripts.demo.chat import TEXTS, describe_model
 
 pytest.importorskip("gradio", reason="no gradio: pip install -r scripts/requirements-demo.txt")
 guard = pytest.importorskip("scripts.demo.guard")
+web_page = pytest.importorskip("scripts.demo.page")
 FileResponse = pytest.importorskip("starlette.responses").FileResponse
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
@@ -332,6 +332,6 @@ def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
     assert page.locator("#about .note").inner_text().startswith("You talk to out/sft_vlm_64.pth. No file beside")
     sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
     weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
-    said = describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), TEXTS["en"])
+    said = web_page.describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), web_page.TEXTS["en"])
     assert said == "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
-    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    assert web_page.TEXTS["en"].keys() == web_page.TEXTS["zh"].keys()
