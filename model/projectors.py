@@ -17,7 +17,7 @@ class Projector(nn.Module):
 
     Attributes:
         is_grid: Whether its tokens form a square grid over the image (word maps need that).
-        exported_as: The form of transformers with an equal projector: a name of scripts/share/forms.py, or None.
+        exported_as: The form of transformers with an equal projector: a name of FORMS in scripts/export.py, or None.
         llava_activation: transformers' name of the activation between the two layers, if that is LLaVA.
     """
 
