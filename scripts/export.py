@@ -80,9 +80,9 @@ def chat_template(trained: LoadedModel) -> str:
     template = path.read_text(encoding="utf-8").rstrip()
     template = template.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
     template = template.replace("IMAGE", image_placeholder(trained.tokenizer))
-    if goes_before_its and its.startswith(template):  # from an export, it has them
-        return its
-    return template + its if goes_before_its else template
+    if not goes_before_its:
+        return template
+    return its if its.startswith(template) else template + its  # from an export, it has them
 
 
 def text_config(config: VLMConfig) -> dict:
