@@ -15,7 +15,6 @@ import math
 import sys
 from io import BytesIO
 from pathlib import Path
-from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -150,11 +149,7 @@ def llava_files(trained: LoadedModel, text: dict, image_token_id: int) -> dict[s
     config["vision_feature_layer"] = -1  # the last layer's output, before the final norm
     config["vision_feature_select_strategy"] = "default"  # without the class token
     config["projector_hidden_act"] = PROJECTORS[trained.config.projector].llava_activation
-    config |= {
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": text["tie_word_embeddings"],
-        "dtype": "float32",
-    }
+    config["multimodal_projector_bias"] = True
     pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
     pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
     pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -178,7 +173,6 @@ def lfm2_vl_files(trained: LoadedModel, text: dict, image_token_id: int) -> dict
     config["vision_config"] = vision | {name: getattr(tower.config, name) for name in names} | {"dtype": "float32"}
     config |= {"image_token_id": image_token_id, "projector_hidden_size": trained.config.hidden_size}
     config |= {"projector_hidden_act": "gelu", "downsample_factor": 1}
-    config |= {"tie_word_embeddings": text["tie_word_embeddings"], "dtype": "float32"}
     processor = {"processor_class": "Lfm2VlProcessor"}
     pixels = {"image_processor_type": "Lfm2VlImageProcessor"} | processor
     pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "rescale", "normalize", "pad")}
@@ -198,16 +192,16 @@ FORMS = {  # of models with images: kind of tower, config.json and the processor
 def write_transformers(trained: LoadedModel, folder: Path):
     """Writes the model in its form, or the decoder alone where the weights have no projection.
 
-    Raises:
-        UsageError: If transformers computes other logits of another language model. What such a model does beside its
-            blocks and its head (a bias, a scale, a cap) is not part of the form.
+    Raises UsageError if transformers computes other logits of another language model then: what such a model does
+    beside its blocks and its head (a bias, a scale, a cap) is not part of the form.
     """
     files, image_token_id = tokenizer_files(trained)
-    files["config.json"] = text_config(trained.config)
+    files["config.json"] = text = text_config(trained.config)
     kind, tensors = AutoModelForCausalLM, to_transformers(trained.weights.tensors)
     if trained.weights.has_projection:
         _, files_of, rename = FORMS[PROJECTORS[trained.config.projector].exported_as]
-        files |= files_of(trained, files["config.json"], image_token_id)
+        files |= files_of(trained, text, image_token_id)
+        files["config.json"] |= {"tie_word_embeddings": text["tie_word_embeddings"], "dtype": "float32"}
         tensors = rename(trained.weights.tensors, read_tower_weights(trained.tower_path))
         kind = AutoModelForImageTextToText
     ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -222,13 +216,12 @@ def write_transformers(trained: LoadedModel, folder: Path):
     if trained.config.llm:
         theirs, loading = kind.from_pretrained(folder, output_loading_info=True)
         wrong = sorted(map(str, (*loading["missing_keys"], *loading["unexpected_keys"])))
-        reason, ids = wrong and f"{wrong[0]} has no place", torch.arange(4, 12)[None]
+        ids = torch.arange(4, 12)[None]
         with torch.inference_mode():
             expected = trained.load_model()(input_ids=ids, image_starts=torch.zeros(0, 2, dtype=torch.long)).logits
             difference = 0.0 if wrong else float((theirs(input_ids=ids).logits - expected).abs().max())
-        if difference > 1e-3 * float(expected.abs().max()):
-            reason = f"its logits would differ by {difference:.2g}"
-        if reason:
+        if wrong or difference > 1e-3 * float(expected.abs().max()):
+            reason = f"{wrong[0]} has no place" if wrong else f"its logits would differ by {difference:.2g}"
             raise UsageError(f"a {trained.config.llm['model_type']} is not exported with images: {reason}")
 
 
@@ -243,9 +236,9 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
     if trained.weights.has_projection:
         names.append(f"mmproj-{name}-f32.gguf")
         gguf_files.write_mmproj(trained, folder / names[1], name)
-    template = Template((SHARE / "Modelfile.template").read_text(encoding="utf-8"))
-    files = "".join(f"FROM ./{file}\n" for file in names)
-    (folder / "Modelfile").write_text(template.substitute(files=files, system=SYSTEM_PROMPT), encoding="utf-8")
+    modelfile = (SHARE / "Modelfile.template").read_text(encoding="utf-8").replace("$system", SYSTEM_PROMPT)
+    modelfile = "".join(f"FROM ./{file}\n" for file in names) + modelfile
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
     sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
     (folder / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
     return names
@@ -254,8 +247,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
 def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> list[Path]:
     """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths.
 
-    Raises:
-        UsageError: If one cannot be read, or a file of its name holds something else.
+    Raises UsageError if one cannot be read, or a file of its name holds something else.
     """
     paths, picture_format = [], PictureFormat(**trained.tower.picture_settings)
     for picture in pictures:

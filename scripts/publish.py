@@ -41,12 +41,8 @@ from trainer.report import page
 CARD, PICTURES = "README.md", "samples"  # names on the hub
 TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
 TAGS = {"transformers": ["llava"], "gguf": ["llama.cpp", "llava"], "weights": []}
-LOSSES = {
-    "loss": "loss, right images",
-    "loss_shuffled": "loss, images of other rows",
-    "loss_blind": "loss, no images",
-    "gap_shuffled": "grounding gap",
-}
+LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
+LOSSES["gap_shuffled"] = "grounding gap"
 NEW_TOKEN = f"create one with write access at {constants.ENDPOINT}/settings/tokens, then run `hf auth login`"
 
 
@@ -83,8 +79,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def read_model(path: Path) -> Model:
     """Reads what is to be published: a folder of scripts/export.py, or a weight file with its sidecar.
 
-    Raises:
-        UsageError: If it is something else, or its files are not as they were written.
+    Raises UsageError if it is something else, or its files are not as they were written.
     """
     if path.is_file() and path.suffix == ".pth" and not path.stem.endswith("_resume"):
         kind, name, sidecar_path = "weights", path.stem, path.with_suffix(".json")
@@ -200,9 +195,7 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
 def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
     """Makes the repository if need be, and commits the files; what the hub has already is not sent again.
 
-    Raises:
-        UsageError: If there is no access token, the hub refuses it or cannot be reached, or the repository is to be
-            private and is not.
+    Raises UsageError if there is no access token, the hub refuses or is out of reach, or --private is not fulfilled.
     """
     token = get_token() or ""
     if not re.fullmatch(r"[!-~]+", token):  # the error of a header that cannot be sent would show it

@@ -3,10 +3,9 @@
     python scripts/web_demo_vlm.py              http://127.0.0.1:7860
     python scripts/web_demo_vlm.py --weight pretrain_vlm --port 8000
 
-It needs: pip install -r scripts/requirements-demo.txt. Only this machine can
-open the page unless --host or --share say otherwise. An upload is deleted from
-the disk once it was asked about, after an hour, or when there are too many
-(scripts/demo/guard.py); it stays in memory until its conversation is closed.
+It needs: pip install -r scripts/requirements-demo.txt. Only this machine can open the page unless --host or --share say
+otherwise. An upload is deleted from the disk once it was asked about, after an hour, or when there are too many
+(scripts/demo/page.py); it stays in memory until its conversation is closed.
 """
 
 import os
@@ -48,11 +47,8 @@ def main():
     try:
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from scripts.demo.guard import Guard, Uploads, is_loopback
-        from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Handlers, build_page
+        from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Guard, Handlers, Uploads, build_page, is_loopback
     except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "starlette"):
-            raise
         raise UsageError("the web page needs a package: pip install -r scripts/requirements-demo.txt") from error
     with Processes.start(args.device) as processes, tempfile.TemporaryDirectory() as folder:
         quiet_libraries(True)
@@ -66,13 +62,11 @@ def main():
             is_local = not args.share and is_loopback(args.host)
             # Under another name than this machine's own, a site may resolve to it (DNS rebinding).
             hosts = ["localhost", "127.0.0.1", "::1"] if is_local else ["*"]
-            guards = [
-                (TrustedHostMiddleware, (hosts,), {}),
-                (Guard, (uploads, MOST_PICTURES * LARGEST_FILE, is_local), {}),
-            ]
+            guard = (Guard, (uploads, MOST_PICTURES * LARGEST_FILE, is_local), {})
             address = {"server_name": args.host, "server_port": args.port, "share": args.share}
             looks = {"i18n": LABELS, "css_paths": Path(__file__).parent / "demo/page.css", "footer_links": []}
-            limits = {"app_kwargs": {"middleware": guards}, "max_file_size": LARGEST_FILE, "show_error": False}
+            limits = {"max_file_size": LARGEST_FILE, "show_error": False}
+            limits["app_kwargs"] = {"middleware": [(TrustedHostMiddleware, (hosts,), {}), guard]}
             with StopSignals(speaks=False) as signals:
                 page.launch(**address, **looks, **limits, prevent_thread_lock=True)
                 while signals.asked is None:

@@ -1,11 +1,18 @@
-"""The web page: its conversations, with a map for each word of an answer, and its layout in gradio."""
+"""The web page: what stands before it, its conversations with a map for each word of an answer, and its layout.
+
+Requests of other sites and too large ones are refused, uploads counted and bounded.
+"""
 
 import base64
+import contextlib
 import html
 import io
+import ipaddress
 import json
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,17 +24,19 @@ import jinja2
 import numpy as np
 import torch
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 from transformers import TextIteratorStreamer
 
 from common.errors import UsageError
 from dataset.conversation import IMAGE_TAG
 from dataset.pictures import PictureError
 from dataset.scenes.language import CHINESE, ENGLISH
-from scripts.demo.guard import Uploads
 from trainer.answering.assistant import Assistant, mask_of
 from trainer.answering.loaded_model import LoadedModel
 
 MOST_PICTURES, LONGEST_QUESTION = 8, 4000  # in a conversation; characters
+MOST_FILES, MOST_BYTES = 100, 256 * 2**20  # of uploads that no question has used yet
 MAP_SECONDS = 180  # after which an answer stays without its maps
 MOST_WAITING = 32  # requests
 FORGOTTEN_AFTER = 3600  # seconds without a question
@@ -38,6 +47,86 @@ LABELS = gr.I18n(**TEXTS, **dict.fromkeys(("zh-CN", "zh-TW"), TEXTS["zh"]))  # i
 TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
     Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
 )
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether an address or name means this machine alone; raises OSError for an unknown name."""
+    return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback
+
+
+class Uploads:
+    """Counts the files in gradio's upload folder: their names are hashes, so two visitors may share one.
+
+    A file is deleted once all its uploads were used; beyond MOST_FILES or MOST_BYTES the oldest are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.waiting, self.lock = folder, Counter(), threading.Lock()
+
+    def add(self, answer: bytes):
+        """Counts the uploads that gradio's answer to a request lists."""
+        with contextlib.suppress(ValueError), self.lock:  # not JSON: a refusal
+            self.waiting.update(list(json.loads(answer)))
+
+    def use(self, path: Path):
+        """Deletes a file that a question used, unless another upload of it waits."""
+        with self.lock:
+            self.waiting[str(path)] -= 1
+            if self.waiting[str(path)] <= 0:
+                self._delete(path)
+
+    def enforce_bounds(self):
+        """Deletes the oldest files beyond the bounds, leftovers of interrupted uploads included."""
+        # gradio itself deletes files an hour old: where it was faster, the next request tries again.
+        with self.lock, contextlib.suppress(FileNotFoundError):
+            files = sorted(filter(Path.is_file, self.folder.rglob("*")), key=lambda path: -path.stat().st_mtime_ns)
+            total = 0
+            for number, path in enumerate(files, start=1):
+                total += path.stat().st_size
+                if number > MOST_FILES or total > MOST_BYTES:
+                    self._delete(path)
+
+    def _delete(self, path: Path):
+        self.waiting.pop(str(path), None)
+        if self.folder in path.resolve().parents:  # the path comes from a browser
+            path.unlink(missing_ok=True)
+
+
+class Guard:
+    """ASGI middleware that refuses too large requests and those of other sites, and counts and bounds the uploads."""
+
+    def __init__(self, app, uploads: Uploads, most_bytes: int, is_local: bool):
+        self.app, self.uploads, self.most_bytes, self.is_local = app, uploads, most_bytes, is_local
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, path = Headers(scope=scope), scope["path"].rstrip("/")
+        answer, has_started = [], False
+        if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.most_bytes:
+            return await PlainTextResponse("", 413)(scope, receive, send)
+        if self.is_local and headers.get("origin", "").lower() not in ("", f"http://{headers['host'].lower()}"):
+            return await PlainTextResponse("This page answers to no other site.", 403)(scope, receive, send)
+
+        async def send_counted(message: dict):
+            nonlocal has_started
+            has_started = True
+            if path.endswith("/upload"):
+                answer.append(message.get("body", b""))
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    self.uploads.add(b"".join(answer))  # before anybody can ask about them
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_counted)
+        except (RuntimeError, FileNotFoundError) as error:  # an upload was deleted while the page asked for it
+            if "/file=" not in path or FileNotFoundError not in map(type, (error, error.__context__)):
+                raise
+            if not has_started:
+                await PlainTextResponse("", 404)(scope, receive, send)
+        finally:
+            if path.endswith(("/upload", "/deep_link")):  # both write files
+                self.uploads.enforce_bounds()
 
 
 @dataclass
@@ -86,40 +175,11 @@ def describe_model(loaded: LoadedModel, texts: dict) -> str:
     return " ".join(parts)
 
 
-def new_turn(
-    assistant: Assistant, turns: list[Turn], question: str, files: list[Path], length: int, texts: dict
-) -> Turn:
-    """Returns a question about pictures that fits after these turns, or the error why it does not."""
-    question = question.replace(IMAGE_TAG, "").strip()
-    if not question:
-        return Turn(error=texts["no_question"])
-    if len(question) > LONGEST_QUESTION:
-        return Turn(error=texts["long_question"].format(most=LONGEST_QUESTION))
-    if len(joined(turns, "pictures")) + len(files) > MOST_PICTURES:
-        return Turn(error=texts["many_pictures"].format(most=MOST_PICTURES))
-    pictures = []
-    for file in files:
-        try:
-            pictures.append(assistant.load_picture(file))
-        except PictureError as error:
-            text = texts["no_picture" if file.exists() else "gone"]
-            return Turn(error=text.format(name=file.name, reason=error.reason))
-    try:
-        message = assistant.turn(question, len(pictures), joined(turns, "messages"), length)
-    except UsageError:
-        return Turn(error=texts["too_long"])
-    images = [data_url(Image.fromarray(picture.permute(1, 2, 0).numpy()), "jpeg") for picture in pictures]
-    return Turn(question, messages=[message], pictures=pictures, images=images)
-
-
-@dataclass
 class Handlers:
     """What the page does for a visitor; the arguments are its components' values, in their order."""
 
-    assistant: Assistant
-    sampling: dict
-    examples: list[Path]
-    uploads: Uploads
+    def __init__(self, assistant: Assistant, sampling: dict, examples: list[Path], uploads: Uploads):
+        self.assistant, self.sampling, self.examples, self.uploads = assistant, sampling, examples, uploads
 
     def start(self, turns: list[Turn] | None, request: gr.Request) -> tuple[list[Turn], str, str]:
         turns, texts = [] if turns is None else turns, TEXTS[language_of(request)]
@@ -138,12 +198,35 @@ class Handlers:
         question = {"zh": CHINESE, "en": ENGLISH}[language_of(request)].requests[0]
         yield from self.stream(turns, question, [self.examples[chosen.index]], temperature, top_p, length, request)
 
+    def new_turn(self, turns: list[Turn], question: str, files: list[Path], length: int, texts: dict) -> Turn:
+        """Returns a question about pictures that fits after these turns, or the error why it does not."""
+        question = question.replace(IMAGE_TAG, "").strip()
+        if not question:
+            return Turn(error=texts["no_question"])
+        if len(question) > LONGEST_QUESTION:
+            return Turn(error=texts["long_question"].format(most=LONGEST_QUESTION))
+        if len(joined(turns, "pictures")) + len(files) > MOST_PICTURES:
+            return Turn(error=texts["many_pictures"].format(most=MOST_PICTURES))
+        pictures = []
+        for file in files:
+            try:
+                pictures.append(self.assistant.load_picture(file))
+            except PictureError as error:
+                text = texts["no_picture" if file.exists() else "gone"]
+                return Turn(error=text.format(name=file.name, reason=error.reason))
+        try:
+            message = self.assistant.turn(question, len(pictures), joined(turns, "messages"), length)
+        except UsageError:
+            return Turn(error=texts["too_long"])
+        images = [data_url(Image.fromarray(picture.permute(1, 2, 0).numpy()), "jpeg") for picture in pictures]
+        return Turn(question, messages=[message], pictures=pictures, images=images)
+
     def stream(self, turns, question, files, temperature, top_p, length, request) -> Iterator[tuple[list[Turn], str]]:
         """Answers a question in at most `length` tokens; yields the turns and the page whenever it is drawn again."""
         turns, texts = [] if turns is None else turns, TEXTS[language_of(request)]  # None: forgotten
         draw = partial(TEMPLATE.render, turns=turns, texts=texts)
         stop_all(turns)  # the maps of the answer before
-        turn = new_turn(self.assistant, turns, question, files, length, texts)
+        turn = self.new_turn(turns, question, files, length, texts)
         turns.append(turn)
         if turn.error:
             yield turns, draw()
