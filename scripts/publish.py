@@ -94,9 +94,8 @@ def read_model(path: Path) -> Model:
             )
         files, sidecar_path = {name: path / name for name in hashes}, path / TRAINING
         for name, file in files.items():
-            if (
-                file.is_symlink() or file.parent != path or hash_of(file) != hashes[name]
-            ):  # it may lead out of the folder
+            # A name may lead out of the folder.
+            if file.parent != path or file.is_symlink() or hash_of(file) != hashes[name]:
                 what = f"{display_path(file)} is not what scripts/export.py wrote"
                 raise UsageError(f"{what}: it is missing, a link, or was changed. Export the model again")
         name = re.sub(r"-(hf|gguf|f16|q8_0)$", "", path.name)
@@ -124,19 +123,6 @@ def without_folders(value):
     return PureWindowsPath(value).name if is_path else value
 
 
-def find_record(folder: Path, model: Model) -> tuple[page.Record, list[str]]:
-    """Reads the record of the model's run; returns it, empty where there is none, and why parts of it are missing."""
-    try:
-        record = page.read_record(folder, model.name)
-        exported, now = model.sidecar.get("written"), record.sidecar.get("written")
-        if exported and now and exported != now:
-            again = f"{display_path(folder / model.name)} was trained after this was exported ({exported} and {now})"
-            raise UsageError(f"{again}, so its record is of another model: export it again")
-        return record, list(record.missing.values())
-    except UsageError as error:
-        return page.Record(folder, model.name, [], []), [str(error)]
-
-
 def as_text(value) -> str:
     """Escapes a value for a cell of a Markdown table: one line, no markup."""
     return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", str(value)).split())
@@ -146,8 +132,8 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     """Returns the card and its images by name on the hub; without metrics in the record the card says less."""
     path, width = model.sidecar["arguments"].get("vision_model_path"), model.sidecar["config"].get("vision_hidden_size")
     is_published = path == display_path(TOWER_DIR) if path else width == TOWER_WIDTH
-    is_builtin = model.sidecar.get("assets") == "built-in"
-    tower = TOWER_NAME if model.sees_images and is_published and not is_builtin else None
+    has_tower = model.sees_images and model.sidecar.get("assets") != "built-in"
+    tower = TOWER_NAME if has_tower and is_published else None
     task = "image-text-to-text" if model.sees_images else "text-generation"
     last = record.evaluations[-1] if record.evaluations else {}
     held_out = f"{page.number(last.get('samples'))} held-out samples"
@@ -226,7 +212,16 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     model = read_model(args.source)
-    record, missing = find_record(args.source.parent, model)
+    folder = args.source.parent
+    try:
+        record = page.read_record(folder, model.name)
+        missing = record.missing.values()
+        exported, now = model.sidecar.get("written"), record.sidecar.get("written")
+        if exported and now and exported != now:
+            again = f"{display_path(folder / model.name)} was trained after this was exported ({exported} and {now})"
+            raise UsageError(f"{again}, so its record is of another model: export it again")
+    except UsageError as error:  # the card says less then
+        record, missing = page.Record(folder, model.name, [], []), [str(error)]
     made = card_files(model, record, args)
     files = model.files | made
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}

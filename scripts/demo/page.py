@@ -42,11 +42,10 @@ MOST_WAITING = 32  # requests
 FORGOTTEN_AFTER = 3600  # seconds without a question
 CLOSING = threading.Event()  # ends all generation
 WORKERS = ThreadPoolExecutor(2)  # Python waits for its threads: ending it while they compute would abort it
-TEXTS = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent
+TEXTS = json.loads((HERE / "texts.json").read_text(encoding="utf-8"))
 LABELS = gr.I18n(**TEXTS, **dict.fromkeys(("zh-CN", "zh-TW"), TEXTS["zh"]))  # in the browser's language
-TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
-    Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
-)
+TEMPLATE = jinja2.Template((HERE / "chat.html").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
 
 
 def is_loopback(host: str) -> bool:
@@ -73,7 +72,9 @@ class Uploads:
         with self.lock:
             self.waiting[str(path)] -= 1
             if self.waiting[str(path)] <= 0:
-                self._delete(path)
+                del self.waiting[str(path)]
+                if self.folder in path.resolve().parents:  # the path comes from a browser
+                    path.unlink(missing_ok=True)
 
     def enforce_bounds(self):
         """Deletes the oldest files beyond the bounds, leftovers of interrupted uploads included."""
@@ -84,12 +85,8 @@ class Uploads:
             for number, path in enumerate(files, start=1):
                 total += path.stat().st_size
                 if number > MOST_FILES or total > MOST_BYTES:
-                    self._delete(path)
-
-    def _delete(self, path: Path):
-        self.waiting.pop(str(path), None)
-        if self.folder in path.resolve().parents:  # the path comes from a browser
-            path.unlink(missing_ok=True)
+                    self.waiting.pop(str(path), None)
+                    path.unlink(missing_ok=True)
 
 
 class Guard:
@@ -301,13 +298,12 @@ def build_page(handlers: Handlers, max_new_tokens: int) -> gr.Blocks:
 
         # One answer at a time, over all visitors. Maps take minutes on a CPU, so they have a queue of their own: no
         # question waits for them.
-        settings, quiet = [turns, temperature, top_p, length], {"show_progress": "hidden", "concurrency_limit": 1}
-        asked = box.submit(
-            handlers.ask, [box, camera, *settings], [turns, talk, box, camera], concurrency_id="answers", **quiet
-        )
-        chosen = examples.select(handlers.describe, settings, [turns, talk], concurrency_id="answers", **quiet)
+        queue = {"concurrency_id": "answers", "concurrency_limit": 1, "show_progress": "hidden"}
+        settings = [turns, temperature, top_p, length]
+        asked = box.submit(handlers.ask, [box, camera, *settings], [turns, talk, box, camera], **queue)
+        chosen = examples.select(handlers.describe, settings, [turns, talk], **queue)
         for asking in (asked, chosen):
-            asking.then(handlers.show_maps, [turns], [talk], concurrency_id="maps", **quiet)
+            asking.then(handlers.show_maps, [turns], [talk], **queue | {"concurrency_id": "maps"})
         stop.click(stop_all, [turns], queue=False)
         for event in (new.click, page.load):
             event(handlers.start, [turns], [turns, talk, about], queue=False)
