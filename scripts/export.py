@@ -259,10 +259,8 @@ def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> 
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(png, format="png")
         path = folder / f"{picture.stem}_{pixels.shape[-1]}.png"
         if path.is_file() and path.read_bytes() != png.getvalue():
-            raise UsageError(
-                f"--picture {display_path(picture)} would overwrite {display_path(path)}, which holds something else: "
-                "name another --folder for it"
-            )
+            what = f"--picture {display_path(picture)} would overwrite {display_path(path)}, which holds something else"
+            raise UsageError(f"{what}: name another --folder for it")
         write_atomically(path, lambda file, png=png: file.write(png.getvalue()))
         paths.append(path)
     return paths

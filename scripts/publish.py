@@ -193,10 +193,8 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
         url = api.create_repo(args.repo, private=args.private or None, exist_ok=True)
         is_private = api.repo_info(args.repo).private
         if args.private and not is_private:
-            raise UsageError(
-                f"{args.repo} exists and is public: --private does not change that, so nothing was uploaded. Make it "
-                f"private at {url}/settings, or leave --private out"
-            )
+            what = f"{args.repo} exists and is public: --private does not change that, so nothing was uploaded"
+            raise UsageError(f"{what}. Make it private at {url}/settings, or leave --private out")
         additions = [CommitOperationAdd(name, file) for name, file in files.items()]
         api.create_commit(args.repo, additions, commit_message=f"Upload {args.source.name}")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
