@@ -9,8 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from dataset.chat import ChatEncoder
-from dataset.chat_template import encoder_for
+from dataset.chat import ChatEncoder, encoder_for
 from dataset.conversation import IMAGE_TAG
 from model.vlm_config import PROMPT_FORMS
 
@@ -40,26 +39,16 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
-    rows = data.read_rows(data.row_indices[places].tolist())
-    marks = encoder_for(tokenizer, data.image_tokens).user_marks
-    counts = Counter(form_of(row, data.image_tokens, tokenizer, *marks) for row in rows)
-    del counts[None]
+    (begin, end), counts = encoder_for(tokenizer, data.image_tokens).user_marks, Counter()
+    for row in data.read_rows(data.row_indices[places].tolist()):
+        ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
+        before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + data.image_tokens : answer])
+        if start < answer and before.endswith(begin):
+            counts[f"{IMAGE_TAG}{NEWLINE * after.startswith(NEWLINE)}{PROMPT}"] += 1
+        elif start < answer and after.startswith(end):  # else it is amid text, or in a later turn
+            counts[f"{PROMPT}{NEWLINE * before.endswith(NEWLINE)}{IMAGE_TAG}"] += 1
     [(usual, count)] = counts.most_common(1) or [(DEFAULT_FORM, 0)]
     return DEFAULT_FORM if count < 2 * counts[DEFAULT_FORM] else usual
-
-
-def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase, begin: str, end: str) -> str | None:
-    """Returns the form of a tokenised row with one image; None if the image is amid text or in a later turn.
-
-    `begin` and `end` are what stands around a user's text.
-    """
-    ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
-    before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + image_tokens : answer])
-    if start < answer and before.endswith(begin):
-        return f"{IMAGE_TAG}{NEWLINE * after.startswith(NEWLINE)}{PROMPT}"
-    if start < answer and after.startswith(end):
-        return f"{PROMPT}{NEWLINE * before.endswith(NEWLINE)}{IMAGE_TAG}"
-    return None
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:

@@ -9,8 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import TOKENIZER_3V_DIR, display_path
-from dataset.chat import image_placeholder, image_token_id, uses_template
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for, image_placeholder, image_token_id, uses_template
 from model.weights import Weights
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UsageError
-from dataset.chat import IMAGE_CHARACTER, has_image_pad
-from dataset.chat_template import image_placeholder, uses_template
+from dataset.chat import IMAGE_CHARACTER, has_image_pad, image_placeholder, uses_template
 from dataset.conversation import IMAGE_TAG
 from model.projectors import PROJECTORS
 from model.transformers_names import to_lfm2_vl, to_llava

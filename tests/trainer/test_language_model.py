@@ -20,8 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dataset.chat import image_placeholder
-from dataset.chat_template import TemplateEncoder
+from dataset.chat import TemplateEncoder, image_placeholder
 from dataset.conversation import RowError
 from dataset.prompts import prompt_batch
 from dataset.tokenizer import load_tokenizer

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
