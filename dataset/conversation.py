@@ -28,7 +28,12 @@ def parse_conversation(turns: list) -> list[dict]:
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise RowError(f"turn {number} has no role")
-    turns = merge_tool_turns([parse_turn(turn, number) for number, turn in enumerate(turns, start=1)])
+    parsed, turns = [parse_turn(turn, number) for number, turn in enumerate(turns, start=1)], []
+    for turn in parsed:
+        if turns and turn["role"] == turns[-1]["role"] == "user" and "tool" in turn and "tool" in turns[-1]:
+            turns[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
+        else:
+            turns.append(turn)
     offset = int(turns[0]["role"] == "system")
     for index, turn in enumerate(turns[offset:]):
         expected = ("user", "assistant")[index % 2]
@@ -48,44 +53,31 @@ def parse_conversation(turns: list) -> list[dict]:
 
 
 def parse_turn(turn: dict, number: int) -> dict:
-    role, content, reasoning = turn["role"], turn.get("content"), turn.get("reasoning_content")
-    may_be_missing = role == "system" or turn.get("tool_calls") not in NO_CALLS
-    content = "" if may_be_missing and content is None else content
+    role, content, calls = turn["role"], turn.get("content"), turn.get("tool_calls") not in NO_CALLS
+    content = "" if content is None and (calls or role == "system") else content
     if not isinstance(content, str):
         raise RowError(f"turn {number} has no text as content")
     if role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>", "tool": True}
-    if role == "system" and (functions := parse_functions(turn.get("functions"), number)):
-        return {"role": role, "content": content, "tool": True, "functions": functions}
-    if role != "assistant":
-        return {"role": role, "content": content}
-    empty = EMPTY_THINKING.match(content)
-    thought = reasoning if isinstance(reasoning, str) and reasoning.strip() else ""
-    more = {"reasoning_content": thought} if thought or empty else {}
-    more |= {} if turn.get("tool_calls") in NO_CALLS else {"tool": True}
-    return {"role": role, "content": content[empty.end() :] if empty else content} | more
-
-
-def parse_functions(functions, number: int) -> list:
-    """Returns a system turn's functions: a list, or one as JSON text; raises RowError for anything else."""
-    try:
-        functions = json.loads(functions) if isinstance(functions, str) and functions.strip() else functions or []
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"turn {number}: functions is not JSON: {error}") from error
-    if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
-        raise RowError(f"turn {number}: functions is no list of objects")
-    return functions
-
-
-def merge_tool_turns(turns: list[dict]) -> list[dict]:
-    """Joins what several tools give after each other to one turn."""
-    merged = []
-    for turn in turns:
-        if merged and turn["role"] == merged[-1]["role"] == "user" and "tool" in turn and "tool" in merged[-1]:
-            merged[-1]["content"] += f"\n{turn['content']}"
-        else:
-            merged.append(turn)
-    return merged
+    parsed = {"role": role, "content": content}
+    if role == "system" and (functions := turn.get("functions")):
+        try:
+            functions = json.loads(functions) if isinstance(functions, str) else functions
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"turn {number}: functions is not JSON: {error}") from error
+        if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+            raise RowError(f"turn {number}: functions is no list of objects")
+        parsed |= {"tool": True, "functions": functions} if functions else {}
+    if role == "assistant":
+        reasoning, empty = turn.get("reasoning_content"), EMPTY_THINKING.match(content)
+        has_reasoning = isinstance(reasoning, str) and reasoning.strip() != ""
+        if empty:
+            parsed["content"] = content[empty.end() :]
+        if has_reasoning or empty:
+            parsed["reasoning_content"] = reasoning if has_reasoning else ""
+        if calls:
+            parsed["tool"] = True
+    return parsed
 
 
 def check_characters(text: str, what: str):

@@ -74,21 +74,20 @@ def form_of_file(path: Path) -> str | None:
     if head.startswith(b"PAR1"):
         return PARQUET
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    if text.lstrip()[:1] in ("[", "{"):
-        return LIST if text.lstrip().startswith("[") else OBJECT if is_one_object(text) else LINES
+    first, newline, rest = text.lstrip().partition("\n")
+    if first.startswith("["):
+        return LIST
+    if first.startswith("{"):  # one object over several lines, or COCO's annotations; or an object a line
+        try:
+            is_object = {"images", "annotations"} <= json.loads(first).keys()
+        except (ValueError, RecursionError):
+            is_object = not (first.rstrip().endswith("}") or rest.lstrip().startswith("{"))
+            if not newline:  # a first line longer than what is looked at
+                is_object = COCO.match(text) is not None
+        return OBJECT if is_object else LINES
     if table_header(text):
         return TABLE
     return TAR if tarfile.is_tarfile(path) else None
-
-
-def is_one_object(text: str) -> bool:
-    """Tells by its beginning whether a file is one JSON object over several lines, or COCO's annotations."""
-    first, newline, rest = text.lstrip().partition("\n")
-    try:
-        return {"images", "annotations"} <= json.loads(first).keys()
-    except (ValueError, RecursionError, AttributeError):
-        is_line = first.rstrip().endswith("}") or rest.lstrip().startswith("{")
-        return not is_line if newline else COCO.match(text) is not None  # a first line longer than what is looked at
 
 
 def table_header(text: str) -> tuple[str, list[str] | None] | None:

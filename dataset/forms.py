@@ -29,44 +29,35 @@ CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistan
 
 @dataclass(frozen=True)
 class Form:
-    """A form of rows.
-
-    Attributes:
-        fits: Tells whether a row is of this form. Values are None where only a table's columns are known.
-        read: Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name,
-            several with commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
-        example: A good row, which errors show.
-        source: A hash of the file that defines `read`: rows are tokenised again when it changes.
-    """
-
-    fits: Callable[[dict], bool]
+    fits: Callable[[dict], object]  # truthy for a row of this form; values are None where only columns are known
+    # Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name, several with
+    # commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
     read: Callable[[dict], tuple[list, object]]
-    example: dict
-    source: str
+    example: dict  # a good row, which errors show
+    source: str  # a hash of the file that defines `read`: rows are tokenised again when it changes
 
 
 FORMS: dict[str, Form] = {}
 
 
-def register(name: str, fits: Callable[[dict], bool], example: dict):
+def register(name: str, fits: Callable[[dict], object], example: dict):
     """Returns a decorator that puts a function into the table as `Form.read`; later forms are tried first."""
 
     def put(read: Callable) -> Callable:
         FORMS.pop(name, None)
-        source = hashlib.sha256(Path(inspect.getfile(read)).read_bytes()).hexdigest()
-        FORMS[name] = Form(fits, read, example, source)
+        FORMS[name] = Form(fits, read, example, hashlib.sha256(Path(inspect.getfile(read)).read_bytes()).hexdigest())
         return read
 
     return put
 
 
 def field(row: dict, names: tuple[str, ...]) -> str | None:
-    """Returns the first of the names that the row has, None for none."""
+    """Returns the first of the names that the row has."""
     return next((name for name in names if name in row), None)
 
 
 def form_of_row(row: dict) -> str | None:
-    """Names the form of a row, None for no known one."""
+    """Names the form of a row."""
     return next((name for name, form in reversed(FORMS.items()) if form.fits(row)), None)
 
 
@@ -86,32 +77,29 @@ def read_row(row: dict) -> tuple[list[dict], object]:
 
 
 @register(
+    "a picture with question and answer",
+    fits=lambda row: field(row, PICTURE_FIELDS) and {"question", "answer"} <= row.keys(),
+    example={"image": "a.jpg", "question": "What is this?", "answer": "A cat."},
+)
+@register(
     CAPTION,
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, CAPTION_FIELDS) is not None,
+    fits=lambda row: field(row, PICTURE_FIELDS) and field(row, CAPTION_FIELDS),
     example={"image": "a.jpg", "caption": "A cat."},
 )
 @register(
     LABEL,
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, LABEL_FIELDS) is not None,
+    fits=lambda row: field(row, PICTURE_FIELDS) and field(row, LABEL_FIELDS),
     example={"image": "a.jpg", "label": "cat"},
 )
-def read_caption(row: dict) -> tuple[list, object]:
+def read_asked(row: dict) -> tuple[list, object]:
     """Asks the row's question, or the form's: in Chinese about a Chinese answer, else in English."""
-    answer = row[field(row, CAPTION_FIELDS + LABEL_FIELDS)]
-    chinese, english = QUESTIONS[LABEL if field(row, CAPTION_FIELDS) is None else CAPTION]
-    return asked_about(row, row.get("question", chinese if CHINESE.match(str(answer)) else english), answer)
-
-
-@register(
-    "a picture with question and answer",
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and {"question", "answer"} <= row.keys(),
-    example={"image": "a.jpg", "question": "What is this?", "answer": "A cat."},
-)
-def read_question(row: dict) -> tuple[list, object]:
-    return asked_about(row, row["question"], row["answer"])
-
-
-def asked_about(row: dict, question: str, answer) -> tuple[list, object]:
+    if {"question", "answer"} <= row.keys():
+        question, answer = row["question"], row["answer"]
+    else:
+        caption = field(row, CAPTION_FIELDS)
+        answer = row[caption or field(row, LABEL_FIELDS)]
+        chinese, english = QUESTIONS[CAPTION if caption else LABEL]
+        question = row.get("question", chinese if CHINESE.match(str(answer)) else english)
     images = row[field(row, PICTURE_FIELDS)]
     if not images:
         raise RowError("no picture is named")
@@ -169,9 +157,19 @@ def read_turns(row: dict) -> tuple[list, object]:
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list):
         raise RowError("conversations is missing or not a list of turns")
-    inside = []
-    turns = [read_turn(turn, inside) if isinstance(turn, dict) else turn for turn in turns]
-    return turns, inside or row.get(field(row, PICTURE_FIELDS))
+    found, images = [], []
+    for turn in turns:
+        if isinstance(turn, dict):
+            turn = {name: value for name, value in turn.items() if value is not None}  # as `datasets` fills columns
+            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+            if isinstance(content, list):
+                content = NEWLINE.join(read_part(part, images) for part in content)
+            more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
+            if functions := turn.get("functions") or turn.get("tools"):
+                more["functions"] = functions
+            turn = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
+        found.append(turn)
+    return found, images or row.get(field(row, PICTURE_FIELDS))
 
 
 @register(
@@ -192,18 +190,8 @@ def read_numbered(row: dict) -> tuple[list, object]:
     return turns, [images[tag] for tag in tags]
 
 
-def read_turn(turn: dict, images: list) -> dict:
-    """Returns a turn as {"role", "content", ...}; appends the images that stand in its parts."""
-    role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
-                     for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
-    if isinstance(content, list):
-        content = NEWLINE.join(read_part(part, images) for part in content)
-    more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
-    more |= {"functions": turn.get("functions") or turn["tools"]} if turn.get("functions") or turn.get("tools") else {}
-    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
-
-
 def read_part(part, images: list) -> str:
+    """Returns the text of a part of a content; appends its picture."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
