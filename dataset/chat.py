@@ -10,8 +10,6 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversation import IMAGE_TAG, RowError
-
 SYSTEM_PROMPT = "You are a helpful assistant"
 SYSTEM_PROMPTS = (  # that some of minimind-3v's rows get
     "You answer questions about pictures, briefly and truly.",
@@ -23,7 +21,7 @@ SYSTEM_PROMPTS = (  # that some of minimind-3v's rows get
     "请回答所问的问题；不知道时请直说。",
     "你是一个耐心、仔细观察的助手。",
 )
-IMAGE_CHARACTER = "@"
+IMAGE_TAG, IMAGE_CHARACTER = "<image>", "@"  # where an image stands in a text, and MiniMind's token for it
 NEIGHBOUR_TEXTS = ("", "\n", "a", "图")
 # minimind-3v: the image placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"
@@ -34,43 +32,36 @@ IMAGES = re.compile(f"({IMAGE_TAG})")
 IMAGE, ANSWER, END = -1, -2, -3  # between texts and the ids of special tokens: an image, and an answer's ends
 
 
+class RowError(ValueError):
+    """A row that cannot be learned from; the message says why."""
+
+
 @dataclass
 class EncodedChat:
-    """Token ids, the half-open [start, end) spans of them that are learned, and each image's first position.
-
-    `problem` says why it cannot be used.
-    """
-
     input_ids: list[int]
-    learned: list[tuple[int, int]]
-    image_starts: list[int]
-    problem: str = ""
+    learned: list[tuple[int, int]]  # spans [start, end) of them
+    image_starts: list[int]  # each image's first position
+    problem: str = ""  # why it cannot be used
 
 
 class Text(NamedTuple):
-    """A text to tokenise: whether it goes on from another text, and what it is tokenised beside, a token each."""
+    """A part of a conversation that is tokenised by itself."""
 
     text: str
-    goes_on: bool = False
-    left: str = ""
+    goes_on: bool = False  # from the text before it
+    left: str = ""  # a character that is tokenised with it, and taken off again
     right: str = ""
 
 
 class ChatEncoder:
-    """Turns conversations into token ids in MiniMind's prompt form.
+    """Turns conversations into token ids in MiniMind's prompt form; raises ValueError if the tokenizer is not of it.
 
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
-    and ends nothing; the special tokens around each turn, and images' placeholders, are added by their ids.
+    and ends nothing; the special tokens around each turn, and `image_tokens` placeholders for each image, are added by
+    their ids.
 
     With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
     turn, and every answer begins with a think block, its own or an empty one.
-
-    Args:
-        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own), or 3v's.
-        image_tokens: Placeholders that stand for one image (`VLMConfig.image_tokens`).
-
-    Raises:
-        ValueError: If the tokenizer is not of that form.
     """
 
     open_thinking = False  # whether an answer begins within its think block
@@ -91,11 +82,6 @@ class ChatEncoder:
                 "has it a chat template, as another language model needs"
             )
 
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-        for backend in self.backends:
-            backend.encode_special_tokens = True  # pickling loses it
-
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
         """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted.
 
@@ -112,11 +98,11 @@ class ChatEncoder:
             for piece in pieces[-1]:
                 if isinstance(piece, Text):
                     texts[piece.goes_on].append(piece.left + piece.text + piece.right)
-        # Many at once: the tokenizer works on them in parallel.
-        encodings = [
-            iter(backend.encode_batch(some, add_special_tokens=False))
-            for backend, some in zip(self.backends, texts, strict=True)
-        ]
+        encodings = []
+        for backend, some in zip(self.backends, texts, strict=True):
+            backend.encode_special_tokens = True  # special tokens in a text are text; a copy of an encoder loses this
+            # Many texts at once: the tokenizer works on them in parallel.
+            encodings.append(iter(backend.encode_batch(some, add_special_tokens=False)))
         for chat, of_chat in zip(chats, pieces, strict=True):
             ids = chat.input_ids
             for piece in of_chat:
@@ -165,11 +151,7 @@ class ChatEncoder:
         return pieces
 
     def truncate(self, chat: EncodedChat, max_length: int) -> EncodedChat:
-        """Returns the first `max_length` tokens.
-
-        Raises:
-            RowError: If that cuts an image off, or it leaves nothing to learn, or the chat has a problem.
-        """
+        """Returns the first `max_length` tokens; raises RowError if an image is cut off, or nothing left to learn."""
         if chat.problem:
             raise RowError(chat.problem)
         end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
@@ -216,9 +198,6 @@ class TemplateEncoder(ChatEncoder):
     def skeleton(self, roles: tuple[str, ...]) -> tuple[str, list[tuple[str, str]]]:
         """Returns what the template puts before turns of these roles, and for each turn: what of the blanks before it
         the model writes itself, as the template's own prompt ends before them; and what follows it.
-
-        Raises:
-            RowError: If it leaves one out.
         """
         if roles not in self.skeletons:
             turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
@@ -226,13 +205,11 @@ class TemplateEncoder(ChatEncoder):
             parts = SLOTS.split(whole)
             if parts[1::2] != [str(number) for number in range(len(roles))]:
                 raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
-            around, leads = parts[::2], []
-            for number, turn in enumerate(turns):
-                lead = ""
-                if turn["role"] == "assistant":
-                    prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
-                    lead = whole[len(prompt) : whole.index(turn["content"])] if whole.startswith(prompt) else ""
-                leads.append("" if lead.strip() else lead)
+            around, leads = parts[::2], [""] * len(roles)
+            for number in (number for number, role in enumerate(roles) if role == "assistant"):
+                prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
+                lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
+                leads[number] = "" if lead.strip() else lead
                 around[number] = around[number].removesuffix(leads[number])
             self.skeletons[roles] = around[0], list(zip(leads, around[1:], strict=True))
         return self.skeletons[roles]
@@ -250,22 +227,20 @@ class TemplateEncoder(ChatEncoder):
             raise changed
         pieces, end = self.split(start), len(start)
         for turn, (lead, after) in zip(turns, around, strict=True):
-            role, text = turn.values()
+            text = turn["content"]
             forms = (text, text.strip(), text.lstrip(), text.rstrip())  # a template may take blanks off
             text = next((form for form in forms if rendered.startswith(lead + form + after, end)), None)
             if text is None:
                 raise changed
             end += len(lead + text + after)
             after = self.split(after)
-            if role == "assistant":
+            if turn["role"] == "assistant":
                 if len(after) == 1:
                     raise RowError("the language model's chat template ends this answer with no special token")
                 answer_at = len(pieces)
                 pieces += [ANSWER, lead + text, *after[:2], END, *after[2:]]
-            elif role == "user":
-                pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
             else:
-                pieces += [text, *after]
+                pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
         if end != len(rendered):
             raise changed
         if thinks:
@@ -294,7 +269,7 @@ def encoder_for(tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> ChatEn
 
 
 def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = frozenset()) -> Tokenizer:
-    """Returns a copy of the tokenizer to which special tokens in a text are text, and which neither cuts nor pads.
+    """Returns a copy of the tokenizer that neither cuts nor pads.
 
     It puts no blank before a text by these schemes of Metaspace; "always" is also done by other parts.
     """
@@ -309,9 +284,7 @@ def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = f
 
     content = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=without_prefix)
     # One that was saved with truncation on would cut texts silently.
-    backend = Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
-    backend.encode_special_tokens = True
-    return backend
+    return Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -321,10 +294,7 @@ def uses_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def image_placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the token for an image's patches.
-
-    Another language model's is its own, else a special token that its template does not use, else `<image>`.
-    """
+    """Returns the token for an image's patches: another language model's own, or one that its template does not use."""
     if not uses_template(tokenizer):
         return IMAGE_PAD if has_image_pad(tokenizer) else IMAGE_CHARACTER
     if own := getattr(tokenizer, "image_token", None):
@@ -346,10 +316,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def with_thinking(turn: dict) -> str:
-    """Returns an answer after its think block, which holds its reasoning_content, else the text before `</think>`.
-
-    An answer with `no_think` loses an empty block.
-    """
+    """Returns an answer after its think block, which may be empty; one with `no_think` loses an empty block."""
     reasoning, answer = turn.get("reasoning_content"), turn["content"]
     if reasoning is None:
         before, end, _ = answer.partition(END_OF_THINKING)

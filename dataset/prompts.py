@@ -9,8 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from dataset.chat import ChatEncoder, encoder_for
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG, ChatEncoder, encoder_for
 from model.vlm_config import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
@@ -21,8 +20,7 @@ ROWS_LOOKED_AT = 256
 def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
     """Returns the prompt with one `<image>` per image: as typed if it has them, else placed by `form`.
 
-    Raises:
-        ValueError: If the prompt has `<image>` tags, but not one per image.
+    Raises ValueError if it has some, but not one per image.
     """
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, images):
@@ -52,13 +50,10 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """Returns the inputs of `generate` for conversations that end with the user's turn: `left_padded`, with pixels.
+    """Returns the inputs of `generate` for conversations that end with the user's turn.
 
-    Args:
-        pictures: Each conversation's images in order, uint8 (3, size, size).
-
-    Returns:
-        As `left_padded`, and pixel_values (all images, 3, size, size) or None if there is no image.
+    That is `left_padded`, and pixel_values (all images, 3, size, size), None without images; from `pictures`, each
+    conversation's images in order, uint8 (3, size, size).
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):

@@ -14,9 +14,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, encoder_for
-from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
-from dataset.forms import FORMS, form_of_row, read_row
+from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
+from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_picture_names, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.

@@ -16,8 +16,7 @@ from model.weights import Weights
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Reads a tokenizer's folder; another language model's gets a placeholder for images if it has none.
 
-    Raises:
-        UsageError: If it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
+    Raises UsageError if it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
     """
     if not (path / "tokenizer.json").is_file():
         part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"

@@ -21,7 +21,7 @@ from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
 from dataset import foreign, forms
-from dataset.conversation import RowError
+from dataset.chat import RowError
 from scripts.data.rows import IMAGE_FOLDERS
 
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from common.errors import UsageError
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG
 from dataset.pictures import PictureError
 from trainer.answering.assistant import Assistant, mask_of
 from trainer.answering.loaded_model import LoadedModel

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UsageError
-from dataset.chat import IMAGE_CHARACTER, has_image_pad, image_placeholder, uses_template
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_CHARACTER, IMAGE_TAG, has_image_pad, image_placeholder, uses_template
 from model.projectors import PROJECTORS
 from model.transformers_names import to_lfm2_vl, to_llava
 from model.vlm_config import VLMConfig

@@ -14,7 +14,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from common.paths import TOWER_DIR, display_path
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from trainer.report import page

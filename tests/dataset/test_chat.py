@@ -14,9 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UsageError
 from common.paths import ROOT
-from dataset.chat import SYSTEM_PROMPT, ChatEncoder
-from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
-from dataset.forms import read_row
+from dataset.chat import SYSTEM_PROMPT, ChatEncoder, RowError
+from dataset.forms import check_images, parse_conversation, parse_picture_names, read_row
 from dataset.prompts import prompt_batch, with_images
 from dataset.rows import tokenise_batch
 from dataset.tokenizer import load_tokenizer
