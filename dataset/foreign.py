@@ -27,12 +27,8 @@ SHARDS, CLASSES = "a folder of data files", "a folder of pictures"
 FOREIGN_FILES = (FOLDER, CLASSES, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
 COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
 BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
-
-# A JPEG of several pictures (MPO) is read as the first.
-PICTURE_SUFFIXES = {
-    ending for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")
-}
-
+READABLE = (*PICTURE_FORMATS, "MPO")  # MPO: a JPEG of several pictures is read as the first
+PICTURE_SUFFIXES = {ending for ending, kind in Image.registered_extensions().items() if kind in READABLE}
 DELIMITERS = ",\t;|"  # a spreadsheet writes semicolons where the comma is the decimal point; Flickr30k bars
 NUMBER = re.compile(r"#\d+$")  # of a picture's caption, in Flickr8k
 HEAD = 1 << 16  # bytes that are looked at

@@ -105,18 +105,17 @@ def check_file(path: Path):
         form = None if reason and not path.is_dir() else foreign.form_of_file(path)
     except OSError as error:
         reason, form = error.strerror, None
-    if form in foreign.FOREIGN_FILES:
-        raise DataError(f"{path} is {form}. Convert it with:\n  {foreign.command(path)}")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not a data file")
-    if reason:
-        raise DataError(f"{path} cannot be read: {reason}")
-    if "::" in path.name:
-        raise DataError(f"{path}: a name with :: means something else to the library that reads it; rename the file")
-    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"{path} is neither .jsonl nor .parquet")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
+    refused = {
+        f" is {form}. Convert it with:\n  {foreign.command(path)}": form in foreign.FOREIGN_FILES,
+        " is a folder, not a data file": path.is_dir(),
+        f" cannot be read: {reason}": reason is not None,
+        ": a name with :: means something else to the library that reads it; rename the file": "::" in path.name,
+        " is neither .jsonl nor .parquet": path.suffix.lower() not in (".jsonl", ".json", ".parquet"),
+        " is empty": reason is None and path.stat().st_size == 0,
+    }
+    for why, is_so in refused.items():
+        if is_so:
+            raise DataError(f"{path}{why}")
 
 
 def why_missing(folder: Path, name: str) -> str | None:

@@ -64,13 +64,6 @@ class Variation(NamedTuple):
     system: float  # share of rows without a system turn that get one of SYSTEM_PROMPTS
     seed: int
 
-    def apply(self, turns: list[dict], number: int) -> list[dict]:
-        random = Random(f"{self.seed} {number}")
-        system, keeps = random.choice(SYSTEM_PROMPTS), random.random() < self.empty_think
-        if random.random() < self.system and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": system}, *turns]
-        return [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
-
 
 def tokenise_rows(
     raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, variation=None
@@ -109,7 +102,13 @@ def tokenise_batch(*columns: list, encoder: ChatEncoder, max_length: int, variat
                 if any("functions" in turn for turn in turns) and not encoder.tokenizer.chat_template:
                     raise RowError("it lists functions, and the tokenizer has no chat template that says how")
                 row["kinds"].append("tools")
-            row["turns"] = turns if variation is None else variation.apply(turns, number)
+            if variation is not None:
+                random = Random(f"{variation.seed} {number}")
+                prompt, keeps = random.choice(SYSTEM_PROMPTS), random.random() < variation.empty_think
+                if random.random() < variation.system and turns[0]["role"] != "system":
+                    turns = [{"role": "system", "content": prompt}, *turns]
+                turns = [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
+            row["turns"] = turns
         except RowError as error:
             row = {"reason": str(error)}
         rows.append(row)
