@@ -38,6 +38,8 @@ class RowError(ValueError):
 
 @dataclass
 class EncodedChat:
+    """A conversation as token ids."""
+
     input_ids: list[int]
     learned: list[tuple[int, int]]  # spans [start, end) of them
     image_starts: list[int]  # each image's first position
@@ -82,6 +84,11 @@ class ChatEncoder:
                 "has it a chat template, as another language model needs"
             )
 
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        for backend in self.backends:
+            backend.encode_special_tokens = True  # pickling loses it
+
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
         """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted.
 
@@ -98,11 +105,9 @@ class ChatEncoder:
             for piece in pieces[-1]:
                 if isinstance(piece, Text):
                     texts[piece.goes_on].append(piece.left + piece.text + piece.right)
-        encodings = []
-        for backend, some in zip(self.backends, texts, strict=True):
-            backend.encode_special_tokens = True  # special tokens in a text are text; a copy of an encoder loses this
-            # Many texts at once: the tokenizer works on them in parallel.
-            encodings.append(iter(backend.encode_batch(some, add_special_tokens=False)))
+        # Many texts at once: the tokenizer works on them in parallel.
+        together = zip(self.backends, texts, strict=True)
+        encodings = [iter(backend.encode_batch(some, add_special_tokens=False)) for backend, some in together]
         for chat, of_chat in zip(chats, pieces, strict=True):
             ids = chat.input_ids
             for piece in of_chat:
@@ -269,7 +274,7 @@ def encoder_for(tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> ChatEn
 
 
 def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = frozenset()) -> Tokenizer:
-    """Returns a copy of the tokenizer that neither cuts nor pads.
+    """Returns a copy of the tokenizer to which special tokens in a text are text, and which neither cuts nor pads.
 
     It puts no blank before a text by these schemes of Metaspace; "always" is also done by other parts.
     """
@@ -284,7 +289,9 @@ def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = f
 
     content = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=without_prefix)
     # One that was saved with truncation on would cut texts silently.
-    return Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+    backend = Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+    backend.encode_special_tokens = True
+    return backend
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase) -> bool:
