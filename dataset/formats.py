@@ -17,8 +17,6 @@ from common.files import not_a_file
 from common.paths import printable
 from dataset import foreign
 
-BLOCK_BYTES = 1 << 20  # read at once to hash a file
-
 
 class DataError(UsageError):
     """A data file that is missing, unreadable, or has too many bad rows."""
@@ -45,7 +43,7 @@ def content_key(path: Path) -> str:
     """Hashes a whole file: size, time stamp or a sample would miss a few letters corrected in place (3 to 10 GB/s)."""
     digest = xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
