@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
+from dataset.forms import TOOL_CALLS
 from dataset.parquet import load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, preprocess_image
 from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, Variation, tokenise_rows

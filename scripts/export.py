@@ -27,8 +27,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_DIR, display_path
-from dataset.chat import IMAGE_CHARACTER, SYSTEM_PROMPT, has_image_pad, image_placeholder, uses_template
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_CHARACTER, IMAGE_TAG, SYSTEM_PROMPT, has_image_pad, image_placeholder, uses_template
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS

@@ -33,7 +33,7 @@ from common.errors import UsageError, run_script
 from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
-from dataset.conversation import RowError
+from dataset.chat import RowError
 from scripts.data.rows import make_row
 from scripts.data.sources import KNOWN, read_source
 from trainer.stage import epochs_for

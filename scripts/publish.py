@@ -30,7 +30,7 @@ from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.files import RECORD, hash_of, read_record
 from common.paths import TOWER_DIR, display_path, printable
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG
 from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from model.model_vlm import config_fields

@@ -11,8 +11,9 @@ from urllib.parse import unquote
 from PIL import Image
 
 from dataset import foreign, forms
-from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
+from dataset.chat import IMAGE_TAG, RowError
 from dataset.formats import why_missing
+from dataset.forms import TOOL_CALLS, check_images, parse_picture_names
 from dataset.pictures import (
     CLIP_FORMAT,
     PictureError,

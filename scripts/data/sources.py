@@ -21,8 +21,7 @@ from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
 from dataset import foreign, forms
-from dataset.conversation import RowError
-from dataset.formats import with_plain_images
+from dataset.chat import RowError
 from scripts.data.rows import IMAGE_FOLDERS
 
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
@@ -259,7 +258,7 @@ def read_saved(path: Path) -> Rows:
     for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
         if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
             raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
-    batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
+    batches = saved.with_format("arrow").iter(BATCH)  # pictures stay files
     yield from numbered(with_names(row, saved.features) for batch in batches for row in batch.to_pylist())
 
 

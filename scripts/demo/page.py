@@ -29,7 +29,7 @@ from starlette.responses import PlainTextResponse
 from transformers import TextIteratorStreamer
 
 from common.errors import UsageError
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG
 from dataset.pictures import PictureError
 from dataset.scenes.language import CHINESE, ENGLISH
 from trainer.answering.assistant import Assistant, mask_of

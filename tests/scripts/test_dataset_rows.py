@@ -8,7 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 from tiny import as_file, turn
 
-from dataset.conversation import RowError
+from dataset.chat import RowError
 from dataset.pictures import PictureError, load_picture
 from scripts.data.rows import make_row, picture_file
 

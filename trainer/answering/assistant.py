@@ -11,7 +11,7 @@ from PIL import Image
 from common.cli import number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw, heldout_scenes
