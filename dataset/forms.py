@@ -110,8 +110,8 @@ def read_asked(row: dict) -> tuple[list, object]:
         raise RowError("no picture is named")
     if not isinstance(question, str):
         raise RowError("the question is no text")
-    options = [f"{letter}. {row[name]}" for letter in "ABCDEF"
-               if (name := field(row, (letter, letter.lower()))) and row[name]]  # fmt: skip
+    letters = filter(None, (field(row, (letter, letter.lower())) for letter in "ABCDEF"))
+    options = [f"{letter.upper()}. {row[letter]}" for letter in letters if row[letter]]
     asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
     answer = json.dumps(answer) if isinstance(answer, (bool, int, float)) else answer
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images

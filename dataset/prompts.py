@@ -70,8 +70,9 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
 def row_prompts(rows: list[dict], pad_token_id: int) -> dict:
     """Returns the inputs of `generate` for samples of `VLMDataset` (with pixels), up to their first answer."""
     prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
-    starts = [[start for start in row["image_starts"].tolist() if start < len(prompt)]
-              for row, prompt in zip(rows, prompts, strict=True)]  # fmt: skip
+    starts = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        starts.append([start for start in row["image_starts"].tolist() if start < len(prompt)])
     pixels = [row["pixel_values"][: len(of_row)] for row, of_row in zip(rows, starts, strict=True)]
     return left_padded(prompts, starts, pad_token_id) | {"pixel_values": torch.cat(pixels) if any(starts) else None}
 

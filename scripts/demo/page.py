@@ -262,7 +262,10 @@ class Handlers:
         """Adds its words' maps to the newest answer, unless it has none, or they were stopped or too slow."""
         turn = turns[-1] if turns else Turn()
         look, turn.look, end = turn.look, None, time.monotonic() + MAP_SECONDS
-        is_stopped = lambda: turn.stop.is_set() or CLOSING.is_set() or time.monotonic() > end  # noqa: E731
+
+        def is_stopped() -> bool:
+            return turn.stop.is_set() or CLOSING.is_set() or time.monotonic() > end
+
         words = WORKERS.submit(look, is_stopped).result() if look else None
         if words is None:
             return gr.skip()
