@@ -28,7 +28,7 @@ from common.files import read_record as read_export_record
 from common.paths import display_path, printable
 from model.vlm_config import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
-from scripts.data.transfer import human
+from scripts.download import human
 from scripts.share.model_card import CARD, PICTURES, Model, card_files
 from trainer.report.page import Record, read_record
 
