@@ -30,38 +30,37 @@ ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 QUALITY = 95
 
 
-def make_row(row: dict, question: str | None, size: int, images_path: Path, folder: Path) -> dict | RowError:
+def make_row(row: dict | RowError, images_path: Path, question: str | None, size: int, folder: Path) -> dict | RowError:
     """Makes a row of this project, and writes each distinct picture once, under the hash of its content, to `folder`.
 
     Several threads may call it at once: they write the same content under the same name. `question` is asked where
     there is only a caption or a label (None: the form's own). Pictures get a shorter side of at most `size` pixels.
     Returns {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
     """
+    if isinstance(row, RowError):
+        return row
+    names, contents = [], {}
     try:
         turns, sources = conversation_of(row, question, images_path)
-        files = [prepared(source, size, images_path, folder) for source in sources]
+        for source in sources:
+            name = source if isinstance(source, str) else "in the row"
+            with decoding(name):
+                content = (images_path / source).read_bytes() if isinstance(source, str) else source
+            digest = hashlib.blake2b(content, digest_size=10).hexdigest()
+            written = (f"{digest}{ending}" for ending in ENDINGS.values() if (folder / f"{digest}{ending}").is_file())
+            file = next(written, None)
+            if file is None:
+                kind, content = picture_file(content, name, size)
+                file = f"{digest}{ENDINGS[kind]}"
+                contents[file] = content
+            names.append(file)
+    except PictureError as error:
+        return RowError(f"broken picture: {error}")
     except RowError as error:
         return error
-    for name, content in files:
-        if content is not None:
-            (folder / name).write_bytes(content)
-    return {"image": [name for name, _ in files], "conversations": turns}
-
-
-def prepared(source: str | bytes, size: int, images_path: Path, folder: Path) -> tuple[str, bytes | None]:
-    """Returns the name that a picture gets, and its content if it is not written yet."""
-    name = source if isinstance(source, str) else "in the row"
-    try:
-        with decoding(name):
-            content = (images_path / source).read_bytes() if isinstance(source, str) else source
-        digest = hashlib.blake2b(content, digest_size=10).hexdigest()
-        for ending in ENDINGS.values():
-            if (folder / f"{digest}{ending}").is_file():
-                return f"{digest}{ending}", None
-        kind, content = picture_file(content, name, size)
-    except PictureError as error:
-        raise RowError(f"broken picture: {error}") from error
-    return f"{digest}{ENDINGS[kind]}", content
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    return {"image": names, "conversations": turns}
 
 
 def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
@@ -111,27 +110,28 @@ def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple
 
 def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
-    is_names = isinstance(value, str) and not value.startswith("data:") and found(value, images_path) is None
-    values = parse_picture_names(value) if is_names else value if isinstance(value, list) else [value]
-    return [as_picture(value, images_path) for value in values if value not in (None, "")]
-
-
-def as_picture(value, images_path: Path) -> str | bytes:
-    if isinstance(value, dict):  # as `datasets` writes it
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
-        raise RowError("the picture is neither a name nor a file's bytes")
-    if value.startswith(("http:", "https:")):
-        raise RowError("a picture on the web is not fetched: download it, and name its file")
-    if value.startswith("data:") or foreign.is_base64(value):
-        try:
-            return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
-        except binascii.Error as error:
-            raise RowError(f"a data: URL that is no base64: {error}") from error
-    value = unquote(value.removeprefix("file://")) if value.startswith("file:") else value
-    return found(value, images_path) or value
+    if isinstance(value, str) and not value.startswith("data:") and found(value, images_path) is None:
+        value = parse_picture_names(value)
+    pictures = []
+    for picture in value if isinstance(value, list) else [value]:
+        if picture in (None, ""):
+            continue
+        if isinstance(picture, dict):  # as `datasets` writes it
+            picture = picture.get("bytes") or picture.get("path")
+        if not isinstance(picture, (bytes, str)) or picture == "":
+            raise RowError("the picture is neither a name nor a file's bytes")
+        if isinstance(picture, str) and picture.startswith(("http:", "https:")):
+            raise RowError("a picture on the web is not fetched: download it, and name its file")
+        if isinstance(picture, str) and (picture.startswith("data:") or foreign.is_base64(picture)):
+            try:
+                picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
+            except binascii.Error as error:
+                raise RowError(f"a data: URL that is no base64: {error}") from error
+        elif isinstance(picture, str):
+            path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
+            picture = found(path, images_path) or path
+        pictures.append(picture)
+    return pictures
 
 
 def found(name: str, images_path: Path) -> str | None:

@@ -54,44 +54,40 @@ def read_source(path: Path) -> Rows:
     try:
         form = foreign.form_of_file(path)
         if form is None:
-            raise UsageError(f"{name} is {what_is_found(path)}\n{KNOWN}")
-        yield from READERS[form](path)
+            is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+            found = "empty." if is_empty else "of no known form."
+            if path.is_file() and not is_empty:
+                with open(path, "rb") as file:
+                    line = file.readline(80).decode("utf-8-sig", "replace").strip()
+                found += f" Its first line is\n  {printable(line)}"
+            raise UsageError(f"{name} is {found}\n{KNOWN}")
+        for place, row in READERS[form](path):
+            yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
     except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
         raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def what_is_found(path: Path) -> str:
-    """Says what a source of no known form begins with."""
-    if path.is_dir():
-        return "of no known form." if any(path.iterdir()) else "empty."
-    with open(path, "rb") as file:
-        line = file.readline(80).decode("utf-8-sig", "replace").strip()
-    return f"of no known form. Its first line is\n  {printable(line)}" if path.stat().st_size else "empty."
-
-
 def read_folder(path: Path) -> Rows:
     for folder, pictures, texts in foreign.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in pictures:
-            yield str(inside / name), captioned(folder, inside / name, texts.get(foreign.stem(name)))
+            picture, text = str(inside / name), texts.get(foreign.stem(name))
+            if text is None:
+                yield picture, RowError("a picture without a .txt of its name")
+            elif reason := not_a_file(folder / text):
+                yield picture, RowError(f"its .txt cannot be read: {reason}")
+            else:
+                yield picture, captioned([picture], (folder / text).read_bytes())
         stems = set(map(foreign.stem, pictures))
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
 
 
-def captioned(folder: Path, picture: Path, text: str | None) -> dict | RowError:
-    if text is None:
-        return RowError("a picture without a .txt of its name")
-    if reason := not_a_file(folder / text):
-        return RowError(f"its .txt cannot be read: {reason}")
-    return with_caption({"image": [str(picture)]}, (folder / text).read_bytes())
-
-
-def with_caption(row: dict, text: bytes) -> dict | RowError:
+def captioned(pictures: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return row | {"caption": text.decode("utf-8-sig").strip()}
+        return {"image": pictures, "caption": text.decode("utf-8-sig").strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
@@ -99,18 +95,14 @@ def with_caption(row: dict, text: bytes) -> dict | RowError:
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
     for folder, pictures, _ in foreign.pictures_and_texts(path):
-        is_class = folder != path and folder.name not in IMAGE_FOLDERS
         for name in pictures:
-            label, place = folder.name if is_class else name_as_label(name), str((folder / name).relative_to(path))
+            place, label = str((folder / name).relative_to(path)), folder.name
+            if folder == path or label in IMAGE_FOLDERS:
+                label = foreign.stem(name)
+                is_no_label = BY_CAMERA.issuperset(re.findall(r"[^\W\d_]+", label.lower())) or HASH.fullmatch(label)
+                label = "" if is_no_label else re.sub(r"[\W\d_]+$", "", label)
             label = re.sub(r"[\s_-]+", " ", label).strip()
             yield place, {"image": [place], "label": label} if label else RowError(NO_LABEL)
-
-
-def name_as_label(picture: str) -> str:
-    """Returns a picture's name without its ending and number; "" for a camera's name, a number or a hash."""
-    stem = foreign.stem(picture)
-    words = re.findall(r"[^\W\d_]+", stem.lower())
-    return "" if BY_CAMERA.issuperset(words) or HASH.fullmatch(stem) else re.sub(r"[\W\d_]+$", "", stem)
 
 
 def read_shards(path: Path) -> Rows:
@@ -150,18 +142,14 @@ def read_lines(path: Path) -> Rows:
                 yield f"line {number}", parsed(line.strip())
 
 
-def parsed(text: bytes) -> dict | RowError:
-    """Returns the fields of a JSON object."""
+def parsed(text: bytes) -> object:
+    """Decodes JSON; returns a RowError if it is none."""
     try:
-        return checked(json.loads(text.decode("utf-8-sig")))
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowError(f"not JSON: {error}")
-
-
-def checked(value) -> dict | RowError:
-    return value if isinstance(value, dict) else RowError("not a JSON object")
 
 
 def read_list(path: Path) -> Rows:
@@ -179,7 +167,7 @@ def read_list(path: Path) -> Rows:
                     raise UsageError(f"{display_path(path)}, row {number}: {BROKEN} ({error})") from error
                 text, at = rest + more, 0
             else:
-                yield f"row {number}", checked(value)
+                yield f"row {number}", value
                 number += 1
 
 
@@ -196,14 +184,31 @@ def read_object(path: Path) -> Rows:
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
         rows = [{"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
                 if isinstance(row, dict) else row for row in whole["annotations"]]  # fmt: skip
-    yield from numbered(map(checked, rows))
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
 
 
 def read_tar(path: Path) -> Rows:
-    """Reads a WebDataset: neighbouring files of one name up to the first dot are a row."""
+    """Reads a WebDataset: neighbouring files of one name up to the first dot are a row.
+
+    Its fields are those of the JSON, or the text as the caption, and the pictures' bytes.
+    """
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
-            yield key, tar_row([(name, content) for _, name, content in files])
+            files = [(name, content) for _, name, content in files]
+            pictures = [content for name, content in files if foreign.is_picture(name)]
+            texts = [content for name, content in files if name.endswith(".txt")]
+            objects = [content for name, content in files if name.endswith(".json")]
+            row = parsed(objects[0]) if objects else {}
+            if not pictures or not (texts or objects):
+                row = RowError("a picture without a text" if pictures else "a text without a picture")
+            elif len(texts) > 1 or len(objects) > 1:
+                row = RowError("several texts of one name up to the first dot")
+            elif texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
+                row = captioned(pictures, texts[0])
+            elif isinstance(row, dict):
+                row = {name: row[name] for name in row if name not in forms.PICTURE_FIELDS} | {"image": pictures}
+            yield key, row
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
@@ -216,23 +221,6 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
             yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
-def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
-    """Returns the fields of a sample: its JSON, or its text as the caption, and its pictures' bytes."""
-    pictures = [content for name, content in files if foreign.is_picture(name)]
-    texts = [content for name, content in files if name.endswith(".txt")]
-    objects = [content for name, content in files if name.endswith(".json")]
-    if not pictures or not (texts or objects):
-        return RowError("a picture without a text" if pictures else "a text without a picture")
-    if len(texts) > 1 or len(objects) > 1:
-        return RowError("several texts of one name up to the first dot")
-    row = parsed(objects[0]) if objects else {}
-    if texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
-        row = with_caption({}, texts[0])
-    if isinstance(row, RowError):
-        return row
-    return {name: value for name, value in row.items() if name not in forms.PICTURE_FIELDS} | {"image": pictures}
-
-
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
@@ -241,8 +229,7 @@ def read_parquet(path: Path) -> Rows:
             features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         except DAMAGED as error:
             raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
-        batches = file.iter_batches(batch_size=BATCH)
-        yield from numbered(with_names(row, features) for batch in batches for row in batch.to_pylist())
+        yield from numbered(file.iter_batches(batch_size=BATCH), features)
 
 
 def read_saved(path: Path) -> Rows:
@@ -259,19 +246,19 @@ def read_saved(path: Path) -> Rows:
     for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
         if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
             raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
-    batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
-    yield from numbered(with_names(row, saved.features) for batch in batches for row in batch.to_pylist())
+    yield from numbered(with_plain_images(saved.with_format("arrow")).iter(BATCH), saved.features)
 
 
-def with_names(row: dict, features: dict) -> dict:
-    """Returns the row with the names of its classes, which `datasets` writes as numbers; None for unknown ones."""
-    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    return row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
-
-
-def numbered(rows: Iterable[dict | RowError]) -> Rows:
+def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Rows:
+    """Yields rows with the names of their classes, which `datasets` writes as numbers; None for unknown ones."""
+    classes = {
+        name: dict(enumerate(feature.names))
+        for name, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+        yield f"row {number}", row | {name: names.get(row[name]) for name, names in classes.items()}
 
 
 READERS = {

@@ -24,7 +24,7 @@ def make(tmp_path):
     for name in ("a.png", "a, b.png"):
         (tmp_path / "from" / name).write_bytes(PICTURE)
     (tmp_path / "from" / "broken.jpg").write_bytes(b"no picture")
-    return lambda **row: make_row(row, "Describe it.", 256, tmp_path / "from", tmp_path / "to")
+    return lambda **row: make_row(row, tmp_path / "from", "Describe it.", 256, tmp_path / "to")
 
 
 def noise(width, height, mode="RGB"):
