@@ -34,21 +34,17 @@ from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from dataset.tokenizer import quiet_libraries
-from scripts.bench.checks import CHECKS, check
-from scripts.bench.generation import GENERATE_LINES, measure_generate
-from scripts.bench.gpu import GPU_LINES, measure_gpu
-from scripts.bench.synthetic import LAYERS
-from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training
+from scripts.bench import gpu, speed
 from trainer.support.processes import cores, pick_device
 
 # Lines, and the function that takes the flags and a line, and returns the line's figures.
 MEASUREMENTS = {
-    "pretrain": (TRAINING_LINES, partial(measure_training, "pretrain")),
-    "sft": (TRAINING_LINES, partial(measure_training, "sft")),
-    "data": (LOADER_LINES, measure_loader),
-    "generate": (GENERATE_LINES, measure_generate),
-    "checks": (CHECKS, check),
-    "gpu": (GPU_LINES, measure_gpu),
+    "pretrain": (speed.TRAINING_LINES, partial(speed.measure_training, "pretrain")),
+    "sft": (speed.TRAINING_LINES, partial(speed.measure_training, "sft")),
+    "data": (speed.LOADER_LINES, speed.measure_loader),
+    "generate": (speed.GENERATE_LINES, speed.measure_generate),
+    "checks": (gpu.CHECKS, gpu.check),
+    "gpu": (gpu.GPU_LINES, gpu.measure_gpu),
 }
 
 
@@ -92,7 +88,7 @@ def parse_arguments(argv=None) -> Namespace:
     add = parser.add_argument
     add("what", nargs="*", choices=["all", *MEASUREMENTS], default="all", help="what to measure; all does without gpu")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
+    add("--hidden_size", type=int, choices=tuple(speed.LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=number(int, 1), help="samples a step (default: 16 in pretraining, 4 in SFT)")
     add("--max_seq_len", type=number(int, 1), help="what the plain loop pads to (default: the stage's)")
     add("--steps", type=number(int, 1), help="timed steps of each line (default: 3; 50 on CUDA)")
