@@ -44,47 +44,35 @@ human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
 
 @dataclass(frozen=True)
 class Part:
-    """What one word on the command line asks for.
-
-    Attributes:
-        choices: The files of each form it is published in, with {} for the size; the first complete one is downloaded.
-        needs: For weights: the parts with the tower and the tokenizer that they were trained with.
-        hidden_size: For weights: the default of --hidden_size.
-    """
+    """What one word on the command line asks for."""
 
     repo_id: str
     folder: Path
     about: str
-    choices: tuple[tuple[str, ...], ...]
-    needs: tuple[str, ...] = ()
-    hidden_size: int = 512
+    choices: tuple[str, ...]  # the files of each form it is published in, with {} for the size; the first complete one
+    needs: tuple[str, ...] = ()  # of weights: the parts with the tower and tokenizer that they were trained with
+    hidden_size: int = 512  # of weights: the default of --hidden_size
 
 
-CONFIG = ("config.json", "preprocessor_config.json")
-TOWER_FILES = ((*CONFIG, "model.safetensors"), (*CONFIG, "pytorch_model.bin"))
-TOKENIZER_FILES = (("tokenizer.json", "tokenizer_config.json"),)
-PRETRAIN_FILES = (("pretrain_i2t.parquet",), ("pretrain_data.parquet",))
-
-V2 = {"repo_id": "jingyaogong/MiniMind2-V-PyTorch", "folder": paths.SAVE_DIR, "needs": ("tower", "tokenizer")}
-V3 = {
-    "repo_id": "jingyaogong/minimind-3v-pytorch",
-    "folder": paths.SAVE_3V_DIR,
-    "needs": ("tower_3v", "tokenizer_3v"),
-    "hidden_size": 768,
-}
-DATA = {"repo_id": "jingyaogong/minimind-v_dataset", "folder": paths.DATASET_DIR}
+V2, V3, DATA = "jingyaogong/MiniMind2-V-PyTorch", "jingyaogong/minimind-3v-pytorch", "jingyaogong/minimind-v_dataset"
+OF_V2, OF_V3 = ("tower", "tokenizer"), ("tower_3v", "tokenizer_3v")
+TOWER = tuple(f"config.json preprocessor_config.json {file}" for file in ("model.safetensors", "pytorch_model.bin"))
+TOKENIZER = ("tokenizer.json tokenizer_config.json",)
+PRETRAIN, SFT = ("pretrain_i2t.parquet", "pretrain_data.parquet"), ("sft_i2t.parquet", "sft_data.parquet")
 PARTS = {
-    "tower": Part("openai/clip-vit-base-patch16", paths.TOWER_DIR, "the vision tower", TOWER_FILES),
-    "tokenizer": Part("jingyaogong/MiniMind2-V", paths.TOKENIZER_DIR, "the tokenizer", TOKENIZER_FILES),
-    "sft_vlm": Part(about="the trained model", choices=(("sft_vlm_{}.pth",),), **V2),
-    "pretrain_vlm": Part(about="after pretraining", choices=(("pretrain_vlm_{}.pth",),), **V2),
-    "llm": Part(about="the language model before any picture", choices=(("llm_{}.pth",),), **V2),
-    "pretrain": Part(about="pictures with captions", choices=PRETRAIN_FILES, **DATA),
-    "sft": Part(about="pictures with conversations", choices=(("sft_i2t.parquet",), ("sft_data.parquet",)), **DATA),
-    "minimind-3v": Part(about="the trained model of the newest generation", choices=(("sft_vlm_{}.pth",),), **V3),
-    "llm_3v": Part(about="its language model before any picture", choices=(("llm_{}.pth",),), **V3),
-    "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER_FILES),
-    "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER_FILES),
+    "tower": Part("openai/clip-vit-base-patch16", paths.TOWER_DIR, "the vision tower", TOWER),
+    "tokenizer": Part("jingyaogong/MiniMind2-V", paths.TOKENIZER_DIR, "the tokenizer", TOKENIZER),
+    "sft_vlm": Part(V2, paths.SAVE_DIR, "the trained model", ("sft_vlm_{}.pth",), OF_V2),
+    "pretrain_vlm": Part(V2, paths.SAVE_DIR, "after pretraining", ("pretrain_vlm_{}.pth",), OF_V2),
+    "llm": Part(V2, paths.SAVE_DIR, "the language model before any picture", ("llm_{}.pth",), OF_V2),
+    "pretrain": Part(DATA, paths.DATASET_DIR, "pictures with captions", PRETRAIN),
+    "sft": Part(DATA, paths.DATASET_DIR, "pictures with conversations", SFT),
+    "minimind-3v": Part(
+        V3, paths.SAVE_3V_DIR, "the trained model of the newest generation", ("sft_vlm_{}.pth",), OF_V3, 768
+    ),
+    "llm_3v": Part(V3, paths.SAVE_3V_DIR, "its language model before any picture", ("llm_{}.pth",), OF_V3, 768),
+    "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER),
+    "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER),
 }
 STAGES = ("pretrain", "sft")
 TO_TRAIN = ("tower", "llm", "tokenizer", *STAGES)
@@ -113,23 +101,16 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A site that publishes the files.
-
-    Attributes:
-        list_files: Lists a repository, by address, id and type ("model" or "dataset").
-        owners: What the hub's owners are called there.
-        advice: What to try when it fails.
-    """
+    """A site that publishes the files."""
 
     endpoint: str
-    list_files: Callable[[str, str, str], Iterator[RemoteFile]]
-    owners: dict[str, str]
-    advice: str
+    list_files: Callable[[str, str, str], Iterator[RemoteFile]]  # by endpoint, repository and "model" or "dataset"
+    owners: dict[str, str]  # what the hub's owners are called there
+    advice: str  # what to try when it fails
 
 
 def list_hub(endpoint: str, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = HfApi(endpoint).repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
+    info = HfApi(endpoint).repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=REQUEST["timeout"])
     for entry in info.siblings or []:
         url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
         checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
@@ -162,7 +143,7 @@ def find_files(source: Source, part: Part, hidden_size: int | None) -> list[Remo
         published = {file.name: file for file in source.list_files(source.endpoint, repo_id, repo_type)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
         raise UsageError(f"{source.endpoint} does not answer like a model hub: {source.advice}.") from error
-    choices = [[name.format(hidden_size or part.hidden_size) for name in names] for names in part.choices]
+    choices = [names.format(hidden_size or part.hidden_size).split() for names in part.choices]
     names = next((names for names in choices if published.keys() >= set(names)), None)
     if names is None:
         wanted, found = " or ".join(map(" + ".join, choices)), ", ".join(sorted(published)) or "nothing"

@@ -35,8 +35,7 @@ from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
 from dataset.conversation import RowError
-from scripts.data.rows import make_row
-from scripts.data.sources import KNOWN, read_source
+from scripts.data.sources import KNOWN, make_row, read_source
 from trainer.stage import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT

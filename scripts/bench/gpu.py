@@ -9,16 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from scripts.bench.speed import (
-    Steps,
-    matrix_product_flops,
-    model_flops,
-    peak_bytes,
-    plain_loop,
-    settings_of,
-    take_all,
-    timed,
-)
+from scripts.bench import speed
+from scripts.bench.speed import Steps, settings_of, take_all, timed
 from trainer.setup import be_deterministic
 
 WAYS = ("ordinary", "compiled, captured")
@@ -45,20 +37,19 @@ CHECKED = 4  # steps
 def measure_gpu(args: Namespace, line: str) -> dict:
     """Measures steps taken one way over batches that lie on the device, and what a matrix product makes (ceiling).
 
-    Prints what it finds at once, so that a run that is cut off leaves it; of large batches also a step's kernels and
-    the speed where the loader feeds it.
+    Prints what it finds at once, so that a run that is cut off leaves it.
     """
     stage, batch_size, way = GPU_LINES[line]
     args, device, seconds = settings_of(args, stage, batch_size), torch.device(args.device), 0.0
     if way == "plain":
-        fed, take = plain_loop(args)
+        fed, take = speed.plain_loop(args)
     else:
         seconds, steps = timed(device, Steps, args, way)
         fed, take = steps.batches(), steps.take
 
     def measure_steps(name: str, batches: Iterable[dict]) -> dict:
         seconds, total = timed(device, take_all, take, batches)
-        flops = model_flops(args, total, False) / seconds
+        flops = speed.model_flops(args, total, False) / seconds
         figures = {"samples/s": total["samples"] / seconds, "TFLOP/s": flops / 1e12, "of peak": flops / PEAK}
         print(f"{name}: " + ", ".join(f"{figure} {value:,.2f}" for figure, value in figures.items()), flush=True)
         return figures
@@ -66,7 +57,7 @@ def measure_gpu(args: Namespace, line: str) -> dict:
     on_device = list(itertools.islice(fed, ON_DEVICE))
     take_all(take, on_device * 2)  # a shape is captured at its second batch
     figures = measure_steps(line, itertools.islice(itertools.cycle(on_device), TIMED))
-    figures |= {"GB": peak_bytes(device) / 1e9, "set up in s": seconds}
+    figures |= {"GB": speed.peak_bytes(device) / 1e9, "set up in s": seconds}
     if batch_size >= LARGE and device.type == "cuda" and way != "plain":
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             take_all(take, on_device)
@@ -81,7 +72,7 @@ def measure_gpu(args: Namespace, line: str) -> dict:
     if batch_size >= LARGE and way == WAYS[-1]:
         take_all(take, itertools.islice(fed, 5 * args.num_workers))  # what the loader had ready
         measure_steps(f"{line}, fed by the loader", itertools.islice(fed, FED))
-    return figures | {"ceiling": matrix_product_flops(device) / 1e12}
+    return figures | {"ceiling": speed.matrix_product_flops(device) / 1e12}
 
 
 class Few(Steps):
@@ -93,11 +84,9 @@ class Few(Steps):
         self.few = list(itertools.islice(self.batches(), CHECKED))
 
     def losses(self, numbers: Iterable[int]) -> list[float]:
-        """Takes the steps with these numbers; returns the mean loss of each."""
         return [float(loss / learned) for loss, learned in [self.take(self.few[number]) for number in numbers]]
 
     def require_weights_of(self, others: "Few"):
-        """Raises RuntimeError where their weights are not equal."""
         theirs = others.model.state_dict()
         different = [name for name, tensor in self.model.state_dict().items() if not torch.equal(tensor, theirs[name])]
         if different:

@@ -43,14 +43,7 @@ from trainer.train_sft_vlm import STAGE as SFT
 
 TRAINING_LINES = ("plain", "this project, first epoch", "this project, kept features")
 LOADER_LINES = ("plain", "this project")
-GENERATE_LINES = (
-    "batch 1",
-    "batch 1, compiled",
-    "batch 1, int8",
-    "batch 1, int8, compiled",
-    "batch 16",
-    "batch 16, compiled",
-)
+GENERATE_LINES = tuple(line + how for line in ("batch 1", "batch 1, int8", "batch 16") for how in ("", ", compiled"))
 STAGES = {stage.name: stage for stage in (PRETRAIN, SFT)}
 BATCH_SIZES = {"pretrain": 16, "sft": 4}
 LAYERS = {512: 8, 768: 16}
@@ -109,15 +102,9 @@ def load_model(args: Namespace) -> MiniMindVLM:
 
 
 class Steps:
-    """A model, its data and what a step needs, on one device.
+    """A model, its data and what a step needs, on one device; `how` is what is done with it: compiled, captured.
 
-    Args:
-        how: Names what is done with a step: compiled, captured, both or nothing.
-        dtype: Default: what training chooses on this device.
-        grad_clip: 0: none.
-
-    Raises:
-        RuntimeError: If torch.compile does not work here, and it is to be compiled.
+    Raises RuntimeError if it is to be compiled and torch.compile does not work here.
     """
 
     def __init__(self, args: Namespace, how: str = "", dtype: torch.dtype | None = None, grad_clip: float = 1.0):
@@ -161,7 +148,6 @@ class PlainCollator(VLMCollator):
 
 
 def load(data: VLMDataset, args: Namespace, collate: VLMCollator) -> Iterator[dict]:
-    """Yields batches in random order."""
     sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)
     return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers))
 
@@ -208,7 +194,6 @@ def timed(device: torch.device, function: Callable, *args, **kwargs):
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Returns the most memory that this process has used, on the device or off."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -227,10 +212,7 @@ def model_flops(args: Namespace, total: dict, is_cached: bool) -> float:
 
     A matrix of N weights takes 2 N a token, causal attention 2 L^2 D forward. The backward pass takes as much again for
     the activations, and in SFT once more for the weights; a frozen tower has none.
-
-    Args:
-        total: samples, useful and learned tokens, and squares, the sum of the squared lengths.
-        is_cached: The tower does not run.
+    `total` has samples, useful and learned tokens, and squares: the sum of the squared lengths.
     """
     config, layers = VLMConfig(hidden_size=args.hidden_size), LAYERS[args.hidden_size]
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -306,12 +288,8 @@ def measure_generate(args: Namespace, line: str) -> dict:
     prompt = torch.randint(300, config.vocab_size, (batch, PROMPT_TOKENS), device=device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    calls = [
-        partial(generate, ours, inputs, compiles="compiled" in line, **fixed),
-        partial(llama.generate, **inputs, **fixed),
-    ]
-    turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + TURNS)][1:]
-    return {
-        "tokens/s": median(NEW_TOKENS * batch / ours for ours, _ in turns),
-        "x Llama": median(llama / ours for ours, llama in turns),
-    }
+    decode = partial(generate, ours, inputs, compiles="compiled" in line, **fixed)
+    calls = decode, partial(llama.generate, **inputs, **fixed)
+    turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + TURNS)]
+    ours, llama = np.array(turns[1:]).T  # seconds
+    return {"tokens/s": median(NEW_TOKENS * batch / ours), "x Llama": median(llama / ours)}

@@ -68,7 +68,6 @@ def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(benchmark.MEASUREMENTS, "gpu", (lines, gpu.measure_gpu))
     for name, value in {"GPU_LINES": lines, "LARGE": 2, "TIMED": 1, "FED": 1, "ON_DEVICE": 1}.items():
         monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(gpu, "matrix_product_flops", lambda device: 1e11)
     graphs = iter((False, True))
 
     def captured_step(step, context, pad):

@@ -10,7 +10,7 @@ from tiny import as_file, turn
 
 from dataset.conversation import RowError
 from dataset.pictures import PictureError, load_picture
-from scripts.data.rows import make_row, picture_file
+from scripts.data.sources import make_row, picture_file
 
 ANSWER = {"from": "gpt", "value": "A cat."}
 PICTURE = as_file(Image.new("RGB", (8, 8), "red"), "PNG")
