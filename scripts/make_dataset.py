@@ -167,7 +167,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 
 def report(made: Made, folder: Path) -> list[str]:
-    """Returns what was written, and what was left out and why."""
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
     if any(taken < read for _, read, taken in made.sources):
         facts["taken"] = ", ".join(f"{taken:,} of {read:,} rows of {name}" for name, read, taken in made.sources)
@@ -179,7 +178,6 @@ def report(made: Made, folder: Path) -> list[str]:
 
 
 def reasons(made: Made) -> list[str]:
-    """Lists the kinds of reasons, the most common first."""
     lines = []
     for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
         lines += check.fact(check.counted(len(places), "row"), reason)
@@ -190,19 +188,17 @@ def reasons(made: Made) -> list[str]:
 
 
 def commands(folder: Path, made: Made) -> str:
-    """Returns the commands that lead from these data to a model, in order."""
     name = re.sub(r"\W+", "_", folder.name)[:40]
     heldout, tower = folder / "heldout.jsonl" if made.held_out else None, SAVE_DIR / f"{name}_tower"
     files = {"data_path": folder / "train.jsonl", "eval_data": heldout}
-    epochs = {stage: {"epochs": epochs_for(stage, len(made.keys) - made.held_out)} for stage in ("pretrain", "sft")}
-    first = {"from_weight": "llm", "vision_model_path": tower, "save_weight": f"{name}_pretrain"}
-    second = {"from_weight": f"{name}_pretrain", "save_weight": f"{name}_sft"}
-    asked = {"eval_data": heldout} if heldout else {"image_dir": folder / IMAGES}
+    pretrained, finetuned, rows = f"{name}_pretrain", f"{name}_sft", len(made.keys) - made.held_out
+    first = {"from_weight": "llm", "vision_model_path": tower, "save_weight": pretrained}
+    second = {"from_weight": pretrained, "save_weight": finetuned}
     steps = {
         "trainer/train_tower.py": files | {"save_tower": tower},
-        "trainer/train_pretrain_vlm.py": files | first | epochs["pretrain"],
-        "trainer/train_sft_vlm.py": files | second | epochs["sft"],
-        "eval_vlm.py": {"weight": f"{name}_sft"} | asked,
+        "trainer/train_pretrain_vlm.py": files | first | {"epochs": epochs_for("pretrain", rows)},
+        "trainer/train_sft_vlm.py": files | second | {"epochs": epochs_for("sft", rows)},
+        "eval_vlm.py": {"weight": finetuned, "eval_data": heldout, "image_dir": None if heldout else folder / IMAGES},
     }
     return "\n".join(textwrap.indent(command(script, flags), "  ") for script, flags in steps.items())
 

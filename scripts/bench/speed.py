@@ -147,11 +147,6 @@ class PlainCollator(VLMCollator):
         return super().__call__(samples)
 
 
-def load(data: VLMDataset, args: Namespace, collate: VLMCollator) -> Iterator[dict]:
-    sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)
-    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers))
-
-
 def plain_loop(args: Namespace) -> tuple[Iterator[dict], Callable[[dict], None]]:
     """Returns the batches and the step of a loop as it is first written.
 
@@ -169,7 +164,9 @@ def plain_loop(args: Namespace) -> tuple[Iterator[dict], Callable[[dict], None]]
         optimizer.step()
         optimizer.zero_grad()
 
-    return load(load_data(args).changed(leaves_small=True), args, PlainCollator(multiple=args.max_seq_len)), take
+    data, collate = load_data(args).changed(leaves_small=True), PlainCollator(multiple=args.max_seq_len)
+    sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)  # random order
+    return iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers)), take
 
 
 def take_all(take: Callable, batches: Iterable[dict]) -> Counter:
@@ -266,7 +263,9 @@ def measure_loader(args: Namespace, line: str) -> dict:
     args = settings_of(args, "pretrain")
     is_plain = line == "plain"
     data = load_data(args).changed(leaves_small=is_plain or args.device.startswith("cuda"))  # a GPU enlarges them
-    batches = load(data, args, PlainCollator() if is_plain else VLMCollator())
+    collate = PlainCollator() if is_plain else VLMCollator()
+    sampler = BatchSampler(np.ones(len(data)), args.batch_size, epochs=100)
+    batches = iter(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers))
     for _ in range(5 * args.num_workers):
         next(batches)
     started = time.perf_counter()

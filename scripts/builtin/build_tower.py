@@ -63,14 +63,14 @@ def predict(tower: CLIPVisionModel, head: nn.Linear, scenes: Sequence[Scene]) ->
 
 def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Returns targets (B, 196, len(TARGETS)), ones and zeros, and which patches are learned (B, 196)."""
-    targets = np.zeros((len(scenes), 196, len(TARGETS)), dtype=np.float32)
-    learned = np.ones((len(scenes), 196), dtype=bool)
+    targets = torch.zeros(len(scenes), 196, len(TARGETS))
+    learned = torch.ones(len(scenes), 196, dtype=torch.bool)
     for row, scene in enumerate(scenes):
         for facts, coverage in zip(scene.facts, patch_coverage(scene).reshape(-1, 196), strict=True):
-            covered = np.flatnonzero(coverage >= COVERED)
             learned[row, (coverage > EMPTY) & (coverage < COVERED)] = False
-            targets[row, covered[:, None], [0, *map(TARGETS.index, astuple(facts))]] = 1
-    return torch.from_numpy(targets), torch.from_numpy(learned)
+            for target in ("object", *astuple(facts)):
+                targets[row, coverage >= COVERED, TARGETS.index(target)] = 1
+    return targets, learned
 
 
 def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[tuple[str, Tensor]]:
@@ -98,8 +98,8 @@ def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[tuple[s
 def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
     """Writes the tower, and returns the linear head's accuracy on held-out scenes, from 0 to 1.
 
-    Each group's, over objects (by the mean over an object's patches); `whole`: of all four groups together; `patch`: of
-    object or background, over patches.
+    Each group's is over objects (by the mean over an object's patches), as is that of all four together, `whole`;
+    `patch` is of object or background, over patches.
     """
     copy.deepcopy(tower).half().save_pretrained(OUT)
     PROCESSOR.save_pretrained(OUT)
@@ -119,12 +119,9 @@ def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
 
 
 def train(groups: list[dict], losses: Iterable[tuple[str, Tensor]], steps: int, peak: float, save: Callable[[], dict]):
-    """Trains with AdamW, printing losses and held-out results as it goes.
+    """Trains with AdamW, and prints losses, and held-out results, which `save` returns.
 
-    Args:
-        groups: AdamW's parameter groups; "factor" scales a group's learning rate, which rises to `peak`.
-        losses: Computes each step's loss when it is asked for, and names it.
-        save: Writes the weights and returns the held-out results.
+    A group's "factor" scales its learning rate, which rises to `peak`. `losses` computes each when it is asked for.
     """
     warm_up = max(1, steps // 20)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
