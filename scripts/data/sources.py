@@ -270,14 +270,10 @@ def read_saved(path: Path) -> Rows:
 
 def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Rows:
     """Yields rows with the names of their classes, which `datasets` writes as numbers; None for unknown ones."""
-    classes = {
-        name: dict(enumerate(feature.names))
-        for name, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row | {name: names.get(row[name]) for name, names in classes.items()}
+        yield f"row {number}", row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
 
 
 READERS = {
@@ -305,14 +301,30 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
         return row
     names, contents = [], {}
     try:
-        turns, sources = conversation_of(row, question, images_path)
-        for source in sources:
-            name = source if isinstance(source, str) else "in the row"
+        named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
+        if named and form != forms.NUMBERED:
+            row = row | {named: as_pictures(row[named], images_path)}
+        if question and form in forms.QUESTIONS:
+            row = row | {"question": question}
+        turns, pictures = forms.read_row(row)
+        if any("tool" in turn for turn in turns):
+            raise RowError(TOOL_CALLS)
+        pictures = as_pictures(pictures, images_path)
+        has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
+        if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
+            return {"image": [], "conversations": turns}
+        check_images(forms.images_first(turns, pictures), len(pictures))
+        for name in (picture for picture in pictures if isinstance(picture, str)):
+            parse_picture_names([name])
+            if reason := why_missing(images_path, name):
+                raise RowError(reason)
+        for picture in pictures:
+            name = picture if isinstance(picture, str) else "in the row"
             with decoding(name):
-                content = (images_path / source).read_bytes() if isinstance(source, str) else source
+                content = (images_path / picture).read_bytes() if isinstance(picture, str) else picture
             digest = hashlib.blake2b(content, digest_size=10).hexdigest()
-            written = (f"{digest}{ending}" for ending in ENDINGS.values() if (folder / f"{digest}{ending}").is_file())
-            file = next(written, None)
+            files = (f"{digest}{ending}" for ending in ENDINGS.values())
+            file = next((file for file in files if (folder / file).is_file()), None)
             if file is None:
                 kind, content = picture_file(content, name, size)
                 file = f"{digest}{ENDINGS[kind]}"
@@ -345,31 +357,6 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         picture.info.clear()
         picture.save(file, kind, quality=QUALITY)
         return kind, file.getvalue()
-
-
-def conversation_of(row: dict, question: str | None, images_path: Path) -> tuple[list[dict], list[str | bytes]]:
-    """Returns a row's turns, with an `<image>` for each picture, and its pictures: names or files' bytes.
-
-    Raises RowError if it cannot be learned from, or a picture is missing.
-    """
-    named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
-    if named and form != forms.NUMBERED:
-        row = row | {named: as_pictures(row[named], images_path)}
-    if question and form in forms.QUESTIONS:
-        row = row | {"question": question}
-    turns, pictures = forms.read_row(row)
-    if any("tool" in turn for turn in turns):
-        raise RowError(TOOL_CALLS)
-    pictures = as_pictures(pictures, images_path)
-    has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
-    if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
-        return turns, []
-    check_images(forms.images_first(turns, pictures), len(pictures))
-    for name in (picture for picture in pictures if isinstance(picture, str)):
-        parse_picture_names([name])
-        if reason := why_missing(images_path, name):
-            raise RowError(reason)
-    return turns, pictures
 
 
 def as_pictures(value, images_path: Path) -> list[str | bytes]:
