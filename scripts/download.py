@@ -248,14 +248,15 @@ def run(args: argparse.Namespace, source: Source):
     for path, file in missing.items():
         fetch(file, path)
         print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
-    print("\n" + "\n".join(next_commands(args, files)))
+    print_commands(args, files)
 
 
-def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]) -> list[str]:
-    """Returns the lines that say how to train with the data and talk to the weights."""
-    lines, stages = [], [stage for stage in STAGES if stage in args.parts]
+def print_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]):
+    """Says how to train with the data and talk to the weights."""
+    print()
+    stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != paths.ROOT and stages:
-        lines.append(f"Training looks under {paths.ROOT}: move these folders there.")
+        print(f"Training looks under {paths.ROOT}: move these folders there.")
     for stage in stages:
         command = ["python", f"trainer/train_{stage}_vlm.py"]
         if "llm_3v" in args.parts and "llm" not in args.parts:
@@ -264,7 +265,7 @@ def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFi
             command += ["--from_weight", display_path(weights), "--save_weight", f"{stage}_3v"]
         elif args.hidden_size:
             command += ["--hidden_size", str(args.hidden_size)]
-        lines.append(f"Train:  {shlex.join(command)}")
+        print(f"Train:  {shlex.join(command)}")
     for part, published in files.items():
         if PARTS[part].needs and not (part in ("llm", "llm_3v") and stages):
             [weights] = published
@@ -272,8 +273,7 @@ def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFi
             if args.dest != paths.ROOT:
                 tower, tokenizer = (next(iter(files[need])).parent for need in PARTS[part].needs)
                 command += ["--vision_model_path", tower, "--tokenizer_path", tokenizer]
-            lines.append(f"Talk to it:  {shlex.join(map(display_path, command))}")
-    return lines
+            print(f"Talk to it:  {shlex.join(map(display_path, command))}")
 
 
 def main(argv: list[str] | None = None):

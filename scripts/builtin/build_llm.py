@@ -104,13 +104,11 @@ def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, 
     return talk(facts[0], rng, shown[0], spoken), grids
 
 
-def embed(
-    model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]], examples: list[Example]
-) -> tuple[Tensor, Tensor]:
+def embed(model: MiniMindForCausalLM, encoder: ChatEncoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
     """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise.
 
-    A grid word's is the scaled sum of its tokens' (`words`). Returns embeddings (texts, longest, width), right-padded,
-    and labels (texts, longest), -100 where nothing is learned.
+    A grid word's is the scaled sum of its tokens'. Returns embeddings (texts, longest, width), right-padded, and labels
+    (texts, longest), -100 where nothing is learned.
     """
     chats = encoder.encode([conversation for conversation, _ in examples])
     input_ids = nn.utils.rnn.pad_sequence([torch.tensor(chat.input_ids) for chat in chats], batch_first=True)
@@ -122,7 +120,9 @@ def embed(
     grids = [grid for _, grids in examples for grid in grids]
     if not grids:
         return embedded, labels
-    word_vectors = torch.stack([model.embed(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in words])
+    words = [encoder.tokenizer(list(pair), add_special_tokens=False)["input_ids"] for pair in GRID_WORDS]
+    ids = [torch.tensor(chinese + english) for chinese, english in words]
+    word_vectors = torch.stack([model.embed(tokens).sum(0) * len(tokens) ** -0.5 for tokens in ids])
     vectors = torch.from_numpy(np.concatenate(grids)) @ word_vectors
     scale = word_vectors.detach().square().mean().sqrt()
     # Noise on each cell, and an offset common to all: no projection is clean.
@@ -132,9 +132,7 @@ def embed(
     return embedded.masked_scatter(is_cell[..., None], vectors.to(embedded.dtype)), labels
 
 
-def training_losses(
-    model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]]
-) -> Iterator[tuple[str, Tensor]]:
+def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterator[tuple[str, Tensor]]:
     """Yields the kind of text and the loss of each step, from training scenes, none twice.
 
     Four in five scenes with one object are left out: they are learned long before those with two.
@@ -149,13 +147,13 @@ def training_losses(
             coarse = rng.random() > 0.1 + (step / STEPS > COARSE_UNTIL)
             stride, count = (2, batch_size) if coarse else (1, batch_size // 2)
             name, examples = "loss in a grid", [in_a_grid(scenes, rng, noise, stride) for _ in range(count)]
-        embedded, labels = embed(model, encoder, words, examples)
+        embedded, labels = embed(model, encoder, examples)
         learned = (labels.flatten() != -100).nonzero()[:, 0]
         yield name, model(inputs_embeds=embedded, labels=labels, learned_positions=learned).loss
 
 
 @torch.no_grad()
-def save(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]]) -> dict:
+def save(model: MiniMindForCausalLM, encoder: ChatEncoder) -> dict:
     """Writes the weights, and returns the shares of tokens and captions that are right on held-out scenes as grids.
 
     A caption is right if each token is the most likely one after those before it, as in greedy generation.
@@ -168,7 +166,7 @@ def save(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]
             for scene in scenes[start : start + 50]:
                 talk = language.description(scene.facts, Random(start), shown, spoken)
                 examples.append((talk, [grid_weights(scene, noise, stride=1)]))
-            embedded, labels = embed(model, encoder, words, examples)
+            embedded, labels = embed(model, encoder, examples)
             labels = labels[:, 1:]
             right = model(inputs_embeds=embedded).logits[:, :-1].argmax(dim=-1) == labels
             tokens.append(right[labels != -100].float())
@@ -186,10 +184,10 @@ def main():
     ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
-    encoder = ChatEncoder(tokenizer, CONFIG.image_tokens)
-    words = [[i for word in pair for i in tokenizer.encode(word, add_special_tokens=False)] for pair in GRID_WORDS]
-    model = MiniMindForCausalLM(CONFIG)
+    encoder, model = (
+        ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), CONFIG.image_tokens),
+        MiniMindForCausalLM(CONFIG),
+    )
     # Weights scaled by the width: the usual deviation of 0.02 is for wide models. At width 128 it makes attention start
     # too flat, and the words of a group (the colours, say), which are first learned to be equally likely, become too
     # alike to be told apart.
@@ -204,8 +202,7 @@ def main():
         {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
         {"params": others, "factor": 1.0, "weight_decay": 0.05},
     ]
-    parts = model, encoder, words
-    build_tower.train(groups, training_losses(*parts), STEPS, 2e-3, partial(save, *parts))
+    build_tower.train(groups, training_losses(model, encoder), STEPS, 2e-3, partial(save, model, encoder))
 
 
 if __name__ == "__main__":
