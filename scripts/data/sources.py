@@ -26,20 +26,9 @@ from PIL import Image
 from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
-from dataset import foreign, forms
+from dataset import foreign, forms, pictures
 from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
 from dataset.formats import why_missing, with_plain_images
-from dataset.pictures import (
-    CLIP_FORMAT,
-    PictureError,
-    decoding,
-    is_blank,
-    open_picture,
-    resized_to,
-    to_rgb,
-    turn_of,
-    upright,
-)
 
 IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
@@ -89,9 +78,9 @@ def read_source(path: Path) -> Rows:
 
 
 def read_folder(path: Path) -> Rows:
-    for folder, pictures, texts in foreign.pictures_and_texts(path):
+    for folder, images, texts in foreign.pictures_and_texts(path):
         inside = folder.relative_to(path)
-        for name in pictures:
+        for name in images:
             picture, text = str(inside / name), texts.get(foreign.stem(name))
             if text is None:
                 yield picture, RowError("a picture without a .txt of its name")
@@ -99,22 +88,22 @@ def read_folder(path: Path) -> Rows:
                 yield picture, RowError(f"its .txt cannot be read: {reason}")
             else:
                 yield picture, captioned([picture], (folder / text).read_bytes())
-        stems = set(map(foreign.stem, pictures))
+        stems = set(map(foreign.stem, images))
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
 
 
-def captioned(pictures: list[str | bytes], text: bytes) -> dict | RowError:
+def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return {"image": pictures, "caption": text.decode("utf-8-sig").strip()}
+        return {"image": images, "caption": text.decode("utf-8-sig").strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, pictures, _ in foreign.pictures_and_texts(path):
-        for name in pictures:
+    for folder, images, _ in foreign.pictures_and_texts(path):
+        for name in images:
             place, label = str((folder / name).relative_to(path)), folder.name
             if folder == path or label in IMAGE_FOLDERS:
                 label = foreign.stem(name)
@@ -215,18 +204,18 @@ def read_tar(path: Path) -> Rows:
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
-            pictures = [content for name, content in files if foreign.is_picture(name)]
+            images = [content for name, content in files if foreign.is_picture(name)]
             texts = [content for name, content in files if name.endswith(".txt")]
             objects = [content for name, content in files if name.endswith(".json")]
             row = parsed(objects[0]) if objects else {}
-            if not pictures or not (texts or objects):
-                row = RowError("a picture without a text" if pictures else "a text without a picture")
+            if not images or not (texts or objects):
+                row = RowError("a picture without a text" if images else "a text without a picture")
             elif len(texts) > 1 or len(objects) > 1:
                 row = RowError("several texts of one name up to the first dot")
             elif texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
-                row = captioned(pictures, texts[0])
+                row = captioned(images, texts[0])
             elif isinstance(row, dict):
-                row = {name: row[name] for name in row if name not in forms.PICTURE_FIELDS} | {"image": pictures}
+                row = {name: row[name] for name in row if name not in forms.PICTURE_FIELDS} | {"image": images}
             yield key, row
 
 
@@ -306,21 +295,21 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
             row = row | {named: as_pictures(row[named], images_path)}
         if question and form in forms.QUESTIONS:
             row = row | {"question": question}
-        turns, pictures = forms.read_row(row)
+        turns, images = forms.read_row(row)
         if any("tool" in turn for turn in turns):
             raise RowError(TOOL_CALLS)
-        pictures = as_pictures(pictures, images_path)
+        images = as_pictures(images, images_path)
         has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
-        if len(pictures) == 1 and not has_tag and isinstance(pictures[0], bytes) and is_blank(pictures[0]):
+        if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
             return {"image": [], "conversations": turns}
-        check_images(forms.images_first(turns, pictures), len(pictures))
-        for name in (picture for picture in pictures if isinstance(picture, str)):
+        check_images(forms.images_first(turns, images), len(images))
+        for name in (picture for picture in images if isinstance(picture, str)):
             parse_picture_names([name])
             if reason := why_missing(images_path, name):
                 raise RowError(reason)
-        for picture in pictures:
+        for picture in images:
             name = picture if isinstance(picture, str) else "in the row"
-            with decoding(name):
+            with pictures.decoding(name):
                 content = (images_path / picture).read_bytes() if isinstance(picture, str) else picture
             digest = hashlib.blake2b(content, digest_size=10).hexdigest()
             files = (f"{digest}{ending}" for ending in ENDINGS.values())
@@ -330,7 +319,7 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
                 file = f"{digest}{ENDINGS[kind]}"
                 contents[file] = content
             names.append(file)
-    except PictureError as error:
+    except pictures.PictureError as error:
         return RowError(f"broken picture: {error}")
     except RowError as error:
         return error
@@ -345,12 +334,12 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
     A picture whose shorter side is longer than `size` becomes a JPEG of that size. Others lose nothing: an upright RGB
     JPEG or PNG stays as it is, anything else becomes an RGB PNG. Raises PictureError if it cannot be decoded.
     """
-    with open_picture(content, name) as image:
+    with pictures.open_picture(content, name) as image:
         kind, is_small = image.format, min(image.size) <= size
         is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
-        picture = to_rgb(upright(image, size))  # decodes all of it, so that a broken one is found now
-        dimensions = resized_to(CLIP_FORMAT.size if is_small else size, *picture.size)
-        if is_small and is_plain and turn_of(image) is None:
+        picture = pictures.to_rgb(pictures.upright(image, size))  # decodes all of it, so that a broken one is found now
+        dimensions = pictures.resized_to(pictures.CLIP_FORMAT.size if is_small else size, *picture.size)
+        if is_small and is_plain and pictures.turn_of(image) is None:
             return kind, content
         kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
         picture = picture if is_small else picture.resize(dimensions, Image.Resampling.BICUBIC)
@@ -363,7 +352,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
     """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
     if isinstance(value, str) and not value.startswith("data:") and found(value, images_path) is None:
         value = parse_picture_names(value)
-    pictures = []
+    images = []
     for picture in value if isinstance(value, list) else [value]:
         if picture in (None, ""):
             continue
@@ -381,8 +370,8 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
         elif isinstance(picture, str):
             path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
             picture = found(path, images_path) or path
-        pictures.append(picture)
-    return pictures
+        images.append(picture)
+    return images
 
 
 def found(name: str, images_path: Path) -> str | None:
