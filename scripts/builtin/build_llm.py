@@ -28,13 +28,11 @@ from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder
 from dataset.scenes import language
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene
-from dataset.scenes.language import LANGUAGES
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import VLMConfig
 from model.weights import describe, weight_files, weight_name
 from scripts.builtin import build_tower
-from scripts.builtin.build_tower import SEED
 
 CONFIG = VLMConfig(hidden_size=128, num_hidden_layers=4, vision_hidden_size=build_tower.CONFIG.hidden_size)
 # As captions spell them in either language, so that a caption only takes copying. In the order of the tower's TARGETS.
@@ -79,7 +77,7 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
 def in_a_sentence(scene: Scene, rng: Random) -> Example:
     """Returns a conversation about a scene described as a sentence, or as a list of objects in random order."""
     talk = language.dialogue if rng.random() < 0.7 else language.description
-    spoken = rng.choice(LANGUAGES)
+    spoken = rng.choice(language.LANGUAGES)
     if rng.random() < 0.3:
         return talk(scene.facts, rng, language.caption(scene.facts, spoken), spoken), []
     lines = []
@@ -92,7 +90,7 @@ def in_a_sentence(scene: Scene, rng: Random) -> Example:
 
 def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
     """Returns a conversation about the next scene or two, shown as grids."""
-    facts, grids, spoken = [], [], rng.choice(LANGUAGES)
+    facts, grids, spoken = [], [], rng.choice(language.LANGUAGES)
     for _ in range(2 if rng.random() < 0.06 else 1):
         scene = next(scenes)
         facts.append(scene.facts)
@@ -137,7 +135,7 @@ def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterato
 
     Four in five scenes with one object are left out: they are learned long before those with two.
     """
-    rng, noise, batch_size = Random(SEED), np.random.default_rng(SEED), build_tower.BATCH_SIZE
+    rng, noise, batch_size = Random(build_tower.SEED), np.random.default_rng(build_tower.SEED), build_tower.BATCH_SIZE
     every_scene = map(training_scene, itertools.count())
     scenes = (scene for scene in every_scene if len(scene.objects) == 2 or rng.random() < 0.2)
     for step in range(STEPS):
@@ -183,7 +181,7 @@ def save(model: MiniMindForCausalLM, encoder: ChatEncoder) -> dict:
 def main():
     ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    torch.manual_seed(build_tower.SEED)
     encoder, model = (
         ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), CONFIG.image_tokens),
         MiniMindForCausalLM(CONFIG),
