@@ -35,7 +35,7 @@ from dataset.prompts import DEFAULT_FORM
 from dataset.scenes.language import DESCRIBE
 from model.model_vlm import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
-from scripts.data.transfer import human
+from scripts.download import human
 from trainer.report import page
 
 CARD, PICTURES = "README.md", "samples"  # names on the hub
