@@ -193,10 +193,9 @@ def read_object(path: Path) -> Rows:
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
         rows = []
         for row in whole["annotations"]:
-            is_row = isinstance(row, dict)
-            rows.append(
-                {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")} if is_row else row
-            )
+            if isinstance(row, dict):
+                row = {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
+            rows.append(row)
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
