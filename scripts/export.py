@@ -30,7 +30,7 @@ from common.paths import SAVE_DIR, display_path
 from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.projectors import PROJECTORS
-from model.transformers_names import to_transformers
+from model.transformers_names import to_transformers, to_vision_language
 from model.vision_tower import read_tower_weights
 from model.weights import TRAINING
 from scripts.share.forms import FORMS, chat_template, check_exportable, text_config, tokenizer_files
@@ -47,9 +47,8 @@ def write_transformers(trained: LoadedModel, folder: Path):
     """Writes the model in its form, or the decoder alone where the weights have no projection."""
     files, image_token_id = tokenizer_files(trained)
     if trained.weights.has_projection:
-        form = FORMS[PROJECTORS[trained.config.projector].exported_as]
-        files |= form.files(trained, image_token_id)
-        tensors = form.tensors(trained.weights.tensors, read_tower_weights(trained.tower_path))
+        files |= FORMS[PROJECTORS[trained.config.projector].exported_as].files(trained, image_token_id)
+        tensors = to_vision_language(trained.weights.tensors, read_tower_weights(trained.tower_path))
     else:
         files["config.json"] = text_config(trained.config)
         tensors = to_transformers(trained.weights.tensors)

@@ -16,7 +16,6 @@ from dataset.chat_template import image_placeholder, uses_template
 from dataset.conversation import IMAGE_TAG
 from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS
-from model.transformers_names import to_lfm2_vl, to_llava
 from trainer.answering.loaded_model import LoadedModel
 
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
@@ -188,8 +187,7 @@ class Form(NamedTuple):
 
     tower: str  # the kind of tower that it takes
     files: Callable[[LoadedModel, int], dict[str, dict]]  # config.json and its processors' files, by name
-    tensors: Callable[[dict, dict], dict]  # renames the model's tensors and the tower's
 
 
 # By name: see `Projector.exported_as`.
-FORMS = {"LLaVA": Form("CLIP", llava_files, to_llava), "LFM2-VL": Form("SigLIP", lfm2_vl_files, to_lfm2_vl)}
+FORMS = {"LLaVA": Form("CLIP", llava_files), "LFM2-VL": Form("SigLIP", lfm2_vl_files)}
