@@ -242,7 +242,7 @@ DAMAGES = {
         for name in ("config", "preprocessor_config")
         for kind, content in {
             **{"a number": b"5", "a text": b'"x"', "a list of null": b"[null]", "not a number": b"NaN"},
-            **{"deep": b"[" * 10_000 + b"]" * 10_000, "less deep": b'{"a":' * 40 + b"1" + b"}" * 40},
+            **{"deep": b"[" * 10_000 + b"]" * 10_000, "deep object": b'{"a":' * 10_000 + b"1" + b"}" * 10_000},
             **{"long": b'{"a": "' + b" " * (1 << 22) + b'"}', "half a character": b'{"a": "\\ud800"}'},
         }.items()
     },
