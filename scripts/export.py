@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_DIR, display_path
@@ -133,7 +133,7 @@ def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> 
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("the export").add_argument
     add("--to", choices=("transformers", "gguf"), default="transformers", help="gguf: for llama.cpp and Ollama")

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.files import RECORD, hash_of
 from common.files import read_record as read_export_record
@@ -36,7 +36,7 @@ NEW_TOKEN = f"create one with write access at {constants.ENDPOINT}/settings/toke
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")

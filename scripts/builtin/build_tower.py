@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -150,7 +150,7 @@ def train(groups: list[dict], batches: Iterable[tuple], steps: int, peak: float,
 
 
 def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     processor = CLIPImageProcessorPil()

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.files import write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
 from dataset.chat import IMAGE_CHARACTER
@@ -109,7 +109,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     tokenizer = train(built_in_corpus(), VOCAB_SIZE)
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
     write_atomically(OUT / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
