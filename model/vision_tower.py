@@ -91,14 +91,8 @@ class TowerSettings:
     std: tuple[float, ...]
     hidden_size: int  # width of the features
     patches: int  # features per image; class token and registers do not count
-    size: int  # this and the rest as in `dataset.pictures.PictureFormat`
-    resample: int
-    crop: bool
-    shortest_edge: int | None
-
-    @property
-    def picture_settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("size", "resample", "crop", "shortest_edge")}
+    size: int  # width and height of its pictures in pixels
+    picture_settings: dict  # how they are resized, for `dataset.pictures.PictureFormat`
 
 
 def unreadable(path: Path, reason: str) -> TowerError:
@@ -139,7 +133,6 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     except (ValueError, StrictDataclassError) as error:
         raise unreadable(path, f"{name}: {str(error).splitlines()[0].rstrip(': .')}") from error
     mean, std = (tuple(preprocessor.get(f"image_{key}", getattr(tower, key))) for key in ("mean", "std"))
-    resample = int(preprocessor.get("resample", Image.Resampling.BICUBIC))
     crop, size, shortest = bool(preprocessor.get("do_center_crop", tower.crops)), config.image_size, None
     if tower.any_size:
         edges = (preprocessor.get(key) for key in ("size", "crop_size"))
@@ -149,7 +142,9 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     if size < config.patch_size:
         raise unreadable(path, "its patches are larger than its images")
     patches = (size // config.patch_size) ** 2
-    return TowerSettings(kind, config, mean, std, config.hidden_size, patches, size, resample, crop, shortest)
+    pictures = {"size": size, "resample": int(preprocessor.get("resample", Image.Resampling.BICUBIC))}
+    pictures |= {"crop": crop, "shortest_edge": shortest}
+    return TowerSettings(kind, config, mean, std, config.hidden_size, patches, size, pictures)
 
 
 def load_vision_tower(path: str | Path) -> torch.nn.Module:

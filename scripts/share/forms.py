@@ -144,7 +144,8 @@ def llava_files(trained: LoadedModel, image_token_id: int) -> dict[str, dict]:
     pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
     pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
     pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    pixels |= {"rescale_factor": 1 / 255, "resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
+    pixels |= {"rescale_factor": 1 / 255, "resample": tower.picture_settings["resample"]}
+    pixels |= {"image_mean": tower.mean, "image_std": tower.std}
     tokens = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1, "image_token": IMAGE_TAG}
     tokens |= {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default"}
     return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": tokens}
@@ -178,7 +179,7 @@ def lfm2_vl_files(trained: LoadedModel, image_token_id: int) -> dict[str, dict]:
     pixels |= {"do_image_splitting": False, "use_thumbnail": False, "downsample_factor": 1, "rescale_factor": 1 / 255}
     pixels |= {"encoder_patch_size": tower.config.patch_size, "tile_size": tower.size}
     pixels |= {"min_image_tokens": side**2 - side + 1, "max_image_tokens": side**2 + side - 1}
-    pixels |= {"resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
+    pixels |= {"resample": tower.picture_settings["resample"], "image_mean": tower.mean, "image_std": tower.std}
     return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": processor}
 
 

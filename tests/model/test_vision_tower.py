@@ -218,7 +218,7 @@ def test_a_whole_models_config_as_the_published_one_is_read(whole_clip, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(content | {"vision_config_dict": content["vision_config"]}))
     (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": null, "crop_size": null, "size": 224}')
     tower = load_vision_tower(tmp_path)
-    assert tower.settings.crop is False
+    assert tower.settings.picture_settings["crop"] is False
     features = tower(pixel_values=whole_clip["picture"]).last_hidden_state
     torch.testing.assert_close(features, whole_clip["features"])
 
