@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote_plus, urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import paths
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
+from common.files import hash_of
 from common.paths import display_path
 
 LONGEST_WAIT = 8  # seconds; the waits between attempts that bring no new byte are 1, 2, 4 and 8
@@ -92,11 +92,9 @@ class RemoteFile:
         """Tells whether a file here has the published content."""
         if path.stat().st_size != self.size:
             return False
-        digest = hashlib.sha256() if len(self.checksum) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
-        with open(path, "rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest() == self.checksum
+        if len(self.checksum) == 64:
+            return hash_of(path) == self.checksum
+        return hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes()).hexdigest() == self.checksum
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,7 @@ def fetch(file: RemoteFile, path: Path):
 
     The range requests are our own: huggingface_hub's `hf_hub_download` starts over after an interruption (its pull
     request 4228), and its `http_get` takes ModelScope's partial answers, which have the status 200, for whole files.
-
-    Raises:
-        UsageError: If it arrived damaged; it is deleted then.
-        HTTPError: If the server refuses it, or sends nothing new four times.
+    Raises HTTPError if the server refuses the file, or sends nothing new four times; UsageError if it arrived damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named after the checksum, so that two versions are never joined.
@@ -172,8 +167,20 @@ def fetch(file: RemoteFile, path: Path):
     bar = tqdm(desc=f"  {path.name}", total=file.size, leave=False, unit="B", unit_scale=True, **often)
     with bar, open(part, "ab") as out:
         while (start := out.tell()) < file.size:
+            headers = {**file.headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
             try:
-                append_rest(file, out, bar)
+                with get_session().stream("GET", file.url, headers=headers, **REQUEST) as response:
+                    hf_raise_for_status(response)
+                    # Not the status: ModelScope sends the rest with 200, a server without ranges the whole file.
+                    if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                        out.seek(0)
+                        out.truncate()
+                    bar.n = out.tell()
+                    for chunk in response.iter_bytes():
+                        out.write(chunk)
+                        bar.update(len(chunk))
+                if out.tell() < file.size:
+                    raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
             except HTTPError as error:
                 wait = wait * 2 if out.tell() == start else 1
                 is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRY_STATUS
@@ -185,25 +192,6 @@ def fetch(file: RemoteFile, path: Path):
         part.unlink()
         raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
     os.replace(part, path)
-
-
-def append_rest(file: RemoteFile, out: BinaryIO, bar: tqdm):
-    """Makes one request for the bytes that `out` does not have yet, and appends what comes."""
-    headers = {**file.headers, "Accept-Encoding": "identity"}
-    if out.tell():
-        headers["Range"] = f"bytes={out.tell()}-"
-    with get_session().stream("GET", file.url, headers=headers, **REQUEST) as response:
-        hf_raise_for_status(response)
-        # Not the status: ModelScope sends the rest with 200, a server without range support the whole file.
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
-            out.seek(0)
-            out.truncate()
-        bar.n = out.tell()
-        for chunk in response.iter_bytes():
-            out.write(chunk)
-            bar.update(len(chunk))
-    if out.tell() < file.size:
-        raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,7 +1,4 @@
-"""Measures training, the loader and generation beside plain ones, over synthetic rows and models of the published size.
-
-Random weights do not affect speed.
-"""
+"""Measures training, the loader and generation beside plain ones, over synthetic rows and models of the real size."""
 
 import itertools
 import json
@@ -72,7 +69,7 @@ def load_data(args: Namespace) -> VLMDataset:
         for number in range(IMAGES):
             noise = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
             noise.resize((128, 128)).save(images / f"{number}.jpg", quality=90)
-        words = [tokenizer.decode([index]) for index in range(300, tokenizer.vocab_size)]
+        words = map(tokenizer.decode, range(300, tokenizer.vocab_size))
         words = [word for word in words if word.isalpha() and "\u4e00" <= word[0]]
         for number in range(rows):
             if args.stage == "pretrain":
@@ -147,10 +144,7 @@ class PlainCollator(VLMCollator):
 
 
 def plain_loop(args: Namespace) -> tuple[Iterator[dict], Callable[[dict], None]]:
-    """Returns the batches and the step of a loop as it is first written.
-
-    Rows are padded to the longest allowed, logits computed at all positions; on a GPU in autocast.
-    """
+    """Returns batches and step of a loop as it is first written: padded to the longest allowed, logits everywhere."""
     device, model = torch.device(args.device), load_model(args)
     optimizer = torch.optim.AdamW([weight for weight in model.to(device).parameters() if weight.requires_grad], RATE)
 
@@ -179,12 +173,12 @@ def take_all(take: Callable, batches: Iterable[dict]) -> Counter:
     return total
 
 
-def timed(device: torch.device, function: Callable, *args, **kwargs):
+def timed(device: torch.device, function: Callable, *args):
     """Returns the seconds of a call, the device's work included, and what it returned."""
     sync = torch.get_device_module(device).synchronize
     sync()
     started = time.perf_counter()
-    result = function(*args, **kwargs)
+    result = function(*args)
     sync()
     return time.perf_counter() - started, result
 
