@@ -244,10 +244,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
 
 
 def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> list[Path]:
-    """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths.
-
-    Raises UsageError if one cannot be read, or a file of its name holds something else.
-    """
+    """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths."""
     paths, picture_format = [], PictureFormat(**trained.tower.picture_settings)
     for picture in pictures:
         try:
