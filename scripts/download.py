@@ -44,8 +44,6 @@ human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
 
 @dataclass(frozen=True)
 class Part:
-    """What one word on the command line asks for."""
-
     repo_id: str
     folder: Path
     about: str
@@ -94,7 +92,6 @@ class RemoteFile:
     checksum: str | None
 
     def is_at(self, path: Path) -> bool:
-        """Tells whether a file here has the published content."""
         if path.stat().st_size != self.size:
             return False
         if len(self.checksum) == 64:
@@ -187,7 +184,6 @@ def fetch(file: RemoteFile, path: Path):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; `parts` comes in the order of PARTS, with what weights need."""
     parts = "\n".join(f"  {name:<12} {part.about} ({part.repo_id})" for name, part in PARTS.items())
     about = f"{__doc__}\nparts (default: all, which is {', '.join(TO_TRAIN)}):\n{parts}"
     parser = ArgumentParser(description=about, formatter_class=HelpFormatter)

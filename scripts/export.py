@@ -84,7 +84,6 @@ def chat_template(trained: LoadedModel) -> str:
 
 
 def text_config(config: VLMConfig) -> dict:
-    """Returns the decoder as transformers describes it."""
     if config.llm:
         return config.llm | {"dtype": "float32"}
     model_type, architecture, shared_experts = DECODERS[config.use_moe, config.qk_norm]

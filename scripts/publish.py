@@ -48,8 +48,6 @@ NEW_TOKEN = f"create one with write access at {constants.ENDPOINT}/settings/toke
 
 @dataclass(frozen=True)
 class Model:
-    """A model to publish."""
-
     kind: str  # "transformers", "gguf" or "weights" (the original's format)
     name: str  # of its run
     files: dict[str, Path | bytes]  # paths or contents by name on the hub

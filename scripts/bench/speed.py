@@ -117,10 +117,7 @@ def load_model(args: Namespace) -> MiniMindVLM:
 
 
 class Steps:
-    """A model, its data and what a step needs, on one device; `how` is what is done with it: compiled, captured.
-
-    Raises RuntimeError if it is to be compiled and torch.compile does not work here.
-    """
+    """A model, its data and what a step needs, on one device; `how` is what is done with it: compiled, captured."""
 
     def __init__(self, args: Namespace, how: str = "", dtype: torch.dtype | None = None, grad_clip: float = 1.0):
         self.device, self.workers = torch.device(args.device), args.num_workers

@@ -152,7 +152,6 @@ def read_lines(path: Path) -> Rows:
 
 
 def parsed(text: bytes) -> object:
-    """Decodes JSON; returns a RowError if it is none."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -224,7 +223,6 @@ def read_tar(path: Path) -> Rows:
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the key, name and content of each file that may belong to a row."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # it would keep all of them
         path = PurePosixPath(member.name)

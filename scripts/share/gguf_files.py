@@ -74,7 +74,6 @@ def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_tem
 
 
 def write_mmproj(trained: LoadedModel, path: Path, name: str):
-    """Writes the tower and the projection, in float32."""
     config, parts = trained.tower.config, {"CLIP": clip_parts, "SigLIP": siglip_parts}[trained.tower.kind]
     tensors = {name: tensor for name, tensor in trained.weights.tensors.items() if name.startswith("vision_proj.")}
     tensors = {name.split(".", 2)[2]: tensor.float() for name, tensor in tensors.items()}
