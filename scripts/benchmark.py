@@ -13,12 +13,14 @@ Lines take turns, and the whole round is repeated, every measurement in a proces
 tokens that are no padding, "product" that of a matrix product's GFLOP/s, which stands at the end (bfloat16 on CUDA).
 """
 
+import copy
+import itertools
 import json
 import multiprocessing
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,8 +36,92 @@ from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from dataset.tokenizer import quiet_libraries
-from scripts.bench import gpu, speed
+from scripts.bench import speed
+from trainer.setup import be_deterministic
 from trainer.support.processes import cores, pick_device
+
+CHECKED = 4  # steps
+
+
+class Few(speed.Steps):
+    """A few steps over the same batches, without clipping: the norm would carry one weight's difference into all."""
+
+    def __init__(self, args: Namespace, how: str = ""):
+        dtype = torch.float32 if args.device == "cpu" else None
+        super().__init__(Namespace(**vars(args) | {"num_workers": 0}), how, dtype, grad_clip=0.0)
+        self.few = list(itertools.islice(self.batches(), CHECKED))
+
+    def losses(self, numbers: Iterable[int]) -> list[float]:
+        return [float(loss / learned) for loss, learned in [self.take(self.few[number]) for number in numbers]]
+
+    def require_weights_of(self, others: "Few"):
+        theirs = others.model.state_dict()
+        different = [name for name, tensor in self.model.state_dict().items() if not torch.equal(tensor, theirs[name])]
+        if different:
+            raise RuntimeError(f"{len(different)} tensors differ, {different[0]} first")
+
+
+def compare_losses_with_cpu(args: Namespace) -> str:
+    on_cpu = Namespace(**vars(args) | {"device": "cpu"})  # in float32
+    ours, expected = Few(args).losses(range(CHECKED)), Few(on_cpu).losses(range(CHECKED))
+    differences = [abs(a - b) / b for a, b in zip(ours, expected, strict=True)]
+    if not all(difference < 0.01 for difference in differences):  # the error of the device's precision; NaN fails
+        raise RuntimeError(f"losses differ: {ours}, on the CPU {expected}")
+    return f"they differ by {max(differences):.1e} at most"
+
+
+def compile_once(args: Namespace) -> str:
+    steps = Few(args, "compiled")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        steps.losses(range(CHECKED))
+    return f"{CHECKED} steps"
+
+
+def step_without_sync(args: Namespace) -> str:
+    steps = Few(args)
+    steps.take(steps.few[0])
+    if steps.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")  # for the rest of this process
+    for batch in steps.few:
+        steps.take(batch)
+    return f"{CHECKED} steps" + ("" if steps.device.type == "cuda" else " (only CUDA can tell)")
+
+
+def resume_bit_by_bit(args: Namespace) -> str:
+    be_deterministic()
+    straight, first, second = (Few(args) for _ in range(3))
+    straight.losses(range(CHECKED))
+    first.losses(range(CHECKED // 2))
+    second.model.load_state_dict(first.model.state_dict())
+    second.context.load_state_dict(copy.deepcopy(first.context.state_dict()))
+    second.losses(range(CHECKED // 2, CHECKED))
+    second.require_weights_of(straight)
+    return "the same weights"
+
+
+def replay_graphs(args: Namespace) -> str:
+    be_deterministic()
+    graphs, launched = (Few(args, "captured") for _ in range(2))
+    launched.step.stream = None  # without a stream to capture on, nothing is captured
+    for steps in (graphs, launched):
+        steps.losses([*range(CHECKED)] * 3)
+    graphs.require_weights_of(launched)
+    return f"{sum(shape.graph is not None for shape in graphs.step.shapes.values())} graphs, the same weights"
+
+
+CHECKS = {
+    "losses equal the CPU's": compare_losses_with_cpu,
+    "no recompilation after the warm-up": compile_once,
+    "no sync in a step": step_without_sync,
+    "a resumed run is bit-identical": resume_bit_by_bit,
+    "a captured step is the step": replay_graphs,
+}
+
+
+def check(args: Namespace, line: str) -> dict:
+    """Returns what a check found; raises RuntimeError where it fails."""
+    return {"found": CHECKS[line](speed.settings_of(args, "sft"))}
+
 
 # Lines, and the function that takes the flags and a line, and returns the line's figures.
 MEASUREMENTS = {
@@ -43,8 +129,8 @@ MEASUREMENTS = {
     "sft": (speed.TRAINING_LINES, partial(speed.measure_training, "sft")),
     "data": (speed.LOADER_LINES, speed.measure_loader),
     "generate": (speed.GENERATE_LINES, speed.measure_generate),
-    "checks": (gpu.CHECKS, gpu.check),
-    "gpu": (gpu.GPU_LINES, gpu.measure_gpu),
+    "checks": (CHECKS, check),
+    "gpu": (speed.GPU_LINES, speed.measure_gpu),
 }
 
 

@@ -17,11 +17,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote_plus, urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import paths
 from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
+from common.files import hash_of
 from common.paths import display_path
 
 LONGEST_WAIT = 8  # seconds; the waits between attempts that bring no new byte are 1, 2, 4 and 8
@@ -44,8 +44,6 @@ human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
 
 @dataclass(frozen=True)
 class Part:
-    """What one word on the command line asks for."""
-
     repo_id: str
     folder: Path
     about: str
@@ -76,6 +74,11 @@ PARTS = {
 }
 STAGES = ("pretrain", "sft")
 TO_TRAIN = ("tower", "llm", "tokenizer", *STAGES)
+MODELSCOPE_OWNERS = {"openai": "openai-mirror", "jingyaogong": "gongjy"}  # what the hub's owners are called there
+ADVICE = {  # what to try when a site fails
+    "hub": "set HF_ENDPOINT=https://MIRROR or HF_TOKEN (your access token), or try --source modelscope",
+    "modelscope": "check MODELSCOPE_ENDPOINT, or leave --source out (the hub has the same files)",
+}
 
 
 @dataclass(frozen=True)
@@ -89,43 +92,27 @@ class RemoteFile:
     checksum: str | None
 
     def is_at(self, path: Path) -> bool:
-        """Tells whether a file here has the published content."""
         if path.stat().st_size != self.size:
             return False
-        digest = hashlib.sha256() if len(self.checksum) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
-        with open(path, "rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest() == self.checksum
+        if len(self.checksum) == 64:
+            return hash_of(path) == self.checksum
+        return hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes()).hexdigest() == self.checksum
 
 
-@dataclass(frozen=True)
-class Source:
-    """A site that publishes the files."""
-
-    endpoint: str
-    list_files: Callable[[str, str, str], Iterator[RemoteFile]]  # by endpoint, repository and "model" or "dataset"
-    owners: dict[str, str]  # what the hub's owners are called there
-    advice: str  # what to try when it fails
-
-
-def list_hub(endpoint: str, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
-    info = HfApi(endpoint).repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=REQUEST["timeout"])
-    for entry in info.siblings or []:
-        url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
-        checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
-        yield RemoteFile(entry.rfilename, url, build_hf_headers(), entry.size, checksum)
-
-
-def list_modelscope(endpoint: str, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
-    """Lists a repository, of a data set the first 200 files.
-
-    The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
-    """
-    repo = f"{endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
-    listing = f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}"
+def list_files(args: argparse.Namespace, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
+    """Lists a repository ("model" or "dataset"); on ModelScope a data set's first 200 files."""
+    if args.source == "hub":
+        hub, timeout = HfApi(args.endpoint), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = hub.repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
+        for entry in info.siblings or []:
+            url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
+            checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
+            yield RemoteFile(entry.rfilename, url, build_hf_headers(), entry.size, checksum)
+        return
+    # The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
+    repo = f"{args.endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
     page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
-    response = get_session().get(listing, params=page, **REQUEST)
+    response = get_session().get(f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}", params=page, **REQUEST)
     hf_raise_for_status(response)
     for entry in response.json()["Data"]["Files"]:
         if entry["Type"] != "tree":
@@ -133,26 +120,26 @@ def list_modelscope(endpoint: str, repo_id: str, repo_type: str) -> Iterator[Rem
             yield RemoteFile(entry["Path"], url, {}, entry["Size"], entry["Sha256"].lower())
 
 
-def find_files(source: Source, part: Part, hidden_size: int | None) -> list[RemoteFile]:
+def find_files(args: argparse.Namespace, part: Part) -> list[RemoteFile]:
     """Returns a part's published files; raises UsageError where the repository lacks them."""
-    owner, name = part.repo_id.split("/")
-    repo_id = f"{source.owners.get(owner, owner)}/{name}"
-    repo_type = "dataset" if part.folder == paths.DATASET_DIR else "model"
+    repo_id, repo_type = part.repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model"
+    if args.source == "modelscope":
+        owner, name = repo_id.split("/")
+        repo_id = f"{MODELSCOPE_OWNERS[owner]}/{name}"
     try:
-        _ = urlsplit(source.endpoint).port  # ValueError for one that is no number
-        published = {file.name: file for file in source.list_files(source.endpoint, repo_id, repo_type)}
+        _ = urlsplit(args.endpoint).port  # ValueError for one that is no number
+        published = {file.name: file for file in list_files(args, repo_id, repo_type)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
-        raise UsageError(f"{source.endpoint} does not answer like a model hub: {source.advice}.") from error
-    choices = [names.format(hidden_size or part.hidden_size).split() for names in part.choices]
+        raise UsageError(f"{args.endpoint} does not answer like a model hub: {ADVICE[args.source]}.") from error
+    choices = [names.format(args.hidden_size or part.hidden_size).split() for names in part.choices]
     names = next((names for names in choices if published.keys() >= set(names)), None)
     if names is None:
         wanted, found = " or ".join(map(" + ".join, choices)), ", ".join(sorted(published)) or "nothing"
-        raise UsageError(f"{repo_id} on {source.endpoint} has no {wanted}. It has: {found}.")
-    files = [published[name] for name in names]
-    for file in files:
-        if file.size is None or not file.checksum:
-            raise UsageError(f"{source.endpoint} has no size or checksum for {file.name}: {source.advice}.")
-    return files
+        raise UsageError(f"{repo_id} on {args.endpoint} has no {wanted}. It has: {found}.")
+    for name in names:
+        if published[name].size is None or not published[name].checksum:
+            raise UsageError(f"{args.endpoint} has no size or checksum for {name}: {ADVICE[args.source]}.")
+    return [published[name] for name in names]
 
 
 def fetch(file: RemoteFile, path: Path):
@@ -160,10 +147,7 @@ def fetch(file: RemoteFile, path: Path):
 
     The range requests are our own: huggingface_hub's `hf_hub_download` starts over after an interruption (its pull
     request 4228), and its `http_get` takes ModelScope's partial answers, which have the status 200, for whole files.
-
-    Raises:
-        UsageError: If it arrived damaged; it is deleted then.
-        HTTPError: If the server refuses it, or sends nothing new four times.
+    Raises HTTPError if the server refuses the file, or sends nothing new four times; UsageError if it arrived damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named after the checksum, so that two versions are never joined.
@@ -172,8 +156,20 @@ def fetch(file: RemoteFile, path: Path):
     bar = tqdm(desc=f"  {path.name}", total=file.size, leave=False, unit="B", unit_scale=True, **often)
     with bar, open(part, "ab") as out:
         while (start := out.tell()) < file.size:
+            headers = {**file.headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
             try:
-                append_rest(file, out, bar)
+                with get_session().stream("GET", file.url, headers=headers, **REQUEST) as response:
+                    hf_raise_for_status(response)
+                    # Not the status: ModelScope sends the rest with 200, a server without ranges the whole file.
+                    if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                        out.seek(0)
+                        out.truncate()
+                    bar.n = out.tell()
+                    for chunk in response.iter_bytes():
+                        out.write(chunk)
+                        bar.update(len(chunk))
+                if out.tell() < file.size:
+                    raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
             except HTTPError as error:
                 wait = wait * 2 if out.tell() == start else 1
                 is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRY_STATUS
@@ -187,33 +183,13 @@ def fetch(file: RemoteFile, path: Path):
     os.replace(part, path)
 
 
-def append_rest(file: RemoteFile, out: BinaryIO, bar: tqdm):
-    """Makes one request for the bytes that `out` does not have yet, and appends what comes."""
-    headers = {**file.headers, "Accept-Encoding": "identity"}
-    if out.tell():
-        headers["Range"] = f"bytes={out.tell()}-"
-    with get_session().stream("GET", file.url, headers=headers, **REQUEST) as response:
-        hf_raise_for_status(response)
-        # Not the status: ModelScope sends the rest with 200, a server without range support the whole file.
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
-            out.seek(0)
-            out.truncate()
-        bar.n = out.tell()
-        for chunk in response.iter_bytes():
-            out.write(chunk)
-            bar.update(len(chunk))
-    if out.tell() < file.size:
-        raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line; `parts` comes in the order of PARTS, with what weights need."""
     parts = "\n".join(f"  {name:<12} {part.about} ({part.repo_id})" for name, part in PARTS.items())
     about = f"{__doc__}\nparts (default: all, which is {', '.join(TO_TRAIN)}):\n{parts}"
     parser = ArgumentParser(description=about)
     parser.add_argument("parts", nargs="*", choices=("all", *PARTS), default="all", metavar="PART", help="see above")
     parser.add_argument("--hidden_size", type=int, help="size of the weights (default: 512; minimind-3v: 768)")
-    parser.add_argument("--source", choices=("hub", "modelscope"), default="hub", help="site to fetch from")
+    parser.add_argument("--source", choices=tuple(ADVICE), default="hub", help="site to fetch from")
     parser.add_argument("--dest", type=file_path, default=paths.ROOT, help="put everything under this folder")
     args = parser.parse_args(argv)
     wanted = {part for part in PARTS if part in args.parts} | set(TO_TRAIN if "all" in args.parts else ())
@@ -221,17 +197,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         wanted.add("llm_3v")  # what training starts from
     wanted.update(*[PARTS[part].needs for part in wanted])
     args.parts = [part for part in PARTS if part in wanted]
-    args.dest = args.dest.absolute()
+    args.dest, args.endpoint = args.dest.absolute(), constants.ENDPOINT
+    if args.source == "modelscope":  # the address as its own client reads it
+        endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        args.endpoint = (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/")
     return args
 
 
-def run(args: argparse.Namespace, source: Source):
-    """Asks the source for all parts, fetches what is missing, and prints what to type next."""
-    print(f"Asking {source.endpoint} ...", flush=True)
+def run(args: argparse.Namespace):
+    """Asks the site for all parts, fetches what is missing, and prints what to type next."""
+    print(f"Asking {args.endpoint} ...", flush=True)
     files, missing = {}, {}
     for name in args.parts:
         part = PARTS[name]
-        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(source, part, args.hidden_size)
+        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
         # Training looks for pretrain_data.parquet, whichever name it was published under.
         files[name] = published = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
         for path, file in published.items():
@@ -248,11 +227,6 @@ def run(args: argparse.Namespace, source: Source):
     for path, file in missing.items():
         fetch(file, path)
         print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
-    print_commands(args, files)
-
-
-def print_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]):
-    """Says how to train with the data and talk to the weights."""
     print()
     stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != paths.ROOT and stages:
@@ -278,26 +252,17 @@ def print_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteF
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    if args.source == "hub":
-        advice = "set HF_ENDPOINT=https://MIRROR or HF_TOKEN (your access token), or try --source modelscope"
-        source = Source(constants.ENDPOINT, list_hub, {}, advice)
-    else:  # the address as ModelScope's own client reads it
-        endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-        endpoint = (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/")
-        advice = "check MODELSCOPE_ENDPOINT, or leave --source out (the hub has the same files)"
-        owners = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
-        source = Source(endpoint, list_modelscope, owners, advice)
     try:
-        run(args, source)
+        run(args)
     except (HTTPError, OSError) as error:
-        why = str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
+        why, advice = str(error).rstrip("."), ADVICE[args.source]  # a full disk, or HF_HUB_OFFLINE
         if isinstance(error, HfHubHTTPError):
             url, status = str(error.response.url).split("?")[0], error.response.status_code
             reason = "not there, or private" if status in (401, 403, 404) else "try again later"
-            why = f"{url} answers {status}: {reason}, or {source.advice}"
+            why = f"{url} answers {status}: {reason}, or {advice}"
         elif isinstance(error, HTTPError):
             reason = str(error) or type(error).__name__
-            why = f"the connection to {source.endpoint} failed ({reason}): check the network, or {source.advice}"
+            why = f"the connection to {args.endpoint} failed ({reason}): check the network, or {advice}"
         raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
 
 

@@ -84,7 +84,6 @@ def chat_template(trained: LoadedModel) -> str:
 
 
 def text_config(config: VLMConfig) -> dict:
-    """Returns the decoder as transformers describes it."""
     if config.llm:
         return config.llm | {"dtype": "float32"}
     model_type, architecture, shared_experts = DECODERS[config.use_moe, config.qk_norm]
@@ -243,10 +242,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
 
 
 def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> list[Path]:
-    """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths.
-
-    Raises UsageError if one cannot be read, or a file of its name holds something else.
-    """
+    """Writes pictures as the tower takes them, PNGs that llama.cpp neither resizes nor pads; returns their paths."""
     paths, picture_format = [], PictureFormat(**trained.tower.picture_settings)
     for picture in pictures:
         try:

@@ -48,8 +48,6 @@ LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 @dataclass
 class Made:
-    """Counts of what was written and what was left out."""
-
     sources: list[tuple[str, int, int]] = field(default_factory=list)  # name, rows in it, rows taken
     rows: int = 0  # taken, good or bad
     bad_rows: int = 0

@@ -48,8 +48,6 @@ NEW_TOKEN = f"create one with write access at {constants.ENDPOINT}/settings/toke
 
 @dataclass(frozen=True)
 class Model:
-    """A model to publish."""
-
     kind: str  # "transformers", "gguf" or "weights" (the original's format)
     name: str  # of its run
     files: dict[str, Path | bytes]  # paths or contents by name on the hub
@@ -77,10 +75,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def read_model(path: Path) -> Model:
-    """Reads what is to be published: a folder of scripts/export.py, or a weight file with its sidecar.
-
-    Raises UsageError if it is something else, or its files are not as they were written.
-    """
+    """Reads a folder of scripts/export.py, or a weight file with its sidecar; raises UsageError if it was changed."""
     if path.is_file() and path.suffix == ".pth" and not path.stem.endswith("_resume"):
         kind, name, sidecar_path = "weights", path.stem, path.with_suffix(".json")
         files = {file.name: file for file in (path, sidecar_path) if file.is_file()}
@@ -179,10 +174,7 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
 
 
 def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
-    """Makes the repository if need be, and commits the files; what the hub has already is not sent again.
-
-    Raises UsageError if there is no access token, the hub refuses or is out of reach, or --private is not fulfilled.
-    """
+    """Makes the repository if need be, and commits the files; what the hub has already is not sent again."""
     token = get_token() or ""
     if not re.fullmatch(r"[!-~]+", token):  # the error of a header that cannot be sent would show it
         what = "the access token holds characters that no token has" if token else "there is no access token of the hub"

@@ -1,7 +1,4 @@
-"""Measures training, the loader and generation beside plain ones, over synthetic rows and models of the published size.
-
-Random weights do not affect speed.
-"""
+"""Measures training, the loader and generation beside plain ones, over synthetic rows and models of the real size."""
 
 import itertools
 import json
@@ -20,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +50,24 @@ BATCHES, IMAGES, LOADED_BATCHES = 40, 64, 250
 PROMPT_TOKENS, NEW_TOKENS, TURNS = 230, 64, 5
 WARM_UP = {"cpu": 1, "mps": 1, "cuda": 30}  # steps
 RATE = 1e-4
+WAYS = ("ordinary", "compiled, captured")
+# Batches that fill the GPU; and those of a run without --batch_size, which the host's launches bound.
+GPU_LINES = {
+    f"{stage} of {size}, {way}": (stage, size, way)
+    for stage, size, ways in (("sft", 64, WAYS), ("pretrain", 256, ("plain", *WAYS)), ("pretrain", 16, WAYS))
+    for way in ways
+}
+LARGE = 64  # from this batch size on, kernels are counted, and the fastest way is fed by the loader too
+ON_DEVICE, TIMED, FED = 12, 48, 100  # batches that lie on the GPU, and steps
+PEAK = 790e12  # FLOP/s of an H100's bfloat16 matrix products, as measured
+# Kinds of kernels by parts of their names, the first that fits.
+KERNELS = {
+    "attention": ("flash", "fmha"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "sm90_"),
+    "fused": ("triton",),
+    "copies": ("memcpy", "memset"),
+    "pointwise": ("",),
+}
 
 
 def settings_of(args: Namespace, stage: str, batch_size: int | None = None) -> Namespace:
@@ -72,7 +88,7 @@ def load_data(args: Namespace) -> VLMDataset:
         for number in range(IMAGES):
             noise = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
             noise.resize((128, 128)).save(images / f"{number}.jpg", quality=90)
-        words = [tokenizer.decode([index]) for index in range(300, tokenizer.vocab_size)]
+        words = map(tokenizer.decode, range(300, tokenizer.vocab_size))
         words = [word for word in words if word.isalpha() and "\u4e00" <= word[0]]
         for number in range(rows):
             if args.stage == "pretrain":
@@ -101,10 +117,7 @@ def load_model(args: Namespace) -> MiniMindVLM:
 
 
 class Steps:
-    """A model, its data and what a step needs, on one device; `how` is what is done with it: compiled, captured.
-
-    Raises RuntimeError if it is to be compiled and torch.compile does not work here.
-    """
+    """A model, its data and what a step needs, on one device; `how` is what is done with it: compiled, captured."""
 
     def __init__(self, args: Namespace, how: str = "", dtype: torch.dtype | None = None, grad_clip: float = 1.0):
         self.device, self.workers = torch.device(args.device), args.num_workers
@@ -147,10 +160,7 @@ class PlainCollator(VLMCollator):
 
 
 def plain_loop(args: Namespace) -> tuple[Iterator[dict], Callable[[dict], None]]:
-    """Returns the batches and the step of a loop as it is first written.
-
-    Rows are padded to the longest allowed, logits computed at all positions; on a GPU in autocast.
-    """
+    """Returns batches and step of a loop as it is first written: padded to the longest allowed, logits everywhere."""
     device, model = torch.device(args.device), load_model(args)
     optimizer = torch.optim.AdamW([weight for weight in model.to(device).parameters() if weight.requires_grad], RATE)
 
@@ -179,12 +189,12 @@ def take_all(take: Callable, batches: Iterable[dict]) -> Counter:
     return total
 
 
-def timed(device: torch.device, function: Callable, *args, **kwargs):
+def timed(device: torch.device, function: Callable, *args):
     """Returns the seconds of a call, the device's work included, and what it returned."""
     sync = torch.get_device_module(device).synchronize
     sync()
     started = time.perf_counter()
-    result = function(*args, **kwargs)
+    result = function(*args)
     sync()
     return time.perf_counter() - started, result
 
@@ -255,6 +265,47 @@ def measure_training(stage: str, args: Namespace, line: str) -> dict:
         "GB": peak_bytes(device) / 1e9,
         "GFLOP/s": product / 1e9,
     }
+
+
+def measure_gpu(args: Namespace, line: str) -> dict:
+    """Measures steps taken one way over batches that lie on the device, and what a matrix product makes (ceiling).
+
+    Prints what it finds at once, so that a run that is cut off leaves it.
+    """
+    stage, batch_size, way = GPU_LINES[line]
+    args, device, seconds = settings_of(args, stage, batch_size), torch.device(args.device), 0.0
+    if way == "plain":
+        fed, take = plain_loop(args)
+    else:
+        seconds, steps = timed(device, Steps, args, way)
+        fed, take = steps.batches(), steps.take
+
+    def measure_steps(name: str, batches: Iterable[dict]) -> dict:
+        seconds, total = timed(device, take_all, take, batches)
+        flops = model_flops(args, total, False) / seconds
+        figures = {"samples/s": total["samples"] / seconds, "TFLOP/s": flops / 1e12, "of peak": flops / PEAK}
+        print(f"{name}: " + ", ".join(f"{figure} {value:,.2f}" for figure, value in figures.items()), flush=True)
+        return figures
+
+    on_device = list(itertools.islice(fed, ON_DEVICE))
+    take_all(take, on_device * 2)  # a shape is captured at its second batch
+    figures = measure_steps(line, itertools.islice(itertools.cycle(on_device), TIMED))
+    figures |= {"GB": peak_bytes(device) / 1e9, "set up in s": seconds}
+    if batch_size >= LARGE and device.type == "cuda" and way != "plain":
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            take_all(take, on_device)
+            torch.cuda.synchronize()
+        spent, numbers = Counter(), Counter()
+        for event in profiled.key_averages():
+            kind = next(kind for kind, parts in KERNELS.items() if any(part in event.key.lower() for part in parts))
+            spent[kind] += event.self_device_time_total / 1e3 / len(on_device)
+            numbers[kind] += event.count / len(on_device)
+        kernels = ", ".join(f"{kind} {ms:.1f} ms ({numbers[kind]:.0f})" for kind, ms in spent.most_common())
+        print(f"{line}, kernels a step: {kernels}", flush=True)
+    if batch_size >= LARGE and way == WAYS[-1]:
+        take_all(take, itertools.islice(fed, 5 * args.num_workers))  # what the loader had ready
+        measure_steps(f"{line}, fed by the loader", itertools.islice(fed, FED))
+    return figures | {"ceiling": matrix_product_flops(device) / 1e12}
 
 
 def measure_loader(args: Namespace, line: str) -> dict:

@@ -53,12 +53,10 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
     """
     coverage = patch_coverage(scene)
     if stride > 1:
-        offsets = [(row, column) for row in range(stride) for column in range(stride)]
+        offsets = list(itertools.product(range(stride), repeat=2))
         rng.shuffle(offsets)
-        coverage = max(
-            (coverage[:, row::stride, column::stride] for row, column in offsets),
-            key=lambda part: part.max(axis=(1, 2)).min() > 0.3,
-        )
+        parts = [coverage[:, row::stride, column::stride] for row, column in offsets]
+        coverage = next((part for part in parts if part.max(axis=(1, 2)).min() > 0.3), parts[0])
     coverage = coverage.reshape(len(scene.objects), -1)
     weights = np.zeros((coverage.shape[1], len(GRID_WORDS)), dtype=np.float32)
     weights[:, 0] = rng.uniform(0, 1)
@@ -182,10 +180,8 @@ def main():
     ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(build_tower.SEED)
-    encoder, model = (
-        ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), CONFIG.image_tokens),
-        MiniMindForCausalLM(CONFIG),
-    )
+    encoder = ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), CONFIG.image_tokens)
+    model = MiniMindForCausalLM(CONFIG)
     # Weights scaled by the width: the usual deviation of 0.02 is for wide models. At width 128 it makes attention start
     # too flat, and the words of a group (the colours, say), which are first learned to be equally likely, become too
     # alike to be told apart.

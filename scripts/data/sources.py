@@ -152,7 +152,6 @@ def read_lines(path: Path) -> Rows:
 
 
 def parsed(text: bytes) -> object:
-    """Decodes JSON; returns a RowError if it is none."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -224,7 +223,6 @@ def read_tar(path: Path) -> Rows:
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the key, name and content of each file that may belong to a row."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # it would keep all of them
         path = PurePosixPath(member.name)
@@ -263,10 +261,11 @@ def read_saved(path: Path) -> Rows:
 
 def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Rows:
     """Yields rows with the names of their classes, which `datasets` writes as numbers; None for unknown ones."""
-    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    labels = {name: dict(enumerate(names)) for name, names in labels.items()}
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
+        yield f"row {number}", row | {name: names.get(row[name]) for name, names in labels.items()}
 
 
 READERS = {
@@ -307,14 +306,14 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
         if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
             return {"image": [], "conversations": turns}
         check_images(forms.images_first(turns, images), len(images))
-        for name in (picture for picture in images if isinstance(picture, str)):
-            parse_picture_names([name])
-            if reason := why_missing(images_path, name):
-                raise RowError(reason)
         for picture in images:
-            name = picture if isinstance(picture, str) else "in the row"
-            with pictures.decoding(name):
-                content = (images_path / picture).read_bytes() if isinstance(picture, str) else picture
+            name, content = "in the row", picture
+            if isinstance(picture, str):
+                [name] = parse_picture_names([picture])
+                if reason := why_missing(images_path, name):
+                    raise RowError(reason)
+                with pictures.decoding(name):
+                    content = (images_path / name).read_bytes()
             digest = hashlib.blake2b(content, digest_size=10).hexdigest()
             files = (f"{digest}{ending}" for ending in ENDINGS.values())
             file = next((file for file in files if (folder / file).is_file()), None)

@@ -20,13 +20,20 @@ LOUD = 2.0**30  # times a norm's output, it leaves nothing of what is added to i
 # A token's dot product with the class token's state, divided by that state's square, is 1 for the class token and lower
 # for patches. The gate opens above CLASS_TOKEN_FROM; a tenth more or less outweighs any value of the projection.
 CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
+FEATURE_LAYERS = "clip.vision.feature_layer"
 
 
-def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quantization=None):
-    """Writes the settings and the tensors: matrices quantized, if asked for, all others in float32."""
+def write(path: Path, kind: str, settings: dict, tensors: dict[str, torch.Tensor], quantization=None):
+    """Writes a file: each setting by the writer's method add_NAME; matrices quantized if asked for, others float32."""
+    writer = gguf.GGUFWriter(path, kind)
+    for setting, value in settings.items():
+        if setting == FEATURE_LAYERS:  # the writer has no method for it
+            writer.add_array(setting, value)
+        else:
+            getattr(writer, f"add_{setting}")(value)
     for name, tensor in tensors.items():
-        array, kind = tensor.float().contiguous().numpy(), quantization if tensor.ndim > 1 else None
-        writer.add_tensor(name, array if kind is None else gguf.quantize(array, kind), raw_dtype=kind)
+        array, quantized = tensor.float().contiguous().numpy(), quantization if tensor.ndim > 1 else None
+        writer.add_tensor(name, array if quantized is None else gguf.quantize(array, quantized), raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -35,38 +42,24 @@ def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quantizatio
 
 def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_template: str):
     """Writes the decoder and its tokenizer; ids of the model that the tokenizer lacks become padding."""
-    config = trained.config
-    kind = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-
-    content, types = json.loads(trained.tokenizer.backend_tokenizer.to_str()), gguf.TokenType  # a byte-level BPE
+    config, content = trained.config, json.loads(trained.tokenizer.backend_tokenizer.to_str())
+    kind, types = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA, gguf.TokenType
     tokens = {number: (token, types.NORMAL) for token, number in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     tokens = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(config.vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in tokens])
-    writer.add_token_types([kind for _, kind in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_pad_token_id(config.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(chat_template)
+
+    settings = {"name": name, "file_type": gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"]}
+    settings |= {"vocab_size": config.vocab_size, "context_length": config.max_position_embeddings}
+    settings |= {"embedding_length": config.hidden_size, "block_count": config.num_hidden_layers}
+    settings |= {"feed_forward_length": config.intermediate_size, "rope_dimension_count": config.head_dim}
+    settings |= {"head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads}
+    settings |= {"layer_norm_rms_eps": config.rms_norm_eps, "rope_freq_base": config.rope_theta}
+    settings |= {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2"}  # a byte-level BPE
+    settings |= {"token_list": [token for token, _ in tokens], "token_types": [kind for _, kind in tokens]}
+    settings["token_merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    settings |= {f"{token}_token_id": getattr(config, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    settings |= {"add_bos_token": False, "add_eos_token": False, "chat_template": chat_template}
 
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     rotated = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
@@ -77,39 +70,29 @@ def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_tem
         if heads:  # llama.cpp rotates neighbouring pairs, transformers the two halves of a head
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         tensors[names.get_name(ours, (".weight",))] = tensor
-    write(writer, tensors, gguf.GGMLQuantizationType[quant.upper()])
+    write(path, gguf.MODEL_ARCH_NAMES[kind], settings, tensors, gguf.GGMLQuantizationType[quant.upper()])
 
 
 def write_mmproj(trained: LoadedModel, path: Path, name: str):
-    """Writes the tower and the projection, in float32."""
     config, parts = trained.tower.config, {"CLIP": clip_parts, "SigLIP": siglip_parts}[trained.tower.kind]
     tensors = {name: tensor for name, tensor in trained.weights.tensors.items() if name.startswith("vision_proj.")}
     tensors = {name.split(".", 2)[2]: tensor.float() for name, tensor in tensors.items()}
     tower, projection, layers = parts(trained, read_tower_weights(trained.tower_path), tensors)
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_name(name)
-    writer.add_type("mmproj")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type("mlp")
-    writer.add_vision_image_size(config.image_size)
-    writer.add_vision_patch_size(config.patch_size)
-    writer.add_vision_embedding_length(config.hidden_size)
-    writer.add_vision_feed_forward_length(config.intermediate_size)
-    writer.add_vision_block_count(layers[-1])
-    writer.add_vision_head_count(config.num_attention_heads)
-    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
-    writer.add_vision_projection_dim(trained.config.hidden_size)
-    writer.add_vision_image_mean(list(trained.tower.mean))
-    writer.add_vision_image_std(list(trained.tower.std))
-    writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
+    settings = {"name": name, "type": "mmproj", "file_type": gguf.LlamaFileType.ALL_F32}
+    settings |= {"clip_has_vision_encoder": True, "clip_projector_type": "mlp"}
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "embedding_length": config.hidden_size}
+    vision |= {"feed_forward_length": config.intermediate_size, "block_count": layers[-1]}
+    vision |= {"head_count": config.num_attention_heads, "attention_layernorm_eps": config.layer_norm_eps}
+    vision |= {"projection_dim": trained.config.hidden_size, "image_mean": list(trained.tower.mean)}
+    vision |= {"image_std": list(trained.tower.std), "use_gelu": config.hidden_act != "quick_gelu"}
+    settings |= {f"vision_{name}": value for name, value in vision.items()}
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
-    writer.add_array("clip.vision.feature_layer", layers)
+    settings[FEATURE_LAYERS] = layers
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers[-1])
     tower = {f"vision_tower.vision_model.{name}": tensor for name, tensor in tower.items()}
     tower = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tower.items()}
-    write(writer, tower | {f"mm.{name}": tensor for name, tensor in projection.items()})
+    write(path, "clip", settings, tower | {f"mm.{name}": tensor for name, tensor in projection.items()})
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CompileConfig
 from common.errors import UsageError
 from model import answers
 from scripts import benchmark
-from scripts.bench import gpu, speed
+from scripts.bench import speed
 
 
 def here(function, *arguments):
@@ -31,8 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
             **{"BATCHES": 3, "LOADED_BATCHES": 3, "TURNS": 1, "PROMPT_TOKENS": 8, "NEW_TOKENS": 4},
             "matrix_product_flops": lambda device: 1e11,
         },
-        gpu: {"CHECKED": 2},
-        benchmark: {"alone": here},
+        benchmark: {"alone": here, "CHECKED": 2},
         # Compiled code itself is tested elsewhere: here a backend that takes no time.
         torch: {"compile": partial(torch.compile, backend="eager")},
         answers: {"CompileConfig": partial(CompileConfig, backend="eager")},
@@ -64,10 +63,10 @@ def test_training_is_measured_beside_the_plain_loop(run):
 
 def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
     """On a CPU, where nothing is captured; a way that fails is reported, and the others are measured."""
-    lines = {way: ("sft", 2, way) for way in ("plain", "captured", gpu.WAYS[-1])}
-    monkeypatch.setitem(benchmark.MEASUREMENTS, "gpu", (lines, gpu.measure_gpu))
+    lines = {way: ("sft", 2, way) for way in ("plain", "captured", speed.WAYS[-1])}
+    monkeypatch.setitem(benchmark.MEASUREMENTS, "gpu", (lines, speed.measure_gpu))
     for name, value in {"GPU_LINES": lines, "LARGE": 2, "TIMED": 1, "FED": 1, "ON_DEVICE": 1}.items():
-        monkeypatch.setattr(gpu, name, value)
+        monkeypatch.setattr(speed, name, value)
     graphs = iter((False, True))
 
     def captured_step(step, context, pad):
@@ -81,7 +80,7 @@ def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
         run("gpu")
     found, printed = json.loads((tmp_path / "figures.json").read_text())["gpu"], capsys.readouterr().out
     assert found["captured"] == {"failed": "no graphs here"}
-    assert all(found[way]["samples/s"] > 0 for way in ("plain", gpu.WAYS[-1]))
+    assert all(found[way]["samples/s"] > 0 for way in ("plain", speed.WAYS[-1]))
     assert "compiled, captured, fed by the loader: samples/s" in printed and "of peak" in printed
 
 
