@@ -26,7 +26,7 @@ from dataset.tokenizer import quiet_libraries
 from scripts.demo.chat import CLOSING, MOST_PICTURES
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.support.processes import Processes, StopSignals
+from trainer.support.processes import Processes, stop_signals
 
 LARGEST_FILE = 20 * 2**20  # bytes
 EXAMPLES = 6
@@ -63,7 +63,7 @@ def main():
         css = Path(__file__).with_name("demo").joinpath("page.css").read_text(encoding="utf-8")
         try:
             guards = middleware(uploads, MOST_PICTURES * LARGEST_FILE, not args.share and is_loopback(args.host))
-            with StopSignals(speaks=False) as signals:
+            with stop_signals(speaks=False) as signals:
                 page.launch(
                     server_name=args.host,
                     server_port=args.port,

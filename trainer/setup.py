@@ -27,9 +27,9 @@ from model.language_model import add_lora, build, read_language_model
 from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.vision_tower import TowerSettings
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, find_weights, read_tower
+from trainer.resume import BAD_ROWS, STATE, RunFiles, read_state
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
-from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_dir, read_state
 
 SHOWN_BAD_ROWS = 20
 
@@ -50,7 +50,6 @@ class Run:
     state: dict | None  # the checkpoint to resume from
     dtype: torch.dtype  # that it computes in
     started: float  # `time.perf_counter()`
-    lock: object  # keeps another process from writing the same files
 
     def __post_init__(self):
         self.device, self.log, self.bundle = self.processes.device, self.processes.log, BUNDLES[self.args.assets]
@@ -87,12 +86,12 @@ def prepare_run(stage: Stage, args, processes: Processes) -> Run:
             f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
             "from: give it another name"
         )
-    lock = prepare_save_dir(files, processes)
+    files.lock(processes.is_main)
     state = read_state(files.state, STATE, args.from_resume, processes.log)
     dtype = args.dtype or (state and state["arguments"].get("dtype"))
     dtype = getattr(torch, dtype) if dtype else pick_dtype(None, processes.device, config.head_dim)
     return Run(
-        stage, args, processes, tokenizer, tokenizer_sha256, weights, config, tower, files, state, dtype, started, lock
+        stage, args, processes, tokenizer, tokenizer_sha256, weights, config, tower, files, state, dtype, started
     )
 
 

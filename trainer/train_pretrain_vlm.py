@@ -39,13 +39,14 @@ STAGE = Stage(
 )
 
 
-def main(stage: Stage = STAGE):
-    args = parse_arguments(stage, __doc__)
+def main(stage: Stage = STAGE, description: str = __doc__):
+    """Runs a stage, this one or another."""
+    args = parse_arguments(stage, description)
     with Processes.start(args.device, args.timeout_minutes) as processes:
         run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
-        data, heldout = load_data(run)  # captions as token ids: training rows, evaluation rows
+        data, heldout = load_data(run)  # captions or dialogues as token ids: training rows, evaluation rows
         model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm, args.lora)  # all: only the projection learns
+        freeze(model, args.freeze_llm, args.lora)  # all: only the projection learns, none: all but the tower
         train(run, model, data, heldout)  # minimises the stage's loss
 
 

@@ -8,16 +8,14 @@ Writes out/sft_vlm_{hidden_size}.pth.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import run_script
-from trainer.flags import parse_arguments
-from trainer.loop import train
-from trainer.setup import freeze, load_data, load_model, prepare_run
 from trainer.stage import Stage, answer_loss, pad_answers
-from trainer.support.processes import Processes
+from trainer.train_pretrain_vlm import main  # takes the same steps for every stage
 
 STAGE = Stage(
     name="sft",
@@ -38,16 +36,5 @@ STAGE = Stage(
     pad=pad_answers,
 )
 
-
-def main(stage: Stage = STAGE):
-    args = parse_arguments(stage, __doc__)
-    with Processes.start(args.device, args.timeout_minutes) as processes:
-        run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
-        data, heldout = load_data(run)  # dialogues as token ids: training rows, evaluation rows
-        model = load_model(run)  # tower + projection + decoder
-        freeze(model, args.freeze_llm, args.lora)  # none: all but the tower learns
-        train(run, model, data, heldout)  # minimises the stage's loss
-
-
 if __name__ == "__main__":
-    run_script(main, outlives_output=True)
+    run_script(partial(main, STAGE, __doc__), outlives_output=True)
