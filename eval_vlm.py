@@ -35,19 +35,22 @@ from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, print
 from dataset.foreign import PICTURE_SUFFIXES, is_picture
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
-from dataset.scenes.draw import heldout_scenes
+from dataset.prompts import prompt_batch, with_images
+from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from dataset.tokenizer import quiet_libraries
+from model.answers import generate_answers
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.answering.typed_paths import find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
-from trainer.report.scene_table import scene_table
-from trainer.report.verdict import verdict
+from trainer.report.page import verdict
 from trainer.stage import answer_loss
 from trainer.support.processes import Processes
 
 DRAWN_EVAL_IMAGES = 8
+SCENES_AT_ONCE = 50
 CHAT_HELP = """Type a question, with the paths of its pictures in it or in a line before.
 /new starts a new conversation, /help shows this, /quit or an empty line ends.
 """
@@ -116,7 +119,8 @@ class Chat:
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = self.assistant.answer(conversation, pictures, self.max_new_tokens, **self.sampling, streamer=streamer)
-        print(f"    {speed(len(ids), started)}\n" if self.shows_speed else "", flush=True)
+        rate = len(ids) / (time.perf_counter() - started)
+        print(f"    {len(ids)} tokens, {rate:.0f} tokens/s\n" if self.shows_speed else "", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def ask(self, question: str, paths: list[Path]):
@@ -130,29 +134,28 @@ class Chat:
         self.answer([turn], pictures)
 
     def describe(self, prompts: list[str], paths: list[Path]) -> int:
-        """Asks every question about every picture in one batch; prints the answers, then the speed.
-
-        Returns:
-            How many pictures could not be read.
-        """
+        """Asks every question about every picture in one batch; returns how many pictures could not be read."""
         turns = [self.assistant.turn(prompt, 1, max_new_tokens=self.max_new_tokens) for prompt in prompts]
-        names, pictures = [], []
+        questions, conversations, pictures, unreadable = [], [], [], 0
         for path in paths:
             try:
-                pictures.append(self.assistant.load_picture(path))
-                names.append(printable(path.name))
+                picture = self.assistant.load_picture(path)
             except PictureError as error:
                 print(f"{printable(path.name)}: skipped: {error}\n")
+                unreadable += 1
+                continue
+            questions += [f"{printable(path.name)}: {prompt}" for prompt in prompts]
+            conversations += [[turn] for turn in turns]
+            pictures += [[picture]] * len(turns)
         if pictures:
-            started, conversations = time.perf_counter(), [[turn] for turn in turns] * len(pictures)
-            each = [[picture] for picture in pictures for _ in turns]
-            answers = self.assistant.answers(conversations, each, self.max_new_tokens, **self.sampling)
-            questions = [f"{name}: {prompt}" for name in names for prompt in prompts]
+            started = time.perf_counter()
+            answers = self.assistant.answers(conversations, pictures, self.max_new_tokens, **self.sampling)
             for question, ids in zip(questions, answers, strict=True):
                 print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-            total = f"    {len(answers)} answer(s) at once: {speed(sum(map(len, answers)), started)}\n"
-            print(total if self.shows_speed else "", flush=True)
-        return len(paths) - len(pictures)
+            tokens = sum(map(len, answers))
+            total = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
+            print(f"    {len(answers)} answer(s) at once: {total}\n" if self.shows_speed else "", flush=True)
+        return unreadable
 
     def talk(self):
         """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
@@ -181,10 +184,6 @@ class Chat:
                 continue
             turns, pictures, added = [*turns, turn], [*pictures, *asked], []
             turns.append({"role": "assistant", "content": self.answer(turns, pictures)})
-
-
-def speed(tokens: int, started: float) -> str:
-    return f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
 
 
 def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processes):
@@ -217,18 +216,30 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
         write_atomically(args.json.absolute(), lambda file: file.write(text.encode()))
 
 
-def print_scene_table(assistant: Assistant):
-    """Prints the share of right attributes and captions of the held-out scenes, beside shuffled images and chance."""
-    started, rows = time.perf_counter(), scene_table(assistant.model, assistant.tokenizer)
-    scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
-    print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
-    print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
-    for row in rows:
-        print(f"  {row['name']:<34}{row['attributes']:>12.1%}{row['captions']:>16.1%}")
+def scene_table(assistant: Assistant) -> dict[str, Score]:
+    """Grades a model's descriptions of the built-in set's held-out scenes: with the right images, in Chinese, first."""
+    facts = [scene.facts for scene in heldout_scenes()]
+    paths = sorted((draw_builtin_dataset() / "heldout_images").iterdir())
+    pictures = [[assistant.load_picture(path)] for path in paths]
+    rows, half = {}, len(pictures) // 2
+    for name, language in zip(("Chinese", "English"), LANGUAGES, strict=True):
+        question, texts = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
+        for start in range(0, len(pictures), SCENES_AT_ONCE):
+            part = pictures[start : start + SCENES_AT_ONCE]
+            inputs = prompt_batch(assistant.encoder, [question] * len(part), part)
+            texts += generate_answers(assistant.model, assistant.tokenizer, inputs, 64)
+        rows[f"{name}: right pictures"] = score(texts, facts)
+        # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
+        rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)
+    rows["chance: another scene's caption"], rows["chance: best single caption"] = chance(facts)
+    return rows
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Returns the pictures of a folder, and prints what else it holds; raises UsageError if there are none."""
+def describe_folder(chat: Chat, args: argparse.Namespace):
+    """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
+    folder, only_scenes = args.image_dir or EVAL_IMAGES_DIR, chat.assistant.loaded.knows_only_scenes
+    if only_scenes and not args.image_dir and not folder.is_dir():
+        draw_heldout(folder, DRAWN_EVAL_IMAGES)
     files = sorted(path for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
     files = [path for path in files if not path.name.startswith(".")]
     paths = [path for path in files if is_picture(path.name) and path.is_file()]
@@ -240,20 +251,17 @@ def pictures_in(folder: Path) -> list[Path]:
         raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
     if endings:
         print(f"{display_path(folder)}: {printable(others)}\n")
-    return paths
-
-
-def describe_folder(chat: Chat, args: argparse.Namespace):
-    """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
-    folder, only_scenes = args.image_dir or EVAL_IMAGES_DIR, chat.assistant.loaded.knows_only_scenes
-    if only_scenes and not args.image_dir and not folder.is_dir():
-        draw_heldout(folder, DRAWN_EVAL_IMAGES)
     prompts = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE]
-    paths, prompts = pictures_in(folder), [args.prompt] if args.prompt else prompts
-    batches = [paths[start : start + args.batch_size] for start in range(0, len(paths), args.batch_size)]
-    unreadable = sum(chat.describe(prompts, batch) for batch in batches)
+    prompts, unreadable = [args.prompt] if args.prompt else prompts, 0
+    for start in range(0, len(paths), args.batch_size):
+        unreadable += chat.describe(prompts, paths[start : start + args.batch_size])
     if only_scenes and not args.image_dir:
-        print_scene_table(chat.assistant)
+        started, rows = time.perf_counter(), scene_table(chat.assistant)
+        scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
+        print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
+        print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
+        for name, row in rows.items():
+            print(f"  {name:<34}{row.attributes:>12.1%}{row.captions:>16.1%}")
     if unreadable:
         raise UsageError(f"{unreadable} picture(s) could not be read")
 

@@ -1,11 +1,14 @@
-"""Converts a conversation to token ids in ChatML form, with its learned spans and image positions."""
+"""Converts a conversation to token ids in a language model's prompt form; finds its learned spans and images."""
 
-import copy
+import json
+import re
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-
-from dataset.conversation import IMAGE_TAG, RowError
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 SYSTEM_PROMPTS = (  # that some of minimind-3v's rows get
@@ -18,54 +21,61 @@ SYSTEM_PROMPTS = (  # that some of minimind-3v's rows get
     "请回答所问的问题；不知道时请直说。",
     "你是一个耐心、仔细观察的助手。",
 )
-IMAGE_CHARACTER = "@"
+IMAGE_TAG, IMAGE_CHARACTER = "<image>", "@"  # where an image stands in a text, and MiniMind's token for it
 NEIGHBOUR_TEXTS = ("", "\n", "a", "图")
 # minimind-3v: the image placeholder is a special token, which no text can hold; every answer begins by thinking.
 IMAGE_PAD = "<|image_pad|>"
 IMAGE_NAMES = ("image_pad", "image", "reserved", "unused")  # in names of special tokens, the best first
 THINK, END_OF_THINKING = "<think>", "</think>"
+SLOT, SLOTS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # stands for a turn's text in a rendering
+IMAGES = re.compile(f"({IMAGE_TAG})")
+IMAGE, ANSWER, END = -1, -2, -3  # between texts and the ids of special tokens: an image, and an answer's ends
+
+
+class RowError(ValueError):
+    """A row that cannot be learned from; the message says why."""
 
 
 @dataclass
 class EncodedChat:
-    """Token ids, the half-open [start, end) spans of them that are learned, and each image's first position.
-
-    `problem` says why it cannot be used.
-    """
+    """A conversation as token ids."""
 
     input_ids: list[int]
-    learned: list[tuple[int, int]]
-    image_starts: list[int]
-    problem: str = ""
+    learned: list[tuple[int, int]]  # spans [start, end) of them
+    image_starts: list[int]  # each image's first position
+    problem: str = ""  # why it cannot be used
+
+
+class Text(NamedTuple):
+    """A part of a conversation that is tokenised by itself."""
+
+    text: str
+    goes_on: bool = False  # from the text before it
+    left: str = ""  # a character that is tokenised with it, and taken off again
+    right: str = ""
 
 
 class ChatEncoder:
-    """Turns conversations into token ids.
+    """Turns conversations into token ids in MiniMind's prompt form; raises ValueError if the tokenizer is not of it.
 
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
-    and ends nothing; the special tokens around each turn, and images' placeholders, are added by their ids.
+    and ends nothing; the special tokens around each turn, and `image_tokens` placeholders for each image, are added by
+    their ids.
 
     With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
     turn, and every answer begins with a think block, its own or an empty one.
-
-    Args:
-        tokenizer: A fast tokenizer of the project's form (ids 0, 1, 2 special; `@` a token of its own), or 3v's.
-        image_tokens: Placeholders that stand for one image (`VLMConfig.image_tokens`).
-
-    Raises:
-        ValueError: If the tokenizer is not of that form.
     """
 
+    open_thinking = False  # whether an answer begins within its think block
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.image_tokens, self.image_token_id = tokenizer, image_tokens, image_token_id(tokenizer)
         self.begin_id, self.end_id, self.pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        self.backend = text_backend(tokenizer)
-        self.is_3v, self.image_token_id = has_image_pad(tokenizer), image_token_id(tokenizer)
-        self.image_tokens, self.image_ids = image_tokens, [self.image_token_id] * image_tokens
         self.user_marks = f"{tokenizer.bos_token}user\n", tokenizer.eos_token
-        self.newline_ids = self.backend.encode("\n", add_special_tokens=False).ids
+        self.is_3v = self.can_think = has_image_pad(tokenizer)
+        self.backends = [text_backend(tokenizer)] * 2
         texts = [f"{left}@@@{right}" for left in NEIGHBOUR_TEXTS for right in NEIGHBOUR_TEXTS]
-        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        encodings = self.backends[0].encode_batch(texts, add_special_tokens=False)
         is_alone = self.is_3v or all(encoding.ids.count(self.image_token_id) == 3 for encoding in encodings)
         if None in (self.begin_id, self.end_id, self.pad_id) or not is_alone:
             raise ValueError(
@@ -74,40 +84,79 @@ class ChatEncoder:
                 "has it a chat template, as another language model needs"
             )
 
-    open_thinking = False  # whether an answer begins within its think block
-
-    @property
-    def can_think(self) -> bool:
-        """Whether answers have a think block."""
-        return self.is_3v
-
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # pickling loses it
+        for backend in self.backends:
+            backend.encode_special_tokens = True  # pickling loses it
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
-        """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted."""
-        if not self.is_3v:
-            system = [{"role": "system", "content": SYSTEM_PROMPT}]
-            conversations = [turns if turns[0]["role"] == "system" else system + turns for turns in conversations]
-        texts = [text for turns in conversations for turn in turns for text in self._texts(turn)]
-        # One call for all of them: the tokenizer works on many texts in parallel.
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-        chats = [self._join(turns, encodings) for turns in conversations]
-        if add_generation_prompt:
-            header = "assistant\n" + (thinking("") if self.is_3v else "")
-            header = header.partition(f"\n{END_OF_THINKING}")[0] if self.open_thinking else header
-            header = [self.begin_id, *self.backend.encode(header, add_special_tokens=False).ids]
-            for chat in chats:
-                chat.input_ids += header
+        """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted.
+
+        One that another language model's template refuses or changes gets a `problem`.
+        """
+        chats, pieces, texts = [], [], ([], [])
+        for turns in conversations:
+            chats.append(EncodedChat([], [], []))
+            try:
+                pieces.append(self.pieces(turns, add_generation_prompt))
+            except Exception as error:  # a template may refuse a conversation by any exception
+                chats[-1].problem = str(error) or type(error).__name__
+                pieces.append([])
+            for piece in pieces[-1]:
+                if isinstance(piece, Text):
+                    texts[piece.goes_on].append(piece.left + piece.text + piece.right)
+        # Many texts at once: the tokenizer works on them in parallel.
+        together = zip(self.backends, texts, strict=True)
+        encodings = [iter(backend.encode_batch(some, add_special_tokens=False)) for backend, some in together]
+        for chat, of_chat in zip(chats, pieces, strict=True):
+            ids = chat.input_ids
+            for piece in of_chat:
+                if isinstance(piece, Text):
+                    found = next(encodings[piece.goes_on]).ids
+                    ids += found[len(piece.left) : len(found) - len(piece.right)]
+                elif piece == IMAGE:
+                    chat.image_starts.append(len(ids))
+                    ids += [self.image_token_id] * self.image_tokens
+                elif piece == ANSWER:
+                    start = len(ids)
+                elif piece == END:
+                    chat.learned.append((start, len(ids)))
+                else:
+                    ids.append(piece)
         return chats
 
-    def truncate(self, chat: EncodedChat, max_length: int) -> EncodedChat:
-        """Returns the first `max_length` tokens.
+    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
+        """Returns a conversation as texts, ids of special tokens, and IMAGE, ANSWER and END."""
+        if not self.is_3v and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+        pieces, newline, beside = [], Text("\n"), "" if self.is_3v else IMAGE_CHARACTER
+        for turn in turns:
+            pieces.append(self.begin_id)
+            role, content = turn["role"], turn["content"]
+            if role == "assistant":
+                # An answer is tokenised apart from its header: generation continues after the header, so no token that
+                # is learned may span the two.
+                answer = Text(with_thinking(turn) if self.is_3v else content)
+                pieces += [Text("assistant\n"), ANSWER, answer, self.end_id, newline, END]
+                continue
+            if turn.get("functions") is not None:  # as the tokenizer's own template lists them
+                content = self.tokenizer.apply_chat_template([turn], tools=turn["functions"], tokenize=False)
+                content = content.removeprefix(f"{self.tokenizer.bos_token}system\n")
+                content = content.rpartition(self.tokenizer.eos_token)[0]
+            texts = f"{role}\n{content}".split(IMAGE_TAG) if role == "user" else [f"{role}\n{content}"]
+            for number, text in enumerate(texts):
+                if number:
+                    pieces.append(IMAGE)
+                # What is beside an image is tokenised as beside its placeholder.
+                pieces.append(Text(text, left=beside * (number > 0), right=beside * (number < len(texts) - 1)))
+            pieces += [self.end_id, newline]
+        if add_generation_prompt:
+            block = f"{THINK}\n" if self.open_thinking else with_thinking({"content": ""})
+            pieces += [self.begin_id, Text(f"assistant\n{block if self.is_3v else ''}")]
+        return pieces
 
-        Raises:
-            RowError: If that cuts an image off, or it leaves nothing to learn, or the chat has a problem.
-        """
+    def truncate(self, chat: EncodedChat, max_length: int) -> EncodedChat:
+        """Returns the first `max_length` tokens; raises RowError if an image is cut off, or nothing left to learn."""
         if chat.problem:
             raise RowError(chat.problem)
         end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
@@ -118,50 +167,130 @@ class ChatEncoder:
             raise RowError(f"nothing left to learn: no answer begins within max_seq_len {max_length}")
         return EncodedChat(chat.input_ids[:max_length], learned, chat.image_starts)
 
-    def _texts(self, turn: dict) -> list[str]:
-        # An answer is tokenised apart from its header: generation continues after the header, so no token that is
-        # learned may span the two.
-        if turn["role"] == "assistant":
-            return ["assistant\n", with_thinking(turn) if self.is_3v else turn["content"]]
-        content = turn["content"] if turn.get("functions") is None else self._with_tools(turn)
-        text = f"{turn['role']}\n{content}"
-        if turn["role"] != "user":
-            return [text]
-        # What is beside an image is tokenised as beside its placeholder; `_join` takes that off.
-        mark = "" if self.is_3v else IMAGE_CHARACTER
-        return text.replace(IMAGE_TAG, f"{mark}{IMAGE_TAG}{mark}").split(IMAGE_TAG)
 
-    def _with_tools(self, turn: dict) -> str:
-        """Returns a system turn's text and its functions, as the tokenizer's own template lists them."""
-        text = self.tokenizer.apply_chat_template([turn], tools=turn["functions"], tokenize=False)
-        return text.removeprefix(f"{self.tokenizer.bos_token}system\n").rpartition(self.tokenizer.eos_token)[0]
+class TemplateEncoder(ChatEncoder):
+    """Turns conversations into token ids as a tokenizer's chat template renders them.
 
-    def _join(self, turns: list[dict], encodings) -> EncodedChat:
-        chat = EncodedChat([], [], [])
-        ids = chat.input_ids
-        for turn in turns:
-            ids.append(self.begin_id)
-            last = len(self._texts(turn)) - 1
-            for index in range(last + 1):
-                piece = next(encodings).ids
-                if index and turn["role"] == "user":  # an image between two texts
-                    chat.image_starts.append(len(ids))
-                    ids += self.image_ids
-                elif index:  # the answer, its <|im_end|> and the newline after it
-                    chat.learned.append((len(ids), len(ids) + len(piece) + 1 + len(self.newline_ids)))
-                if turn["role"] == "user" and not self.is_3v:
-                    piece = piece[index > 0 : len(piece) - (index < last)]
-                ids += piece
-            ids += [self.end_id, *self.newline_ids]
-        return chat
+    The template is rendered with a mark in place of each turn's text, which tells what stands around the texts. The
+    same must come out as when it renders the conversation itself. Learned is each answer, with the special token that
+    ends it. A prompt ends where the template's own does, if an answer follows that, else where the answer begins.
+
+    The tokenizer has `image_placeholder` among its tokens. Raises ValueError if its template cannot be used.
+    """
+
+    is_3v = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int):
+        self.tokenizer, self.image_tokens, self.image_token_id = tokenizer, image_tokens, image_token_id(tokenizer)
+        # The second is for a text that no special token precedes.
+        self.backends = [text_backend(tokenizer, {"first"}), text_backend(tokenizer, {"first", "always"})]
+        self.can_think, self.skeletons = "enable_thinking" in tokenizer.chat_template, {}
+        self.render = partial(tokenizer.apply_chat_template, tokenize=False)
+        self.special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.splits = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        try:
+            before, [(_, between), (lead, after)] = self.skeleton(("user", "assistant"))
+        except Exception as error:  # a template is a program
+            raise ValueError(f"its chat template cannot be used: {error}") from error
+        if not (end := self.splits.search(after)):
+            raise ValueError("its chat template ends no answer with a special token")
+        self.end_id = self.special[end[0]]
+        self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Around a user's text: from the last special token before it, and what follows.
+        self.user_marks = "".join(self.splits.split(before)[-2:]), between + lead
+
+    def skeleton(self, roles: tuple[str, ...]) -> tuple[str, list[tuple[str, str]]]:
+        """Returns what the template puts before turns of these roles, and for each turn: what of the blanks before it
+        the model writes itself, as the template's own prompt ends before them; and what follows it.
+        """
+        if roles not in self.skeletons:
+            turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
+            whole = self.render(turns)
+            parts = SLOTS.split(whole)
+            if parts[1::2] != [str(number) for number in range(len(roles))]:
+                raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
+            around, leads = parts[::2], [""] * len(roles)
+            for number in (number for number, role in enumerate(roles) if role == "assistant"):
+                prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
+                lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
+                leads[number] = "" if lead.strip() else lead
+                around[number] = around[number].removesuffix(leads[number])
+            self.skeletons[roles] = around[0], list(zip(leads, around[1:], strict=True))
+        return self.skeletons[roles]
+
+    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
+        """As a ChatEncoder's; raises RowError if the template renders the conversation otherwise."""
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        thinks = add_generation_prompt and self.open_thinking
+        if add_generation_prompt and not thinks:
+            turns.append({"role": "assistant", "content": SLOT})
+        start, around = self.skeleton(tuple(turn["role"] for turn in turns))
+        rendered = self.render(turns)
+        changed = RowError("the language model's chat template changes the text of a turn")
+        if not rendered.startswith(start):
+            raise changed
+        pieces, end = self.split(start), len(start)
+        for turn, (lead, after) in zip(turns, around, strict=True):
+            text = turn["content"]
+            forms = (text, text.strip(), text.lstrip(), text.rstrip())  # a template may take blanks off
+            text = next((form for form in forms if rendered.startswith(lead + form + after, end)), None)
+            if text is None:
+                raise changed
+            end += len(lead + text + after)
+            after = self.split(after)
+            if turn["role"] == "assistant":
+                if len(after) == 1:
+                    raise RowError("the language model's chat template ends this answer with no special token")
+                answer_at = len(pieces)
+                pieces += [ANSWER, lead + text, *after[:2], END, *after[2:]]
+            else:
+                pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
+        if end != len(rendered):
+            raise changed
+        if thinks:
+            asked = self.render(turns, add_generation_prompt=True, enable_thinking=True)
+            pieces += self.split(asked.removeprefix(rendered))
+        elif add_generation_prompt:
+            del pieces[answer_at:]
+        merged = []
+        for is_text, group in groupby((piece for piece in pieces if piece != ""), lambda piece: isinstance(piece, str)):
+            if is_text:
+                # An answer goes on from the text before it, other texts come after a special token.
+                goes_on = merged[-1:] == [ANSWER] and isinstance(merged[-2:][0], Text)
+                merged.append(Text("".join(group), goes_on))
+            else:
+                merged += group
+        return merged
+
+    def split(self, text: str) -> list[str | int]:
+        """Splits a text of the template at its special tokens, which become ids."""
+        return [self.special.get(part, part) for part in self.splits.split(text)]
 
 
-def text_backend(tokenizer: PreTrainedTokenizerBase):
-    """Returns a copy of the tokenizer to which special tokens in a text are text, and which neither cuts nor pads."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+def encoder_for(tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> ChatEncoder:
+    """Returns the encoder of a tokenizer's form; raises ValueError if it is of none."""
+    return (TemplateEncoder if uses_template(tokenizer) else ChatEncoder)(tokenizer, image_tokens)
+
+
+def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = frozenset()) -> Tokenizer:
+    """Returns a copy of the tokenizer to which special tokens in a text are text, and which neither cuts nor pads.
+
+    It puts no blank before a text by these schemes of Metaspace; "always" is also done by other parts.
+    """
+
+    def without_prefix(part: dict) -> dict:
+        if part.get("prepend_scheme") in schemes:
+            part["prepend_scheme"] = "never"
+        if "always" in schemes and part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = False
+        is_prefix = "always" in schemes and part.get("type") == "Prepend"
+        return {"type": "Sequence", "normalizers": []} if is_prefix else part
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str(), object_hook=without_prefix)
+    # One that was saved with truncation on would cut texts silently.
+    backend = Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
     backend.encode_special_tokens = True
-    backend.no_truncation()  # a tokenizer saved with truncation on would cut texts silently
-    backend.no_padding()
     return backend
 
 
@@ -172,10 +301,7 @@ def uses_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def image_placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the token for an image's patches.
-
-    Another language model's is its own, else a special token that its template does not use, else `<image>`.
-    """
+    """Returns the token for an image's patches: another language model's own, or one that its template does not use."""
     if not uses_template(tokenizer):
         return IMAGE_PAD if has_image_pad(tokenizer) else IMAGE_CHARACTER
     if own := getattr(tokenizer, "image_token", None):
@@ -187,10 +313,8 @@ def image_placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def has_image_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tells whether the tokenizer is minimind-3v's, by its special token for images."""
-    if uses_template(tokenizer):
-        return False
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    return any(token.content == IMAGE_PAD and token.special for token in added)
+    added = tokenizer.added_tokens_decoder.values()
+    return not uses_template(tokenizer) and any(token.content == IMAGE_PAD and token.special for token in added)
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -198,23 +322,13 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.backend_tokenizer.token_to_id(image_placeholder(tokenizer))
 
 
-def thinking(reasoning: str) -> str:
-    return f"{THINK}\n{reasoning}\n{END_OF_THINKING}\n\n"
-
-
 def with_thinking(turn: dict) -> str:
-    """Returns an answer after its think block, which holds its reasoning_content, else the text before `</think>`.
-
-    An answer with `no_think` loses an empty block.
-    """
-    whole = _with_thinking(turn)
-    return whole.removeprefix(thinking("")) if turn.get("no_think") else whole
-
-
-def _with_thinking(turn: dict) -> str:
-    answer = turn["content"]
-    if "reasoning_content" in turn:
-        return thinking(turn["reasoning_content"].strip("\n")) + answer.lstrip("\n")
-    before, _, _ = answer.partition(END_OF_THINKING)
-    reasoning = before.split(THINK)[-1] if END_OF_THINKING in answer else ""
-    return thinking(reasoning.strip("\n")) + answer.split(END_OF_THINKING)[-1].lstrip("\n")
+    """Returns an answer after its think block, which may be empty; one with `no_think` loses an empty block."""
+    reasoning, answer = turn.get("reasoning_content"), turn["content"]
+    if reasoning is None:
+        before, end, _ = answer.partition(END_OF_THINKING)
+        reasoning, answer = before.split(THINK)[-1] if end else "", answer.split(END_OF_THINKING)[-1]
+    reasoning, answer = reasoning.strip("\n"), answer.lstrip("\n")
+    if turn.get("no_think") and not reasoning:
+        return answer
+    return f"{THINK}\n{reasoning}\n{END_OF_THINKING}\n\n{answer}"

@@ -64,7 +64,7 @@ def overview(data: VLMDataset) -> list[str]:
     facts["rows"] += f" ({percent(bad, data.row_count)})" if bad else ""
     facts["rows"] += f", and {counted(blank, 'blank line')}" if blank else ""
     if len(data):
-        lengths, learned = data.lengths, int(data.learned_tokens.sum())
+        lengths, learned = data.lengths, int(data.column("learned_tokens")[data.row_indices].sum())
         total, (half, most) = int(lengths.sum()), np.percentile(lengths, (50, 95))
         images = percent(data.picture_count * data.image_tokens, total)
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
@@ -72,15 +72,32 @@ def overview(data: VLMDataset) -> list[str]:
         facts["pictures"] = f"{data.picture_count:,} of {files}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
-    facts |= data.rules | {f"cut at {data.max_length}": cut(data), "duplicates": duplicates(data)}
+    cut_tokens = data.column("cut_tokens")
+    lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
+    refused = refused[refused > 0]  # rows that max_length leaves without an image or an answer
+    longest = max((data.lengths + lost).max(initial=0), refused.max(initial=0))
+    cuts = [f"{lost.sum():,} tokens of {counted((lost > 0).sum(), 'row')}"] if lost.any() else []
+    cuts += [f"the whole of {counted(len(refused), 'row')}"] if len(refused) else []
+    cut = f"{' and '.join(cuts)}; --max_seq_len {longest} fits all"
+    cut = cut if longest > data.max_length else f"nothing (the longest row has {longest:,} tokens)"
+    first, copies = {}, []
+    for start in range(0, len(data), BATCH):
+        for row in data.read_rows(data.row_indices[start : start + BATCH].tolist()):
+            content = row["input_ids"], row["pictures"], row["picture_numbers"]
+            original = first.setdefault(hash_63(repr(content).encode()), row["line"])
+            copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
+    copied = f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
+    facts |= data.rules | {f"cut at {data.max_length}": cut, "duplicates": copied}
     return [line for name, text in facts.items() for line in fact(name, text)]
 
 
 def long_words(data: VLMDataset, tokenizer) -> list[str]:
     """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
-    answers = (row["input_ids"][start:end] for row in data.read_rows(data.row_indices[:BATCH].tolist())
-               for start, end in zip(row["learned"][::2], row["learned"][1::2], strict=True))  # fmt: skip
-    text, runs, found = " ".join(tokenizer.batch_decode(list(answers), skip_special_tokens=True)), defaultdict(list), []
+    answers, runs, found = [], defaultdict(list), []
+    for row in data.read_rows(data.row_indices[:BATCH].tolist()):
+        spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
+        answers += [row["input_ids"][start:end] for start, end in spans]
+    text = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True))
     for script, run in itertools.groupby(text, script_of):
         runs[script].append("".join(run))
     for script, texts in runs.items():
@@ -99,44 +116,10 @@ def script_of(character: str) -> str:
     return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
 
 
-def cut(data: VLMDataset) -> str:
-    cut_tokens = data.column("cut_tokens")
-    lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
-    refused = refused[refused > 0]  # rows that max_length leaves without an image or an answer
-    longest = max((data.lengths + lost).max(initial=0), refused.max(initial=0))
-    if longest <= data.max_length:
-        return f"nothing (the longest row has {longest:,} tokens)"
-    parts = [f"{lost.sum():,} tokens of {counted(data.cut_rows, 'row')}"] if data.cut_rows else []
-    parts += [f"the whole of {counted(len(refused), 'row')}"] if len(refused) else []
-    return f"{' and '.join(parts)}; --max_seq_len {longest} fits all"
-
-
-def duplicates(data: VLMDataset) -> str:
-    first, copies = {}, []
-    for start in range(0, len(data), BATCH):
-        for row in data.read_rows(data.row_indices[start : start + BATCH].tolist()):
-            content = row["input_ids"], row["pictures"], row["picture_numbers"]
-            original = first.setdefault(hash_63(repr(content).encode()), row["line"])
-            copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
-    return f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
-
-
 def places(data: VLMDataset, lines: list) -> str:
     """Names the first few of these lines."""
     place = ("row" if data.is_parquet else "line") + ("" if len(lines) == 1 else "s")
     return f"{place} {', '.join(map(str, lines[:SHOWN_LINES]))}{', ...' if len(lines) > SHOWN_LINES else ''}"
-
-
-def bad_rows(data: VLMDataset) -> list[str]:
-    """Groups the bad rows by what is wrong: how many, the first one's reason, and their lines."""
-    kinds = defaultdict(list)
-    for row in data.bad_rows:
-        kinds[kind_of(row.reason)].append(row)
-    report = ["bad rows"] if kinds else []
-    for rows in sorted(kinds.values(), key=len, reverse=True):
-        report += fact(counted(len(rows), "row"), rows[0].reason)
-        report += fact("", places(data, [row.line for row in rows]))
-    return report
 
 
 def kind_of(reason: str) -> str:
@@ -191,9 +174,15 @@ def main(argv=None):
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
     data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
-    summary = [display_path(data_path), *fact("tokenizer", display_path(path)), *overview(data)]
-    summary += long_words(data, tokenizer)
-    print("\n\n".join("\n".join(lines) for lines in (summary, bad_rows(data)) if lines), flush=True)
+    report = [display_path(data_path), *fact("tokenizer", display_path(path)), *overview(data)]
+    report += long_words(data, tokenizer)
+    kinds = defaultdict(list)
+    for row in data.bad_rows:
+        kinds[kind_of(row.reason)].append(row)
+    report += ["", "bad rows"] if kinds else []
+    for rows in sorted(kinds.values(), key=len, reverse=True):
+        report += fact(counted(len(rows), "row"), rows[0].reason) + fact("", places(data, [row.line for row in rows]))
+    print("\n".join(report), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)
     bad, limit = len(data.bad_rows), bad_rows_limit(data, args.max_bad_rows)

@@ -1,8 +1,8 @@
 """Caches the frozen tower's features, computed once before the first step, in one file per picture.
 
 Files are named by a hash of the picture's content, so only new or changed pictures are encoded, whatever data set they
-are in. A file is renamed when complete, so runs and ranks may share a folder. Its checksum is verified at every read; a
-damaged file counts as missing and is computed again.
+are in. A file is renamed when complete, so runs and ranks may share a folder; one whose checksum does not fit counts as
+missing and is computed again.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,8 @@ class FeatureCacheError(UsageError):
 class FeatureFolder:
     """Features by a picture's content (`VLMDataset.picture_keys`): files of a checksum and float16 (patches, width).
 
-    They are read, not mapped: a mapped file that another process truncates would crash this one.
-
-    Args:
-        folder: Parent of these folders.
-        made_by: A hash of tower, dtype and picture format; its first 12 digits name the folder.
-        shape: (patches, width).
+    They are read, not mapped: a mapped file that another process truncates would crash this one. `made_by` is a hash of
+    tower, dtype and picture format; its first 12 digits name the folder. `shape` is (patches, width).
     """
 
     def __init__(self, folder: Path, made_by: str, shape: tuple[int, int]):
@@ -54,8 +50,7 @@ class FeatureFolder:
     def make_room(self, keys: np.ndarray) -> int:
         """Makes the folder; returns the bytes that the missing features of these pictures need.
 
-        Raises:
-            FeatureCacheError: If it cannot be written to, or its disk has too little space.
+        Raises FeatureCacheError if it cannot be written to, or its disk has too little space.
         """
         needed = self.file_bytes * sum(not os.path.isfile(self._file(key)) for key in {*keys.tolist()} - {0})
         with self._explained(), scratch_folder(self.path):  # it can be written to
@@ -79,11 +74,7 @@ class FeatureFolder:
         return features.view(np.float16).reshape(self.shape)
 
     def write(self, features: dict[int, np.ndarray]):
-        """Writes pictures' features, float16 (patches, width), by key.
-
-        Raises:
-            FeatureCacheError: If that fails (the disk is full).
-        """
+        """Writes pictures' features, float16 (patches, width), by key; raises FeatureCacheError (the disk is full)."""
         with self._explained(), scratch_folder(self.path) as scratch:
             for key, of_image in features.items():
                 path, new = self._file(key), scratch / f"{key}"
@@ -112,20 +103,12 @@ class FeatureFolder:
 
 
 def compute_features(
-    data: VLMDataset,
-    folder: FeatureFolder,
-    encode_images: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    rank: int = 0,
-    ranks: int = 1,
+    data: VLMDataset, folder: FeatureFolder, encode_images: Callable, device: torch.device, rank=0, ranks=1
 ):
     """Computes this rank's share of the features that `folder` lacks for `data`, each picture once.
 
-    Args:
-        encode_images: (images, 3, size, size) uint8 on `device` to (images, patches, width).
-
-    Raises:
-        FeatureCacheError: If they cannot be written.
+    `encode_images` takes (images, 3, size, size) uint8 on `device` to (images, patches, width). Raises
+    FeatureCacheError if they cannot be written.
     """
     keys, first = np.unique(data.picture_keys, return_index=True)
     numbers = np.sort(first[keys != 0])[rank::ranks]  # a share of all: other ranks change which are missing
@@ -134,30 +117,22 @@ def compute_features(
         return
     name = "encoding images, once" + (f" (1 of {ranks} processes)" if ranks > 1 else "")
     every, is_cuda = 0.2 if sys.stderr.isatty() else 30.0, device.type == "cuda"
-    with (
-        tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar,
-        a_thread_each() as pool,
-    ):
-        for start in range(0, len(numbers), BATCH):
-            part = numbers[start : start + BATCH]
-            images = dict(image for image in pool.map(partial(read_image, data), part) if image is not None)
-            if images:
-                # Pictures encoded together change each other's last bits, so off CUDA each is encoded by itself.
-                groups = torch.stack([*images.values()]).split(len(images) if is_cuda else 1)
-                encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)
-                features = torch.cat([*encoded]).to("cpu", torch.float16).numpy()
-                folder.write(dict(zip(images, features, strict=True)))
-            bar.update(len(part))
-
-
-@contextlib.contextmanager
-def a_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yields a pool of torch's thread count, and lets each operation use one thread, which wastes less."""
+    # As many pictures at a time as torch has threads, each on one of them, which wastes less.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads)
     try:
-        yield pool
+        with tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar:
+            for start in range(0, len(numbers), BATCH):
+                part = numbers[start : start + BATCH]
+                images = dict(image for image in pool.map(partial(read_image, data), part) if image is not None)
+                if images:
+                    # Pictures encoded together change each other's last bits, so off CUDA each is encoded by itself.
+                    groups = torch.stack([*images.values()]).split(len(images) if is_cuda else 1)
+                    encoded = (map if is_cuda else pool.map)(lambda group: encode_images(group.to(device)), groups)
+                    features = torch.cat([*encoded]).to("cpu", torch.float16).numpy()
+                    folder.write(dict(zip(images, features, strict=True)))
+                bar.update(len(part))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for what has not begun
         torch.set_num_threads(threads)

@@ -27,12 +27,8 @@ SHARDS, CLASSES = "a folder of data files", "a folder of pictures"
 FOREIGN_FILES = (FOLDER, CLASSES, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
 COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
 BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
-
-# A JPEG of several pictures (MPO) is read as the first.
-PICTURE_SUFFIXES = {
-    ending for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")
-}
-
+READABLE = (*PICTURE_FORMATS, "MPO")  # MPO: a JPEG of several pictures is read as the first
+PICTURE_SUFFIXES = {ending for ending, kind in Image.registered_extensions().items() if kind in READABLE}
 DELIMITERS = ",\t;|"  # a spreadsheet writes semicolons where the comma is the decimal point; Flickr30k bars
 NUMBER = re.compile(r"#\d+$")  # of a picture's caption, in Flickr8k
 HEAD = 1 << 16  # bytes that are looked at
@@ -74,21 +70,20 @@ def form_of_file(path: Path) -> str | None:
     if head.startswith(b"PAR1"):
         return PARQUET
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    if text.lstrip()[:1] in ("[", "{"):
-        return LIST if text.lstrip().startswith("[") else OBJECT if is_one_object(text) else LINES
+    first, newline, rest = text.lstrip().partition("\n")
+    if first.startswith("["):
+        return LIST
+    if first.startswith("{"):  # one object over several lines, or COCO's annotations; or an object a line
+        try:
+            is_object = {"images", "annotations"} <= json.loads(first).keys()
+        except (ValueError, RecursionError):
+            is_object = not (first.rstrip().endswith("}") or rest.lstrip().startswith("{"))
+            if not newline:  # a first line longer than what is looked at
+                is_object = COCO.match(text) is not None
+        return OBJECT if is_object else LINES
     if table_header(text):
         return TABLE
     return TAR if tarfile.is_tarfile(path) else None
-
-
-def is_one_object(text: str) -> bool:
-    """Tells by its beginning whether a file is one JSON object over several lines, or COCO's annotations."""
-    first, newline, rest = text.lstrip().partition("\n")
-    try:
-        return {"images", "annotations"} <= json.loads(first).keys()
-    except (ValueError, RecursionError, AttributeError):
-        is_line = first.rstrip().endswith("}") or rest.lstrip().startswith("{")
-        return not is_line if newline else COCO.match(text) is not None  # a first line longer than what is looked at
 
 
 def table_header(text: str) -> tuple[str, list[str] | None] | None:

@@ -1,5 +1,7 @@
 """The table of data forms: how to recognise a row of each, and how to read it as a conversation with its images.
 
+Then checks of what a row may hold: its turns, and the names of its pictures.
+
 Another form is a function with `@register(...)`, here or in a file of your own: tests/changes/test_data_form.py.
 """
 
@@ -9,9 +11,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from dataset.conversation import IMAGE_TAG, RowError, parse_conversation
+from dataset.chat import IMAGE_TAG, RowError
 from dataset.prompts import NEWLINE, PROMPT, with_images
 from dataset.scenes.language import DESCRIBE
 
@@ -23,50 +25,44 @@ CAPTION, LABEL, NUMBERED = "a picture with its caption", "a picture with its lab
 QUESTIONS = {CAPTION: (DESCRIBE, "Describe this picture."), LABEL: ("这是什么？", "What is this?")}
 CHINESE = re.compile("(?s)(?!.*[\u3040-\u30ff]).*[\u4e00-\u9fff]")  # Japanese has kana beside these characters
 NUMBERED_TAG = re.compile(r"<image_\d+>")
+TOOL_CALLS = "it calls tools, and nothing here answers a call"
+NO_CALLS = (None, "", "[]", [])
+EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of rows.
-
-    Attributes:
-        fits: Tells whether a row is of this form. Values are None where only a table's columns are known.
-        read: Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name,
-            several with commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
-        example: A good row, which errors show.
-        source: A hash of the file that defines `read`: rows are tokenised again when it changes.
-    """
-
-    fits: Callable[[dict], bool]
+    fits: Callable[[dict], object]  # truthy for a row of this form; values are None where only columns are known
+    # Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name, several with
+    # commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
     read: Callable[[dict], tuple[list, object]]
-    example: dict
-    source: str
+    example: dict  # a good row, which errors show
+    source: str  # a hash of the file that defines `read`: rows are tokenised again when it changes
 
 
 FORMS: dict[str, Form] = {}
 
 
-def register(name: str, fits: Callable[[dict], bool], example: dict):
+def register(name: str, fits: Callable[[dict], object], example: dict):
     """Returns a decorator that puts a function into the table as `Form.read`; later forms are tried first."""
 
     def put(read: Callable) -> Callable:
         FORMS.pop(name, None)
-        source = hashlib.sha256(Path(inspect.getfile(read)).read_bytes()).hexdigest()
-        FORMS[name] = Form(fits, read, example, source)
+        FORMS[name] = Form(fits, read, example, hashlib.sha256(Path(inspect.getfile(read)).read_bytes()).hexdigest())
         return read
 
     return put
 
 
 def field(row: dict, names: tuple[str, ...]) -> str | None:
-    """Returns the first of the names that the row has, None for none."""
+    """Returns the first of the names that the row has."""
     return next((name for name in names if name in row), None)
 
 
 def form_of_row(row: dict) -> str | None:
-    """Names the form of a row, None for no known one."""
+    """Names the form of a row."""
     return next((name for name, form in reversed(FORMS.items()) if form.fits(row)), None)
 
 
@@ -86,39 +82,36 @@ def read_row(row: dict) -> tuple[list[dict], object]:
 
 
 @register(
+    "a picture with question and answer",
+    fits=lambda row: field(row, PICTURE_FIELDS) and {"question", "answer"} <= row.keys(),
+    example={"image": "a.jpg", "question": "What is this?", "answer": "A cat."},
+)
+@register(
     CAPTION,
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, CAPTION_FIELDS) is not None,
+    fits=lambda row: field(row, PICTURE_FIELDS) and field(row, CAPTION_FIELDS),
     example={"image": "a.jpg", "caption": "A cat."},
 )
 @register(
     LABEL,
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and field(row, LABEL_FIELDS) is not None,
+    fits=lambda row: field(row, PICTURE_FIELDS) and field(row, LABEL_FIELDS),
     example={"image": "a.jpg", "label": "cat"},
 )
-def read_caption(row: dict) -> tuple[list, object]:
+def read_asked(row: dict) -> tuple[list, object]:
     """Asks the row's question, or the form's: in Chinese about a Chinese answer, else in English."""
-    answer = row[field(row, CAPTION_FIELDS + LABEL_FIELDS)]
-    chinese, english = QUESTIONS[LABEL if field(row, CAPTION_FIELDS) is None else CAPTION]
-    return asked_about(row, row.get("question", chinese if CHINESE.match(str(answer)) else english), answer)
-
-
-@register(
-    "a picture with question and answer",
-    fits=lambda row: field(row, PICTURE_FIELDS) is not None and {"question", "answer"} <= row.keys(),
-    example={"image": "a.jpg", "question": "What is this?", "answer": "A cat."},
-)
-def read_question(row: dict) -> tuple[list, object]:
-    return asked_about(row, row["question"], row["answer"])
-
-
-def asked_about(row: dict, question: str, answer) -> tuple[list, object]:
+    if {"question", "answer"} <= row.keys():
+        question, answer = row["question"], row["answer"]
+    else:
+        caption = field(row, CAPTION_FIELDS)
+        answer = row[caption or field(row, LABEL_FIELDS)]
+        chinese, english = QUESTIONS[CAPTION if caption else LABEL]
+        question = row.get("question", chinese if CHINESE.match(str(answer)) else english)
     images = row[field(row, PICTURE_FIELDS)]
     if not images:
         raise RowError("no picture is named")
     if not isinstance(question, str):
         raise RowError("the question is no text")
-    options = [f"{letter}. {row[name]}" for letter in "ABCDEF"
-               if (name := field(row, (letter, letter.lower()))) and row[name]]  # fmt: skip
+    letters = filter(None, (field(row, (letter, letter.lower())) for letter in "ABCDEF"))
+    options = [f"{letter.upper()}. {row[letter]}" for letter in letters if row[letter]]
     asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
     answer = json.dumps(answer) if isinstance(answer, (bool, int, float)) else answer
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images
@@ -169,9 +162,19 @@ def read_turns(row: dict) -> tuple[list, object]:
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list):
         raise RowError("conversations is missing or not a list of turns")
-    inside = []
-    turns = [read_turn(turn, inside) if isinstance(turn, dict) else turn for turn in turns]
-    return turns, inside or row.get(field(row, PICTURE_FIELDS))
+    found, images = [], []
+    for turn in turns:
+        if isinstance(turn, dict):
+            turn = {name: value for name, value in turn.items() if value is not None}  # as `datasets` fills columns
+            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+            if isinstance(content, list):
+                content = NEWLINE.join(read_part(part, images) for part in content)
+            more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
+            if functions := turn.get("functions") or turn.get("tools"):
+                more["functions"] = functions
+            turn = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
+        found.append(turn)
+    return found, images or row.get(field(row, PICTURE_FIELDS))
 
 
 @register(
@@ -192,18 +195,8 @@ def read_numbered(row: dict) -> tuple[list, object]:
     return turns, [images[tag] for tag in tags]
 
 
-def read_turn(turn: dict, images: list) -> dict:
-    """Returns a turn as {"role", "content", ...}; appends the images that stand in its parts."""
-    role, content = (turn[name] if turn.get(name) is not None else turn.get(other)
-                     for name, other in (("role", "from"), ("content", "value")))  # fmt: skip
-    if isinstance(content, list):
-        content = NEWLINE.join(read_part(part, images) for part in content)
-    more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
-    more |= {"functions": turn.get("functions") or turn["tools"]} if turn.get("functions") or turn.get("tools") else {}
-    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
-
-
 def read_part(part, images: list) -> str:
+    """Returns the text of a part of a content; appends its picture."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
@@ -216,3 +209,108 @@ def read_part(part, images: list) -> str:
 
 
 RIGHT_FORM = json.dumps(FORMS["conversations"].example)
+
+
+def parse_conversation(turns: list) -> list[dict]:
+    """Returns the turns of a row: at most one system turn, first, then user and assistant in turn.
+
+    An answer's `reasoning_content` stays; an empty think block becomes reasoning_content ''. What tools give is a
+    user's turn, and a system turn keeps its `functions`; turns with either, and calls, are marked with `tool`.
+    Raises RowError if it is not a conversation that can be learned from.
+    """
+    if not turns:
+        raise RowError("conversations is missing or not a list of turns")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise RowError(f"turn {number} has no role")
+    parsed, turns = [parse_turn(turn, number) for number, turn in enumerate(turns, start=1)], []
+    for turn in parsed:
+        if turns and turn["role"] == turns[-1]["role"] == "user" and "tool" in turn and "tool" in turns[-1]:
+            turns[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
+        else:
+            turns.append(turn)
+    offset = int(turns[0]["role"] == "system")
+    for index, turn in enumerate(turns[offset:]):
+        expected = ("user", "assistant")[index % 2]
+        if turn["role"] != expected:
+            wrong = f"turn {index + offset + 1} is of role {turn['role']!r}, expected {expected!r}"
+            # Tools come in orders that no prompt form has.
+            raise RowError(TOOL_CALLS if any("tool" in turn for turn in turns) else wrong)
+    if len(turns) < offset + 2:
+        raise RowError("nothing to learn: no assistant turn")
+    for number, turn in enumerate(turns, start=1):
+        if turn["role"] == "assistant" and not (turn["content"].strip() or "tool" in turn):
+            raise RowError(f"turn {number}: the answer is empty")
+        if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
+            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
+        check_characters(turn["content"] + turn.get("reasoning_content", ""), f"turn {number}")
+    return turns
+
+
+def parse_turn(turn: dict, number: int) -> dict:
+    role, content, calls = turn["role"], turn.get("content"), turn.get("tool_calls") not in NO_CALLS
+    content = "" if content is None and (calls or role == "system") else content
+    if not isinstance(content, str):
+        raise RowError(f"turn {number} has no text as content")
+    if role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>", "tool": True}
+    parsed = {"role": role, "content": content}
+    if role == "system" and (functions := turn.get("functions")):
+        try:
+            functions = json.loads(functions) if isinstance(functions, str) else functions
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"turn {number}: functions is not JSON: {error}") from error
+        if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+            raise RowError(f"turn {number}: functions is no list of objects")
+        parsed |= {"tool": True, "functions": functions} if functions else {}
+    if role == "assistant":
+        thought, empty = turn.get("reasoning_content"), EMPTY_THINKING.match(content)
+        thought = thought if isinstance(thought, str) and thought.strip() else ""
+        if empty:
+            parsed["content"] = content[empty.end() :]
+        if empty or thought:
+            parsed["reasoning_content"] = thought
+        if calls:
+            parsed["tool"] = True
+    return parsed
+
+
+def check_characters(text: str, what: str):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can escape it, but no file can hold it
+        raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
+
+
+def parse_picture_names(value) -> list[str]:
+    """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
+
+    Raises RowError if it is something else, or a name leads upwards. Absolute ones are left to the data set.
+    """
+    if value is None or value == "":
+        return []
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
+    for name in names:
+        check_characters(name, "a picture's name")
+        path = PurePosixPath(name.replace("\\", "/"))
+        is_foreign = path.is_absolute() and not name.startswith("/")
+        if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+            raise RowError(f"the picture's path leaves images_path: {name!r}")
+    return names
+
+
+def check_images(turns: list[dict], pictures: int) -> bool:
+    """Raises RowError unless the conversation has as many `<image>` as there are pictures.
+
+    Returns whether a single picture had no tag: it is then put first, as in LLaVA's loaders.
+    """
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
+    if tags == 0 and pictures == 1:
+        asked = next(turn for turn in turns if turn["role"] == "user")
+        asked["content"] = f"{IMAGE_TAG}\n{asked['content']}"
+        return True
+    if tags != pictures:
+        raise RowError(f"{tags} {IMAGE_TAG} in the text, but {pictures} picture(s)")
+    return False

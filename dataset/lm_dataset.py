@@ -1,4 +1,4 @@
-"""The training data: rows of a jsonl or parquet file to tensors, and a list of samples to a batch.
+"""The training data: rows of a jsonl or parquet file to tensors, samples to a batch, and which rows are held out.
 
 A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
 """
@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -23,10 +24,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.conversation import TOOL_CALLS
 from dataset.formats import DataError
+from dataset.forms import TOOL_CALLS
 from dataset.parquet import load_parquet
-from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, resize_pixels
+from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, preprocess_image
 from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, Variation, tokenise_rows
 
 
@@ -42,15 +43,12 @@ class VLMDataset(Dataset):
     Args:
         data_path: A jsonl file of rows in a form of `dataset.forms`, or a parquet (`conversations`, `image_bytes`).
         images_path: The folder of the jsonl's images; by default the jsonl's own. Not needed for parquet.
-        tokenizer: The tokenizer that belongs to the language model.
         max_length: Tokens a sample is cut at.
         image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
-        picture_format: How images are resized.
         cache_dir: Where tokenised rows are cached; by default in the cache of the `datasets` library.
         variation: Of minimind-3v's rows, for training.
 
-    Raises:
-        DataError: If a file or folder is missing, unreadable or empty.
+    Raises DataError if a file or folder is missing, unreadable or empty.
     """
 
     def __init__(
@@ -76,34 +74,25 @@ class VLMDataset(Dataset):
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, variation)
         self.features = None  # a dataset.features.FeatureFolder
         self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
-        reasons = self.rows.data.column("reason")
+        reasons, names = self.rows.data.column("reason"), self.rows.data.column("pictures")
         refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
-        refused |= {} if self.is_parquet else self._missing_pictures()
-        self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
-        self.tool_rows = sum(reason == TOOL_CALLS for reason in refused.values())
-        self.row_count = len(self.rows) - sum(reason == BLANK_LINE for reason in refused.values())
-        bad = (item for item in sorted(refused.items()) if item[1] not in (BLANK_LINE, TOOL_CALLS))
-        self.bad_rows = [BadRow(i + 1, reason) for i, reason in bad]
-
-    def _missing_pictures(self) -> dict[int, str]:
-        """Returns the reason for each row that lacks an image. Not cached with the tokens: images come and go."""
-        names, missing = self.rows.data.column("pictures"), {}
-        named = np.flatnonzero(self.list_lengths("pictures"))
+        # Missing pictures are not cached with the tokens: they come and go.
+        named = np.flatnonzero(pc.list_value_length(names).to_numpy())
         if len(named) and not self.images_path.is_dir():
             raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
         for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
-            reasons = (formats.why_missing(self.images_path, name) for name in names[index].as_py())
-            if reason := next(filter(None, reasons), None):
-                missing[int(index)] = reason
-        return missing
+            missing = (formats.why_missing(self.images_path, name) for name in names[index].as_py())
+            if reason := next(filter(None, missing), None):
+                refused[int(index)] = reason
+        self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
+        kinds = Counter(refused.values())
+        self.tool_rows, self.row_count = kinds[TOOL_CALLS], len(self.rows) - kinds[BLANK_LINE]
+        bad = sorted(item for item in refused.items() if item[1] not in (BLANK_LINE, TOOL_CALLS))
+        self.bad_rows = [BadRow(index + 1, reason) for index, reason in bad]
 
     def column(self, name: str) -> np.ndarray:
         """Returns (rows,) a column's values, of all rows."""
         return self.rows.data.column(name).to_numpy()
-
-    def list_lengths(self, name: str) -> np.ndarray:
-        """Returns (rows,) lengths of a list column, of all rows."""
-        return pc.list_value_length(self.rows.data.column(name)).to_numpy()
 
     def read_rows(self, row_indices: list[int]) -> list[dict]:
         """Returns the tokenised rows (COLUMNS) at these indices among all rows."""
@@ -120,17 +109,12 @@ class VLMDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """(samples,) tokens of each sample."""
-        return self.list_lengths("input_ids")[self.row_indices]
+        return pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()[self.row_indices]
 
     @property
     def image_counts(self) -> np.ndarray:
         """(samples,) images of each sample."""
-        return self.list_lengths("image_starts")[self.row_indices]
-
-    @property
-    def learned_tokens(self) -> np.ndarray:
-        """(samples,) learned tokens of each sample."""
-        return self.column("learned_tokens")[self.row_indices]
+        return pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.row_indices]
 
     @property
     def picture_count(self) -> int:
@@ -138,16 +122,12 @@ class VLMDataset(Dataset):
         return int(self.image_counts.sum())
 
     @property
-    def cut_rows(self) -> int:
-        """Samples that lose tokens to max_length."""
-        return int((self.column("cut_tokens")[self.row_indices] > 0).sum())
-
-    @property
     def summary(self) -> str:
         """The samples' line in a run's header."""
-        cut = f"; {self.cut_rows:,} rows are cut at max_seq_len" if self.cut_rows else ""
-        learned = f"{self.learned_tokens.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
-        return f"{len(self.row_indices):,} rows, {self.picture_count:,} pictures, {learned}"
+        learned, cut = (self.column(name)[self.row_indices] for name in ("learned_tokens", "cut_tokens"))
+        cut = f"; {(cut > 0).sum():,} rows are cut at max_seq_len" if cut.any() else ""
+        learned = f"{learned.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
+        return f"{len(self):,} rows, {self.picture_count:,} pictures, {learned}"
 
     @property
     def rules(self) -> dict[str, str]:
@@ -189,7 +169,8 @@ class VLMDataset(Dataset):
         """(rows,) the picture numbers of each row; duplicates (by name; in a parquet by bytes) share a number."""
         if self.is_parquet:
             return self.rows.data.column("picture_numbers")
-        ends = np.cumsum(self.list_lengths("pictures"), dtype=np.int32)
+        lengths = pc.list_value_length(self.rows.data.column("pictures")).to_numpy()
+        ends = np.cumsum(lengths, dtype=np.int32)
         return pa.ListArray.from_arrays(np.append(np.int32(0), ends), self._names.indices)
 
     @property
@@ -200,8 +181,9 @@ class VLMDataset(Dataset):
     @property
     def first_pictures(self) -> np.ndarray:
         """(samples,) the picture number of each sample's first image; -1 for a sample without."""
-        first, with_images = np.full(len(self), -1), self.image_counts > 0
-        first[with_images] = pc.list_element(self.picture_lists.take(pa.array(self.row_indices[with_images])), 0)
+        counts = self.image_counts
+        first, starts = np.full(len(self), -1), np.cumsum(counts) - counts
+        first[counts > 0] = self.shown_pictures[starts[counts > 0]]
         return first
 
     @functools.cached_property
@@ -241,13 +223,6 @@ class VLMDataset(Dataset):
         texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
         return sample | texts | {"image_starts": sample["image_starts"][:0]}
 
-    def picture_sources(self, row: dict) -> list[tuple[Path | bytes, str]]:
-        """Returns the path or bytes of each image of a tokenised row, and its name in errors."""
-        if not self.is_parquet:
-            return [(self.images_path / name, name) for name in row["pictures"]]
-        sources = map(self.picture_source, row["picture_numbers"])
-        return [(content, f"row {row['line']}, picture {n}") for n, (content, _) in enumerate(sources, start=1)]
-
     def __len__(self) -> int:
         return len(self.row_indices)
 
@@ -266,25 +241,38 @@ class VLMDataset(Dataset):
                 samples.append(self._sample(row_index, row))
             except PictureError as error:
                 samples.append(error)
-        return stack_pictures(samples, self.picture_format)
+        # Each sample's images become one tensor, at the tower's size unless all have the same size.
+        with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+        shapes = {image.shape for sample in with_pixels for image in sample["pixel_values"]}
+        shape = shapes.pop() if len(shapes) == 1 else (3, self.picture_format.size, self.picture_format.size)
+        for sample in with_pixels:
+            images = sample["pixel_values"]
+            if shapes:
+                images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+                images = [torch.from_numpy(preprocess_image(image, self.picture_format)) for image in images]
+            sample["pixel_values"] = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
+        return samples
 
     def _sample(self, row_index: int, row: dict) -> dict[str, torch.Tensor]:
-        sample, sources = text_of(row), self.picture_sources(row)
-        if self.features is None:
-            return sample | {"pixel_values": self._pixels(sources)}
-        keys = self.picture_keys[self.picture_lists[row_index].as_py()]
-        encoded = [self.features.get(key) for key in keys.tolist()]
-        unencoded = torch.tensor([features is None for features in encoded], dtype=torch.bool)
-        features = np.zeros((len(encoded), *self.features.shape), np.float16)
-        for image, feature in enumerate(encoded):
-            features[image] = 0 if feature is None else feature
-        sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
-        if unencoded.any():  # broken picture, or feature file lost since the start
-            sample["pixel_values"] = self._pixels(itertools.compress(sources, unencoded))
+        sample = text_of(row)
+        if self.is_parquet:
+            numbers, line = enumerate(row["picture_numbers"], start=1), row["line"]
+            sources = [(self.image_files[number]["content"], f"row {line}, picture {n}") for n, number in numbers]
+        else:
+            sources = [(self.images_path / name, name) for name in row["pictures"]]
+        if self.features is not None:
+            keys = self.picture_keys[self.picture_lists[row_index].as_py()]
+            encoded = [self.features.get(key) for key in keys.tolist()]
+            features = np.zeros((len(encoded), *self.features.shape), np.float16)
+            for image, of_image in enumerate(encoded):
+                features[image] = 0 if of_image is None else of_image
+            unencoded = torch.tensor([of_image is None for of_image in encoded], dtype=torch.bool)
+            sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+            sources = list(itertools.compress(sources, unencoded))  # broken, or feature file lost since the start
+        if self.features is None or sources:
+            how = self.picture_format, self.leaves_small
+            sample["pixel_values"] = [load_picture(source, name, *how) for source, name in sources]
         return sample
-
-    def _pixels(self, sources: Iterable[tuple[Path | bytes, str]]) -> list[torch.Tensor]:
-        return [load_picture(*source, self.picture_format, self.leaves_small) for source in sources]
 
 
 def text_of(row: dict) -> dict[str, torch.Tensor]:
@@ -297,34 +285,12 @@ def text_of(row: dict) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels, "image_starts": starts}
 
 
-def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
-    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
-    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
-
-
-def stack_pictures(samples: list, picture_format: PictureFormat) -> list:
-    """Stacks each sample's list of pictures, enlarged to the tower's size unless all have the same size."""
-    with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
-    shapes = {picture.shape for sample in with_pixels for picture in sample["pixel_values"]}
-    shape = shapes.pop() if len(shapes) == 1 else (3, picture_format.size, picture_format.size)
-    for sample in with_pixels:
-        pictures = sample["pixel_values"]
-        if shapes:
-            pictures = [resize_pixels(picture, picture_format) for picture in pictures]
-        sample["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(0, *shape, dtype=torch.uint8)
-    return samples
-
-
+@dataclass
 class VLMCollator:
-    """Joins samples of any lengths and numbers of images into one batch.
+    """Joins samples of any lengths and numbers of images into one batch."""
 
-    Args:
-        pad_token_id: Fills input_ids at the right; labels are filled with -100.
-        multiple: Lengths are rounded up to a multiple of this.
-    """
-
-    def __init__(self, pad_token_id: int = 0, multiple: int = 1):
-        self.pad_token_id, self.multiple = pad_token_id, multiple
+    pad_token_id: int = 0  # fills input_ids at the right; labels are filled with -100
+    multiple: int = 1  # lengths are rounded up to a multiple of this
 
     def __call__(self, samples: list[dict[str, torch.Tensor] | PictureError]) -> dict:
         """Returns the batch.
@@ -336,17 +302,21 @@ class VLMCollator:
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
-        labels = self.padded([sample["labels"] for sample in samples], -100)
-        learned_positions = (labels.flatten() != -100).nonzero()[:, 0]
+        texts = {}
+        for name, filling in (("input_ids", self.pad_token_id), ("labels", -100)):
+            sequences = [*(sample[name] for sample in samples), torch.zeros(0, dtype=torch.int64)]  # there may be none
+            batch = pad_sequence(sequences, batch_first=True, padding_value=filling)[:-1]
+            texts[name] = F.pad(batch, (0, -batch.shape[1] % self.multiple), value=filling)
+        learned_positions = (texts["labels"].flatten() != -100).nonzero()[:, 0]
         starts = [(row, start) for row, sample in enumerate(samples) for start in sample["image_starts"].tolist()]
         images = {
             name: torch.cat([sample[name] for sample in samples if name in sample])
             for name in ("pixel_values", "image_features", "unencoded")
             if any(name in sample for sample in samples)
         }
-        return images | {
-            "input_ids": self.padded([sample["input_ids"] for sample in samples], self.pad_token_id),
-            "labels": labels,
+        return {
+            **images,
+            **texts,
             "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
             "learned_positions": learned_positions,
             "units": len(learned_positions),
@@ -355,8 +325,50 @@ class VLMCollator:
             "skipped": skipped,
         }
 
-    def padded(self, sequences: list[torch.Tensor], filling: int) -> torch.Tensor:
-        """Joins (L,) sequences to (B, longest L rounded up), filled at the right."""
-        sequences = [*sequences, torch.zeros(0, dtype=torch.int64)]  # there may be none
-        batch = pad_sequence(sequences, batch_first=True, padding_value=filling)[:-1]
-        return F.pad(batch, (0, -batch.shape[1] % self.multiple), value=filling)
+
+def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
+    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
+    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
+
+
+def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
+    """Splits off the rows whose first image has the smallest hash, so that rows of one image stay together.
+
+    The order of rows does not matter. If any have images, only those are held out, at least one from three images on.
+    Training rows that show a held-out image beside others are left out, unless they are more than a fifth of all.
+    Returns training rows, and held-out rows (`share` of all, at most about `most`) or None.
+    """
+    candidates = data.row_indices[data.image_counts > 0] if data.picture_count else data.row_indices
+    hashes = data.column("picture_hash")[candidates]
+    images = len(np.unique(hashes)) if data.picture_count else 0
+    share_of_all = int(share * len(data))
+    wanted = min(most, max(share_of_all, int(images >= 3)))
+    if wanted == 0 or wanted >= len(candidates):
+        return data, None
+    order = np.argsort(hashes, kind="stable")
+    count = int(np.searchsorted(hashes[order], hashes[order[wanted - 1]], side="right"))
+    if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
+        count = wanted
+    taken = np.sort(candidates[order[:count]])
+    training = data.changed(row_indices=np.setdiff1d(data.row_indices, taken))
+    held_out = data.changed(row_indices=taken)
+    leaking = showing_the_same(training, held_out)
+    if len(leaking) <= len(data) // 5:
+        training = data.changed(row_indices=np.setdiff1d(training.row_indices, leaking))
+    return training, held_out
+
+
+def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
+    """Returns the indices of rows in `data` that show an image of `held_out`, from the same file."""
+    row_of_image = np.repeat(data.row_indices, data.image_counts)
+    return np.unique(row_of_image[np.isin(data.shown_pictures, held_out.shown_pictures)])
+
+
+def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
+    """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
+    tokens, hashes = [], [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
+    for rows, own, others in ((data, *hashes), (heldout, *hashes[::-1])):
+        suspects = rows.row_indices[np.isin(own, others)]
+        tokens.append([tuple(row["input_ids"]) for row in rows.read_rows(suspects.tolist())])
+    learned = set(tokens[0])
+    return sum(row in learned for row in tokens[1])

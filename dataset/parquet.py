@@ -1,8 +1,7 @@
-"""Imports a parquet file into the cache once: its rows, and its distinct pictures.
+"""Imports a parquet file into the cache once: its rows, and its distinct pictures, both memory-mapped.
 
 Several rows may show one picture. Parquet stores it once (dictionary encoding), but an Arrow copy of the rows holds it
-in each of them, several times the file's size. Here the rows name their pictures by number; both parts are
-memory-mapped.
+in each of them, several times the file's size. Here the rows name their pictures by number.
 """
 
 import json
@@ -38,13 +37,9 @@ PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
 def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Returns a file's rows (ROWS) and distinct pictures (PICTURES), memory-mapped; the first call imports the file.
 
-    Args:
-        path: A parquet file with the columns `conversations` and `image_bytes` (or `image`).
-        cache_dir: The cache's folder; by default that of `datasets`.
-
-    Raises:
-        DataError: If the file is missing, empty or without these columns, or if it changes meanwhile.
-        pa.ArrowException, OSError: If it is unreadable, or the cache cannot be written.
+    The cache lies in `cache_dir`, by default that of `datasets`. Raises DataError if the file is missing, empty or
+    without the columns `conversations` and `image_bytes` (or `image`), or if it changes meanwhile; pa.ArrowException or
+    OSError if it is unreadable, or the cache cannot be written.
     """
     check_file(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / f"{content_key(path)}-{VERSION}"
@@ -52,21 +47,26 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
         with lock_of(folder):
             if not folder.is_dir():  # no other process was faster
                 import_file(path, folder)
-    try:
-        return open_table(folder, "rows"), open_table(folder, "pictures")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
-
-
-def open_table(folder: Path, name: str) -> datasets.Dataset:
-    table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
-    return datasets.Dataset(table, fingerprint=f"{name}-{folder.name}")
+    tables = []
+    for name in ("rows", "pictures"):
+        try:
+            table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
+        tables.append(datasets.Dataset(table, fingerprint=f"{name}-{folder.name}"))
+    return tuple(tables)
 
 
 def import_file(path: Path, folder: Path):
     """Writes a file's cache folder, whole or not at all."""
     with pq.ParquetFile(path, memory_map=True) as file:
-        column = image_column(path, file.schema_arrow)
+        names = file.schema_arrow.names
+        foreign.check_names(path, names)
+        column = "image" if "image" in names and "image_bytes" not in names else "image_bytes"
+        if not {"conversations", column} <= set(names):
+            is_known = forms.form_of_row(dict.fromkeys(names)) is not None
+            hint = f". Convert it with:\n  {foreign.command(path)}" if is_known else ""
+            raise DataError(f"{path} needs the columns conversations and image_bytes (or image), it has {names}{hint}")
         if file.metadata.num_rows == 0:
             raise DataError(f"{path} has no rows")
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
@@ -87,21 +87,11 @@ def import_file(path: Path, folder: Path):
     pa.default_memory_pool().release_unused()  # the row groups' dictionaries
 
 
-def image_column(path: Path, schema: pa.Schema) -> str:
-    """Returns the name of the image column; raises DataError unless the columns exist once."""
-    foreign.check_names(path, schema.names)
-    name = "image" if "image" in schema.names and "image_bytes" not in schema.names else "image_bytes"
-    if not {"conversations", name} <= set(schema.names):
-        is_known = forms.form_of_row(dict.fromkeys(schema.names)) is not None
-        hint = f". Convert it with:\n  {foreign.command(path)}" if is_known else ""
-        needed = "the columns conversations and image_bytes (or image)"
-        raise DataError(f"{path} needs {needed}, it has {schema.names}{hint}")
-    return name
-
-
 def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
     """Writes the rows and the distinct pictures; holds in memory a block of rows and a hash per picture."""
     rows, every = file.metadata.num_rows, 0.2 if sys.stderr.isatty() else 30.0
+    numbers, blank = {}, set()  # of all pictures, by their content's hash: in the order they come; which are blank
+    new, waiting, read = {}, [], 0  # contents and rows that are not written yet
     with (
         open(part / "rows.arrow", "wb") as rows_file,
         open(part / "pictures.arrow", "wb") as pictures_file,
@@ -109,43 +99,27 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
         pa.ipc.new_stream(pictures_file, PICTURES) as picture_writer,
         tqdm(desc="importing rows", total=rows, unit=" rows", disable=rows < BAR_ROWS, mininterval=every) as bar,
     ):
-        pictures, waiting, read = Pictures(), [], 0
         for batch in file.iter_batches(BATCH, columns=["conversations", image_column]):
-            columns = [as_json(batch.column("conversations")), *pictures.add(batch.column(image_column))]
-            waiting.append(pa.record_batch(columns, schema=ROWS))
+            shown = []  # pictures, picture_hash and is_blank of each row
+            for files in map(as_files, batch.column(image_column).to_pylist()):
+                keys = [hash_63(content) for content in files or ()]
+                for key, content in zip(keys, files or (), strict=True):
+                    if key not in numbers:
+                        numbers[key], new[key] = len(numbers), content
+                        if is_blank(content):
+                            blank.add(key)
+                first = keys[0] if keys else 0
+                is_placeholder = len(keys) == 1 and first in blank
+                shown.append((None if files is None else [numbers[key] for key in keys], first, is_placeholder))
+            waiting.append(pa.record_batch([as_json(batch.column("conversations")), *zip(*shown, strict=True)], ROWS))
             read += len(batch)
             bar.update(len(batch))
             # Opening the files visits every block, so keep them few.
-            is_block = len(waiting) == BATCHES or sum(map(len, pictures.new.values())) > BLOCK_BYTES
-            if is_block or read == rows:
+            if len(waiting) == BATCHES or sum(map(len, new.values())) > BLOCK_BYTES or read == rows:
                 row_writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
-                picture_writer.write_batch(pa.record_batch([[*pictures.new.values()], [*pictures.new]], PICTURES))
+                picture_writer.write_batch(pa.record_batch([[*new.values()], [*new]], PICTURES))
                 waiting.clear()
-                pictures.new.clear()
-
-
-class Pictures:
-    """Numbers pictures by their content, in the order they come; `new` holds those not written yet."""
-
-    def __init__(self):
-        self.numbers: dict[int, int] = {}  # by the content's hash
-        self.new: dict[int, bytes] = {}
-        self.blank: set[int] = set()
-
-    def add(self, column: pa.Array) -> tuple[list, list, list]:
-        """Returns the columns `pictures`, `picture_hash` and `is_blank` of rows with these pictures."""
-        keys = [files and [self._key(content) for content in files] for files in map(as_files, column.to_pylist())]
-        numbers = [of_row and [self.numbers[key] for key in of_row] for of_row in keys]
-        first = [of_row[0] if of_row else 0 for of_row in keys]
-        return numbers, first, [key in self.blank and len(of_row) == 1 for key, of_row in zip(first, keys, strict=True)]
-
-    def _key(self, content: bytes) -> int:
-        key = hash_63(content)
-        if key not in self.numbers:
-            self.numbers[key], self.new[key] = len(self.numbers), content
-            if is_blank(content):
-                self.blank.add(key)
-        return key
+                new.clear()
 
 
 def as_files(images) -> list[bytes] | None:
@@ -153,7 +127,7 @@ def as_files(images) -> list[bytes] | None:
 
     None if one is only a path, which is not followed: it may lead anywhere.
     """
-    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+    images = images if isinstance(images, list) else [images]
     images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
     if any(image.get("bytes") is None and image.get("path") for image in images):
         return None

@@ -1,7 +1,8 @@
-"""A picture's file to the uint8 tensor the vision tower takes."""
+"""A picture's file to the uint8 tensor the vision tower takes, and random views of pictures to train a tower on."""
 
 import contextlib
 import io
+import math
 import struct
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image
 
 from common.paths import printable
@@ -31,39 +33,32 @@ TURNS = {  # by EXIF orientation: the transposition that makes a picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SMALLEST, STRETCH = 0.35, 4 / 3  # of a view: its least share of the picture's area, and its largest aspect ratio
+LIGHT = 0.3  # how far a view's saturation, contrast and brightness change; each colour by half of it
 
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """Settings for resizing pictures for a vision tower.
+    """Settings for resizing pictures for a vision tower."""
 
-    Attributes:
-        size: Width and height in pixels.
-        resample: The filter, by Pillow's number.
-        crop: True: the shortest edge is resized, then the centre is cropped to `size` (CLIP, DINO); False: the picture
-            is squashed to a square (SigLIP).
-        shortest_edge: What the shortest edge is resized to before the crop; None for `size`.
-    """
-
-    size: int = 224
-    resample: int = Image.Resampling.BICUBIC
-    crop: bool = True
-    shortest_edge: int | None = None
+    size: int = 224  # width and height in pixels
+    resample: int = Image.Resampling.BICUBIC  # the filter, by Pillow's number
+    crop: bool = True  # the centre is cropped to `size` (CLIP, DINO); False: squashed to a square (SigLIP)
+    shortest_edge: int | None = None  # what the shortest edge is resized to before the crop; None: `size`
 
 
 CLIP_FORMAT = PictureFormat()
 
 
+@dataclass(eq=False)
 class PictureError(ValueError):
-    """A picture that is missing or cannot be decoded: `name` says which, the message why."""
+    """A picture that is missing or cannot be decoded: `name` says which, `reason` why."""
 
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{printable(name)}: {reason}")
-        self.name, self.reason = name, reason
+    name: str
+    reason: str
 
-    def __reduce__(self):
-        # Lets it be pickled: it comes back from a loader's worker process.
-        return PictureError, (self.name, self.reason)
+    def __str__(self) -> str:
+        return f"{printable(self.name)}: {self.reason}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -74,18 +69,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def to_8_bits(image: Image.Image, kind: str) -> Image.Image:
-    """Converts grey of 16 bits to 8, where Pillow would clip everything above 255; returns others unchanged.
-
-    Raises ValueError for grey of 32 bits, integers or floats, which has no fixed range.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("grey of 32 bits is not read: save it with 8 or 16")
-    return image
 
 
 def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
@@ -100,12 +83,8 @@ def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
     """Does the tower's preprocessing up to normalisation, which is left to the device.
 
-    Returns:
-        uint8 (3, size, size): the same bytes as transformers' image processor (Pillow backend) before it rescales and
-        normalises.
-
-    Raises:
-        ValueError: If the picture is too long and thin to be resized.
+    Returns uint8 (3, size, size): the same bytes as transformers' image processor (Pillow backend) before it rescales
+    and normalises. Raises ValueError if the picture is too long and thin to be resized.
     """
     size = picture_format.size
     image = to_rgb(image)
@@ -113,13 +92,8 @@ def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FO
     width, height = resized_to(shortest, *image.size) if picture_format.crop else (size, size)
     image = image.resize((width, height), picture_format.resample)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
-
-
-def resize_pixels(pixels: torch.Tensor, picture_format: PictureFormat) -> torch.Tensor:
-    """Resizes a decoded picture, uint8 (3, H, W), as `preprocess_image` does."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return torch.from_numpy(np.ascontiguousarray(preprocess_image(image, picture_format)))
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 @contextlib.contextmanager
@@ -146,76 +120,90 @@ def open_picture(source: str | Path | bytes, name: str) -> Iterator[Image.Image]
 
 def is_blank(content: bytes) -> bool:
     """Tells whether a file is the black 8 x 8 placeholder of published rows without a picture."""
-    if len(content) > BLANK_BYTES:
-        return False
-    try:
-        with open_picture(content, "a small picture") as image:
+    if len(content) <= BLANK_BYTES:
+        with contextlib.suppress(PictureError), open_picture(content, "a small picture") as image:
             return image.size == (8, 8) and max(to_rgb(image).tobytes()) < NEARLY_BLACK
-    except PictureError:
-        return False
+    return False
 
 
 def upright(image: Image.Image, size: int) -> Image.Image:
-    """Decodes an opened image, turned by its EXIF orientation and in 8 bits; a large JPEG only to twice `size`."""
+    """Decodes an opened image, turned by its EXIF orientation and in 8 bits; a large JPEG only to twice `size`.
+
+    Raises ValueError if it has too many pixels, or grey of 32 bits, integers or floats, which has no fixed range.
+    """
     if min(image.size) >= 4 * size:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast; never below this.
         image.draft("RGB", (2 * size, 2 * size))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
     image.load()
-    turn = turn_of(image)
-    return to_8_bits(image if turn is None else image.transpose(turn), image.format)
+    turn, kind = turn_of(image), image.format
+    image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
+        # Grey of 16 bits: Pillow would clip everything above 255.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("grey of 32 bits is not read: save it with 8 or 16")
+    return image
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """Returns the transposition that makes a decoded image upright by EXIF; None if none does, or EXIF is damaged."""
     try:
-        orientation = orientation_of(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+        exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        # Pillow's own reader stops at the first field that breaks the specification; cameras and editors write many.
+        orientation = None
+        with contextlib.suppress(struct.error):  # it is cut off, or there is none
+            order = "<" if exif.startswith(b"I") else ">"
+            [start] = struct.unpack_from(f"{order}I", exif, 4)
+            [count] = struct.unpack_from(f"{order}H", exif, start)
+            for at in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, values = struct.unpack_from(f"{order}HHI", exif, at)
+                if tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1:  # an integer of 16 or 32 bits
+                    [orientation] = struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", exif, at + 8)
+                    break
         return TURNS.get(orientation or image.getexif().get(ExifTags.Base.Orientation))  # of a TIFF, or in XMP
     except Exception:  # metadata never decides whether a picture can be read
         return None
 
 
-def orientation_of(exif: bytes) -> int | None:
-    # Pillow's own reader stops at the first field that breaks the specification; cameras and editors write many.
-    order = "<" if exif.startswith(b"I") else ">"
-    try:
-        start = struct.unpack_from(f"{order}I", exif, 4)[0]
-        count = struct.unpack_from(f"{order}H", exif, start)[0]
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, values = struct.unpack_from(f"{order}HHI", exif, at)
-            if tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1:  # one integer of 16 or 32 bits
-                return struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", exif, at + 8)[0]
-    except struct.error:  # it is cut off, or there is none
-        pass
-    return None
-
-
 def load_picture(
-    source: str | Path | bytes,
-    name: str | None = None,
-    picture_format: PictureFormat = CLIP_FORMAT,
-    leaves_small: bool = False,
+    source: str | Path | bytes, name: str | None = None, picture_format: PictureFormat = CLIP_FORMAT, leaves_small=False
 ) -> torch.Tensor:
-    """Reads one picture, upright by its EXIF orientation.
+    """Reads a picture's file or its bytes, upright by its EXIF orientation.
 
-    Args:
-        source: A path, or the bytes of a picture's file.
-        name: Its name in errors; by default the path.
-        picture_format: How it is resized.
-        leaves_small: Leave a square as it is if it is smaller and the filter is one that `encode_images` knows.
-
-    Returns:
-        uint8 (3, size, size), or (3, n, n) of a small square.
-
-    Raises:
-        PictureError: If it is missing or cannot be decoded.
+    Returns uint8 (3, size, size); with `leaves_small`, (3, n, n) of a smaller square if the filter is one that
+    `encode_images` knows. Raises PictureError, which calls it `name` (default: the path), if it is missing or cannot be
+    decoded.
     """
     with open_picture(source, str(name or source)) as file:
         image = to_rgb(upright(file, picture_format.size))
         is_small = image.width == image.height < picture_format.size and picture_format.shortest_edge is None
         if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
-            pixels = np.asarray(image).transpose(2, 0, 1)
-        else:
-            pixels = preprocess_image(image, picture_format)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+            return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+        return torch.from_numpy(preprocess_image(image, picture_format))
+
+
+def random_views(pixels: torch.Tensor, size: int, may_flip: torch.Tensor) -> torch.Tensor:
+    """Returns a random crop of each picture, resized to a square, in other light; random numbers are the CPU's.
+
+    From uint8 (images, 3, n, n) and bool (images,): which may be mirrored; half of them are. To float32 (images, 3,
+    size, size), 0 to 255 but for what is too bright or dark.
+    """
+    count, device = len(pixels), pixels.device
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.rand(count, *shape) * (high - low) + low
+
+    area, ratio = uniform(SMALLEST, 1), uniform(-math.log(STRETCH), math.log(STRETCH)).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of its centre; the picture is -1 to 1
+    width = width * torch.where((uniform(0, 1) < 0.5) & may_flip, -1.0, 1.0)
+    matrices = torch.zeros(count, 2, 3)
+    matrices[:, 0, 0], matrices[:, 0, 2], matrices[:, 1, 1], matrices[:, 1, 2] = width, left, height, top
+    grid = F.affine_grid(matrices, [count, 3, size, size], align_corners=False).to(device)
+    views = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    saturation, contrast, brightness = (uniform(1 - LIGHT, 1 + LIGHT, 1, 1, 1).to(device) for _ in range(3))
+    colours = uniform(1 - LIGHT / 2, 1 + LIGHT / 2, 3, 1, 1).to(device)
+    mean, grey = views.mean((2, 3), keepdim=True), views.mean(1, keepdim=True)
+    return ((torch.lerp(grey, views, saturation) - mean) * contrast + mean * brightness) * colours

@@ -9,9 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from dataset.chat import ChatEncoder
-from dataset.chat_template import encoder_for
-from dataset.conversation import IMAGE_TAG
+from dataset.chat import IMAGE_TAG, ChatEncoder, encoder_for
 from model.model_vlm import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
@@ -22,8 +20,7 @@ ROWS_LOOKED_AT = 256
 def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
     """Returns the prompt with one `<image>` per image: as typed if it has them, else placed by `form`.
 
-    Raises:
-        ValueError: If the prompt has `<image>` tags, but not one per image.
+    Raises ValueError if it has some, but not one per image.
     """
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, images):
@@ -40,36 +37,23 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
-    rows = data.read_rows(data.row_indices[places].tolist())
-    marks = encoder_for(tokenizer, data.image_tokens).user_marks
-    counts = Counter(form_of(row, data.image_tokens, tokenizer, *marks) for row in rows)
-    del counts[None]
+    (begin, end), counts = encoder_for(tokenizer, data.image_tokens).user_marks, Counter()
+    for row in data.read_rows(data.row_indices[places].tolist()):
+        ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
+        before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + data.image_tokens : answer])
+        if start < answer and before.endswith(begin):
+            counts[f"{IMAGE_TAG}{NEWLINE * after.startswith(NEWLINE)}{PROMPT}"] += 1
+        elif start < answer and after.startswith(end):  # else it is amid text, or in a later turn
+            counts[f"{PROMPT}{NEWLINE * before.endswith(NEWLINE)}{IMAGE_TAG}"] += 1
     [(usual, count)] = counts.most_common(1) or [(DEFAULT_FORM, 0)]
     return DEFAULT_FORM if count < 2 * counts[DEFAULT_FORM] else usual
 
 
-def form_of(row: dict, image_tokens: int, tokenizer: PreTrainedTokenizerBase, begin: str, end: str) -> str | None:
-    """Returns the form of a tokenised row with one image; None if the image is amid text or in a later turn.
-
-    `begin` and `end` are what stands around a user's text.
-    """
-    ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
-    before, after = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start + image_tokens : answer])
-    if start < answer and before.endswith(begin):
-        return f"{IMAGE_TAG}{NEWLINE * after.startswith(NEWLINE)}{PROMPT}"
-    if start < answer and after.startswith(end):
-        return f"{PROMPT}{NEWLINE * before.endswith(NEWLINE)}{IMAGE_TAG}"
-    return None
-
-
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """Returns the inputs of `generate` for conversations that end with the user's turn: `left_padded`, with pixels.
+    """Returns the inputs of `generate` for conversations that end with the user's turn.
 
-    Args:
-        pictures: Each conversation's images in order, uint8 (3, size, size).
-
-    Returns:
-        As `left_padded`, and pixel_values (all images, 3, size, size) or None if there is no image.
+    That is `left_padded`, and pixel_values (all images, 3, size, size), None without images; from `pictures`, each
+    conversation's images in order, uint8 (3, size, size).
     """
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):
@@ -86,8 +70,9 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
 def row_prompts(rows: list[dict], pad_token_id: int) -> dict:
     """Returns the inputs of `generate` for samples of `VLMDataset` (with pixels), up to their first answer."""
     prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
-    starts = [[start for start in row["image_starts"].tolist() if start < len(prompt)]
-              for row, prompt in zip(rows, prompts, strict=True)]  # fmt: skip
+    starts = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        starts.append([start for start in row["image_starts"].tolist() if start < len(prompt)])
     pixels = [row["pixel_values"][: len(of_row)] for row, of_row in zip(rows, starts, strict=True)]
     return left_padded(prompts, starts, pad_token_id) | {"pixel_values": torch.cat(pixels) if any(starts) else None}
 

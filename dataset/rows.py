@@ -14,10 +14,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dataset import foreign, formats
-from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, EncodedChat
-from dataset.chat_template import encoder_for
-from dataset.conversation import IMAGE_TAG, TOOL_CALLS, RowError, check_images, parse_picture_names
-from dataset.forms import FORMS, form_of_row, read_row
+from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
+from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_picture_names, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
@@ -41,8 +39,6 @@ COLUMNS = datasets.Features(
 )
 WIDE = datasets.Features(COLUMNS | {"input_ids": datasets.List(datasets.Value("int32"))})  # of large vocabularies
 EMPTY_ROW = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}
-
-
 # How special rows are treated, by kind.
 KINDS = {
     "no <image>": "the picture is put first",
@@ -61,28 +57,6 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def tokenise_rows(
-    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, variation=None
-) -> datasets.Dataset:
-    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
-    forms = [(name, form.source) for name, form in FORMS.items()]
-    key = f"{raw._fingerprint} {tokenizer_hash(tokenizer)} {max_length} {image_tokens} {ENCODING_VERSION} {forms}"
-    key += f" {variation}"
-    processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
-    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
-        return raw.map(
-            RowTokeniser(encoder_for(tokenizer, image_tokens), max_length, variation),
-            input_columns=raw.column_names,
-            with_indices=True,
-            batched=True,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=raw.column_names,
-            features=COLUMNS if len(tokenizer) <= 1 << 16 else WIDE,
-            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            desc="tokenising",
-        )
-
-
 class Variation(NamedTuple):
     """How minimind-3v's rows vary, as the original varies them; each row once, by its number and the seed."""
 
@@ -90,66 +64,70 @@ class Variation(NamedTuple):
     system: float  # share of rows without a system turn that get one of SYSTEM_PROMPTS
     seed: int
 
-    def apply(self, turns: list[dict], number: int) -> list[dict]:
-        random = Random(f"{self.seed} {number}")
-        system, keeps = random.choice(SYSTEM_PROMPTS), random.random() < self.empty_think
-        if random.random() < self.system and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": system}, *turns]
-        return [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
+
+def tokenise_rows(
+    raw: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, image_tokens: int, variation=None
+) -> datasets.Dataset:
+    """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
+    forms = [(name, form.source) for name, form in FORMS.items()]
+    key = raw._fingerprint, tokenizer_hash(tokenizer), max_length, image_tokens, ENCODING_VERSION, forms, variation
+    how = {"encoder": encoder_for(tokenizer, image_tokens), "max_length": max_length, "variation": variation}
+    processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
+    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
+        return raw.map(
+            tokenise_batch,
+            fn_kwargs=how | {"forms": FORMS},  # a spawned process that unpickles FORMS imports those from outside
+            input_columns=raw.column_names,
+            with_indices=True,
+            batched=True,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=raw.column_names,
+            features=COLUMNS if len(tokenizer) <= 1 << 16 else WIDE,
+            new_fingerprint=hashlib.sha256(" ".join(map(str, key)).encode()).hexdigest()[:32],
+            desc="tokenising",
+        )
 
 
-class RowTokeniser:
-    """Maps a batch of raw rows to COLUMNS; what is wrong with a row goes into its `reason`."""
-
-    def __init__(self, encoder: ChatEncoder, max_length: int, variation: Variation | None = None):
-        self.encoder, self.max_length, self.variation = encoder, max_length, variation
-        self.forms = FORMS  # a spawned process that unpickles them imports, and so registers, forms from outside
-
-    def __call__(self, *columns: list) -> dict[str, list]:
-        *columns, numbers = columns
-        parsed = [parse(*values) for values in zip(*columns, strict=True)]
-        parsed = [
-            self._ready(row, number) if "turns" in row else row for row, number in zip(parsed, numbers, strict=True)
-        ]
-        chats = iter(self.encoder.encode([row["turns"] for row in parsed if "turns" in row]))
-        encoded = [self._encoded(row, next(chats)) if "turns" in row else row for row in parsed]
-        rows = [EMPTY_ROW | row | {"line": number + 1} for number, row in zip(numbers, encoded, strict=True)]
-        return {name: [row[name] for row in rows] for name in COLUMNS}
-
-    def _ready(self, row: dict, number: int) -> dict:
-        """Returns a parsed row as it is encoded; one with tools is refused where the prompt form has none."""
-        tools = ["tools"] * any("tool" in turn for turn in row["turns"])
-        if tools and not self.encoder.is_3v:
-            return {"reason": TOOL_CALLS}
-        if any("functions" in turn for turn in row["turns"]) and not self.encoder.tokenizer.chat_template:
-            return {"reason": "it lists functions, and the tokenizer has no chat template that says how"}
-        turns = row["turns"] if self.variation is None else self.variation.apply(row["turns"], number)
-        return row | {"turns": turns, "kinds": row["kinds"] + tools}
-
-    def _encoded(self, row: dict, chat: EncodedChat) -> dict:
+def tokenise_batch(*columns: list, encoder: ChatEncoder, max_length: int, variation=None, forms=FORMS) -> dict:
+    """Maps a batch of raw rows and their numbers to COLUMNS; what is wrong with a row goes into its `reason`."""
+    *columns, numbers = columns
+    rows = []
+    for number, *values in zip(numbers, *columns, strict=True):
+        try:
+            row = parse_line(*values) if len(values) == 1 else parse_parquet_row(*values)
+            turns = row["turns"]
+            if any("tool" in turn for turn in turns):
+                if not encoder.is_3v:
+                    raise RowError(TOOL_CALLS)
+                if any("functions" in turn for turn in turns) and not encoder.tokenizer.chat_template:
+                    raise RowError("it lists functions, and the tokenizer has no chat template that says how")
+                row["kinds"].append("tools")
+            if variation is not None:
+                random = Random(f"{variation.seed} {number}")
+                prompt, keeps = random.choice(SYSTEM_PROMPTS), random.random() < variation.empty_think
+                if random.random() < variation.system and turns[0]["role"] != "system":
+                    turns = [{"role": "system", "content": prompt}, *turns]
+                turns = [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
+            row["turns"] = turns
+        except RowError as error:
+            row = {"reason": str(error)}
+        rows.append(row)
+    learnable = [row for row in rows if "turns" in row]
+    for row, chat in zip(learnable, encoder.encode([row["turns"] for row in learnable]), strict=True):
+        thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
+        row["kinds"] += ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
         whole_length = len(chat.input_ids)
         try:
-            chat = self.encoder.truncate(chat, self.max_length)
+            chat = encoder.truncate(chat, max_length)
+            row["input_ids"], row["image_starts"] = chat.input_ids, chat.image_starts
+            row["learned"] = [edge for span in chat.learned for edge in span]
+            row["learned_tokens"] = sum(end - start for start, end in chat.learned)
+            row["cut_tokens"] = whole_length - len(chat.input_ids)
         except RowError as error:
-            return {"reason": str(error), "cut_tokens": whole_length}
-        thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
-        kinds = ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
-        return row | {
-            "input_ids": chat.input_ids,
-            "learned": [edge for span in chat.learned for edge in span],
-            "image_starts": chat.image_starts,
-            "kinds": row["kinds"] + kinds,
-            "learned_tokens": sum(end - start for start, end in chat.learned),
-            "cut_tokens": whole_length - len(chat.input_ids),
-        }
-
-
-def parse(*values) -> dict:
-    """Returns the `turns` of a raw row and what COLUMNS says of its images, or the `reason` why it is refused."""
-    try:
-        return parse_line(*values) if len(values) == 1 else parse_parquet_row(*values)
-    except RowError as error:
-        return {"reason": str(error)}
+            row.clear()
+            row.update(reason=str(error), cut_tokens=whole_length)
+    rows = [EMPTY_ROW | row | {"line": number + 1} for number, row in zip(numbers, rows, strict=True)]
+    return {name: [row[name] for row in rows] for name in COLUMNS}
 
 
 def parse_line(line: str) -> dict:

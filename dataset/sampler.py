@@ -11,19 +11,17 @@ JITTER = 0.01
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Returns a shuffled order in which neighbours are of similar length.
+    """Returns a shuffled order of all samples, in which neighbours are of similar length, from (samples,) lengths.
 
     All samples are shuffled and cut into large windows; each window is sorted by length and cut into chunks. The chunks
     are shuffled, then the quarters of each chunk, then their quarters, and so on: a batch of any size up to a chunk's
     holds samples of similar length, and batches come in random order. Nothing here depends on batch size or ranks; a
     chunk is a power of two, so batches of the usual sizes do not straddle two of them.
-
-    Takes (samples,) tokens of each sample; returns (samples,) every index once.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     chunk = 2 ** int(np.log2(np.clip(len(lengths) // CHUNKS_PER_WINDOW, MIN_CHUNK, MAX_CHUNK)))
-    result = []
+    result = [order[:0]]
     for start in range(0, len(order), chunk * CHUNKS_PER_WINDOW):
         window = order[start : start + chunk * CHUNKS_PER_WINDOW]
         # With a little noise: sorted exactly, a small file's neighbours would be the same in every epoch.
@@ -31,32 +29,22 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         # The samples that do not fill a chunk are neighbours in length too, at a random place, and come last.
         rest = len(window) % chunk
         cut = int(rng.integers(len(window) // chunk + 1)) * chunk
-        result += [shuffled_in_chunks(np.delete(window, slice(cut, cut + rest)), chunk, rng)]
-        result += [rng.permutation(window[cut : cut + rest])]
-    return np.concatenate(result) if result else order
-
-
-def shuffled_in_chunks(values: np.ndarray, chunk: int, rng: np.random.Generator) -> np.ndarray:
-    """Shuffles the chunks of (n * chunk,) values, in each chunk its quarters, and so on down to single values."""
-    size, blocks = chunk, values[None]
-    while blocks.shape[1] > 1:
-        parts = blocks.reshape(len(blocks), -1, size)
-        places = rng.random(parts.shape[:2]).argsort(axis=1)
-        blocks = np.take_along_axis(parts, places[:, :, None], axis=1).reshape(-1, size)
-        size = max(1, size // 4)
-    return blocks.flatten()
+        size, blocks = chunk, np.delete(window, slice(cut, cut + rest))[None]
+        while blocks.shape[1] > 1:
+            parts = blocks.reshape(len(blocks), -1, size)
+            places = rng.random(parts.shape[:2]).argsort(axis=1)
+            blocks = np.take_along_axis(parts, places[:, :, None], axis=1).reshape(-1, size)
+            size = max(1, size // 4)
+        result += [blocks.flatten(), rng.permutation(window[cut : cut + rest])]
+    return np.concatenate(result)
 
 
 class BatchSampler(Sampler):
     """Yields one rank's share of the batches, from a given sample on, over all epochs that are left.
 
     An optimizer step takes the next `batch_size * accumulation_steps * world_size` samples of the epoch's order (fewer
-    in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty.
-
-    Args:
-        lengths: (samples,) tokens of each sample.
-        batch_size: Samples of one rank in one forward pass.
-        accumulation_steps: Forward passes of one optimizer step.
+    in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty. `lengths`
+    are the samples' tokens, `accumulation_steps` the forward passes of a step.
     """
 
     def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):

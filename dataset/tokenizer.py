@@ -9,16 +9,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import TOKENIZER_3V_DIR, display_path
-from dataset.chat import image_placeholder, image_token_id, uses_template
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for, image_placeholder, image_token_id, uses_template
 from model.weights import Weights
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Reads a tokenizer's folder; another language model's gets a placeholder for images if it has none.
 
-    Raises:
-        UsageError: If it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
+    Raises UsageError if it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
     """
     if not (path / "tokenizer.json").is_file():
         part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"

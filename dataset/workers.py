@@ -24,45 +24,38 @@ CAUSES = (
 def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how) -> Iterator:
     """Yields what a DataLoader of these arguments yields, loaded by `num_workers` processes, or by this one for 0.
 
-    Raises:
-        RankError: If the workers cannot be started or cannot send what they load, or one dies; see `worker_errors`.
+    Raises RankError if the workers cannot be started or cannot send what they load, or one dies; see `worker_errors`.
     """
     how |= {"prefetch_factor": prefetch_factor, "worker_init_fn": prepare_worker} if num_workers else {}
     # A generator of its own: a resumed run would lack the loader's draws from the global one.
     loader = DataLoader(data, num_workers=num_workers, generator=torch.Generator(), **how)
-    try:
+    with worker_errors(num_workers, is_loading=num_workers > 0):
         yield from loader
-    except (RuntimeError, OSError, EOFError, MemoryError) as error:
-        if num_workers == 0:
-            raise
-        raise give_up(error, num_workers) from error
 
 
 @contextlib.contextmanager
-def worker_errors(num_workers: int):
-    """Explains the error that torch raises, anywhere in the main thread, when a worker dies."""
+def worker_errors(num_workers: int, is_loading: bool = False):
+    """Explains the error that torch raises, anywhere in the main thread, when a worker dies; while loading, any error.
+
+    Kills all workers before it raises RankError, as they may wait for a dead one.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:
+        text = str(error).strip()
+        if not is_loading and not text.startswith("DataLoader worker"):
             raise
-        raise give_up(error, num_workers) from error
-
-
-def give_up(error: Exception, num_workers: int) -> RankError:
-    """Kills all workers, as they may wait for a dead one; returns the error to raise, with likely causes."""
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
-    for process in multiprocessing.active_children():
-        process.kill()  # they ignore SIGTERM
-    text = str(error).strip()
-    # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
-    reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
-    return RankError(
-        f"a worker process that reads pictures was lost ({reason.strip():.160}): {CAUSES}; use fewer than "
-        f"--num_workers {num_workers}; --num_workers 0 does without workers. What was saved is kept: the same command "
-        "with --from_resume 1 resumes from there"
-    )
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
+        for process in multiprocessing.active_children():
+            process.kill()  # they ignore SIGTERM
+        # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
+        reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
+        raise RankError(
+            f"a worker process that reads pictures was lost ({reason.strip():.160}): {CAUSES}; use fewer than "
+            f"--num_workers {num_workers}; --num_workers 0 does without workers. What was saved is kept: the same "
+            "command with --from_resume 1 resumes from there"
+        ) from error
 
 
 def prepare_worker(worker: int):

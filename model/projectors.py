@@ -18,7 +18,7 @@ class Projector(nn.Module):
     is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
     takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
     first_weight: str | None = None  # its name in weight files, which show it by that; the last dimension is the width
-    exported_as: str | None = None  # the form of transformers with an equal projector: a name of scripts/share/forms.py
+    exported_as: str | None = None  # transformers' form with an equal projector: a name of FORMS in scripts/export.py
     llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):

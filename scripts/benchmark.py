@@ -34,34 +34,29 @@ from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from dataset.tokenizer import quiet_libraries
-from scripts.bench.checks import CHECKS, check
-from scripts.bench.generation import GENERATE_LINES, measure_generate
-from scripts.bench.gpu import GPU_LINES, measure_gpu
-from scripts.bench.synthetic import LAYERS
-from scripts.bench.training import LOADER_LINES, TRAINING_LINES, measure_loader, measure_training
+from scripts.bench import gpu, speed
 from trainer.support.processes import cores, pick_device
 
 # Lines, and the function that takes the flags and a line, and returns the line's figures.
 MEASUREMENTS = {
-    "pretrain": (TRAINING_LINES, partial(measure_training, "pretrain")),
-    "sft": (TRAINING_LINES, partial(measure_training, "sft")),
-    "data": (LOADER_LINES, measure_loader),
-    "generate": (GENERATE_LINES, measure_generate),
-    "checks": (CHECKS, check),
-    "gpu": (GPU_LINES, measure_gpu),
+    "pretrain": (speed.TRAINING_LINES, partial(speed.measure_training, "pretrain")),
+    "sft": (speed.TRAINING_LINES, partial(speed.measure_training, "sft")),
+    "data": (speed.LOADER_LINES, speed.measure_loader),
+    "generate": (speed.GENERATE_LINES, speed.measure_generate),
+    "checks": (gpu.CHECKS, gpu.check),
+    "gpu": (gpu.GPU_LINES, gpu.measure_gpu),
 }
 
 
 def measure(what: str, args: Namespace) -> dict[str, dict]:
-    """Takes a measurement, prints its table, and returns the figures of each line.
+    """Takes a measurement, prints its table, and returns each line's medians of all rounds, or {"failed": why}.
 
-    The lines take turns, so that another program slows all of them alike. Each figure is the median of all rounds;
-    {"failed": why} for a line that failed.
+    The lines take turns, so that another program slows all of them alike.
     """
     lines, function = MEASUREMENTS[what]
     lines = [line for line in lines if not (args.device.startswith("cuda") and "int8" in line)]
-    rounds, rows, table = 1 if what in ("checks", "gpu") else args.repeats, {line: [] for line in lines}, {}
-    for line in tqdm(lines * rounds, leave=False):
+    rows, table = {line: [] for line in lines}, {}
+    for line in tqdm(lines * (1 if what in ("checks", "gpu") else args.repeats), leave=False):
         try:
             rows[line].append(alone(function, args, line))
         except (RuntimeError, OSError, ValueError, UsageError) as error:  # a crash, too little memory: RuntimeError
@@ -75,13 +70,13 @@ def measure(what: str, args: Namespace) -> dict[str, dict]:
     print(f"{what:<38}" + "".join(f"{name:>12}" for name in columns))
     for line in lines:
         cells = [f"{value:>12,.2f}" if isinstance(value, float) else f"{value:>12}" for value in table[line].values()]
-        cells = [f"  failed: {table[line]['failed']}"] if "failed" in table[line] else cells
-        print(f"  {line:<36}" + "".join(cells), flush=True)
+        failed = "failed" in table[line]
+        print(f"  {line:<36}" + (f"  failed: {table[line]['failed']}" if failed else "".join(cells)), flush=True)
     return table
 
 
 def alone(function: Callable, *arguments):
-    """Returns what a function returns in a fresh process, so that its peak memory is its own."""
+    """Calls a function in a fresh process, so that its peak memory is its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=quiet_libraries, initargs=(False,)) as pool:
         return pool.submit(function, *arguments).result()
@@ -92,13 +87,13 @@ def parse_arguments(argv=None) -> Namespace:
     add = parser.add_argument
     add("what", nargs="*", choices=["all", *MEASUREMENTS], default="all", help="what to measure; all does without gpu")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--hidden_size", type=int, choices=tuple(LAYERS), default=512, help="512: 8 layers, 768: 16")
+    add("--hidden_size", type=int, choices=tuple(speed.LAYERS), default=512, help="512: 8 layers, 768: 16")
     add("--batch_size", type=number(int, 1), help="samples a step (default: 16 in pretraining, 4 in SFT)")
     add("--max_seq_len", type=number(int, 1), help="what the plain loop pads to (default: the stage's)")
     add("--steps", type=number(int, 1), help="timed steps of each line (default: 3; 50 on CUDA)")
     add("--repeats", type=number(int, 1), default=3, help="rounds through all lines; medians are shown")
-    what = "of the loader (default: one per core, two fewer on CUDA, at most 16)"
-    add("--num_workers", type=number(int, 0), help=what)
+    workers = "of the loader (default: one per core, two fewer on CUDA, at most 16)"
+    add("--num_workers", type=number(int, 0), help=workers)
     add("--json", type=file_path, help="write the figures there")
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
@@ -106,7 +101,8 @@ def parse_arguments(argv=None) -> Namespace:
     args.steps = args.steps or (50 if is_cuda else 3)
     if args.num_workers is None:
         args.num_workers = min(16, max(1, cores() - 2 * is_cuda))
-    args.what = [what for what in MEASUREMENTS if what != "gpu"] if "all" in args.what else args.what
+    if "all" in args.what:
+        args.what = [what for what in MEASUREMENTS if what != "gpu"]
     return args
 
 

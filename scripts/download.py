@@ -12,16 +12,22 @@ The same command resumes after an interruption and downloads nothing twice.
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import BinaryIO
+from urllib.parse import quote_plus, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,114 +35,175 @@ from common import paths
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
 from common.paths import display_path
-from scripts.data.transfer import RemoteFile, fetch, human, list_hub, list_modelscope
+
+LONGEST_WAIT = 8  # seconds; the waits between attempts that bring no new byte are 1, 2, 4 and 8
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+REQUEST = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
+human = partial(tqdm.format_sizeof, suffix="B")  # 12.3GB
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one word on the command line asks for.
-
-    Attributes:
-        choices: The files of each form it is published in, with {} for the size; the first complete one is downloaded.
-        needs: For weights: the parts with the tower and the tokenizer that they were trained with.
-        hidden_size: For weights: the default of --hidden_size.
-    """
+    """What one word on the command line asks for."""
 
     repo_id: str
     folder: Path
     about: str
-    choices: tuple[tuple[str, ...], ...]
-    needs: tuple[str, ...] = ()
-    hidden_size: int = 512
+    choices: tuple[str, ...]  # the files of each form it is published in, with {} for the size; the first complete one
+    needs: tuple[str, ...] = ()  # of weights: the parts with the tower and tokenizer that they were trained with
+    hidden_size: int = 512  # of weights: the default of --hidden_size
 
 
-CONFIG = ("config.json", "preprocessor_config.json")
-TOWER_FILES = ((*CONFIG, "model.safetensors"), (*CONFIG, "pytorch_model.bin"))
-TOKENIZER_FILES = (("tokenizer.json", "tokenizer_config.json"),)
-PRETRAIN_FILES = (("pretrain_i2t.parquet",), ("pretrain_data.parquet",))
-
-V2 = {"repo_id": "jingyaogong/MiniMind2-V-PyTorch", "folder": paths.SAVE_DIR, "needs": ("tower", "tokenizer")}
-V3 = {
-    "repo_id": "jingyaogong/minimind-3v-pytorch",
-    "folder": paths.SAVE_3V_DIR,
-    "needs": ("tower_3v", "tokenizer_3v"),
-    "hidden_size": 768,
-}
-DATA = {"repo_id": "jingyaogong/minimind-v_dataset", "folder": paths.DATASET_DIR}
+V2, V3, DATA = "jingyaogong/MiniMind2-V-PyTorch", "jingyaogong/minimind-3v-pytorch", "jingyaogong/minimind-v_dataset"
+OF_V2, OF_V3 = ("tower", "tokenizer"), ("tower_3v", "tokenizer_3v")
+TOWER = tuple(f"config.json preprocessor_config.json {file}" for file in ("model.safetensors", "pytorch_model.bin"))
+TOKENIZER = ("tokenizer.json tokenizer_config.json",)
+PRETRAIN, SFT = ("pretrain_i2t.parquet", "pretrain_data.parquet"), ("sft_i2t.parquet", "sft_data.parquet")
 PARTS = {
-    "tower": Part("openai/clip-vit-base-patch16", paths.TOWER_DIR, "the vision tower", TOWER_FILES),
-    "tokenizer": Part("jingyaogong/MiniMind2-V", paths.TOKENIZER_DIR, "the tokenizer", TOKENIZER_FILES),
-    "sft_vlm": Part(about="the trained model", choices=(("sft_vlm_{}.pth",),), **V2),
-    "pretrain_vlm": Part(about="after pretraining", choices=(("pretrain_vlm_{}.pth",),), **V2),
-    "llm": Part(about="the language model before any picture", choices=(("llm_{}.pth",),), **V2),
-    "pretrain": Part(about="pictures with captions", choices=PRETRAIN_FILES, **DATA),
-    "sft": Part(about="pictures with conversations", choices=(("sft_i2t.parquet",), ("sft_data.parquet",)), **DATA),
-    "minimind-3v": Part(about="the trained model of the newest generation", choices=(("sft_vlm_{}.pth",),), **V3),
-    "llm_3v": Part(about="its language model before any picture", choices=(("llm_{}.pth",),), **V3),
-    "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER_FILES),
-    "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER_FILES),
+    "tower": Part("openai/clip-vit-base-patch16", paths.TOWER_DIR, "the vision tower", TOWER),
+    "tokenizer": Part("jingyaogong/MiniMind2-V", paths.TOKENIZER_DIR, "the tokenizer", TOKENIZER),
+    "sft_vlm": Part(V2, paths.SAVE_DIR, "the trained model", ("sft_vlm_{}.pth",), OF_V2),
+    "pretrain_vlm": Part(V2, paths.SAVE_DIR, "after pretraining", ("pretrain_vlm_{}.pth",), OF_V2),
+    "llm": Part(V2, paths.SAVE_DIR, "the language model before any picture", ("llm_{}.pth",), OF_V2),
+    "pretrain": Part(DATA, paths.DATASET_DIR, "pictures with captions", PRETRAIN),
+    "sft": Part(DATA, paths.DATASET_DIR, "pictures with conversations", SFT),
+    "minimind-3v": Part(
+        V3, paths.SAVE_3V_DIR, "the trained model of the newest generation", ("sft_vlm_{}.pth",), OF_V3, 768
+    ),
+    "llm_3v": Part(V3, paths.SAVE_3V_DIR, "its language model before any picture", ("llm_{}.pth",), OF_V3, 768),
+    "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER),
+    "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER),
 }
 STAGES = ("pretrain", "sft")
 TO_TRAIN = ("tower", "llm", "tokenizer", *STAGES)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A site that publishes the files.
+class RemoteFile:
+    """A published file. Its checksum is a SHA-256, or for a small file of the hub its git blob id (a SHA-1)."""
 
-    Attributes:
-        list_files: Lists a repository, by address, id and type ("model" or "dataset").
-        owners: What the hub's owners are called there.
-        advice: What to try when it fails.
-    """
+    name: str
+    url: str
+    headers: dict[str, str]
+    size: int | None
+    checksum: str | None
+
+    def is_at(self, path: Path) -> bool:
+        """Tells whether a file here has the published content."""
+        if path.stat().st_size != self.size:
+            return False
+        digest = hashlib.sha256() if len(self.checksum) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        with open(path, "rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest() == self.checksum
+
+
+@dataclass(frozen=True)
+class Source:
+    """A site that publishes the files."""
 
     endpoint: str
-    list_files: Callable[[str, str, str], list[RemoteFile]]
-    owners: dict[str, str]
-    advice: str
-
-    def files_of(self, part: Part, hidden_size: int | None) -> list[RemoteFile]:
-        """Returns a part's published files; raises UsageError where the repository lacks them."""
-        owner, name = part.repo_id.split("/")
-        repo_id = f"{self.owners.get(owner, owner)}/{name}"
-        try:
-            _ = urlsplit(self.endpoint).port  # ValueError for one that is no number
-            listed = self.list_files(self.endpoint, repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
-            raise UsageError(f"{self.endpoint} does not answer like a model hub: {self.advice}.") from error
-        published = {file.name: file for file in listed}
-        size = hidden_size or part.hidden_size
-        choices = [[name.format(size) for name in names] for names in part.choices]
-        names = next((names for names in choices if published.keys() >= set(names)), None)
-        if names is None:
-            wanted, found = " or ".join(map(" + ".join, choices)), ", ".join(sorted(published)) or "nothing"
-            raise UsageError(f"{repo_id} on {self.endpoint} has no {wanted}. It has: {found}.")
-        for name in names:
-            if published[name].size is None or not published[name].checksum:
-                raise UsageError(f"{self.endpoint} has no size or checksum for {name}: {self.advice}.")
-        return [published[name] for name in names]
+    list_files: Callable[[str, str, str], Iterator[RemoteFile]]  # by endpoint, repository and "model" or "dataset"
+    owners: dict[str, str]  # what the hub's owners are called there
+    advice: str  # what to try when it fails
 
 
-def find_source(name: str) -> Source:
-    """Returns the site that --source names."""
-    if name == "hub":
-        advice = "set HF_ENDPOINT=https://MIRROR or HF_TOKEN (your access token), or try --source modelscope"
-        return Source(constants.ENDPOINT, list_hub, {}, advice)
-    # As ModelScope's own client reads it.
-    endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    endpoint = (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/")
-    owners = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
-    advice = "check MODELSCOPE_ENDPOINT, or leave --source out (the hub has the same files)"
-    return Source(endpoint, list_modelscope, owners, advice)
+def list_hub(endpoint: str, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
+    info = HfApi(endpoint).repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=REQUEST["timeout"])
+    for entry in info.siblings or []:
+        url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
+        checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        yield RemoteFile(entry.rfilename, url, build_hf_headers(), entry.size, checksum)
 
 
-def is_in_place(path: Path, file: RemoteFile) -> bool:
-    """Tells whether a file is here; raises UsageError where the user's own file has its name."""
-    is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
-    if is_trained_here or (path.exists() and not file.is_at(path)):
-        reason = f"{path} is your own, or another version of the published file"
-        raise UsageError(f"{reason}: move or delete it, or put the published files into another folder with --dest.")
-    return path.exists()
+def list_modelscope(endpoint: str, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
+    """Lists a repository, of a data set the first 200 files.
+
+    The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
+    """
+    repo = f"{endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
+    listing = f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}"
+    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
+    response = get_session().get(listing, params=page, **REQUEST)
+    hf_raise_for_status(response)
+    for entry in response.json()["Data"]["Files"]:
+        if entry["Type"] != "tree":
+            url = f"{repo}?Revision=master&FilePath={quote_plus(entry['Path'])}"
+            yield RemoteFile(entry["Path"], url, {}, entry["Size"], entry["Sha256"].lower())
+
+
+def find_files(source: Source, part: Part, hidden_size: int | None) -> list[RemoteFile]:
+    """Returns a part's published files; raises UsageError where the repository lacks them."""
+    owner, name = part.repo_id.split("/")
+    repo_id = f"{source.owners.get(owner, owner)}/{name}"
+    repo_type = "dataset" if part.folder == paths.DATASET_DIR else "model"
+    try:
+        _ = urlsplit(source.endpoint).port  # ValueError for one that is no number
+        published = {file.name: file for file in source.list_files(source.endpoint, repo_id, repo_type)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
+        raise UsageError(f"{source.endpoint} does not answer like a model hub: {source.advice}.") from error
+    choices = [names.format(hidden_size or part.hidden_size).split() for names in part.choices]
+    names = next((names for names in choices if published.keys() >= set(names)), None)
+    if names is None:
+        wanted, found = " or ".join(map(" + ".join, choices)), ", ".join(sorted(published)) or "nothing"
+        raise UsageError(f"{repo_id} on {source.endpoint} has no {wanted}. It has: {found}.")
+    files = [published[name] for name in names]
+    for file in files:
+        if file.size is None or not file.checksum:
+            raise UsageError(f"{source.endpoint} has no size or checksum for {file.name}: {source.advice}.")
+    return files
+
+
+def fetch(file: RemoteFile, path: Path):
+    """Downloads a file, which gets its name once its checksum is verified; resumes where an earlier run stopped.
+
+    The range requests are our own: huggingface_hub's `hf_hub_download` starts over after an interruption (its pull
+    request 4228), and its `http_get` takes ModelScope's partial answers, which have the status 200, for whole files.
+
+    Raises:
+        UsageError: If it arrived damaged; it is deleted then.
+        HTTPError: If the server refuses it, or sends nothing new four times.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Named after the checksum, so that two versions are never joined.
+    part, wait = path.with_name(f"{path.name}.{file.checksum[:12]}.part"), 0.5
+    often = {"delay": 1, "mininterval": 0.2 if sys.stderr.isatty() else 30}  # few lines in a log file
+    bar = tqdm(desc=f"  {path.name}", total=file.size, leave=False, unit="B", unit_scale=True, **often)
+    with bar, open(part, "ab") as out:
+        while (start := out.tell()) < file.size:
+            try:
+                append_rest(file, out, bar)
+            except HTTPError as error:
+                wait = wait * 2 if out.tell() == start else 1
+                is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRY_STATUS
+                if is_refused or wait > LONGEST_WAIT:
+                    raise
+                bar.write(f"  connection lost, trying again in {wait:g} s", file=sys.stderr)
+                time.sleep(wait)
+    if not file.is_at(part):
+        part.unlink()
+        raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
+    os.replace(part, path)
+
+
+def append_rest(file: RemoteFile, out: BinaryIO, bar: tqdm):
+    """Makes one request for the bytes that `out` does not have yet, and appends what comes."""
+    headers = {**file.headers, "Accept-Encoding": "identity"}
+    if out.tell():
+        headers["Range"] = f"bytes={out.tell()}-"
+    with get_session().stream("GET", file.url, headers=headers, **REQUEST) as response:
+        hf_raise_for_status(response)
+        # Not the status: ModelScope sends the rest with 200, a server without range support the whole file.
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {out.tell()}-"):
+            out.seek(0)
+            out.truncate()
+        bar.n = out.tell()
+        for chunk in response.iter_bytes():
+            out.write(chunk)
+            bar.update(len(chunk))
+    if out.tell() < file.size:
+        raise HTTPError(f"{file.url} ends after {out.tell():,} of {file.size:,} bytes")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -164,38 +231,41 @@ def run(args: argparse.Namespace, source: Source):
     files, missing = {}, {}
     for name in args.parts:
         part = PARTS[name]
-        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), source.files_of(part, args.hidden_size)
+        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(source, part, args.hidden_size)
         # Training looks for pretrain_data.parquet, whichever name it was published under.
-        files[name] = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
-    for name, published in files.items():
-        wanted = {path: file for path, file in published.items() if not is_in_place(path, file)}
+        files[name] = published = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
+        for path, file in published.items():
+            is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
+            if is_trained_here or (path.exists() and not file.is_at(path)):
+                reason = f"{path} is your own, or another version of the published file"
+                cure = "move or delete it, or put the published files into another folder with --dest"
+                raise UsageError(f"{reason}: {cure}.")
+        wanted = {path: file for path, file in published.items() if not path.exists()}
         size = human(sum(file.size for file in wanted.values()))
         places = " + ".join(map(display_path, published))
-        print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})")
+        print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})", flush=True)
         missing |= wanted
     for path, file in missing.items():
         fetch(file, path)
         print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
-    print("\n" + "\n".join(next_commands(args, files)))
+    print_commands(args, files)
 
 
-def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]) -> list[str]:
-    """Returns the lines that say how to train with the data and talk to the weights."""
-    lines, stages = [], [stage for stage in STAGES if stage in args.parts]
+def print_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFile]]):
+    """Says how to train with the data and talk to the weights."""
+    print()
+    stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != paths.ROOT and stages:
-        lines.append(f"Training looks under {paths.ROOT}: move these folders there.")
+        print(f"Training looks under {paths.ROOT}: move these folders there.")
     for stage in stages:
         command = ["python", f"trainer/train_{stage}_vlm.py"]
         if "llm_3v" in args.parts and "llm" not in args.parts:
-            size = args.hidden_size or PARTS["llm_3v"].hidden_size
-            starts = {
-                "pretrain": paths.SAVE_3V_DIR / f"llm_{size}.pth",
-                "sft": paths.SAVE_DIR / f"pretrain_3v_{size}.pth",
-            }
-            command += ["--from_weight", display_path(starts[stage]), "--save_weight", f"{stage}_3v"]
+            folder, start = (paths.SAVE_3V_DIR, "llm") if stage == "pretrain" else (paths.SAVE_DIR, "pretrain_3v")
+            weights = folder / f"{start}_{args.hidden_size or PARTS['llm_3v'].hidden_size}.pth"
+            command += ["--from_weight", display_path(weights), "--save_weight", f"{stage}_3v"]
         elif args.hidden_size:
             command += ["--hidden_size", str(args.hidden_size)]
-        lines.append(f"Train:  {shlex.join(command)}")
+        print(f"Train:  {shlex.join(command)}")
     for part, published in files.items():
         if PARTS[part].needs and not (part in ("llm", "llm_3v") and stages):
             [weights] = published
@@ -203,29 +273,32 @@ def next_commands(args: argparse.Namespace, files: dict[str, dict[Path, RemoteFi
             if args.dest != paths.ROOT:
                 tower, tokenizer = (next(iter(files[need])).parent for need in PARTS[part].needs)
                 command += ["--vision_model_path", tower, "--tokenizer_path", tokenizer]
-            lines.append(f"Talk to it:  {shlex.join(map(display_path, command))}")
-    return lines
-
-
-def explain(error: HTTPError | OSError, source: Source) -> str:
-    """Returns what is wrong, and what to do."""
-    if isinstance(error, HfHubHTTPError):
-        url, status = str(error.response.url).split("?")[0], error.response.status_code
-        reason = "not there, or private" if status in (401, 403, 404) else "try again later"
-        return f"{url} answers {status}: {reason}, or {source.advice}"
-    if isinstance(error, HTTPError):
-        reason = str(error) or type(error).__name__
-        return f"the connection to {source.endpoint} failed ({reason}): check the network, or {source.advice}"
-    return str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
+            print(f"Talk to it:  {shlex.join(map(display_path, command))}")
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    source = find_source(args.source)
+    if args.source == "hub":
+        advice = "set HF_ENDPOINT=https://MIRROR or HF_TOKEN (your access token), or try --source modelscope"
+        source = Source(constants.ENDPOINT, list_hub, {}, advice)
+    else:  # the address as ModelScope's own client reads it
+        endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        endpoint = (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/")
+        advice = "check MODELSCOPE_ENDPOINT, or leave --source out (the hub has the same files)"
+        owners = {"openai": "openai-mirror", "jingyaogong": "gongjy"}
+        source = Source(endpoint, list_modelscope, owners, advice)
     try:
         run(args, source)
     except (HTTPError, OSError) as error:
-        raise UsageError(f"{explain(error, source)}. Partial files stay: the same command resumes.") from error
+        why = str(error).rstrip(".")  # a full disk, or HF_HUB_OFFLINE
+        if isinstance(error, HfHubHTTPError):
+            url, status = str(error.response.url).split("?")[0], error.response.status_code
+            reason = "not there, or private" if status in (401, 403, 404) else "try again later"
+            why = f"{url} answers {status}: {reason}, or {source.advice}"
+        elif isinstance(error, HTTPError):
+            reason = str(error) or type(error).__name__
+            why = f"the connection to {source.endpoint} failed ({reason}): check the network, or {source.advice}"
+        raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
 
 
 if __name__ == "__main__":

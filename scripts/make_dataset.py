@@ -20,6 +20,7 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -33,9 +34,8 @@ from common.errors import UsageError, run_script
 from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
-from dataset.conversation import RowError
-from scripts.data.rows import make_row
-from scripts.data.sources import KNOWN, read_source
+from dataset.chat import RowError
+from scripts.data.sources import KNOWN, make_row, read_source
 from trainer.stage import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
@@ -51,21 +51,14 @@ class Made:
     """Counts of what was written and what was left out."""
 
     sources: list[tuple[str, int, int]] = field(default_factory=list)  # name, rows in it, rows taken
+    rows: int = 0  # taken, good or bad
+    bad_rows: int = 0
     keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
     linked: dict[int, int] = field(default_factory=dict)  # from a picture's hash to another's of the same row: `root`
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
     pictures: int = 0  # distinct ones
     picture_bytes: int = 0  # of their files
-
-    @property
-    def bad_rows(self) -> int:
-        return sum(len(places) for _, places in self.left_out.values())
-
-    @property
-    def rows(self) -> int:
-        """Rows taken, good or bad."""
-        return len(self.keys) + self.bad_rows
 
     def add(self, names: list[str]):
         """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
@@ -101,14 +94,15 @@ def held_out(made: Made, share: float) -> np.ndarray:
     return np.isin(roots, np.array(taken, dtype=np.uint64))
 
 
-def taken_rows(sources: list[tuple[Path, float]], made: Made) -> Iterator[tuple[Path, str, dict | RowError]]:
-    """Yields a share of each source's rows, chosen by a fixed seed, and counts them: source, place and row."""
-    for source, share in sources:
+def taken_rows(args: argparse.Namespace, made: Made) -> Iterator[tuple[str, dict | RowError, Path]]:
+    """Yields a share of each source's rows, chosen by a fixed seed, and counts them: place, row, pictures' folder."""
+    for source, share in args.sources:
+        images_path = args.images_path or (source if source.is_dir() else source.parent)
         random, read, taken = Random(0), 0, 0
         for read, (place, row) in enumerate(read_source(source), start=1):
             if random.random() < share * read - taken:  # what was taken stays within one row of the share
                 taken += 1
-                yield source, place, row
+                yield place if len(args.sources) == 1 else f"{source.name} {place}", row, images_path
         made.sources.append((source.name, read, taken))
 
 
@@ -116,33 +110,28 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     """Writes every good row and picture, and the list of the others; raises UsageError if there is no good row."""
     (part / IMAGES).mkdir()
     made, threads = Made(), min(cores(), MOST_THREADS)
-
-    def make(item: tuple[Path, str, dict | RowError]) -> tuple[str, dict | RowError]:
-        source, place, row = item
-        images_path = args.images_path or (source if source.is_dir() else source.parent)
-        place = place if len(args.sources) == 1 else f"{source.name} {place}"
-        if not isinstance(row, RowError):
-            row = make_row(row, args.question, args.size, images_path, part / IMAGES)
-        return place, row
-
+    convert = partial(make_row, question=args.question, size=args.size, folder=part / IMAGES)
     with (
         open(part / ROWS, "w", encoding="utf-8") as rows,
         open(part / LEFT_OUT, "w", encoding="utf-8") as left_out,
         tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        items = taken_rows(args.sources, made)
+        items = taken_rows(args, made)
         while batch := list(itertools.islice(items, AHEAD * threads)):
-            for place, row in pool.map(make, batch):
+            places, originals, folders = zip(*batch, strict=True)
+            for place, row in zip(places, pool.map(convert, originals, folders), strict=True):
                 if isinstance(row, RowError):
                     place, reason = printable(place), printable(row)
                     left_out.write(f"{place}: {reason}\n")
                     made.left_out.setdefault(check.kind_of(reason), (reason, []))[1].append(place)
+                    made.bad_rows += 1
                 else:
                     names = row.pop("image")
                     made.add(names)
                     image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
+                made.rows += 1
                 bar.update()
     if not made.keys:
         sources = ", ".join(display_path(source) for source, _ in args.sources)
@@ -178,7 +167,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 
 def report(made: Made, folder: Path) -> list[str]:
-    """Returns what was written, and what was left out and why."""
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
     if any(taken < read for _, read, taken in made.sources):
         facts["taken"] = ", ".join(f"{taken:,} of {read:,} rows of {name}" for name, read, taken in made.sources)
@@ -190,7 +178,6 @@ def report(made: Made, folder: Path) -> list[str]:
 
 
 def reasons(made: Made) -> list[str]:
-    """Lists the kinds of reasons, the most common first."""
     lines = []
     for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
         lines += check.fact(check.counted(len(places), "row"), reason)
@@ -201,19 +188,17 @@ def reasons(made: Made) -> list[str]:
 
 
 def commands(folder: Path, made: Made) -> str:
-    """Returns the commands that lead from these data to a model, in order."""
     name = re.sub(r"\W+", "_", folder.name)[:40]
     heldout, tower = folder / "heldout.jsonl" if made.held_out else None, SAVE_DIR / f"{name}_tower"
     files = {"data_path": folder / "train.jsonl", "eval_data": heldout}
-    epochs = {stage: {"epochs": epochs_for(stage, len(made.keys) - made.held_out)} for stage in ("pretrain", "sft")}
-    first = {"from_weight": "llm", "vision_model_path": tower, "save_weight": f"{name}_pretrain"}
-    second = {"from_weight": f"{name}_pretrain", "save_weight": f"{name}_sft"}
-    asked = {"eval_data": heldout} if heldout else {"image_dir": folder / IMAGES}
+    pretrained, finetuned, rows = f"{name}_pretrain", f"{name}_sft", len(made.keys) - made.held_out
+    first = {"from_weight": "llm", "vision_model_path": tower, "save_weight": pretrained}
+    second = {"from_weight": pretrained, "save_weight": finetuned}
     steps = {
         "trainer/train_tower.py": files | {"save_tower": tower},
-        "trainer/train_pretrain_vlm.py": files | first | epochs["pretrain"],
-        "trainer/train_sft_vlm.py": files | second | epochs["sft"],
-        "eval_vlm.py": {"weight": f"{name}_sft"} | asked,
+        "trainer/train_pretrain_vlm.py": files | first | {"epochs": epochs_for("pretrain", rows)},
+        "trainer/train_sft_vlm.py": files | second | {"epochs": epochs_for("sft", rows)},
+        "eval_vlm.py": {"weight": finetuned, "eval_data": heldout, "image_dir": None if heldout else folder / IMAGES},
     }
     return "\n".join(textwrap.indent(command(script, flags), "  ") for script, flags in steps.items())
 

@@ -12,27 +12,50 @@ missing. Up to eight sample images of the run go with the card: look at them fir
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
+from base64 import b64decode
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+import jinja2
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, HelpFormatter, file_path
 from common.errors import UsageError, run_script
-from common.files import RECORD, hash_of
-from common.files import read_record as read_export_record
-from common.paths import display_path, printable
+from common.files import RECORD, hash_of, read_record
+from common.paths import TOWER_DIR, display_path, printable
+from dataset.chat import IMAGE_TAG
+from dataset.prompts import DEFAULT_FORM
+from dataset.scenes.language import DESCRIBE
 from model.model_vlm import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
-from scripts.data.transfer import human
-from scripts.share.model_card import CARD, PICTURES, Model, card_files
-from trainer.report.page import Record, read_record
+from scripts.download import human
+from trainer.report import page
 
+CARD, PICTURES = "README.md", "samples"  # names on the hub
+TOWER_NAME, TOWER_WIDTH = "openai/clip-vit-base-patch16", 768
+TAGS = {"transformers": ["llava"], "gguf": ["llama.cpp", "llava"], "weights": []}
+LOSSES = {"loss": "loss, right images", "loss_shuffled": "loss, images of other rows", "loss_blind": "loss, no images"}
+LOSSES["gap_shuffled"] = "grounding gap"
 NEW_TOKEN = f"create one with write access at {constants.ENDPOINT}/settings/tokens, then run `hf auth login`"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to publish."""
+
+    kind: str  # "transformers", "gguf" or "weights" (the original's format)
+    name: str  # of its run
+    files: dict[str, Path | bytes]  # paths or contents by name on the hub
+    sees_images: bool  # whether it has a projection
+    sidecar: dict  # how it was made; "arguments", "config" and "versions" may be empty
+    parameters: int | None  # of decoder and projection; None where the files do not tell
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -49,20 +72,32 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
         raise UsageError(f"{args.repo} is no repository: use NAME/REPO, with your name on the hub")
+    args.source = args.source.absolute()
     return args
 
 
 def read_model(path: Path) -> Model:
     """Reads what is to be published: a folder of scripts/export.py, or a weight file with its sidecar.
 
-    Raises:
-        UsageError: If it is something else, or its files are not as they were written.
+    Raises UsageError if it is something else, or its files are not as they were written.
     """
     if path.is_file() and path.suffix == ".pth" and not path.stem.endswith("_resume"):
         kind, name, sidecar_path = "weights", path.stem, path.with_suffix(".json")
         files = {file.name: file for file in (path, sidecar_path) if file.is_file()}
     else:
-        files, sidecar_path = exported_files(path), path / TRAINING
+        record = read_record(path)
+        hashes = record.get("files")
+        if "exported_by" not in record or not isinstance(hashes, dict):
+            raise UsageError(
+                f"{display_path(path)} is nothing to publish: name a folder that scripts/export.py wrote (export an "
+                "old one again), or a .pth weight file (NAME_resume.pth is a training state, which is never published)"
+            )
+        files, sidecar_path = {name: path / name for name in hashes}, path / TRAINING
+        for name, file in files.items():
+            # A name may lead out of the folder.
+            if file.parent != path or file.is_symlink() or hash_of(file) != hashes[name]:
+                what = f"{display_path(file)} is not what scripts/export.py wrote"
+                raise UsageError(f"{what}: it is missing, a link, or was changed. Export the model again")
         name = re.sub(r"-(hf|gguf|f16|q8_0)$", "", path.name)
         kind = "gguf" if any(file.endswith(".gguf") for file in files) else "transformers"
     if kind == "gguf":
@@ -80,27 +115,6 @@ def read_model(path: Path) -> Model:
     return Model(kind, name, files, sees_images, sidecar, parameters)
 
 
-def exported_files(folder: Path) -> dict[str, Path | bytes]:
-    """Returns the files that an export's record lists, by name.
-
-    Raises:
-        UsageError: If there is no record, or a file of it is missing, a link or changed.
-    """
-    record = read_export_record(folder)
-    hashes = record.get("files")
-    if "exported_by" not in record or not isinstance(hashes, dict):
-        raise UsageError(
-            f"{display_path(folder)} is nothing to publish: name a folder that scripts/export.py wrote (export an old "
-            "one again), or a .pth weight file (NAME_resume.pth is a training state, which is never published)"
-        )
-    for name, sha256 in hashes.items():
-        file = folder / name
-        if file.is_symlink() or file.parent != folder or hash_of(file) != sha256:  # a name may lead out of the folder
-            what = f"{display_path(file)} is not what scripts/export.py wrote"
-            raise UsageError(f"{what}: it is missing, a link, or was changed. Export the model again")
-    return {name: folder / name for name in hashes}
-
-
 def without_folders(value):
     """Returns a sidecar without this machine's folders: absolute paths become names."""
     if isinstance(value, dict):
@@ -109,43 +123,65 @@ def without_folders(value):
     return PureWindowsPath(value).name if is_path else value
 
 
-def find_record(folder: Path, model: Model) -> tuple[Record, list[str]]:
-    """Reads the record of the model's run; returns it, empty where there is none, and why parts of it are missing."""
-    empty = Record(folder, model.name, [], [])
-    try:
-        record = read_record(folder, model.name)
-    except UsageError as error:
-        return empty, [str(error)]
-    exported, now = model.sidecar.get("written"), record.sidecar.get("written")
-    if exported and now and exported != now:
-        again = f"{display_path(folder / model.name)} was trained after this was exported ({exported} and {now})"
-        return empty, [f"{again}, so its record is of another model: export it again"]
-    return record, list(record.missing.values())
+def as_text(value) -> str:
+    """Escapes a value for a cell of a Markdown table: one line, no markup."""
+    return " ".join(re.sub(r"[\\`*_{}\[\]<>#|~]", r"\\\g<0>", str(value)).split())
 
 
-def show(args: argparse.Namespace, model: Model, made: dict[str, bytes], missing: list[str]):
-    """Prints what is uploaded, with sizes, what of the folder is not, and what the card lacks."""
-    files = model.files | made
-    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
-    print(f"{display_path(args.source)} -> {args.repo}")
-    for name, size in sizes.items():
-        print(f"  {printable(name):<40} {human(size):>8}")
-    print(f"  {f'{len(sizes)} files':<40} {human(sum(sizes.values())):>8}")
-    for path in sorted(args.source.iterdir()) if args.source.is_dir() else ():
-        if path.name not in (*model.files, RECORD):
-            print(f"left out: {printable(path.name)}")
-    for line in missing:
-        print(f"the card says less: {line}")
-    if pictures := sum(name.startswith(f"{PICTURES}/") for name in made):
-        print(f"{pictures} images of the run's data go with the card: may you publish them? --no_samples omits them")
+def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> dict[str, bytes]:
+    """Returns the card and its images by name on the hub; without metrics in the record the card says less."""
+    path, width = model.sidecar["arguments"].get("vision_model_path"), model.sidecar["config"].get("vision_hidden_size")
+    is_published = path == display_path(TOWER_DIR) if path else width == TOWER_WIDTH
+    has_tower = model.sees_images and model.sidecar.get("assets") != "built-in"
+    tower = TOWER_NAME if has_tower and is_published else None
+    task = "image-text-to-text" if model.sees_images else "text-generation"
+    last = record.evaluations[-1] if record.evaluations else {}
+    held_out = f"{page.number(last.get('samples'))} held-out samples"
+    results = [  # the last held-out losses, nats per token
+        EvalResult(task, "held-out", held_out, "loss", last[key], metric_name=name)
+        for key, name in LOSSES.items()
+        if page.is_finite(last.get(key))
+    ]
+    metadata = ModelCardData(
+        license=args.license,
+        language=args.language.split(","),
+        pipeline_tag=task,
+        library_name=None if model.kind == "weights" else model.kind,
+        base_model=tower,
+        tags=["minimind-v", *(TAGS[model.kind] if model.sees_images else ())],
+        model_name=record.name,
+        eval_results=results or None,
+    )
+    images = [] if args.no_samples else [image for image in page.descriptions(record) if image["data"] is not None]
+    samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]
+    template = (Path(__file__).parent / "share" / "model_card.md.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"number": page.number, "text": as_text, "quote": shlex.quote}
+    environment.filters["literal"] = partial(json.dumps, ensure_ascii=False)
+    shown, llm = replace(record, sidecar=model.sidecar), model.sidecar["config"].get("llm")
+    other = llm and f"another language model, a {llm['model_type']} (its own licence holds),"
+    text = environment.from_string(template).render(
+        model=model,
+        tower=tower,
+        decoder=other or "a MiniMind decoder",
+        name=record.name,
+        repo=args.repo,
+        results=results,
+        trained_loss=page.last_of(record.training, "loss"),
+        samples=samples,
+        question=images[0]["question"] if images else DESCRIBE,
+        image_first=model.sidecar.get("prompt_form", DEFAULT_FORM).startswith(IMAGE_TAG),
+        knows_scenes=shown.learns_scenes,
+        **page.settings(shown),
+    )
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{text}".encode()
+    return {CARD: card} | {path: b64decode(image["data"]) for path, image in samples}
 
 
 def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
     """Makes the repository if need be, and commits the files; what the hub has already is not sent again.
 
-    Raises:
-        UsageError: If there is no access token, the hub refuses it or cannot be reached, or the repository is to be
-            private and is not.
+    Raises UsageError if there is no access token, the hub refuses or is out of reach, or --private is not fulfilled.
     """
     token = get_token() or ""
     if not re.fullmatch(r"[!-~]+", token):  # the error of a header that cannot be sent would show it
@@ -157,10 +193,8 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
         url = api.create_repo(args.repo, private=args.private or None, exist_ok=True)
         is_private = api.repo_info(args.repo).private
         if args.private and not is_private:
-            raise UsageError(
-                f"{args.repo} exists and is public: --private does not change that, so nothing was uploaded. Make it "
-                f"private at {url}/settings, or leave --private out"
-            )
+            what = f"{args.repo} exists and is public: --private does not change that, so nothing was uploaded"
+            raise UsageError(f"{what}. Make it private at {url}/settings, or leave --private out")
         additions = [CommitOperationAdd(name, file) for name, file in files.items()]
         api.create_commit(args.repo, additions, commit_message=f"Upload {args.source.name}")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -175,13 +209,32 @@ def upload(files: dict[str, Path | bytes], args: argparse.Namespace):
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    args.source = args.source.absolute()
     model = read_model(args.source)
-    record, missing = find_record(args.source.parent, model)
-    made = card_files(model, record, args.repo, args.license, args.language.split(","), not args.no_samples)
-    show(args, model, made, missing)
+    folder = args.source.parent
+    try:
+        record = page.read_record(folder, model.name)
+        missing = record.missing.values()
+        exported, now = model.sidecar.get("written"), record.sidecar.get("written")
+        if exported and now and exported != now:
+            again = f"{display_path(folder / model.name)} was trained after this was exported ({exported} and {now})"
+            raise UsageError(f"{again}, so its record is of another model: export it again")
+    except UsageError as error:  # the card says less then
+        record, missing = page.Record(folder, model.name, [], []), [str(error)]
+    made = card_files(model, record, args)
+    files = model.files | made
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    print(f"{display_path(args.source)} -> {args.repo}")
+    for name, size in [*sizes.items(), (f"{len(sizes)} files", sum(sizes.values()))]:
+        print(f"  {printable(name):<40} {human(size):>8}")
+    for path in sorted(args.source.iterdir()) if args.source.is_dir() else ():
+        if path.name not in (*model.files, RECORD):
+            print(f"left out: {printable(path.name)}")
+    for line in missing:
+        print(f"the card says less: {line}")
+    if samples := len(made) - 1:
+        print(f"{samples} images of the run's data go with the card: may you publish them? --no_samples omits them")
     if not args.dry_run:
-        upload(model.files | made, args)
+        upload(files, args)
         return
     folder = Path(tempfile.mkdtemp(prefix="publish-"))
     for name, content in made.items():

@@ -3,10 +3,9 @@
     python scripts/web_demo_vlm.py              http://127.0.0.1:7860
     python scripts/web_demo_vlm.py --weight pretrain_vlm --port 8000
 
-It needs: pip install -r scripts/requirements-demo.txt. Only this machine can
-open the page unless --host or --share say otherwise. An upload is deleted from
-the disk once it was asked about, after an hour, or when there are too many
-(scripts/demo/guard.py); it stays in memory until its conversation is closed.
+It needs: pip install -r scripts/requirements-demo.txt. Only this machine can open the page unless --host or --share say
+otherwise. An upload is deleted from the disk once it was asked about, after an hour, or when there are too many
+(scripts/demo/page.py); it stays in memory until its conversation is closed.
 """
 
 import os
@@ -23,7 +22,6 @@ from common.cli import ArgumentParser, HelpFormatter, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
 from dataset.tokenizer import quiet_libraries
-from scripts.demo.chat import CLOSING, MOST_PICTURES
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
 from trainer.support.processes import Processes, stop_signals
@@ -46,11 +44,10 @@ def parse_arguments(argv=None) -> Namespace:
 def main():
     args = parse_arguments()
     try:
-        from scripts.demo.guard import Uploads, is_loopback, middleware
-        from scripts.demo.page import LABELS, Handlers, build_page
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Guard, Handlers, Uploads, build_page, is_loopback
     except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "starlette"):
-            raise
         raise UsageError("the web page needs a package: pip install -r scripts/requirements-demo.txt") from error
     with Processes.start(args.device) as processes, tempfile.TemporaryDirectory() as folder:
         quiet_libraries(True)
@@ -60,22 +57,17 @@ def main():
         examples = draw_heldout(folder / "examples", EXAMPLES) if loaded.knows_only_scenes else photos
         assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
         page = build_page(Handlers(assistant, sampling_of(args, loaded), examples, uploads), args.max_new_tokens)
-        css = Path(__file__).with_name("demo").joinpath("page.css").read_text(encoding="utf-8")
         try:
-            guards = middleware(uploads, MOST_PICTURES * LARGEST_FILE, not args.share and is_loopback(args.host))
+            is_local = not args.share and is_loopback(args.host)
+            # Under another name than this machine's own, a site may resolve to it (DNS rebinding).
+            hosts = ["localhost", "127.0.0.1", "::1"] if is_local else ["*"]
+            guard = (Guard, (uploads, MOST_PICTURES * LARGEST_FILE, is_local), {})
+            address = {"server_name": args.host, "server_port": args.port, "share": args.share}
+            looks = {"i18n": LABELS, "css_paths": Path(__file__).parent / "demo/page.css", "footer_links": []}
+            limits = {"max_file_size": LARGEST_FILE, "show_error": False}
+            limits["app_kwargs"] = {"middleware": [(TrustedHostMiddleware, (hosts,), {}), guard]}
             with stop_signals(speaks=False) as signals:
-                page.launch(
-                    server_name=args.host,
-                    server_port=args.port,
-                    share=args.share,
-                    i18n=LABELS,
-                    max_file_size=LARGEST_FILE,
-                    css=css,
-                    app_kwargs={"middleware": guards},
-                    footer_links=[],
-                    show_error=False,
-                    prevent_thread_lock=True,
-                )
+                page.launch(**address, **looks, **limits, prevent_thread_lock=True)
                 while signals.asked is None:
                     time.sleep(0.1)
         except OSError as error:

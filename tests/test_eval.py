@@ -19,8 +19,8 @@ from eval_vlm import parse_arguments
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import bundles
-from trainer.answering import loaded_model as trained
 from trainer.answering.assistant import in_precision
+from trainer.answering.loaded_model import find_model
 from trainer.answering.typed_paths import find_pictures
 
 pytest_plugins = ["tiny"]
@@ -177,10 +177,10 @@ def test_the_built_in_language_model_stands_in_only_where_nothing_was_downloaded
     for name in ("minimind2-v", "minimind-3v"):
         monkeypatch.setitem(vars(bundles.BUNDLES[name]), "tower", tmp_path / name)
     args = parse_arguments(["--weight", "llm", "--save_dir", str(tmp_path)])
-    assert trained.read_named_weights(args).path.parent == BUILTIN_MODEL_DIR
+    assert find_model(args).weights.path.parent == BUILTIN_MODEL_DIR
     (tmp_path / there).mkdir()
     with pytest.raises(UsageError, match="no weight file llm_"):
-        trained.read_named_weights(args)
+        find_model(args)
 
 
 @pytest.mark.parametrize("form", ["saved", "with the tower, and the head only once", "pytorch_model.bin"])

@@ -294,8 +294,7 @@ def serve():
     """Forks a process per job for each line of jobs (JSON) on standard input; prints their exit statuses."""
     for module in ("trainer.loop", "dataset.scenes.draw", "transformers", "pyarrow.parquet"):
         __import__(module)
-    sys.modules["trainer.report.samples"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
-    sys.modules["trainer.report.samples"].LOOKING_SECONDS = -1.0  # nor maps of what they look at
+    sys.modules["trainer.report.watcher"].LONGEST = 8  # tokens: short descriptions halve the time of most runs
     load_once()
     gc.freeze()  # a garbage collection in a forked process would copy every imported page
     for line in sys.stdin:

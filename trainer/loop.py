@@ -19,10 +19,8 @@ from dataset.sampler import BatchSampler
 from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.bundles import BUILTIN
-from trainer.report.header import describe_features, print_header
-from trainer.report.health import BadSteps, UnreadableImages, check_first_loss, report_if_due
-from trainer.report.progress import Progress, clock
-from trainer.report.watcher import Watch
+from trainer.report.progress import Progress, check_first_loss, clock
+from trainer.report.watcher import Watch, describe_features, print_header
 from trainer.resume import RESUMES, Checkpoints, TrainState, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import epochs_for
@@ -39,10 +37,9 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
     share = processes.rank, processes.world_size
     sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
-    state, bad_steps, unreadable = TrainState(), BadSteps(device), UnreadableImages(run.files.bad_rows)
+    state = TrainState()
     if run.state is not None:
         state.load_state_dict(run.state)
-        bad_steps.load_state_dict(run.state)
         sampler.start_at(state.epoch, state.sample)
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
@@ -83,20 +80,19 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 counts = count(micro_batches, processes)
                 learning_rate = stage.schedule(args, sampler.done(epoch, first_sample), state.step)
                 losses, is_bad = take_step(micro_batches, counts, learning_rate)
-                unreadable.note(micro_batches)
+                progress.name_unreadable(micro_batches)
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
                     check_first_loss(run, losses)
                     if processes.is_main:
                         run.files.keep_reports_aside(run.log)
-                bad_steps.add(is_bad)
-                progress.add(losses, counts.samples, counts.tokens, data_seconds)
-                report_if_due(run, progress, state, epoch + 1, learning_rate, bad_steps)
+                progress.add(losses, is_bad, counts.samples, counts.tokens, data_seconds)
+                progress.report_if_due(state, epoch + 1, learning_rate)
                 watch.measure_if_due(progress, state.step, epoch + 1)
                 [stops] = processes.sum(signals.asked is not None)  # ranks stay in step: a signal on any stops all
                 is_due = state.step % args.save_interval == 0 or state.sample == 0  # also at the end of an epoch
                 if is_due or stops:
-                    checkpoints.save((state, context, bad_steps, progress), stops or state.step == total_steps)
+                    checkpoints.save((state, context, progress), stops or state.step == total_steps)
                 if stops and state.step < total_steps:
                     progress.log(f"stopped after step {state.step:,} of {total_steps:,}, which is saved: {RESUMES}")
                     raise Stopped(signals.asked or signal.SIGTERM)

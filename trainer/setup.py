@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
-from dataset.chat import has_image_pad, image_token_id
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for, has_image_pad, image_token_id
 from dataset.features import FeatureCacheError, FeatureFolder
 from dataset.forms import RIGHT_FORM
-from dataset.holdout import hold_out, rows_in_both, showing_the_same
-from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit
+from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
 from dataset.pictures import PictureFormat
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset

@@ -1,9 +1,8 @@
 """The built-in data set: scenes of coloured shapes, drawn by code, in the format of the published data.
 
 A scene is one or two objects on a light background, each with a colour, a shape, a size and a place in a 3 x 3 grid.
-Scenes, images and rows depend on an index alone, so the set is not stored: `draw_builtin_dataset()` draws it when it is
-first needed. One in seven (colour, shape, place) combinations is held out: training never shows one, and held-out
-scenes show nothing else. The texts are in `language.py`, the grading of descriptions in `grading.py`.
+Scenes, images and rows depend on an index alone, so the set is not stored: it is drawn when it is first needed. The
+texts are in `language.py`, the grading of descriptions in `grading.py`.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw
 from common.errors import UsageError
 from common.files import read_record, remove_leftovers, whole_folder
 from common.paths import BUILTIN_DATASET_DIR
-from dataset.scenes import language as scene_language
+from dataset.scenes import language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
 
 PICTURE_SIZE = 128  # pixels a side, as in the published data
@@ -42,6 +41,9 @@ RADII = {"大": (15.0, 17.5), "小": (8.0, 10.0)}  # of the circle, in pixels; t
 CELL = PICTURE_SIZE / 3
 SUPERSAMPLING = 4
 JPEG_QUALITY = 92
+# The code is the version: any change to it may change the set.
+_CODE = b"".join(Path(path).read_bytes() for path in (__file__, language.__file__))
+STAMP = {"drawn_by": hashlib.sha256(_CODE).hexdigest()}
 
 
 def _corners(radii: list[float]) -> list[tuple[float, float]]:
@@ -87,18 +89,15 @@ class Scene:
         return tuple(thing.facts for thing in self.objects)
 
 
-def is_held_out(colour: str, shape: str, place: str) -> bool:
-    """Tells whether the combination is kept from training.
-
-    The rule is a Latin square's (a linear form modulo 7): it takes 1 in 7 combinations, yet each pair colour-shape,
-    colour-place and shape-place stays in training, so that a held-out scene is new only as a whole.
-    """
-    return (COLOURS.index(colour) + 2 * SHAPES.index(shape) + 3 * PLACES.index(place)) % 7 == 0
-
-
-_COMBINATIONS = list(product(COLOURS, SHAPES, PLACES))
-HELDOUT_COMBINATIONS = [combination for combination in _COMBINATIONS if is_held_out(*combination)]
-TRAINING_COMBINATIONS = [combination for combination in _COMBINATIONS if not is_held_out(*combination)]
+# Held-out scenes show nothing else, training scenes never one of them. The rule is a Latin square's (a linear form
+# modulo 7): it takes 1 in 7 combinations, yet each pair colour-shape, colour-place and shape-place stays in training,
+# so that a held-out scene is new only as a whole.
+HELDOUT_COMBINATIONS = [
+    (colour, shape, place)
+    for colour, shape, place in product(COLOURS, SHAPES, PLACES)
+    if (COLOURS.index(colour) + 2 * SHAPES.index(shape) + 3 * PLACES.index(place)) % 7 == 0
+]
+TRAINING_COMBINATIONS = [some for some in product(COLOURS, SHAPES, PLACES) if some not in HELDOUT_COMBINATIONS]
 
 
 def training_scene(index: int) -> Scene:
@@ -115,27 +114,22 @@ def heldout_scenes() -> list[Scene]:
 
 
 def _scene(rng: Random, allowed: list[tuple[str, str, str]]) -> Scene:
-    chosen = [rng.choice(allowed)]
+    chosen, objects = [rng.choice(allowed)], []
     if rng.random() < 0.5:
         chosen.append(rng.choice([other for other in allowed if other[2] != chosen[0][2]]))
     chosen.sort(key=lambda combination: PLACES.index(combination[2]))
     light = tuple(rng.randint(205, 255) for _ in range(3))
     background = (light, tuple(min(255, max(200, value + rng.randint(-20, 20))) for value in light))
-    return Scene(tuple(_scene_object(rng, *combination) for combination in chosen), background)
-
-
-def _scene_object(rng: Random, colour: str, shape: str, place: str) -> SceneObject:
-    size = rng.choice(SIZES)
-    row, column = divmod(PLACES.index(place), 3)
-    wander = 1.5 if size == "大" else 5.0  # a large object nearly fills its cell
-    return SceneObject(
-        facts=Facts(colour, shape, size, place),
-        x=(column + 0.5) * CELL + rng.uniform(-wander, wander),
-        y=(row + 0.5) * CELL + rng.uniform(-wander, wander),
-        radius=rng.uniform(*RADII[size]),
-        angle=math.radians(rng.uniform(-10, 10)),
-        rgb=tuple(min(255, max(0, value + rng.randint(-14, 14))) for value in COLOUR_VALUES[colour]),
-    )
+    for colour, shape, place in chosen:
+        size = rng.choice(SIZES)
+        row, column = divmod(PLACES.index(place), 3)
+        wander = 1.5 if size == "大" else 5.0  # a large object nearly fills its cell
+        x = (column + 0.5) * CELL + rng.uniform(-wander, wander)
+        y = (row + 0.5) * CELL + rng.uniform(-wander, wander)
+        radius, angle = rng.uniform(*RADII[size]), math.radians(rng.uniform(-10, 10))
+        rgb = tuple(min(255, max(0, value + rng.randint(-14, 14))) for value in COLOUR_VALUES[colour])
+        objects.append(SceneObject(Facts(colour, shape, size, place), x, y, radius, angle, rgb))
+    return Scene(tuple(objects), background)
 
 
 def _mask(thing: SceneObject, side: int) -> Image.Image:
@@ -168,53 +162,37 @@ def patch_coverage(scene: Scene) -> np.ndarray:
     return np.stack([np.asarray(mask, dtype=np.float32) / 255 for mask in masks])
 
 
-def is_drawn(root: Path = BUILTIN_DATASET_DIR) -> bool:
+def is_drawn(root: Path) -> bool:
     """Tells whether `root` holds the complete set, drawn by this very code."""
-    return _stamp().items() <= read_record(root).items()
-
-
-def _stamp() -> dict[str, str]:
-    # The code is the version: any change to it may change the set.
-    code = b"".join(Path(path).read_bytes() for path in (__file__, scene_language.__file__))
-    return {"drawn_by": hashlib.sha256(code).hexdigest()}
+    return STAMP.items() <= read_record(root).items()
 
 
 def draw_builtin_dataset(root: Path = BUILTIN_DATASET_DIR, training: int = TRAINING_SCENES) -> Path:
     """Draws pretrain.jsonl, sft.jsonl, images/, heldout.jsonl and heldout_images/ into `root`, if not there.
 
     An interrupted drawing never counts as complete; a set drawn by other code is replaced. Several processes may call
-    this at the same time. Only tests pass `training`.
-
-    Raises:
-        UsageError: If the folder cannot be written, or holds what was not drawn.
+    this at the same time. Only tests pass `training`. Raises UsageError if the folder cannot be written, or holds what
+    was not drawn.
     """
     remove_leftovers(root.parent)
     if is_drawn(root):
         return root
     try:
-        with whole_folder(root, _stamp()) as new:
-            _draw_into(new, training)
+        with whole_folder(root, STAMP) as new:
+            _draw_into(new / "images", "scene", [training_scene(index) for index in range(training)], "pretrain", "sft")
+            _draw_into(new / "heldout_images", "heldout", heldout_scenes(), "heldout")
     except UsageError:
         if not is_drawn(root):  # otherwise another process was faster and drew the same
             raise
     return root
 
 
-def _draw_into(folder: Path, training: int) -> None:
-    facts, names = _save_images([training_scene(index) for index in range(training)], folder / "images", "scene")
-    _write_rows(folder / "pretrain.jsonl", scene_language.pretrain_rows(facts, names))
-    _write_rows(folder / "sft.jsonl", scene_language.sft_rows(facts, names))
-    facts, names = _save_images(heldout_scenes(), folder / "heldout_images", "heldout")
-    _write_rows(folder / "heldout.jsonl", scene_language.heldout_rows(facts, names))
-
-
-def _save_images(scenes: list[Scene], folder: Path, prefix: str) -> tuple[list[tuple[Facts, ...]], list[str]]:
+def _draw_into(folder: Path, prefix: str, scenes: list[Scene], *stages: str) -> None:
     folder.mkdir()
     names = [f"{prefix}_{index:04d}.jpg" for index in range(len(scenes))]
     for scene, name in zip(scenes, names, strict=True):
         draw(scene).save(folder / name, quality=JPEG_QUALITY)
-    return [scene.facts for scene in scenes], names
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    for stage in stages:
+        rows = language.scene_rows(stage, [scene.facts for scene in scenes], names)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        folder.with_name(f"{stage}.jsonl").write_text(lines, encoding="utf-8")

@@ -25,34 +25,24 @@ _SPELLINGS = {
         **{"upper left": "左上角", "upper right": "右上角", "lower left": "左下角", "lower right": "右下角"},
     },
 }  # fmt: skip
-for _spellings in _SPELLINGS.values():
+_PATTERNS = {}
+for _attribute, _spellings in _SPELLINGS.items():
     # "at the top left": what counts is "top left".
     _spellings |= {ENGLISH.words[word].split("the ")[-1]: word for word in tuple(_spellings) if word in ENGLISH.words}
-
-
-def _pattern(spellings: dict[str, str]) -> re.Pattern:
-    """Returns what finds a spelling, longer ones first, so that neither 左上角 nor "top left" is read as its part."""
-    words = sorted(spellings, key=len, reverse=True)
-    return re.compile("|".join(rf"\b{word}\b" if word.isascii() else word for word in words), re.IGNORECASE)
-
-
-_PATTERNS = {attribute: _pattern(spellings) for attribute, spellings in _SPELLINGS.items()}
+    # Longer ones first, so that neither 左上角 nor "top left" is read as its part.
+    _words = sorted(_spellings, key=len, reverse=True)
+    _alternatives = "|".join(rf"\b{word}\b" if word.isascii() else word for word in _words)
+    _PATTERNS[_attribute] = re.compile(_alternatives, re.IGNORECASE)
 _CLAUSE_ENDS = re.compile(r"[，。；：、,.;:\n]+")
 ATTRIBUTES = tuple(_SPELLINGS)
 
 
 class Grade(NamedTuple):
-    """How much of a description is right.
+    """How much of a description is right."""
 
-    Attributes:
-        right: Correct attributes, of `total`: colour, shape, size and place of each object, and the number of objects.
-        total: Attributes of the scene.
-        whole: Whether everything is right and nothing is invented.
-    """
-
-    right: int
+    right: int  # of `total`: colour, shape, size and place of each object, and the number of objects
     total: int
-    whole: bool
+    whole: bool  # everything is right and nothing is invented
 
 
 class Score(NamedTuple):
@@ -66,16 +56,15 @@ class Score(NamedTuple):
 def parse_caption(text: str) -> list[dict[str, str]]:
     """Parses a description's objects, tolerating other spellings, missing words and other punctuation.
 
-    Returns:
-        One dictionary per object, in the text's order: those of colour, shape, size and place that were found, as
-        canonical words. A clause that only names what the previous object lacks is added to that object.
+    Returns one dictionary per object, in the text's order: those of colour, shape, size and place that were found, as
+    canonical words. A clause that only names what the previous object lacks is added to that object.
     """
     objects: list[dict[str, str]] = []
     for clause in _CLAUSE_ENDS.split(text):
-        matches = {attribute: pattern.search(clause) for attribute, pattern in _PATTERNS.items()}
-        found = {
-            attribute: _SPELLINGS[attribute][match.group().lower()] for attribute, match in matches.items() if match
-        }
+        found = {}
+        for attribute, pattern in _PATTERNS.items():
+            if match := pattern.search(clause):
+                found[attribute] = _SPELLINGS[attribute][match.group().lower()]
         if objects and "shape" not in found and not found.keys() & objects[-1].keys():
             objects[-1].update(found)
         elif "shape" in found or "colour" in found:
@@ -85,14 +74,10 @@ def parse_caption(text: str) -> list[dict[str, str]]:
 
 def grade(text: str, objects: Sequence[Facts]) -> Grade:
     """Grades a description of an image that shows these objects (`Scene.facts`), in whichever order gets most right."""
-    described = parse_caption(text)
-    candidates = described[:4] + [{}] * len(objects)  # {}: an object left out
+    described, truth = parse_caption(text), [vars(thing).items() for thing in objects]
+    candidates = [found.items() for found in described[:4]] + [{}.items()] * len(objects)  # {}: an object left out
     right = max(
-        sum(
-            found.get(key) == getattr(thing, key)
-            for found, thing in zip(order, objects, strict=True)
-            for key in ATTRIBUTES
-        )
+        sum(len(found & facts) for found, facts in zip(order, truth, strict=True))
         for order in permutations(candidates, len(objects))
     )
     right += len(described) == len(objects)
@@ -115,9 +100,8 @@ def _overall(grades: list[Grade]) -> Score:
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
     """Returns what describing without looking scores.
 
-    Returns:
-        The score of true captions of other scenes (the mean over all others: what shuffled images should fall to), and
-        the score of the single caption that, given to every other scene, gets the most attributes right.
+    That is, the score of true captions of other scenes (the mean over all others: what shuffled images should fall to),
+    and the score of the single caption that, given to every other scene, gets the most attributes right.
     """
     others = [
         [grade(text, objects) for objects in scenes if objects is not described]

@@ -1,6 +1,6 @@
 """The texts of the built-in scenes: captions, questions with answers, and the rows of the data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from random import Random
@@ -25,31 +25,20 @@ class Facts:
 
 @dataclass(frozen=True)
 class Language:
-    """How scenes are spoken of. The templates' fields are those of `Facts`, and `things`.
+    """How scenes are spoken of. The templates' fields are those of `Facts`, and `things`."""
 
-    Attributes:
-        words: The words for the Chinese ones above; {} for Chinese itself.
-        requests, requests_for_two: Ask for a description; the first is the usual one.
-        captions: Descriptions of no, one and two objects.
-        thing, separator: One object of a description, and what stands between two.
-        captions_of_two: The answer to a request for two images.
-        count: The question for the number of objects, and its answers.
-        of_place, of_shape, of_colour: Questions with answers about the object there, of that shape, of that colour.
-        presence: The question whether there is such an object, the answer yes and the answer no.
-    """
-
-    words: dict[str, str]
-    requests: tuple[str, ...]
+    words: dict[str, str]  # for the Chinese ones above; {} for Chinese itself
+    requests: tuple[str, ...]  # for a description; the first is the usual one
     requests_for_two: tuple[str, ...]
-    captions: tuple[str, str, str]
-    thing: str
-    separator: str
-    captions_of_two: str
-    count: tuple[str, str, str, str]
-    of_place: tuple[tuple[str, str], ...]
-    of_shape: tuple[tuple[str, str], ...]
-    of_colour: tuple[tuple[str, str], ...]
-    presence: tuple[str, str, str]
+    captions: tuple[str, str, str]  # of no, one and two objects
+    thing: str  # one object of a caption
+    separator: str  # between two of them
+    captions_of_two: str  # the answer to a request for two images
+    count: tuple[str, str, str, str]  # the question for the number of objects, and its answers
+    of_place: tuple[tuple[str, str], ...]  # questions with answers about the object there
+    of_shape: tuple[tuple[str, str], ...]  # ... of that shape
+    of_colour: tuple[tuple[str, str], ...]  # ... of that colour
+    presence: tuple[str, str, str]  # the question whether there is such an object, the answer yes and the answer no
 
     def say(self, template: str, thing: Facts) -> str:
         """Returns the template with the object's attributes filled in."""
@@ -147,16 +136,15 @@ def questions(objects: Sequence[Facts], rng: Random, language: Language = CHINES
     return asked
 
 
-def _turns(*pairs: tuple[str, str]) -> list[dict]:
+def _conversation(pairs: list[tuple[str, str]], shown: str, rng: Random | None = None) -> list[dict]:
+    # The image comes before or after the first request; after it without `rng`.
+    (request, answer), *others = pairs
+    request = f"{request}\n{shown}" if rng is None or rng.random() < 0.5 else f"{shown}\n{request}"
     return [
         {"role": role, "content": content}
-        for request, answer in pairs
-        for role, content in (("user", request), ("assistant", answer))
+        for pair in [(request, answer), *others]
+        for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
-
-
-def _beside(request: str, shown: str, rng: Random) -> str:
-    return f"{request}\n{shown}" if rng.random() < 0.5 else f"{shown}\n{request}"
 
 
 def description(
@@ -164,13 +152,10 @@ def description(
 ) -> list[dict]:
     """Returns a conversation of one question and answer: the caption.
 
-    Args:
-        objects: The scene.
-        rng: Chooses the request's wording, and whether it comes before or after the image.
-        shown: The image's placeholder, or a description that stands in its place.
-        language: Of question and answer.
+    `rng` chooses the request's wording, and whether it comes before or after `shown`: the image's placeholder, or a
+    description that stands in its place.
     """
-    return _turns((_beside(rng.choice(language.requests), shown, rng), caption(objects, language)))
+    return _conversation([(rng.choice(language.requests), caption(objects, language))], shown, rng)
 
 
 def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>", language: Language = CHINESE) -> list[dict]:
@@ -178,55 +163,36 @@ def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>", lang
     pairs = questions(objects, rng, language)[: rng.randint(2, 4)]
     if rng.random() < 0.25:
         pairs[0] = (rng.choice(language.requests), caption(objects, language))
-    pairs[0] = (_beside(pairs[0][0], shown, rng), pairs[0][1])
-    return _turns(*pairs)
+    return _conversation(pairs, shown, rng)
 
 
 def description_of_two(
-    scenes: Sequence[Sequence[Facts]],
-    rng: Random,
-    shown: Sequence[str] = ("<image>", "<image>"),
-    language: Language = CHINESE,
+    scenes: Sequence[Sequence[Facts]], rng: Random, shown=("<image>", "<image>"), language: Language = CHINESE
 ) -> list[dict]:
     """Returns a conversation that asks for the captions of two images; arguments as in `description`."""
     images = rng.choice(("", "\n")).join(shown)
-    request = _beside(rng.choice(language.requests_for_two), images, rng)
-    return _turns((request, language.captions_of_two.format(*(caption(scene, language) for scene in scenes))))
+    captions = language.captions_of_two.format(*(caption(scene, language) for scene in scenes))
+    return _conversation([(rng.choice(language.requests_for_two), captions)], images, rng)
 
 
-def pretrain_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns the rows of the first stage: a description of each image, given its objects and its file name.
+def scene_rows(stage: str, scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> Iterator[dict]:
+    """Yields a row for each scene, given its objects and its image's file name; Chinese and English take turns.
 
-    Here and below, Chinese and English take turns.
+    Those of "pretrain" are descriptions; of "sft" descriptions and dialogues, some of two images, some of text only; of
+    "heldout" descriptions, all with the usual request of their language.
     """
-    return [
-        {"conversations": description(objects, Random(f"pretrain row {index}"), language=spoken), "image": name}
-        for index, (objects, name, spoken) in enumerate(zip(scenes, names, cycle(LANGUAGES)))
-    ]
-
-
-def sft_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns the rows of the second stage: descriptions and dialogues, some of two images, some of text only."""
-    rows = []
     for index, (objects, name, spoken) in enumerate(zip(scenes, names, cycle(LANGUAGES))):
-        rng = Random(f"sft row {index}")
-        kind = rng.random()
-        if kind < 0.03:  # no image: the scene is described in words
-            shown = caption(objects, spoken)
-            rows.append({"conversations": dialogue(objects, rng, shown, spoken)})
+        rng, image = Random(f"{stage} row {index}"), name
+        if stage == "heldout":
+            talk = _conversation([(spoken.requests[0], caption(objects, spoken))], "<image>")
+        elif stage == "pretrain":
+            talk = description(objects, rng, language=spoken)
+        elif (kind := rng.random()) < 0.03:  # no image: the scene is described in words
+            talk, image = dialogue(objects, rng, caption(objects, spoken), spoken), None
         elif kind < 0.08:
             other = rng.randrange(len(scenes))
-            conversation = description_of_two((objects, scenes[other]), rng, language=spoken)
-            rows.append({"conversations": conversation, "image": f"{name}, {names[other]}"})
+            talk = description_of_two((objects, scenes[other]), rng, language=spoken)
+            image = f"{name}, {names[other]}"
         else:
-            talk = description if kind < 0.55 else dialogue
-            rows.append({"conversations": talk(objects, rng, language=spoken), "image": name})
-    return rows
-
-
-def heldout_rows(scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> list[dict]:
-    """Returns one row per image, all with the usual request of their language."""
-    return [
-        {"conversations": _turns((f"{spoken.requests[0]}\n<image>", caption(objects, spoken))), "image": name}
-        for objects, name, spoken in zip(scenes, names, cycle(LANGUAGES))
-    ]
+            talk = (description if kind < 0.55 else dialogue)(objects, rng, language=spoken)
+        yield {"conversations": talk, "image": image} if image else {"conversations": talk}

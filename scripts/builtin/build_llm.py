@@ -11,6 +11,7 @@ features to that, so this model learns to read images by a projection alone. No 
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -27,7 +28,6 @@ from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder
 from dataset.scenes import language
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene
-from dataset.scenes.language import LANGUAGES
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import VLMConfig
@@ -64,7 +64,7 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
     weights[:, 0] = rng.uniform(0, 1)
     strength, unevenness, missing = rng.uniform(0.4, 2.0), rng.uniform(0, 0.8), rng.choice([0, 0.2])
     for facts, covered in zip(scene.facts, coverage, strict=True):
-        words = build_tower.word_targets(facts)
+        words = [build_tower.TARGETS.index(word) for word in astuple(facts)]
         present = (covered >= 0.15) & (rng.random(len(covered)) >= missing)
         present[covered.argmax()] = True
         cells = np.flatnonzero(present)
@@ -77,7 +77,7 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
 def in_a_sentence(scene: Scene, rng: Random) -> Example:
     """Returns a conversation about a scene described as a sentence, or as a list of objects in random order."""
     talk = language.dialogue if rng.random() < 0.7 else language.description
-    spoken = rng.choice(LANGUAGES)
+    spoken = rng.choice(language.LANGUAGES)
     if rng.random() < 0.3:
         return talk(scene.facts, rng, language.caption(scene.facts, spoken), spoken), []
     lines = []
@@ -90,7 +90,7 @@ def in_a_sentence(scene: Scene, rng: Random) -> Example:
 
 def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
     """Returns a conversation about the next scene or two, shown as grids."""
-    facts, grids, spoken = [], [], rng.choice(LANGUAGES)
+    facts, grids, spoken = [], [], rng.choice(language.LANGUAGES)
     for _ in range(2 if rng.random() < 0.06 else 1):
         scene = next(scenes)
         facts.append(scene.facts)
@@ -102,79 +102,57 @@ def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, 
     return talk(facts[0], rng, shown[0], spoken), grids
 
 
-def collate(encoder: ChatEncoder, examples: list[Example]) -> dict[str, Tensor]:
-    """Joins examples into a batch.
+def embed(model: MiniMindForCausalLM, encoder: ChatEncoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise.
 
-    Returns:
-        (texts, longest): input_ids, right-padded; labels, -100 where nothing is learned; is_cell, where the cells of
-        grids are. weights (cells, len(GRID_WORDS)): of all cells in reading order.
+    A grid word's is the scaled sum of its tokens'. Returns embeddings (texts, longest, width), right-padded, and labels
+    (texts, longest), -100 where nothing is learned.
     """
     chats = encoder.encode([conversation for conversation, _ in examples])
-    grids = [grid for _, grids in examples for grid in grids]
     input_ids = nn.utils.rnn.pad_sequence([torch.tensor(chat.input_ids) for chat in chats], batch_first=True)
     labels = torch.full_like(input_ids, -100)
     for row, chat in enumerate(chats):
         for start, end in chat.learned:
             labels[row, start:end] = input_ids[row, start:end]
-    weights = torch.from_numpy(np.concatenate([np.zeros((0, len(GRID_WORDS)), dtype=np.float32), *grids]))
-    is_cell = input_ids == encoder.image_token_id
-    return {"input_ids": input_ids, "labels": labels, "is_cell": is_cell, "weights": weights}
-
-
-def draw_batches(encoder: ChatEncoder, steps: int, batch_size: int, seed: int) -> Iterator[tuple[str, dict]]:
-    """Yields the kind of text and the batch of each step, from training scenes, none twice.
-
-    Four in five scenes with one object are left out: they are learned long before those with two.
-    """
-    rng, noise = Random(seed), np.random.default_rng(seed)
-    every_scene = map(training_scene, itertools.count())
-    scenes = (scene for scene in every_scene if len(scene.objects) == 2 or rng.random() < 0.2)
-    for step in range(steps):
-        if rng.random() < IN_A_SENTENCE:
-            yield "loss in words", collate(encoder, [in_a_sentence(next(scenes), rng) for _ in range(batch_size)])
-        else:
-            coarse = rng.random() > 0.1 + (step / steps > COARSE_UNTIL)
-            stride, count = (2, batch_size) if coarse else (1, batch_size // 2)
-            yield "loss in a grid", collate(encoder, [in_a_grid(scenes, rng, noise, stride) for _ in range(count)])
-
-
-def embed(model: MiniMindForCausalLM, batch: dict, words: list[list[int]]) -> Tensor:
-    """Embeds tokens by their ids, and each cell as the weighted sum of the grid words' embeddings, with noise.
-
-    A grid word's is the scaled sum of its tokens' (`words`).
-    """
-    embedded = model.model.embed_tokens(batch["input_ids"])
-    if not len(batch["weights"]):
-        return embedded
-    word_vectors = torch.stack([model.model.embed_tokens(torch.tensor(ids)).sum(0) * len(ids) ** -0.5 for ids in words])
-    vectors = batch["weights"] @ word_vectors
+    embedded = model.model.embed_tokens(input_ids)
+    grids = [grid for _, grids in examples for grid in grids]
+    if not grids:
+        return embedded, labels
+    words = [encoder.tokenizer(list(pair), add_special_tokens=False)["input_ids"] for pair in GRID_WORDS]
+    ids = [torch.tensor(chinese + english) for chinese, english in words]
+    word_vectors = torch.stack([model.model.embed_tokens(tokens).sum(0) * len(tokens) ** -0.5 for tokens in ids])
+    vectors = torch.from_numpy(np.concatenate(grids)) @ word_vectors
     scale = word_vectors.detach().square().mean().sqrt()
     # Noise on each cell, and an offset common to all: no projection is clean.
     vectors = vectors + torch.randn_like(vectors) * scale * torch.rand(()) * 0.5
     vectors = vectors + torch.randn(vectors.shape[1]) * scale * torch.rand(()) * 0.5
-    return embedded.masked_scatter(batch["is_cell"][..., None], vectors.to(embedded.dtype))
+    is_cell = input_ids == encoder.image_token_id
+    return embedded.masked_scatter(is_cell[..., None], vectors.to(embedded.dtype)), labels
 
 
-def initialise(model: MiniMindForCausalLM):
-    """Draws new weights, scaled by the width.
+def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterator[tuple[str, Tensor]]:
+    """Yields the kind of text and the loss of each step, from training scenes, none twice.
 
-    The usual deviation of 0.02 is for wide models. At width 128 it makes attention start too flat, and the words of a
-    group (the colours, say), which are first learned to be equally likely, become too alike to be told apart.
+    Four in five scenes with one object are left out: they are learned long before those with two.
     """
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            depth = 2 * CONFIG.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            nn.init.normal_(weight, std=(weight.shape[1] * depth) ** -0.5)
-
-
-def training_loss(model: MiniMindForCausalLM, words: list[list[int]], batch: dict) -> Tensor:
-    learned = (batch["labels"].flatten() != -100).nonzero()[:, 0]
-    return model(inputs_embeds=embed(model, batch, words), labels=batch["labels"], learned_positions=learned).loss
+    rng, noise, batch_size = Random(build_tower.SEED), np.random.default_rng(build_tower.SEED), build_tower.BATCH_SIZE
+    every_scene = map(training_scene, itertools.count())
+    scenes = (scene for scene in every_scene if len(scene.objects) == 2 or rng.random() < 0.2)
+    for step in range(STEPS):
+        if rng.random() < IN_A_SENTENCE:
+            name, examples = "loss in words", [in_a_sentence(next(scenes), rng) for _ in range(batch_size)]
+        else:
+            coarse = rng.random() > 0.1 + (step / STEPS > COARSE_UNTIL)
+            stride, count = (2, batch_size) if coarse else (1, batch_size // 2)
+            name, examples = "loss in a grid", [in_a_grid(scenes, rng, noise, stride) for _ in range(count)]
+        embedded, labels = embed(model, encoder, examples)
+        learned = (labels.flatten() != -100).nonzero()[:, 0]
+        yield name, model(inputs_embeds=embedded, labels=labels, learned_positions=learned).loss
 
 
 @torch.no_grad()
-def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[int]]) -> dict:
-    """Measures the shares of learned tokens and of whole captions that are right, on held-out scenes shown as grids.
+def save(model: MiniMindForCausalLM, encoder: ChatEncoder) -> dict:
+    """Writes the weights, and returns the shares of tokens and captions that are right on held-out scenes as grids.
 
     A caption is right if each token is the most likely one after those before it, as in greedy generation.
     """
@@ -186,13 +164,17 @@ def measure(model: MiniMindForCausalLM, encoder: ChatEncoder, words: list[list[i
             for scene in scenes[start : start + 50]:
                 talk = language.description(scene.facts, Random(start), shown, spoken)
                 examples.append((talk, [grid_weights(scene, noise, stride=1)]))
-            batch = collate(encoder, examples)
-            labels = batch["labels"][:, 1:]
-            right = model(inputs_embeds=embed(model, batch, words)).logits[:, :-1].argmax(dim=-1) == labels
+            embedded, labels = embed(model, encoder, examples)
+            labels = labels[:, 1:]
+            right = model(inputs_embeds=embedded).logits[:, :-1].argmax(dim=-1) == labels
             tokens.append(right[labels != -100].float())
             captions.append((right | (labels == -100)).all(dim=1).float())
         result[f"tokens, {name}"] = round(float(torch.cat(tokens).mean()), 4)
         result[f"captions, {name}"] = round(float(torch.cat(captions).mean()), 4)
+    made_by = {"command": "python scripts/builtin/build_llm.py"}
+    sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(encoder.tokenizer), made_by)
+    path = OUT / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
+    write_together(weight_files(path, model, {}, sidecar | {"result": result}))
     return result
 
 
@@ -200,19 +182,17 @@ def main():
     ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(build_tower.SEED)
-    tokenizer = load_tokenizer(BUILTIN_TOKENIZER_DIR)
-    encoder = ChatEncoder(tokenizer, CONFIG.image_tokens)
-    words = [[i for word in pair for i in tokenizer.encode(word, add_special_tokens=False)] for pair in GRID_WORDS]
-    model = MiniMindForCausalLM(CONFIG)
-    initialise(model)
-
-    def save() -> dict:
-        result = measure(model, encoder, words)
-        made_by = {"command": "python scripts/builtin/build_llm.py"}
-        sidecar = describe(CONFIG, "llm", "built-in", tokenizer_hash(tokenizer), made_by)
-        path = OUT / f"{weight_name('llm', CONFIG.hidden_size, CONFIG.use_moe)}.pth"
-        write_together(weight_files(path, model, {}, sidecar | {"result": result}))
-        return result
+    encoder, model = (
+        ChatEncoder(load_tokenizer(BUILTIN_TOKENIZER_DIR), CONFIG.image_tokens),
+        MiniMindForCausalLM(CONFIG),
+    )
+    # Weights scaled by the width: the usual deviation of 0.02 is for wide models. At width 128 it makes attention start
+    # too flat, and the words of a group (the colours, say), which are first learned to be equally likely, become too
+    # alike to be told apart.
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            depth = 2 * CONFIG.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            nn.init.normal_(weight, std=(weight.shape[1] * depth) ** -0.5)
 
     print(f"decoder of {model.num_parameters():,} parameters, {STEPS} steps")
     embeddings, *others = model.parameters()
@@ -220,8 +200,7 @@ def main():
         {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
         {"params": others, "factor": 1.0, "weight_decay": 0.05},
     ]
-    batches = draw_batches(encoder, STEPS, build_tower.BATCH_SIZE, build_tower.SEED)
-    build_tower.train(groups, batches, STEPS, 2e-3, partial(training_loss, model, words), save)
+    build_tower.train(groups, training_losses(model, encoder), STEPS, 2e-3, partial(save, model, encoder))
 
 
 if __name__ == "__main__":

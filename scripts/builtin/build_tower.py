@@ -14,8 +14,9 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser, HelpFormatter
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
-from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
+from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES
 
 CONFIG = CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
 )
+PROCESSOR = CLIPImageProcessorPil()
 # What the head predicts from a patch: whether an object covers it, and each word about the object.
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
 GROUPS = {
@@ -48,64 +50,62 @@ SEED = 0  # of the initial weights and the texts
 OUT = BUILTIN_MODEL_DIR / "tower"
 
 
-def word_targets(facts: Facts) -> list[int]:
-    """Returns the positions in TARGETS of an object's colour, shape, size and place."""
-    return [TARGETS.index(word) for word in astuple(facts)]
-
-
-def pixels(scenes: Sequence[Scene], processor: CLIPImageProcessorPil) -> Tensor:
-    """Returns the scenes as the tower gets them: drawn, JPEG-compressed and preprocessed, (B, 3, 224, 224)."""
+def predict(tower: CLIPVisionModel, head: nn.Linear, scenes: Sequence[Scene]) -> Tensor:
+    """Returns what the head predicts of scenes, drawn and JPEG-compressed, (B, 196, len(TARGETS))."""
     images = []
     for scene in scenes:
         file = io.BytesIO()
         draw(scene).save(file, format="JPEG", quality=JPEG_QUALITY)
         images.append(Image.open(file))
-    return processor(images=images, return_tensors="pt")["pixel_values"]
+    pixels = PROCESSOR(images=images, return_tensors="pt")["pixel_values"]
+    return head(tower(pixel_values=pixels).last_hidden_state[:, 1:])  # without the class token, as a VLM uses them
 
 
 def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Returns targets (B, 196, len(TARGETS)), ones and zeros, and which patches are learned (B, 196)."""
-    targets = np.zeros((len(scenes), 196, len(TARGETS)), dtype=np.float32)
-    learned = np.ones((len(scenes), 196), dtype=bool)
+    targets = torch.zeros(len(scenes), 196, len(TARGETS))
+    learned = torch.ones(len(scenes), 196, dtype=torch.bool)
     for row, scene in enumerate(scenes):
         for facts, coverage in zip(scene.facts, patch_coverage(scene).reshape(-1, 196), strict=True):
-            covered = np.flatnonzero(coverage >= COVERED)
             learned[row, (coverage > EMPTY) & (coverage < COVERED)] = False
-            targets[row, covered[:, None], [0, *word_targets(facts)]] = 1
-    return torch.from_numpy(targets), torch.from_numpy(learned)
+            for target in ("object", *astuple(facts)):
+                targets[row, coverage >= COVERED, TARGETS.index(target)] = 1
+    return targets, learned
 
 
-def features(tower: CLIPVisionModel, pixel_values: Tensor) -> Tensor:
-    """Returns the patch features as a VLM uses them: last_hidden_state without the class token, (B, 196, width)."""
-    return tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
-
-
-def head_loss(predicted: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
-    """Returns the squared error of all targets, plus the cross-entropy of each group on patches of an object.
+def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[tuple[str, Tensor]]:
+    """Yields the loss of each step: the squared error of all targets, plus each group's cross-entropy on objects.
 
     The squared error makes the targets linear in the feature, which a projection into word embeddings needs; the
     cross-entropy separates the words.
     """
-    predicted, targets = predicted[learned], targets[learned]
-    covered = targets[:, 0] == 1
-    # Most patches are empty: they get half the weight, the others the other half.
-    squares = (predicted - targets).square().sum(dim=1)
-    loss = squares[covered].mean() + squares[~covered].mean()
-    for group in GROUPS.values():
-        loss = loss + F.cross_entropy(6 * predicted[covered, group], targets[covered, group].argmax(dim=1))
-    return loss
+    for step in range(STEPS):
+        scenes = [training_scene(step * BATCH_SIZE + index) for index in range(BATCH_SIZE)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predicted = predict(tower, head, scenes).float()
+        targets, learned = patch_targets(scenes)
+        predicted, targets = predicted[learned], targets[learned]
+        covered = targets[:, 0] == 1
+        # Most patches are empty: they get half the weight, the others the other half.
+        squares = (predicted - targets).square().sum(dim=1)
+        loss = squares[covered].mean() + squares[~covered].mean()
+        for group in GROUPS.values():
+            loss = loss + F.cross_entropy(6 * predicted[covered, group], targets[covered, group].argmax(dim=1))
+        yield "loss", loss
 
 
 @torch.no_grad()
-def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcessorPil) -> dict:
-    """Returns the linear head's accuracy on held-out scenes, from 0 to 1.
+def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
+    """Writes the tower, and returns the linear head's accuracy on held-out scenes, from 0 to 1.
 
-    Each group's, over objects (by the mean over an object's patches); `whole`: of all four groups together; `patch`: of
-    object or background, over patches.
+    Each group's is over objects (by the mean over an object's patches), as is that of all four together, `whole`;
+    `patch` is of object or background, over patches.
     """
+    copy.deepcopy(tower).half().save_pretrained(OUT)
+    PROCESSOR.save_pretrained(OUT)
     scenes = heldout_scenes()
     parts = [scenes[start : start + 50] for start in range(0, len(scenes), 50)]
-    predicted = torch.cat([head(features(tower, pixels(part, processor))) for part in parts])
+    predicted = torch.cat([predict(tower, head, part) for part in parts])
     targets, learned = patch_targets(scenes)
     right = []
     for row, scene in enumerate(scenes):
@@ -118,32 +118,27 @@ def measure(tower: CLIPVisionModel, head: nn.Linear, processor: CLIPImageProcess
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
-def train(groups: list[dict], batches: Iterable[tuple], steps: int, peak: float, loss_of: Callable, save: Callable):
-    """Trains with AdamW, printing losses and held-out results as it goes.
+def train(groups: list[dict], losses: Iterable[tuple[str, Tensor]], steps: int, peak: float, save: Callable[[], dict]):
+    """Trains with AdamW, and prints losses, and held-out results, which `save` returns.
 
-    Args:
-        groups: AdamW's parameter groups; "factor" scales a group's learning rate, which rises to `peak`.
-        batches: One (name of the loss, batch) per step.
-        loss_of: Returns the loss of a batch.
-        save: Writes the weights and returns the held-out results.
+    A group's "factor" scales its learning rate, which rises to `peak`. `losses` computes each when it is asked for.
     """
     warm_up = max(1, steps // 20)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     parameters = [weight for group in groups for weight in group["params"]]
     started, recent = time.time(), defaultdict(list)
-    for done, (name, batch) in enumerate(batches, start=1):
+    for done, (name, loss) in enumerate(losses, start=1):
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 1 - warm_up) / max(1, steps - warm_up)))
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * peak * (done / warm_up if done <= warm_up else decay)
-        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         recent[name].append(loss.item())
         if done % LOG_INTERVAL == 0:
-            losses = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
-            print(f"step {done} {losses} {time.time() - started:.0f} s", flush=True)
+            means = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
+            print(f"step {done} {means} {time.time() - started:.0f} s", flush=True)
             recent.clear()
         if done % max(1, steps // SAVES) == 0 or done == steps:
             print(f"held-out scenes: {json.dumps(save())}", flush=True)
@@ -153,24 +148,10 @@ def main():
     ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    processor = CLIPImageProcessorPil()
     tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, len(TARGETS))
-
-    def loss_of(first_scene: int) -> Tensor:
-        scenes = [training_scene(first_scene + index) for index in range(BATCH_SIZE)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            predicted = head(features(tower, pixels(scenes, processor)))
-        return head_loss(predicted.float(), *patch_targets(scenes))
-
-    def save() -> dict:
-        copy.deepcopy(tower).half().save_pretrained(OUT)
-        processor.save_pretrained(OUT)
-        return measure(tower, head, processor)
-
     print(f"tower of {tower.num_parameters():,} parameters, {STEPS} steps of {BATCH_SIZE}")
     groups = [{"params": [*tower.parameters(), *head.parameters()], "factor": 1.0, "weight_decay": 0.02}]
-    batches = (("loss", step * BATCH_SIZE) for step in range(STEPS))
-    train(groups, batches, STEPS, 1e-3, loss_of, save)
+    train(groups, training_losses(tower, head), STEPS, 1e-3, partial(save, tower, head))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,19 +52,15 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "tkin
 NOT_PROSE = (">>>", "...", "==", "--", "+-", "|")  # code examples, rules and tables
 
 
-def chinese_words() -> Iterator[str]:
-    """Yields each word of jieba's list, repeated in proportion to its frequency."""
+def built_in_corpus() -> Iterator[str]:
+    """Yields jieba's words, docstrings without code examples, and words of image descriptions."""
     package = importlib.util.find_spec("jieba")  # not imported: that is slow and prints
-    words_file = Path(package.origin).with_name("dict.txt")
-    for line in words_file.read_text(encoding="utf-8").splitlines():
+    for line in Path(package.origin).with_name("dict.txt").read_text(encoding="utf-8").splitlines():
         word, frequency = line.split(" ")[:2]
         # Outside GB 2312 the frequent "words" are nearly all pieces of wrongly decoded text.
         if word == word.encode("gb2312", "ignore").decode("gb2312"):
             yield f"{word}\n" * round(int(frequency) / JIEBA_DIVISOR)
 
-
-def english_docstrings() -> Iterator[str]:
-    """Yields the docstrings of the standard library, without code examples."""
     library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     for path in sorted(library.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
@@ -73,44 +69,33 @@ def english_docstrings() -> Iterator[str]:
             tree = ast.parse(source.read())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                docstring = ast.get_docstring(node) or ""
-                lines = (" ".join(line.split()) for line in docstring.splitlines())
+                lines = (" ".join(line.split()) for line in (ast.get_docstring(node) or "").splitlines())
                 text = "\n".join(line for line in lines if line and not line.startswith(NOT_PROSE))
                 if text not in seen:  # generated modules repeat the same docstrings
                     seen.add(text)
                     yield text
 
-
-def built_in_corpus() -> Iterator[str]:
-    yield from chinese_words()
-    yield from english_docstrings()
     for word in SCENE_WORDS + PUNCTUATION:
         yield f"{word}\n" * SCENE_REPEATS
     for word in SCENE_ENGLISH:
         yield f"{word}\n {word}\n" * (SCENE_REPEATS // 10)
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer with `vocab_size` entries: special tokens, 256 bytes, and merges."""
+def main():
+    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     # No merge may hold an image character or special token, so each becomes a line break, which separates words.
     unwanted = re.compile("|".join(map(re.escape, (IMAGE_CHARACTER, *SPECIAL_TOKENS))))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=MAX_TOKEN_BYTES,
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator((unwanted.sub("\n", text) for text in texts), trainer)
-    return tokenizer
-
-
-def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
-    tokenizer = train(built_in_corpus(), VOCAB_SIZE)
+    tokenizer.train_from_iterator((unwanted.sub("\n", text) for text in built_in_corpus()), trainer)
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
     write_atomically(OUT / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
     write_atomically(OUT / config.name, lambda file: file.write(config.read_bytes()))

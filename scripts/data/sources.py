@@ -1,9 +1,13 @@
-"""Read what people have, row by row: folders, tables, JSON, tar archives, parquet and `datasets` folders.
+"""Reads what people have, row by row, and makes a row of any known form one of this project.
 
 A reader yields (place, row): where the row stands, and its fields, or a RowError if it cannot be read.
 """
 
+import base64
+import binascii
 import csv
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -12,19 +16,24 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
-from dataset import foreign, forms
-from dataset.conversation import RowError
-from dataset.formats import with_plain_images
-from scripts.data.rows import IMAGE_FOLDERS
+from dataset import foreign, forms, pictures
+from dataset.chat import IMAGE_TAG, RowError
+from dataset.formats import why_missing
+from dataset.forms import TOOL_CALLS, check_images, parse_picture_names
 
+IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
+ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
+QUALITY = 95
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
 LONGEST_ROW = 1 << 26  # also of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
@@ -54,63 +63,55 @@ def read_source(path: Path) -> Rows:
     try:
         form = foreign.form_of_file(path)
         if form is None:
-            raise UsageError(f"{name} is {what_is_found(path)}\n{KNOWN}")
-        yield from READERS[form](path)
+            is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+            found = "empty." if is_empty else "of no known form."
+            if path.is_file() and not is_empty:
+                with open(path, "rb") as file:
+                    line = file.readline(80).decode("utf-8-sig", "replace").strip()
+                found += f" Its first line is\n  {printable(line)}"
+            raise UsageError(f"{name} is {found}\n{KNOWN}")
+        for place, row in READERS[form](path):
+            yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
     except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
         raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def what_is_found(path: Path) -> str:
-    """Says what a source of no known form begins with."""
-    if path.is_dir():
-        return "of no known form." if any(path.iterdir()) else "empty."
-    with open(path, "rb") as file:
-        line = file.readline(80).decode("utf-8-sig", "replace").strip()
-    return f"of no known form. Its first line is\n  {printable(line)}" if path.stat().st_size else "empty."
-
-
 def read_folder(path: Path) -> Rows:
-    for folder, pictures, texts in foreign.pictures_and_texts(path):
+    for folder, images, texts in foreign.pictures_and_texts(path):
         inside = folder.relative_to(path)
-        for name in pictures:
-            yield str(inside / name), captioned(folder, inside / name, texts.get(foreign.stem(name)))
-        stems = set(map(foreign.stem, pictures))
+        for name in images:
+            picture, text = str(inside / name), texts.get(foreign.stem(name))
+            if text is None:
+                yield picture, RowError("a picture without a .txt of its name")
+            elif reason := not_a_file(folder / text):
+                yield picture, RowError(f"its .txt cannot be read: {reason}")
+            else:
+                yield picture, captioned([picture], (folder / text).read_bytes())
+        stems = set(map(foreign.stem, images))
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
 
 
-def captioned(folder: Path, picture: Path, text: str | None) -> dict | RowError:
-    if text is None:
-        return RowError("a picture without a .txt of its name")
-    if reason := not_a_file(folder / text):
-        return RowError(f"its .txt cannot be read: {reason}")
-    return with_caption({"image": [str(picture)]}, (folder / text).read_bytes())
-
-
-def with_caption(row: dict, text: bytes) -> dict | RowError:
+def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return row | {"caption": text.decode("utf-8-sig").strip()}
+        return {"image": images, "caption": text.decode("utf-8-sig").strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, pictures, _ in foreign.pictures_and_texts(path):
-        is_class = folder != path and folder.name not in IMAGE_FOLDERS
-        for name in pictures:
-            label, place = folder.name if is_class else name_as_label(name), str((folder / name).relative_to(path))
+    for folder, images, _ in foreign.pictures_and_texts(path):
+        for name in images:
+            place, label = str((folder / name).relative_to(path)), folder.name
+            if folder == path or label in IMAGE_FOLDERS:
+                label = foreign.stem(name)
+                is_no_label = BY_CAMERA.issuperset(re.findall(r"[^\W\d_]+", label.lower())) or HASH.fullmatch(label)
+                label = "" if is_no_label else re.sub(r"[\W\d_]+$", "", label)
             label = re.sub(r"[\s_-]+", " ", label).strip()
             yield place, {"image": [place], "label": label} if label else RowError(NO_LABEL)
-
-
-def name_as_label(picture: str) -> str:
-    """Returns a picture's name without its ending and number; "" for a camera's name, a number or a hash."""
-    stem = foreign.stem(picture)
-    words = re.findall(r"[^\W\d_]+", stem.lower())
-    return "" if BY_CAMERA.issuperset(words) or HASH.fullmatch(stem) else re.sub(r"[\W\d_]+$", "", stem)
 
 
 def read_shards(path: Path) -> Rows:
@@ -150,18 +151,14 @@ def read_lines(path: Path) -> Rows:
                 yield f"line {number}", parsed(line.strip())
 
 
-def parsed(text: bytes) -> dict | RowError:
-    """Returns the fields of a JSON object."""
+def parsed(text: bytes) -> object:
+    """Decodes JSON; returns a RowError if it is none."""
     try:
-        return checked(json.loads(text.decode("utf-8-sig")))
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
         return RowError(f"not JSON: {error}")
-
-
-def checked(value) -> dict | RowError:
-    return value if isinstance(value, dict) else RowError("not a JSON object")
 
 
 def read_list(path: Path) -> Rows:
@@ -179,7 +176,7 @@ def read_list(path: Path) -> Rows:
                     raise UsageError(f"{display_path(path)}, row {number}: {BROKEN} ({error})") from error
                 text, at = rest + more, 0
             else:
-                yield f"row {number}", checked(value)
+                yield f"row {number}", value
                 number += 1
 
 
@@ -194,16 +191,37 @@ def read_object(path: Path) -> Rows:
     rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
-        rows = [{"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-                if isinstance(row, dict) else row for row in whole["annotations"]]  # fmt: skip
-    yield from numbered(map(checked, rows))
+        rows = []
+        for row in whole["annotations"]:
+            is_row = isinstance(row, dict)
+            rows.append(
+                {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")} if is_row else row
+            )
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
 
 
 def read_tar(path: Path) -> Rows:
-    """Reads a WebDataset: neighbouring files of one name up to the first dot are a row."""
+    """Reads a WebDataset: neighbouring files of one name up to the first dot are a row.
+
+    Its fields are those of the JSON, or the text as the caption, and the pictures' bytes.
+    """
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
-            yield key, tar_row([(name, content) for _, name, content in files])
+            files = [(name, content) for _, name, content in files]
+            images = [content for name, content in files if foreign.is_picture(name)]
+            texts = [content for name, content in files if name.endswith(".txt")]
+            objects = [content for name, content in files if name.endswith(".json")]
+            row = parsed(objects[0]) if objects else {}
+            if not images or not (texts or objects):
+                row = RowError("a picture without a text" if images else "a text without a picture")
+            elif len(texts) > 1 or len(objects) > 1:
+                row = RowError("several texts of one name up to the first dot")
+            elif texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
+                row = captioned(images, texts[0])
+            elif isinstance(row, dict):
+                row = {name: row[name] for name in row if name not in forms.PICTURE_FIELDS} | {"image": images}
+            yield key, row
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
@@ -216,23 +234,6 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
             yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
-def tar_row(files: list[tuple[str, bytes]]) -> dict | RowError:
-    """Returns the fields of a sample: its JSON, or its text as the caption, and its pictures' bytes."""
-    pictures = [content for name, content in files if foreign.is_picture(name)]
-    texts = [content for name, content in files if name.endswith(".txt")]
-    objects = [content for name, content in files if name.endswith(".json")]
-    if not pictures or not (texts or objects):
-        return RowError("a picture without a text" if pictures else "a text without a picture")
-    if len(texts) > 1 or len(objects) > 1:
-        return RowError("several texts of one name up to the first dot")
-    row = parsed(objects[0]) if objects else {}
-    if texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
-        row = with_caption({}, texts[0])
-    if isinstance(row, RowError):
-        return row
-    return {name: value for name, value in row.items() if name not in forms.PICTURE_FIELDS} | {"image": pictures}
-
-
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
@@ -241,8 +242,7 @@ def read_parquet(path: Path) -> Rows:
             features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         except DAMAGED as error:
             raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
-        batches = file.iter_batches(batch_size=BATCH)
-        yield from numbered(with_names(row, features) for batch in batches for row in batch.to_pylist())
+        yield from numbered(file.iter_batches(batch_size=BATCH), features)
 
 
 def read_saved(path: Path) -> Rows:
@@ -259,19 +259,15 @@ def read_saved(path: Path) -> Rows:
     for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
         if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
             raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
-    batches = with_plain_images(saved.with_format("arrow")).iter(BATCH)
-    yield from numbered(with_names(row, saved.features) for batch in batches for row in batch.to_pylist())
+    yield from numbered(saved.with_format("arrow").iter(BATCH), saved.features)  # pictures stay files
 
 
-def with_names(row: dict, features: dict) -> dict:
-    """Returns the row with the names of its classes, which `datasets` writes as numbers; None for unknown ones."""
+def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Rows:
+    """Yields rows with the names of their classes, which `datasets` writes as numbers; None for unknown ones."""
     classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    return row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
-
-
-def numbered(rows: Iterable[dict | RowError]) -> Rows:
+    rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+        yield f"row {number}", row | {name: dict(enumerate(names)).get(row[name]) for name, names in classes.items()}
 
 
 READERS = {
@@ -286,3 +282,105 @@ READERS = {
     foreign.PARQUET: read_parquet,
     foreign.SAVED: read_saved,
 }
+
+
+def make_row(row: dict | RowError, images_path: Path, question: str | None, size: int, folder: Path) -> dict | RowError:
+    """Makes a row of this project, and writes each distinct picture once, under the hash of its content, to `folder`.
+
+    Several threads may call it at once: they write the same content under the same name. `question` is asked where
+    there is only a caption or a label (None: the form's own). Pictures get a shorter side of at most `size` pixels.
+    Returns {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
+    """
+    if isinstance(row, RowError):
+        return row
+    names, contents = [], {}
+    try:
+        named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
+        if named and form != forms.NUMBERED:
+            row = row | {named: as_pictures(row[named], images_path)}
+        if question and form in forms.QUESTIONS:
+            row = row | {"question": question}
+        turns, images = forms.read_row(row)
+        if any("tool" in turn for turn in turns):
+            raise RowError(TOOL_CALLS)
+        images = as_pictures(images, images_path)
+        has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
+        if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
+            return {"image": [], "conversations": turns}
+        check_images(forms.images_first(turns, images), len(images))
+        for name in (picture for picture in images if isinstance(picture, str)):
+            parse_picture_names([name])
+            if reason := why_missing(images_path, name):
+                raise RowError(reason)
+        for picture in images:
+            name = picture if isinstance(picture, str) else "in the row"
+            with pictures.decoding(name):
+                content = (images_path / picture).read_bytes() if isinstance(picture, str) else picture
+            digest = hashlib.blake2b(content, digest_size=10).hexdigest()
+            files = (f"{digest}{ending}" for ending in ENDINGS.values())
+            file = next((file for file in files if (folder / file).is_file()), None)
+            if file is None:
+                kind, content = picture_file(content, name, size)
+                file = f"{digest}{ENDINGS[kind]}"
+                contents[file] = content
+            names.append(file)
+    except pictures.PictureError as error:
+        return RowError(f"broken picture: {error}")
+    except RowError as error:
+        return error
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    return {"image": names, "conversations": turns}
+
+
+def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
+    """Returns the kind (JPEG or PNG) and content of a picture's file as training is to read it.
+
+    A picture whose shorter side is longer than `size` becomes a JPEG of that size. Others lose nothing: an upright RGB
+    JPEG or PNG stays as it is, anything else becomes an RGB PNG. Raises PictureError if it cannot be decoded.
+    """
+    with pictures.open_picture(content, name) as image:
+        kind, is_small = image.format, min(image.size) <= size
+        is_plain = image.mode == "RGB" and image.info.get("transparency") is None and kind in ENDINGS
+        picture = pictures.to_rgb(pictures.upright(image, size))  # decodes all of it, so that a broken one is found now
+        dimensions = pictures.resized_to(pictures.CLIP_FORMAT.size if is_small else size, *picture.size)
+        if is_small and is_plain and pictures.turn_of(image) is None:
+            return kind, content
+        kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
+        picture = picture if is_small else picture.resize(dimensions, Image.Resampling.BICUBIC)
+        picture.info.clear()
+        picture.save(file, kind, quality=QUALITY)
+        return kind, file.getvalue()
+
+
+def as_pictures(value, images_path: Path) -> list[str | bytes]:
+    """Returns the names or files' bytes of the pictures that a field holds: one, several with commas, or a list."""
+    if isinstance(value, str) and not value.startswith("data:") and found(value, images_path) is None:
+        value = parse_picture_names(value)
+    images = []
+    for picture in value if isinstance(value, list) else [value]:
+        if picture in (None, ""):
+            continue
+        if isinstance(picture, dict):  # as `datasets` writes it
+            picture = picture.get("bytes") or picture.get("path")
+        if not isinstance(picture, (bytes, str)) or picture == "":
+            raise RowError("the picture is neither a name nor a file's bytes")
+        if isinstance(picture, str) and picture.startswith(("http:", "https:")):
+            raise RowError("a picture on the web is not fetched: download it, and name its file")
+        if isinstance(picture, str) and (picture.startswith("data:") or foreign.is_base64(picture)):
+            try:
+                picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
+            except binascii.Error as error:
+                raise RowError(f"a data: URL that is no base64: {error}") from error
+        elif isinstance(picture, str):
+            path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
+            picture = found(path, images_path) or path
+        images.append(picture)
+    return images
+
+
+def found(name: str, images_path: Path) -> str | None:
+    """Returns where a picture lies in the folder: as named, also with backslashes, or in its images/; None: nowhere."""
+    slashed = name.replace("\\", "/")
+    places = (name, slashed, *(f"{folder}/{slashed}" for folder in IMAGE_FOLDERS))
+    return next((place for place in places if os.path.isfile(images_path / place)), None)

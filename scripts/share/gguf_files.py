@@ -1,7 +1,6 @@
 """Write a trained model as the two GGUF files of llama.cpp.
 
-The text model is a `llama`, with norms per head a `qwen3`; the vision tower and the projection are a `clip` with the
-projector `mlp`.
+The text model is a `llama`, with norms per head a `qwen3`; tower and projection are a `clip` with the projector `mlp`.
 """
 
 import json
@@ -21,20 +20,13 @@ LOUD = 2.0**30  # times a norm's output, it leaves nothing of what is added to i
 # A token's dot product with the class token's state, divided by that state's square, is 1 for the class token and lower
 # for patches. The gate opens above CLASS_TOKEN_FROM; a tenth more or less outweighs any value of the projection.
 CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
-QUANTS = {
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
 
 
-def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str | None = None):
-    """Writes the settings and the tensors: matrices as `quant` says, all others in float32."""
+def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quantization=None):
+    """Writes the settings and the tensors: matrices quantized, if asked for, all others in float32."""
     for name, tensor in tensors.items():
-        array, quantization = tensor.float().contiguous().numpy(), None
-        if quant is not None and array.ndim > 1:
-            quantization, _ = QUANTS[quant]
-            array = gguf.quantize(array, quantization)
-        writer.add_tensor(name, array, raw_dtype=quantization)
+        array, kind = tensor.float().contiguous().numpy(), quantization if tensor.ndim > 1 else None
+        writer.add_tensor(name, array if kind is None else gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -42,12 +34,12 @@ def write(writer: gguf.GGUFWriter, tensors: dict[str, torch.Tensor], quant: str 
 
 
 def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_template: str):
-    """Writes the decoder and its tokenizer."""
+    """Writes the decoder and its tokenizer; ids of the model that the tokenizer lacks become padding."""
     config = trained.config
     kind = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_name(name)
-    writer.add_file_type(QUANTS[quant][1])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -58,74 +50,70 @@ def write_text(trained: LoadedModel, path: Path, name: str, quant: str, chat_tem
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    add_tokenizer(writer, trained)
+
+    content, types = json.loads(trained.tokenizer.backend_tokenizer.to_str()), gguf.TokenType  # a byte-level BPE
+    tokens = {number: (token, types.NORMAL) for token, number in content["model"]["vocab"].items()}
+    for token in content["added_tokens"]:
+        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
+    tokens = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
     writer.add_chat_template(chat_template)
+
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     rotated = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
     rotated = {} if config.qk_norm else rotated  # llama.cpp rotates a qwen3 as transformers does
     tensors = {}
     for ours, tensor in to_transformers(trained.weights.tensors).items():
         heads = rotated.get(ours.rpartition("self_attn.")[2])
-        tensors[names.get_name(ours, (".weight",))] = rotary_to_gguf(tensor, heads) if heads else tensor
-    write(writer, tensors, quant)
-
-
-def rotary_to_gguf(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders a projection's rows: llama.cpp rotates neighbouring pairs, transformers the two halves of a head."""
-    head_size = weight.shape[0] // heads
-    return weight.view(heads, 2, head_size // 2, -1).transpose(1, 2).reshape(weight.shape)
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, trained: LoadedModel):
-    """Adds the vocabulary and merges of a byte-level BPE; ids of the model that the tokenizer lacks become padding."""
-    content, types = json.loads(trained.tokenizer.backend_tokenizer.to_str()), gguf.TokenType
-    tokens = {number: (name, types.NORMAL) for name, number in content["model"]["vocab"].items()}
-    for token in content["added_tokens"]:
-        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
-    tokens = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(trained.config.vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([name for name, _ in tokens])
-    writer.add_token_types([kind for _, kind in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(trained.config.bos_token_id)
-    writer.add_eos_token_id(trained.config.eos_token_id)
-    writer.add_pad_token_id(trained.config.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
+        if heads:  # llama.cpp rotates neighbouring pairs, transformers the two halves of a head
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        tensors[names.get_name(ours, (".weight",))] = tensor
+    write(writer, tensors, gguf.GGMLQuantizationType[quant.upper()])
 
 
 def write_mmproj(trained: LoadedModel, path: Path, name: str):
     """Writes the tower and the projection, in float32."""
-    tower = trained.tower.config
-    tensors, projection, layers = MMPROJ[trained.tower.kind](trained, read_tower_weights(trained.tower_path))
+    config, parts = trained.tower.config, {"CLIP": clip_parts, "SigLIP": siglip_parts}[trained.tower.kind]
+    tensors = {name: tensor for name, tensor in trained.weights.tensors.items() if name.startswith("vision_proj.")}
+    tensors = {name.split(".", 2)[2]: tensor.float() for name, tensor in tensors.items()}
+    tower, projection, layers = parts(trained, read_tower_weights(trained.tower_path), tensors)
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_name(name)
     writer.add_type("mmproj")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("mlp")
-    writer.add_vision_image_size(tower.image_size)
-    writer.add_vision_patch_size(tower.patch_size)
-    writer.add_vision_embedding_length(tower.hidden_size)
-    writer.add_vision_feed_forward_length(tower.intermediate_size)
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
     writer.add_vision_block_count(layers[-1])
-    writer.add_vision_head_count(tower.num_attention_heads)
-    writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
     writer.add_vision_projection_dim(trained.config.hidden_size)
     writer.add_vision_image_mean(list(trained.tower.mean))
     writer.add_vision_image_std(list(trained.tower.std))
-    writer.add_vision_use_gelu(tower.hidden_act != "quick_gelu")
+    writer.add_vision_use_gelu(config.hidden_act != "quick_gelu")
     # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
     # llama.cpp leaves the last layer out.
     writer.add_array("clip.vision.feature_layer", layers)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers[-1])
-    tensors = {f"vision_tower.vision_model.{name}": tensor for name, tensor in tensors.items()}
-    tensors = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tensors.items()}
-    write(writer, tensors | {f"mm.{name}": tensor for name, tensor in projection.items()})
+    tower = {f"vision_tower.vision_model.{name}": tensor for name, tensor in tower.items()}
+    tower = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tower.items()}
+    write(writer, tower | {f"mm.{name}": tensor for name, tensor in projection.items()})
 
 
-def clip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[int]]:
+@torch.no_grad()
+def clip_parts(trained: LoadedModel, tower: dict, projection: dict) -> tuple[dict, dict, list[int]]:
     """Returns a CLIP tower's tensors, the projection's, and the layers whose outputs it takes.
 
     llama.cpp puts the class token after the patches but numbers positions as if it came first. Its position embedding
@@ -134,19 +122,25 @@ def clip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[int]
     """
     tower["embeddings.position_embedding.weight"] = tower["embeddings.position_embedding.weight"].roll(-1, 0)
     tower = {name: tensor for name, tensor in tower.items() if not name.startswith("post_layernorm")}
-    projection = {
-        name.removeprefix("vision_proj.vision_proj."): tensor.float()
-        for name, tensor in trained.weights.tensors.items()
-        if name.startswith("vision_proj.")
-    }
-    class_state = None
-    if PROJECTORS[trained.config.projector].llava_activation == "linear":
-        class_state = find_class_state(trained)
-        projection = linear_as_mlp(projection["0.weight"], projection["0.bias"], class_state)
-    return tower, projection, [0] * (class_state is not None) + [trained.tower.config.num_hidden_layers]
+    layers, side = [trained.tower.config.num_hidden_layers], trained.tower.config.image_size
+    if PROJECTORS[trained.config.projector].llava_activation != "linear":
+        return tower, projection, layers
+    # The class token's state before the first layer is the same for all images. The gate can tell it apart unless the
+    # state of some patch of plain and noisy images is so similar that the gate could open for it.
+    model = load_vision_tower(trained.tower_path)
+    colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)  # black, white and the six between them
+    noise = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = torch.cat((colours[:, :, None, None].expand_as(noise), noise))
+    pixels = (pixels - model.pixel_mean) / model.pixel_std
+    states = model(pixel_values=pixels, output_hidden_states=True).hidden_states[0]
+    class_state = states[0, 0]
+    nearest = float((states[:, 1:] @ class_state).max() / class_state.square().sum())
+    if nearest >= 2 * CLASS_TOKEN_FROM - 1:
+        return tower, linear_as_mlp(projection["0.weight"], projection["0.bias"]), layers
+    return tower, linear_as_mlp(projection["0.weight"], projection["0.bias"], class_state), [0, *layers]
 
 
-def siglip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[int]]:
+def siglip_parts(trained: LoadedModel, tower: dict, layers: dict) -> tuple[dict, dict, list[int]]:
     """Returns a SigLIP tower's tensors, minimind-3v's projection, and the layer whose output it takes.
 
     llama.cpp's own `lfm2` projector has the same layers, but not for unmerged patches, and writes texts around images.
@@ -157,52 +151,27 @@ def siglip_parts(trained: LoadedModel, tower: dict) -> tuple[dict, dict, list[in
     """
     tower = {name: tensor.float() for name, tensor in tower.items()}
     number, width = trained.tower.config.num_hidden_layers, trained.tower.hidden_size
-    layer, identity, zeros = f"encoder.layers.{number}", torch.eye(width), torch.zeros(width, width)
+    layer, zeros = f"encoder.layers.{number}", torch.zeros(width, width)
+    as_mlp = linear_as_mlp(torch.eye(width), zeros[0])
     for part in ("q", "k", "v", "out"):
         tower |= {f"{layer}.self_attn.{part}_proj.weight": zeros, f"{layer}.self_attn.{part}_proj.bias": zeros[0]}
     tower |= {f"{layer}.layer_norm1.weight": zeros[0], f"{layer}.layer_norm1.bias": zeros[0]}
     tower |= {f"{layer}.layer_norm2.{part}": tower[f"post_layernorm.{part}"] for part in ("weight", "bias")}
-    as_mlp = linear_as_mlp(identity, zeros[0], None)
     tower |= {f"{layer}.mlp.fc1.{part}": as_mlp[f"0.{part}"] for part in ("weight", "bias")}
     tower |= {f"{layer}.mlp.fc2.{part}": as_mlp[f"2.{part}"] * LOUD for part in ("weight", "bias")}
-    layers = {
-        name.removeprefix("vision_proj.mlp."): tensor.float()
-        for name, tensor in trained.weights.tensors.items()
-        if name.startswith("vision_proj.")
-    }
     tower |= {f"post_layernorm.{part}": layers[f"0.{part}"] for part in ("weight", "bias")}
     projection = {f"{int(name[0]) - 1}{name[1:]}": tensor for name, tensor in layers.items() if name[0] != "0"}
     return tower, projection, [number + 1]
 
 
-@torch.no_grad()
-def find_class_state(trained: LoadedModel) -> torch.Tensor | None:
-    """Returns the class token's state before the first layer, (width,), the same for all images.
-
-    Returns None if the state of some patch of plain and noisy images is so similar that the gate could open for it.
-    """
-    tower, side = load_vision_tower(trained.tower_path), trained.tower.config.image_size
-    colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)  # black, white and the six between them
-    noise = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(0))
-    pixels = torch.cat((colours[:, :, None, None].expand_as(noise), noise))
-    pixels = (pixels - tower.pixel_mean) / tower.pixel_std
-    states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[0]
-    state = states[0, 0]
-    nearest = float((states[:, 1:] @ state).max() / state.square().sum())
-    return state if nearest < 2 * CLASS_TOKEN_FROM - 1 else None
-
-
-def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.Tensor | None) -> dict:
+def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.Tensor | None = None) -> dict:
     """Returns a linear layer y(x) = weight @ x + bias as llama.cpp's Linear, GELU, Linear, exactly.
 
     y = gelu(y) - gelu(-y), as gelu(a) - gelu(-a) = a. With a class state, llama.cpp's input is a token's state s before
     the first layer, then its last state x, and gelu(gate - y) - gelu(gate) is added: gate(s) is far above every y for
     the class token, where that is -y, and far below for patches, where it is 0.
 
-    Args:
-        weight: (hidden, width)
-        bias: (hidden,)
-        class_state: (width,), of `find_class_state`; None projects the class token like the patches.
+    `weight` is (hidden, width), `bias` (hidden,), `class_state` (width,), the class token's s.
     """
     size, width = weight.shape
     identity = torch.eye(size)
@@ -220,6 +189,3 @@ def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.T
         "2.weight": torch.cat(second, dim=1) / GELU_SCALE,
         "2.bias": torch.zeros(size),
     }
-
-
-MMPROJ = {"CLIP": clip_parts, "SigLIP": siglip_parts}  # by the kind of tower

@@ -39,10 +39,11 @@ from dataset.prompts import prompt_batch
 from dataset.scenes.draw import draw, draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption, questions
+from eval_vlm import scene_table
 from model.answers import generate
 from scripts.export import check_exportable, write_gguf, write_pictures, write_transformers
+from trainer.answering.assistant import Assistant
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
-from trainer.report.scene_table import scene_table
 
 SENTENCES = (
     "What is in the picture?",
@@ -146,7 +147,8 @@ def tokens_per_second(answer: Callable[[], object]) -> str:
 
 def compare(program: Path, trained: LoadedModel, temporary: Path) -> dict[str, dict[str, str]]:
     """Returns, for each column of the table, its cells by the name of their row."""
-    sees_images, model, scenes = trained.weights.has_projection, trained.load_model(), heldout_scenes()
+    assistant, sees_images, scenes = Assistant(trained, "cpu"), trained.weights.has_projection, heldout_scenes()
+    model = assistant.model
     grades = trained.knows_only_scenes and sees_images
     asked = [question for scene in scenes[:40] for question, _ in questions(scene.facts, Random(0))]
     texts = [*SENTENCES, *(caption(scene.facts) for scene in scenes)][:TEXTS]
@@ -164,8 +166,8 @@ def compare(program: Path, trained: LoadedModel, temporary: Path) -> dict[str, d
     ours = {"MB": f"{megabytes(trained.weights.path)} *"}
     ours["tokens/s"] = tokens_per_second(lambda: generate(model, prompts[0], **exact))
     if grades:
-        [graded, *_] = scene_table(model, trained.tokenizer)
-        ours |= {part: f"{graded[part]:.1%}" for part in ("attributes", "captions")}
+        [graded, *_] = scene_table(assistant).values()
+        ours |= {part: f"{share:.1%}" for part, share in graded._asdict().items()}
     table = {"this repository": ours, "transformers": {"MB": megabytes(*folders["hf"].iterdir())}}
     table["transformers"]["tokens/s"] = tokens_per_second(lambda: theirs.generate(**inputs, **exact, do_sample=False))
     for quant in ("f16", "q8_0"):

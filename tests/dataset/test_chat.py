@@ -14,11 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UsageError
 from common.paths import ROOT
-from dataset.chat import SYSTEM_PROMPT, ChatEncoder
-from dataset.conversation import RowError, check_images, parse_conversation, parse_picture_names
-from dataset.forms import read_row
+from dataset.chat import SYSTEM_PROMPT, ChatEncoder, RowError
+from dataset.forms import check_images, parse_conversation, parse_picture_names, read_row
 from dataset.prompts import prompt_batch, with_images
-from dataset.rows import RowTokeniser
+from dataset.rows import tokenise_batch
 from dataset.tokenizer import load_tokenizer
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
@@ -154,7 +153,7 @@ def test_an_image_beside_an_odd_text_stays_whole(tmp_path, tokenizer):
     kept = load_tokenizer(with_part(tokenizer, tmp_path, "normalizer", replaced_text("zebra@@", "@")))
     encoder, asked = ChatEncoder(kept, 196), said("zebra<image>", "a zebra")
     row = json.dumps({"conversations": asked, "image": "a.jpg"})
-    columns = RowTokeniser(encoder, 640)([row], [7])
+    columns = tokenise_batch([row], [7], encoder=encoder, max_length=640)
     [ids], [[start]], [reason] = (columns[name] for name in ("input_ids", "image_starts", "reason"))
     assert (ids.count(34), ids[start : start + 196], reason) == (196, [34] * 196, "")
     batch = prompt_batch(encoder, [asked[:1]], [[torch.zeros(3, 224, 224, dtype=torch.uint8)]])
@@ -350,7 +349,7 @@ def test_any_row_is_refused_with_a_reason_or_learned(tokenizer, encoder, turns, 
     conversation = [{"role": role, "content": content} for role, content in turns]
     names = ", ".join(pictures) if as_text else pictures
     row = json.dumps({"conversations": conversation, "image": names}, ensure_ascii=False)
-    columns = RowTokeniser(encoder, max_length)([row], [7])
+    columns = tokenise_batch([row], [7], encoder=encoder, max_length=max_length)
     [ids], [edges], [starts], [reason] = (columns[k] for k in ("input_ids", "learned", "image_starts", "reason"))
     assert columns["line"] == [8]
     spoken = [role for role, _ in turns[turns[:1] != [] and turns[0][0] == "system" :]]

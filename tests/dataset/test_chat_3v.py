@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.chat import ChatEncoder, image_token_id, with_thinking
-from dataset.conversation import parse_conversation
+from dataset.forms import parse_conversation
 from dataset.tokenizer import load_tokenizer
 
 IMAGE_ID, PATCHES = 12, 64

@@ -3,8 +3,7 @@
 import pytest
 from tiny import pretrain_row, write_jsonl
 
-from dataset.holdout import hold_out
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMDataset, hold_out
 from dataset.tokenizer import load_tokenizer
 
 pytest_plugins = ["tiny"]

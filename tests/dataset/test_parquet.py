@@ -26,8 +26,7 @@ from dataset import parquet
 from dataset.chat import ChatEncoder
 from dataset.features import FeatureFolder, compute_features
 from dataset.formats import DataError
-from dataset.holdout import hold_out, rows_in_both
-from dataset.lm_dataset import VLMDataset
+from dataset.lm_dataset import VLMDataset, hold_out, rows_in_both
 from dataset.pictures import is_blank
 from dataset.tokenizer import load_tokenizer
 from scripts.data.sources import read_source
@@ -349,7 +348,7 @@ def test_a_full_disk_leaves_nothing_and_is_not_blamed_on_the_file(written, tmp_p
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(parquet.Pictures, "add", full)
+    monkeypatch.setattr(parquet, "as_files", full)
     with pytest.raises(DataError, match="the rows of .* cannot be kept in .*: No space left .* HF_HOME"):
         written([(said(ASKED), picture(0))])
     assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
@@ -361,7 +360,7 @@ def test_a_process_that_was_killed_while_reading_leaves_nothing_behind(written, 
     shutil.rmtree(tmp_path / "cache")
     process = os.fork()
     if process == 0:
-        parquet.Pictures.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        parquet.as_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         try:
             parquet.load_parquet(tmp_path / "rows.parquet", tmp_path / "cache")
         finally:

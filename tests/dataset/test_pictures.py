@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import as_file, png
 
 from dataset.pictures import PictureError, load_picture, preprocess_image
-from scripts.data.rows import picture_file
+from scripts.data.sources import picture_file
 
 try:
     from transformers import CLIPImageProcessorPil

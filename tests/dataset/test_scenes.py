@@ -18,7 +18,7 @@ from common.files import RECORD, SCRATCH, TEMPORARY, remove_leftovers
 from common.paths import ROOT
 from dataset.scenes import draw as scenes
 from dataset.scenes.grading import chance, grade, parse_caption, score
-from dataset.scenes.language import COLOURS, LANGUAGES, PLACES, SHAPES, SIZES, Facts, caption, questions
+from dataset.scenes.language import COLOURS, LANGUAGES, PLACES, SHAPES, SIZES, Facts, caption, questions, scene_rows
 
 TRAINING = 40  # scenes in the drawn test set
 
@@ -93,7 +93,7 @@ def test_rows_are_well_formed(drawn, name):
 
 def test_sft_holds_every_kind_of_row():
     facts = [scenes.training_scene(index).facts for index in range(600)]
-    rows = scenes.scene_language.sft_rows(facts, [f"{index}.jpg" for index in range(600)])
+    rows = list(scene_rows("sft", facts, [f"{index}.jpg" for index in range(600)]))
     pictures = [row.get("image", "").count(".jpg") for row in rows]
     assert {0, 1, 2} == set(pictures)
     assert any(len(row["conversations"]) > 4 for row in rows)
@@ -200,7 +200,7 @@ def test_an_interrupted_drawing_is_redone(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scenes, "_write_rows", stop)
+        patch.setattr(scenes.language, "scene_rows", stop)
         scenes.draw_builtin_dataset(root, training=5)
     assert not root.exists() and not scenes.is_drawn(root)
     scenes.draw_builtin_dataset(root, training=5)

@@ -9,8 +9,8 @@ from tiny import EVAL, PRETRAIN, turn, write_jsonl
 from tiny_models import save_siglip, save_tokenizer_3v, tiny_vlm
 from transformers import AutoTokenizer
 
-from dataset.chat import SYSTEM_PROMPTS, ChatEncoder
-from dataset.conversation import RowError, parse_conversation
+from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, RowError
+from dataset.forms import parse_conversation
 from dataset.lm_dataset import VLMDataset
 from dataset.rows import Variation
 from dataset.tokenizer import load_tokenizer

@@ -363,7 +363,7 @@ def test_training_goes_on_if_stdout_cannot_be_written(world, tmp_path, undisturb
     """As `train >/dev/full` and `train | head -1`; the note goes to stderr."""
     out = world.copy_of_out(tmp_path / "out")
     if where == "full disk":  # in a process of its own: at its end Python writes its buffers once more
-        code = "import os, runpy, trainer.report.samples as samples\nsamples.LONGEST = 8\n"
+        code = "import os, runpy, trainer.report.watcher as watcher\nwatcher.LONGEST = 8\n"
         code += f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nrunpy.run_path({str(SFT)!r}, run_name='__main__')"
         errors = world.start("-c", code, *world.files("sft", out), *FLAGS, cwd=ROOT).passed().err
     else:

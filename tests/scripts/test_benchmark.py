@@ -12,8 +12,7 @@ from transformers import CLIPVisionConfig, CompileConfig
 from common.errors import UsageError
 from model import answers
 from scripts import benchmark
-from scripts.bench import checks, generation, gpu, synthetic, training
-from scripts.bench.training import TRAINING_LINES
+from scripts.bench import gpu, speed
 
 
 def here(function, *arguments):
@@ -25,15 +24,14 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs the script; returns its figures and its output."""
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tiny = {
-        synthetic: {
+        speed: {
             "TOWER": CLIPVisionConfig(**tower, patch_size=16),
             "FOLDER": tmp_path,
             "LAYERS": {512: 1},
-            "BATCHES": 3,
+            **{"BATCHES": 3, "LOADED_BATCHES": 3, "TURNS": 1, "PROMPT_TOKENS": 8, "NEW_TOKENS": 4},
+            "matrix_product_flops": lambda device: 1e11,
         },
-        training: {"LOADED_BATCHES": 3, "matrix_product_flops": lambda device: 1e11},
-        generation: {"TURNS": 1, "PROMPT_TOKENS": 8, "NEW_TOKENS": 4},
-        checks: {"STEPS": 2},
+        gpu: {"CHECKED": 2},
         benchmark: {"alone": here},
         # Compiled code itself is tested elsewhere: here a backend that takes no time.
         torch: {"compile": partial(torch.compile, backend="eager")},
@@ -57,7 +55,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_training_is_measured_beside_the_plain_loop(run):
     figures, printed = run("pretrain", "--max_seq_len", "320")
     lines = figures["pretrain"]
-    assert tuple(lines) == TRAINING_LINES
+    assert tuple(lines) == speed.TRAINING_LINES
     assert all(math.isfinite(value) and value > 0 for line in lines.values() for value in line.values())
     assert lines["plain"]["x plain"] == 1
     assert lines["plain"]["useful"] < 0.9 < lines["this project, kept features"]["useful"]
@@ -70,7 +68,6 @@ def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(benchmark.MEASUREMENTS, "gpu", (lines, gpu.measure_gpu))
     for name, value in {"GPU_LINES": lines, "LARGE": 2, "TIMED": 1, "FED": 1, "ON_DEVICE": 1}.items():
         monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(gpu, "matrix_product_flops", lambda device: 1e11)
     graphs = iter((False, True))
 
     def captured_step(step, context, pad):
@@ -78,8 +75,8 @@ def test_a_gpu_is_measured_in_every_way(run, monkeypatch, tmp_path, capsys):
             raise RuntimeError("no graphs here")
         return partial(step, context)
 
-    monkeypatch.setattr(synthetic, "compile_or_not", lambda model, *_: CompiledOnPaper(model))
-    monkeypatch.setattr(synthetic, "CapturedStep", captured_step)
+    monkeypatch.setattr(speed, "compile_or_not", lambda model, *_: CompiledOnPaper(model))
+    monkeypatch.setattr(speed, "CapturedStep", captured_step)
     with pytest.raises(UsageError, match="1 line"):
         run("gpu")
     found, printed = json.loads((tmp_path / "figures.json").read_text())["gpu"], capsys.readouterr().out
@@ -99,7 +96,7 @@ class CompiledOnPaper:
 def test_loader_and_generation_are_measured(run):
     figures, printed = run("data", "generate")
     assert all(line["samples/s"] > 0 for line in figures["data"].values())
-    assert tuple(figures["generate"]) == generation.GENERATE_LINES
+    assert tuple(figures["generate"]) == speed.GENERATE_LINES
     assert all(line["x Llama"] > 0 for line in figures["generate"].values())
     assert all(title in printed for title in ("samples/s", "x plain", "tokens/s", "x Llama"))
 
@@ -146,13 +143,13 @@ def test_what_cannot_be_measured_is_refused(flags, message, capsys):
 
 def test_the_operations_counted_are_those_of_the_shape():
     """By hand for one caption: 8 layers of 512, 100 tokens of which 10 are learned, one picture."""
-    args = synthetic.settings_of(benchmark.parse_arguments(["--device", "cpu"]), "pretrain")
+    args = speed.settings_of(benchmark.parse_arguments(["--device", "cpu"]), "pretrain")
     total = {"useful": 100, "squares": 100**2, "learned": 10, "samples": 1}
     projections, rest = 512 * 512 + 2 * 512 * 128, 512 * 512 + 3 * 512 * 1408  # of a block: q, k, v; and what follows
     decoder = 2 * 8 * projections * 100 + 2 * 8 * 512 * 100**2 + 2 * 7 * rest * 100
     decoder += 2 * (rest + 512 * 6400) * 10  # the last block's rest and the logits, where something is learned
-    assert training.model_flops(args, total, is_cached=True) == 2 * decoder
-    tower = training.model_flops(args, total, is_cached=False) - 2 * decoder
+    assert speed.model_flops(args, total, is_cached=True) == 2 * decoder
+    tower = speed.model_flops(args, total, is_cached=False) - 2 * decoder
     assert tower == pytest.approx(35e9, rel=0.03)  # published: 17.5 G multiply-adds
 
 
@@ -167,10 +164,10 @@ def test_the_operations_counted_are_those_of_the_shape():
 )
 def test_the_hours_in_the_document_count_these_operations(stage, hidden_size, tokens, learned, gflop):
     flags = [stage, "--device", "cpu", "--hidden_size", str(hidden_size)]
-    args = synthetic.settings_of(benchmark.parse_arguments(flags), stage)
+    args = speed.settings_of(benchmark.parse_arguments(flags), stage)
     total = {"samples": 1, "useful": tokens, "learned": learned, "squares": tokens**2}
-    assert training.model_flops(args, total, is_cached=False) == pytest.approx(gflop * 1e9, rel=0.01)
+    assert speed.model_flops(args, total, is_cached=False) == pytest.approx(gflop * 1e9, rel=0.01)
 
 
 def test_a_matrix_product_is_timed():
-    assert training.matrix_product_flops(torch.device("cpu")) > 1e8
+    assert speed.matrix_product_flops(torch.device("cpu")) > 1e8

@@ -8,9 +8,9 @@ import pytest
 from PIL import ExifTags, Image
 from tiny import as_file, turn
 
-from dataset.conversation import RowError
+from dataset.chat import RowError
 from dataset.pictures import PictureError, load_picture
-from scripts.data.rows import make_row, picture_file
+from scripts.data.sources import make_row, picture_file
 
 ANSWER = {"from": "gpt", "value": "A cat."}
 PICTURE = as_file(Image.new("RGB", (8, 8), "red"), "PNG")
@@ -24,7 +24,7 @@ def make(tmp_path):
     for name in ("a.png", "a, b.png"):
         (tmp_path / "from" / name).write_bytes(PICTURE)
     (tmp_path / "from" / "broken.jpg").write_bytes(b"no picture")
-    return lambda **row: make_row(row, "Describe it.", 256, tmp_path / "from", tmp_path / "to")
+    return lambda **row: make_row(row, tmp_path / "from", "Describe it.", 256, tmp_path / "to")
 
 
 def noise(width, height, mode="RGB"):

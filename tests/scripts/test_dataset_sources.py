@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UsageError
-from dataset.conversation import RowError
+from dataset.chat import RowError
 from scripts.data import sources as dataset_sources
 from scripts.data.sources import read_source
 

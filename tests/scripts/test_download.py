@@ -18,7 +18,6 @@ from modelscope_stand_in import ModelScopeStandIn, describe
 from common.errors import UsageError
 from common.paths import ROOT
 from scripts import download
-from scripts.data import transfer
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Returns a function that downloads from an address to tmp_path/d; returns the output, and the error or ""."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
 
     def run(endpoint: str, *arguments: str) -> tuple[str, str]:
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -271,8 +270,8 @@ def test_what_modelscope_lacks_is_named_with_the_cure(modelscope, run, tmp_path,
 
 
 def test_an_answer_that_ends_early_is_not_asked_for_ever(hub, run, tmp_path, monkeypatch):
-    waits, fetch = [], transfer.fetch
-    monkeypatch.setattr(transfer.time, "sleep", waits.append)
+    waits, fetch = [], download.fetch
+    monkeypatch.setattr(download.time, "sleep", waits.append)
     hub.repos[LLM]["short"] = b"only this"
     url = f"{hub.endpoint}/{LLM[7:]}/resolve/{COMMIT}/short"
     monkeypatch.setattr(

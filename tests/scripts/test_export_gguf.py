@@ -22,7 +22,6 @@ from dataset.chat import SYSTEM_PROMPT
 from dataset.pictures import load_picture
 from dataset.tokenizer import load_tokenizer
 from scripts import export
-from scripts.share.gguf_files import rotary_to_gguf
 
 pytest_plugins = ["tiny"]
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
@@ -99,13 +98,14 @@ def test_every_patch_gets_its_own_position(exported):
     assert not any(name.startswith("v.post_ln") for name in tensors)
 
 
-def test_rotating_neighbours_is_rotating_halves():
+def test_rotating_neighbours_is_rotating_halves(exported):
     """The same queries and keys, up to the order that both share."""
-    heads, size, width = 2, 8, 16
-    weight = torch.randn(heads * size, width, generator=torch.Generator().manual_seed(0))
-    x, angles = torch.ones(width), torch.arange(size // 2) * 0.3
-    halves = (weight @ x).view(heads, 2, size // 2)
-    pairs = (rotary_to_gguf(weight, heads) @ x).view(heads, size // 2, 2)
+    model, folder = exported()
+    _, tensors = read(folder / "sft_vlm_64-f16.gguf")
+    weight, heads = model.state_dict()["model.layers.1.self_attn.k_proj.weight"], model.config.num_key_value_heads
+    x, angles = torch.ones(64), torch.arange(model.config.head_dim // 2) * 0.3
+    halves = (weight @ x).view(heads, 2, -1)
+    pairs = (torch.from_numpy(tensors["blk.1.attn_k.weight"]) @ x).view(heads, -1, 2)
 
     def rotate(a, b):
         return torch.stack((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()))

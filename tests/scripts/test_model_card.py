@@ -17,8 +17,8 @@ from tiny_models import save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT, TOWER_DIR
 from scripts import export
-from scripts.share.model_card import Model
-from trainer.report.page import read_record
+from scripts.publish import Model, card_files, parse_arguments
+from trainer.report.page import Record, read_record
 
 pytest_plugins = ["tiny", "publishing"]
 
@@ -130,9 +130,11 @@ def test_the_published_tower_is_the_base_model(path, name):
     assert path is None or "clip" not in path or ROOT / path == TOWER_DIR
     arguments = {"vision_model_path": path} if path else {}
     sidecar = {"config": {"vision_hidden_size": 768}, "versions": {}, "arguments": arguments}
-    assert Model("weights", "x", {}, True, sidecar, None).tower == name
-    assert Model("weights", "x", {}, False, sidecar, None).tower is None
-    assert Model("weights", "x", {}, True, sidecar | {"assets": "built-in"}, None).tower is None
+    args, record = parse_arguments(["x", REPO, "--license", "mit"]), Record(Path(), "x", [], [])
+    for sees_images, more, expected in ((True, {}, name), (False, {}, None), (True, {"assets": "built-in"}, None)):
+        model = Model("weights", "x", {"x.pth": b""}, sees_images, sidecar | more, None)
+        card = card_files(model, record, args)["README.md"].decode()
+        assert re.findall("^base_model: (.*)", card, re.MULTILINE) == ([expected] if expected else [])
 
 
 def download(hub, folder: Path, names=None):

@@ -29,10 +29,10 @@ def test_every_cell_runs(tmp_path):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=unwanted)
     shutil.copy(ROOT / "eval_vlm.py", tmp_path)
     shutil.copytree(ROOT / "dataset" / "example", tmp_path / "dataset" / "example", dirs_exist_ok=True)
-    # At its end a run describes its pictures and computes their word maps, which takes longer than these few steps.
-    samples = tmp_path / "trainer" / "report" / "samples.py"
-    changed = re.sub("(?m)^LONGEST = .*", "LONGEST = 8", samples.read_text(encoding="utf-8"))
-    samples.write_text(re.sub("(?m)^LOOKING_SECONDS = .*", "LOOKING_SECONDS = -1.0", changed), encoding="utf-8")
+    # At its end a run describes its pictures, which takes longer than these few steps.
+    watcher = tmp_path / "trainer" / "report" / "watcher.py"
+    changed = re.sub("(?m)^LONGEST = .*", "LONGEST = 8", watcher.read_text(encoding="utf-8"))
+    watcher.write_text(changed, encoding="utf-8")
     rows = (ROOT / "dataset" / "example" / "photos.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
     for name, photos in (("dataset/example/photos.jsonl", "photos/"), ("tiny.jsonl", "dataset/example/photos/")):
         text = "".join(f"{row.replace('photos/', photos)}\n" for row in rows)

@@ -21,10 +21,9 @@ from tiny_models import save_tower
 
 import eval_vlm
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from scripts.demo.chat import TEXTS, describe_model
 
 pytest.importorskip("gradio", reason="no gradio: pip install -r scripts/requirements-demo.txt")
-guard = pytest.importorskip("scripts.demo.guard")
+web_page = pytest.importorskip("scripts.demo.page")
 FileResponse = pytest.importorskip("starlette.responses").FileResponse
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
@@ -284,8 +283,8 @@ def test_other_sites_and_names_are_refused(site, host, origin, status):
 
 
 def test_only_addresses_of_this_machine_alone_are_loopback():
-    assert not any(map(guard.is_loopback, ("0.0.0.0", "192.168.0.7", "::")))
-    assert all(map(guard.is_loopback, ("::1", "127.0.0.2", "localhost", "LOCALHOST")))
+    assert not any(map(web_page.is_loopback, ("0.0.0.0", "192.168.0.7", "::")))
+    assert all(map(web_page.is_loopback, ("::1", "127.0.0.2", "localhost", "LOCALHOST")))
 
 
 def test_a_file_deleted_while_the_page_asks_for_it_is_not_found_and_other_errors_pass(tmp_path):
@@ -297,7 +296,7 @@ def test_a_file_deleted_while_the_page_asks_for_it_is_not_found_and_other_errors
             raise FileNotFoundError("deleted since its headers were sent")
         raise RuntimeError("another")
 
-    client = TestClient(guard.Guard(app, guard.Uploads(tmp_path), 100, False))
+    client = TestClient(web_page.Guard(app, web_page.Uploads(tmp_path), 100, False))
     assert client.get("/file=gone").status_code == 404
     assert client.get("/file=begun").content == b""  # no error in the log
     with pytest.raises(RuntimeError, match="another"):
@@ -305,7 +304,7 @@ def test_a_file_deleted_while_the_page_asks_for_it_is_not_found_and_other_errors
 
 
 def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
-    uploads, other = guard.Uploads(tmp_path / "uploads"), tmp_path / "example.jpg"
+    uploads, other = web_page.Uploads(tmp_path / "uploads"), tmp_path / "example.jpg"
     other.touch()
     files = [uploads.folder / str(number) / "a.jpg" for number in range(6)]
     for number, file in enumerate(files):
@@ -320,10 +319,10 @@ def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
     assert other.exists() and files[5].exists()
     uploads.use(files[5])
     assert not files[5].exists()
-    monkeypatch.setattr(guard, "MOST_FILES", 4)
+    monkeypatch.setattr(web_page, "MOST_FILES", 4)
     uploads.enforce_bounds()
     assert [file.exists() for file in files] == [False, True, True, True, True, False]
-    monkeypatch.setattr(guard, "MOST_BYTES", 25)
+    monkeypatch.setattr(web_page, "MOST_BYTES", 25)
     uploads.enforce_bounds()
     assert [file.exists() for file in files] == [False, False, False, True, True, False]
 
@@ -332,6 +331,6 @@ def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
     assert page.locator("#about .note").inner_text().startswith("You talk to out/sft_vlm_64.pth. No file beside")
     sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
     weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
-    said = describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), TEXTS["en"])
+    said = web_page.describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), web_page.TEXTS["en"])
     assert said == "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
-    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    assert web_page.TEXTS["en"].keys() == web_page.TEXTS["zh"].keys()

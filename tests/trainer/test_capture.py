@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from model.vision_tower import bicubic_weights, normalise
-from scripts.bench import synthetic
+from scripts.bench import speed
 from trainer import flags
 from trainer.setup import freeze
 from trainer.stage import answer_loss, pad_answers
@@ -189,8 +189,8 @@ def test_every_model_of_the_benchmark_has_the_same_weights(tmp_path, monkeypatch
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     values = {"TOWER": CLIPVisionConfig(**shape, patch_size=16), "FOLDER": tmp_path, "LAYERS": {512: 1}}
     for name, value in values.items():
-        monkeypatch.setattr(synthetic, name, value)
-    models = [synthetic.load_model(Namespace(hidden_size=512, stage="sft")) for _ in range(2)]
+        monkeypatch.setattr(speed, name, value)
+    models = [speed.load_model(Namespace(hidden_size=512, stage="sft")) for _ in range(2)]
     weights = ([*model.state_dict().values(), *model.vision_encoder.state_dict().values()] for model in models)
     assert all(map(torch.equal, *weights))
 

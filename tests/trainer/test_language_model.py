@@ -20,9 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dataset.chat import image_placeholder
-from dataset.chat_template import TemplateEncoder
-from dataset.conversation import RowError
+from dataset.chat import RowError, TemplateEncoder, image_placeholder
 from dataset.prompts import prompt_batch
 from dataset.tokenizer import load_tokenizer
 from model.answers import generate

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import EVAL, PRETRAIN, ROOT, SFT, read_jsonl, write_jsonl
 
 from common.files import read_record
-from dataset.views import random_views
+from dataset.pictures import random_views
 from model.vision_tower import load_vision_tower
 from trainer.stage import epochs_for
 from trainer.train_tower import Words
@@ -185,7 +185,7 @@ def test_the_built_in_language_model_takes_a_tower_of_ones_own_only_beside_own_d
     files = ["--data_path", photos / "train.jsonl", "--eval_data", "none", "--epochs", 1]
     named = ["--tokenizer_path", ROOT / "model/tokenizer", "--from_weight", ROOT / "model/builtin/llm_128.pth"]
     said = (
-        world.run(PRETRAIN, *tower, *files, *named, hook="import trainer.report.header as h; h.MUCH = 9").passed().out
+        world.run(PRETRAIN, *tower, *files, *named, hook="import trainer.report.watcher as h; h.MUCH = 9").passed().out
     )
     assert "learning_rate 0.004 (the built-in recipe)" in said  # also where every part is named
     assert "of its cores' time: do other programs run?" in said

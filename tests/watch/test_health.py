@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from trainer.report.health import check_first_loss
+from trainer.report.progress import check_first_loss
 
 HIGH, LOW = torch.tensor([139.0, 10.0]), torch.tensor([13.0, 10.0])
 

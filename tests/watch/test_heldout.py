@@ -230,7 +230,7 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    args = SimpleNamespace(use_wandb=False, use_swanlab=False)
+    args = SimpleNamespace(use_wandb=False, use_swanlab=False, log_interval=2)
     run = SimpleNamespace(device=CPU.device, processes=CPU, state=None, args=args)
     run.files = SimpleNamespace(samples=tmp_path, metrics=tmp_path / "metrics.jsonl")
     progress = Progress(run, 4, 0, {})
@@ -239,11 +239,12 @@ def test_measuring_time_does_not_count_in_the_speed(tmp_path, monkeypatch):
     watch.evaluator = SimpleNamespace(
         measure=taking(5.0, evaluation.HeldOut(1.0, 2.0, 3.0, 0.1, 8, 80, 5.0, 1.0, 2.0)), skipped=[]
     )
-    watch.samples = SimpleNamespace(describe=taking(7.0, []))
+    watch._describe = taking(7.0, None)
     watch.measure_if_due(progress, 1, 1)
     taking(2.0, None)()
-    progress.add(torch.tensor([1.0, 1.0]), samples=10, tokens=100, data_seconds=0.0)
-    assert progress.report(2, 1, 1e-3, {})["samples_per_second"] == 5.0
+    progress.add(torch.tensor([1.0, 1.0]), torch.tensor(False), samples=10, tokens=100, data_seconds=0.0)
+    progress.report_if_due(SimpleNamespace(step=2, sample=3, skipped_pictures=0), 1, 1e-3)
+    assert json.loads(run.files.metrics.read_text().splitlines()[-1])["samples_per_second"] == 5.0
 
 
 def test_the_run_ends_in_a_page(watched):

@@ -11,14 +11,14 @@ from PIL import Image
 from common.cli import number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
-from dataset.chat_template import encoder_for
+from dataset.chat import encoder_for
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw, heldout_scenes
 from model.answers import generate, quantize, word_maps
 from model.model_vlm import MiniMindVLM
 from trainer.answering.loaded_model import LoadedModel
-from trainer.bundles import MINIMIND2
+from trainer.bundles import MINIMIND2, bundle_of
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 DARKEST = 0.75  # opacity over a patch that does nothing for a word
@@ -26,7 +26,6 @@ BRIGHT = 1.0  # nats: a word whose peak is lower stays darker
 
 
 def add_speed_flags(group):
-    """Adds the flags of device, dtype and compilation to an argument group."""
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "int8: the matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
     group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
@@ -50,7 +49,7 @@ def add_generation_flags(group, max_new_tokens: int):
 
 def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
     """Returns the sampling settings: those of the flags, else of the weights' recipe."""
-    usual = loaded.bundle.sampling
+    usual = bundle_of(loaded.weights).sampling
     return usual | {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
 
 
@@ -66,8 +65,7 @@ def draw_heldout(folder: Path, count: int) -> list[Path]:
 class Assistant:
     """A model on a device, with its tokenizer and the form of its prompts.
 
-    Raises:
-        UsageError: If `dtype`, one of PRECISIONS, is not for that device, or the model cannot think before it answers.
+    Raises UsageError if `dtype` is not for that device, or the model cannot think before it answers.
     """
 
     def __init__(
@@ -90,9 +88,8 @@ class Assistant:
     def turn(self, question: str, images: int, before: Sequence[dict] = (), max_new_tokens: int = 1) -> dict:
         """Returns a user's turn, with its images where the model expects them.
 
-        Raises:
-            UsageError: If the question has `<image>` tags, but not one per image; or if the turns before, this one and
-                the answer need more tokens than the model has positions.
+        Raises UsageError if the question has `<image>` tags, but not one per image; or if the turns before, this one
+        and the answer need more tokens than the model has positions.
         """
         try:
             turn = {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
@@ -120,12 +117,8 @@ class Assistant:
     ) -> list[torch.Tensor]:
         """Returns the token ids of each conversation's next turn, up to its end token; all in one batch.
 
-        Args:
-            conversations: Lists of turns that fit, see `turn`.
-            pictures: Each conversation's images in order.
-            temperature: 0 always takes the likeliest token.
-            top_p, top_k: Sample from the likeliest tokens: of this share, and this many (0: all).
-            settings: For transformers' `generate`: a streamer, stopping criteria.
+        Temperature 0 takes the likeliest token, others draw from the likeliest: of the share `top_p`, and `top_k` of
+        them (0: all). `settings` are for transformers' `generate`: a streamer, stopping criteria.
         """
         if temperature > 0:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -147,11 +140,9 @@ class Assistant:
 
 
 def mask_of(maps: np.ndarray) -> Image.Image:
-    """Returns maps (H, W) of a word as a mask that darkens where it does not look.
-
-    It is scaled by its own peak, so that it shows where; but a word that no patch makes more probable stays dark.
-    """
+    """Returns maps (H, W) of a word as a mask that darkens where it does not look, scaled by its own peak."""
     maps = np.nan_to_num(maps).clip(0)
+    # A word that no patch makes more probable stays dark.
     shade = np.rint(255 * DARKEST * (1 - maps / max(maps.max(), BRIGHT))).astype(np.uint8)
     return Image.fromarray(np.dstack((np.zeros_like(shade), shade)), "LA")
 

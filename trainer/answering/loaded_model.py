@@ -16,22 +16,15 @@ from model import weights as weight_io
 from model.language_model import build
 from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.vision_tower import TowerSettings
-from trainer.bundles import BUILTIN, BUNDLES, Bundle, bundle_of, find_weights, read_tower, recorded_folders
+from trainer.bundles import BUILTIN, BUNDLES, bundle_of, find_weights, read_tower, recorded_folders
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights, and the tokenizer and tower they were trained with.
-
-    Attributes:
-        weights: Tensors and sidecar.
-        config: The model's shape, fitted to the tower.
-        tokenizer, tokenizer_path: The tokenizer and its folder.
-        tower, tower_path: The vision tower's settings and its folder.
-    """
+    """Weights, and the tokenizer and tower they were trained with."""
 
     weights: weight_io.Weights
-    config: VLMConfig
+    config: VLMConfig  # fitted to the tower
     tokenizer: PreTrainedTokenizerBase
     tokenizer_path: Path
     tower: TowerSettings
@@ -40,18 +33,14 @@ class LoadedModel:
     @property
     def prompt_form(self) -> str:
         """Image position in most training rows."""
-        return self.weights.sidecar.get("prompt_form", self.bundle.prompt_form)
-
-    @property
-    def bundle(self) -> Bundle:
-        """The model's generation."""
-        return bundle_of(self.weights)
+        return self.weights.sidecar.get("prompt_form", bundle_of(self.weights).prompt_form)
 
     @property
     def knows_only_scenes(self) -> bool:
         """Whether it was trained on the built-in set and nothing else."""
         data = self.weights.sidecar.get("arguments", {}).get("data_path")
-        return self.bundle is BUILTIN and (data is None or (ROOT / str(data)).parent == BUILTIN_DATASET_DIR)
+        is_theirs = data is None or (ROOT / str(data)).parent == BUILTIN_DATASET_DIR
+        return bundle_of(self.weights) is BUILTIN and is_theirs
 
     def load_model(self) -> MiniMindVLM:
         """Builds the model on the CPU in float32; a projection that the weights lack is drawn at random."""
@@ -80,22 +69,30 @@ def add_model_flags(parser: argparse.ArgumentParser):
 def find_model(args: argparse.Namespace) -> LoadedModel:
     """Reads the weights that the flags of `add_model_flags` name, with their tokenizer and tower.
 
-    Raises:
-        UsageError: If something is missing, unreadable, or does not belong to the rest.
+    Raises UsageError if something is missing, unreadable, or does not belong to the rest.
     """
-    weights = read_named_weights(args)
-    folder = weights.path.parent
-    usual = bundle_of(weights).folders
+    if args.load_from != "model":
+        weights = weight_io.read_folder(Path(args.load_from).expanduser())
+    else:
+        save_dir = args.save_dir or SAVE_DIR
+        downloads = (bundle for bundle in BUNDLES.values() if bundle is not BUILTIN)
+        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in downloads)
+        if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
+            save_dir = BUILTIN.weights_dir  # the built-in language model if no other was downloaded
+        name = os.path.expanduser(args.weight)
+        weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
+    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    folder, bundle = weights.path.parent, bundle_of(weights)
+    folders = bundle.folders
     for flag, recorded in recorded_folders(weights.sidecar, weights.path).items():
-        usual[flag] = recorded if recorded.is_dir() or bundle_of(weights) is not BUILTIN else usual[flag]
+        if recorded.is_dir() or bundle is not BUILTIN:
+            folders[flag] = recorded
     if args.load_from != "model" and (folder / "tokenizer.json").is_file():
-        usual["tokenizer_path"] = folder
+        folders["tokenizer_path"] = folder
     if args.load_from != "model" and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
-        usual["vision_model_path"] = folder
-    tokenizer_path, tower_path = (
-        usual[flag] if getattr(args, flag) is None else getattr(args, flag).resolve()
-        for flag in ("tokenizer_path", "vision_model_path")
-    )
+        folders["vision_model_path"] = folder
+    tokenizer_path = args.tokenizer_path.resolve() if args.tokenizer_path else folders["tokenizer_path"]
+    tower_path = args.vision_model_path.resolve() if args.vision_model_path else folders["vision_model_path"]
     tokenizer = load_tokenizer(tokenizer_path)
     check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower(tower_path)
@@ -104,19 +101,3 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     except ValueError as error:
         raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
     return LoadedModel(weights, config, tokenizer, tokenizer_path, tower, tower_path)
-
-
-def read_named_weights(args: argparse.Namespace) -> weight_io.Weights:
-    """Reads the weights that the flags name; the built-in language model if no other was downloaded."""
-    if args.load_from != "model":
-        weights = weight_io.read_folder(Path(args.load_from).expanduser())
-    else:
-        save_dir = args.save_dir or SAVE_DIR
-        downloads = (bundle for bundle in BUNDLES.values() if bundle is not BUILTIN)
-        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in downloads)
-        if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
-            save_dir = BUILTIN.weights_dir
-        name = os.path.expanduser(args.weight)
-        weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
-    return weights

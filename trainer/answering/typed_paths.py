@@ -30,13 +30,9 @@ AROUND = re.compile(rf"[\s{OPENING}]*{MARK}[\s{CLOSING}]*[,;，、；]?\s*")
 
 
 def find_pictures(line: str) -> tuple[str, list[Path]]:
-    """Finds the picture files that a line names.
+    """Returns the question that a line asks (empty where only punctuation is left), and its picture files in order.
 
-    Returns:
-        What is left of the line as the question (empty where only punctuation is), and the files in order.
-
-    Raises:
-        ValueError: If something looks like a picture or a path but is no file: "NAME: why" each.
+    Raises ValueError if something looks like a picture or a path but is no file: "NAME: why" each.
     """
     line = line.replace(MARK, " ")
     # In a quoted 'my cat.jpg', cat.jpg is not a path of its own.
@@ -55,7 +51,15 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
             done = end
     rest = " ".join("".join([*pieces, line[done:]]).split())
     words = [word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest)]
-    if missing := [f"{word}: {why_no_file(word)}" for word in words if LOOKS_LIKE_PATH.match(word)]:
+    missing = []
+    for word in filter(LOOKS_LIKE_PATH.match, words):
+        reasons = [not_a_file(path) for path in spellings(word)]
+        # Of several reasons, the longest knows of something there.
+        why = "no picture's ending" if None in reasons else max(reasons, key=len)
+        if re.match(r"(?!file:)\w+://", word):
+            why = "an address: download the file and name it here"
+        missing.append(f"{word}: {why}")
+    if missing:
         raise ValueError("; ".join(missing))
     if not paths:
         return rest, []
@@ -69,10 +73,3 @@ def spellings(text: str) -> list[Path]:
     texts = [text, SHELL.sub(lambda found: found[1] or found[2] or found[3] or "", text)]
     texts += [unquote(text.removeprefix("file://")) for text in texts if text.startswith("file:///")]
     return [Path(os.path.expanduser(text)) for text in dict.fromkeys(texts)]
-
-
-def why_no_file(word: str) -> str:
-    if re.match(r"(?!file:)\w+://", word):
-        return "an address: download the file and name it here"
-    reasons = [not_a_file(path) for path in spellings(word)]
-    return "no picture's ending" if None in reasons else max(reasons, key=len)  # the longest knows of something there

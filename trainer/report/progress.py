@@ -1,7 +1,9 @@
-"""A run's reports: lines, a bar below them in a terminal, metrics.jsonl, and wandb or SwanLab if asked."""
+"""A run's reports: its progress, on the screen, in metrics.jsonl, and in wandb or SwanLab if asked; and its faults."""
 
+import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -16,22 +18,20 @@ from common.paths import display_path
 from trainer.setup import Run
 
 TRACKERS = {"wandb": "dir", "swanlab": "log_dir"}  # packages with the same functions: their argument for the folder
+BAD_STEPS_IN_A_ROW = 10
+NAMED_ON_SCREEN = 20
 clock = tqdm.format_interval  # seconds to 02:03, 1:02:03
 
 
 class Progress:
     """Sums loss and counts since the last report, and reports them (on the main rank; the others are silent).
 
-    metrics.jsonl of a resumed run keeps the reports up to the step it resumes from.
-
-    Args:
-        run: The run; wandb and SwanLab are started if it asks for them.
-        total_steps, done_steps: Optimizer steps of the whole run, and those done before a resume.
-        settings: The run's, for them.
+    It is shown as lines, and as a bar below them in a terminal. metrics.jsonl of a resumed run keeps the reports up to
+    the step it resumes from. wandb and SwanLab get `settings`.
     """
 
     def __init__(self, run: Run, total_steps: int, done_steps: int, settings: dict):
-        self.total_steps, self.done_steps = total_steps, done_steps
+        self.run, self.total_steps, self.done_steps = run, total_steps, done_steps
         self.metrics_path = run.files.metrics if run.processes.is_main else None  # None: silent
         used = [name for name in TRACKERS if getattr(run.args, f"use_{name}") and run.processes.is_main]
         self.trackers = {name: start_tracker(name, run, settings) for name in used}
@@ -40,36 +40,81 @@ class Progress:
         disable = None if run.processes.is_main else True  # None: shown in a terminal only
         form = "{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}"
         self.bar = tqdm(total=total_steps, initial=done_steps, disable=disable, dynamic_ncols=True, bar_format=form)
+        # Steps whose loss or gradient was not finite: all, in a row, the most in a row. Counting syncs no GPU.
+        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=run.device)
+        self.bad_steps_logged, self.unreadable = 0, set()
         self._reset()
         if run.state is not None:
-            self.counted = {name: run.state["progress"][name] for name in self.counted}
-            self.losses = torch.tensor(run.state["progress"]["learned_from"])
+            self.bad_steps = self.bad_steps.new_tensor(run.state["bad_steps"])
+            self.bad_steps_logged = run.state["bad_steps"][0]
+            earlier = run.state["progress"]
+            self.counted = {name: earlier[name] for name in self.counted}
+            self.losses = torch.tensor(earlier["learned_from"])
+            self.interval_started -= earlier["seconds_before"]
 
     def _reset(self):
-        self.interval_started = time.perf_counter()
-        self.losses = torch.zeros(2)
-        self.counted = {"samples": 0, "tokens": 0, "data_seconds": 0, "seconds_before": 0}
-
-    def _seconds(self) -> float:
-        return self.counted["seconds_before"] + time.perf_counter() - self.interval_started
+        self.interval_started, self.losses = time.perf_counter(), torch.zeros(2)
+        self.counted = {"samples": 0, "tokens": 0, "data_seconds": 0}
 
     def state_dict(self) -> dict:
-        """Returns the sums since the last report, for a resumed run to report."""
-        counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": self._seconds()}
+        """Returns what a resumed run needs: the bad steps, and the sums since the last report."""
+        seconds = time.perf_counter() - self.interval_started
+        counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": seconds}
         ids = dict.fromkeys(f"{name}_id" for name in TRACKERS)
-        return {"progress": counted} | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
+        state = {"bad_steps": self.bad_steps.tolist(), "progress": counted}
+        return state | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
 
-    def add(self, losses: torch.Tensor, samples: int, tokens: int, data_seconds: float):
-        """Counts an optimizer step; `losses` (2,), its summed loss and learned tokens over all ranks, is not synced."""
+    def name_unreadable(self, micro_batches: list[dict]):
+        """Names this rank's images that cannot be read: the first few on the screen, all in {name}.bad_rows.txt."""
+        path = self.run.files.bad_rows
+        for error in (str(error) for batch in micro_batches for error in batch["skipped"]):
+            if error in self.unreadable:
+                continue
+            self.unreadable.add(error)
+            if len(self.unreadable) <= NAMED_ON_SCREEN:
+                tqdm.write(f"skipped a sample, its picture cannot be read: {error}")
+            elif len(self.unreadable) == NAMED_ON_SCREEN + 1:
+                tqdm.write(f"more pictures cannot be read: all of them are in {display_path(path)}")
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(f"  a picture cannot be read: {error}\n")
+
+    def add(self, losses: torch.Tensor, is_bad: torch.Tensor, samples: int, tokens: int, data_seconds: float):
+        """Counts an optimizer step, without a sync; `losses` (2,) are summed loss and learned tokens over all ranks."""
+        total, in_a_row, most = self.bad_steps
+        in_a_row = (in_a_row + 1) * is_bad
+        self.bad_steps = torch.stack((total + is_bad, in_a_row, torch.maximum(most, in_a_row)))
         self.losses = self.losses.to(losses.device) + losses
         for name, value in (("samples", samples), ("tokens", tokens), ("data_seconds", data_seconds)):
             self.counted[name] += value
         self.bar.update(1)
 
-    def report(self, step: int, epoch: int, learning_rate: float, counts: dict[str, int]) -> dict:
-        """Reports the interval that ends here and begins the next; returns the record."""
+    def report_if_due(self, state, epoch: int, learning_rate: float):
+        """Reports after step 1, every --log_interval steps and at an epoch's end; skipped steps at once without a GPU.
+
+        Raises UsageError if too many steps in a row were skipped.
+        """
+        args, step = self.run.args, state.step
+        is_due = step == 1 or step % args.log_interval == 0 or state.sample == 0
+        if not is_due and self.run.device.type == "cuda":
+            return
+        total, _, most = self.bad_steps.tolist()  # syncs
+        if total > self.bad_steps_logged:
+            self.log(
+                f"by step {step} the loss or the gradient was not finite in {total - self.bad_steps_logged} step(s) "
+                f"more: skipped, the weights are unchanged ({total} so far)"
+            )
+            self.bad_steps_logged = total
+        if most >= BAD_STEPS_IN_A_ROW:
+            raise UsageError(
+                f"{most} steps in a row, up to step {step}, had a loss or a gradient that is not finite, so the run "
+                "ends; the weights saved last are finite. Try a lower --learning_rate than "
+                f"{args.learning_rate:g}, a lower --grad_clip than {args.grad_clip:g} or --dtype float32, and check "
+                f"the data (python -m dataset.check {display_path(args.data_path)})"
+            )
+        if not is_due:
+            return
         loss_sum, learned = self.losses.tolist()  # syncs
-        seconds = max(1e-9, self._seconds())
+        seconds = max(1e-9, time.perf_counter() - self.interval_started)
         record = {
             "step": step,
             "epoch": epoch,
@@ -79,41 +124,24 @@ class Progress:
             "tokens_per_second": round(self.counted["tokens"] / seconds, 1),
             "data_wait": round(self.counted["data_seconds"] / seconds, 4),
             "learned_tokens": int(learned),
-            **counts,
+            "skipped_pictures": state.skipped_pictures,
+            "skipped_steps": total,
             "seconds": round(time.perf_counter() - self.started, 3),
         }
-        self.log(self._line(record))
-        self._append(record)
-        self._send("train", step, record)
-        self._reset()
-        return record
-
-    def _line(self, record: dict) -> str:
-        step, loss = record["step"], "none" if record["loss"] is None else f"{record['loss']:.4f}"
+        loss = f"{record['loss']:.4f}" if learned else "none"
         # No estimate after the first step, which is slow: workers start, memory is allocated.
         remaining = record["seconds"] / max(1, step - self.done_steps) * (self.total_steps - step)
-        eta = f"  ETA {clock(remaining)}" if step > 1 else ""
-        return (
-            f"epoch {record['epoch']}  step {step}/{self.total_steps}  loss {loss}  lr {record['learning_rate']:.2e}  "
+        self.write(
+            f"epoch {epoch}  step {step}/{self.total_steps}  loss {loss}  lr {learning_rate:.2e}  "
             f"samples/s {record['samples_per_second']:.1f}  tokens/s {record['tokens_per_second']:,.0f}  "
-            f"data wait {record['data_wait']:.1%}{eta}"
+            f"data wait {record['data_wait']:.1%}{f'  ETA {clock(remaining)}' if step > 1 else ''}",
+            record,
         )
+        self._reset()
 
-    def report_heldout(self, step: int, epoch: int, held_out: dict, message: str):
-        """Reports an evaluation on held-out rows: `message` as a line, its figures in the metrics."""
+    def write(self, message: str, record: dict):
+        """Reports a record, of training or with the figures of an evaluation as "eval"; `message` is its line."""
         self.log(message)
-        self._append({"step": step, "epoch": epoch, "eval": held_out})
-        self._send("eval", step, held_out)
-
-    def exclude(self, seconds: float):
-        """Leaves time not spent training out of samples/s."""
-        self.interval_started += seconds
-
-    def _send(self, part: str, step: int, values: dict):
-        for tracker in self.trackers.values():
-            tracker.log({f"{part}/{name}": value for name, value in values.items() if name != "step"}, step=step)
-
-    def _append(self, record: dict):
         if self.metrics_path is None:
             return
         try:
@@ -127,12 +155,20 @@ class Progress:
             if not self.has_failed:  # warn once
                 self.log(f"warning: {display_path(self.metrics_path)} cannot be written, training continues: {error}")
             self.has_failed = True
+        part, figures = ("eval", record["eval"]) if "eval" in record else ("train", record)
+        for tracker in self.trackers.values():
+            named = {f"{part}/{name}": value for name, value in figures.items() if name != "step"}
+            tracker.log(named, step=record["step"])
 
     def log(self, message: str):
         """Prints a line, above the bar if there is one."""
         if self.metrics_path is not None:
             tqdm.write(message)
             sys.stdout.flush()
+
+    def exclude(self, seconds: float):
+        """Leaves time not spent training out of samples/s."""
+        self.interval_started += seconds
 
     def close(self):
         """Closes the bar, and the runs at wandb and SwanLab."""
@@ -147,20 +183,14 @@ def reports_until(path: Path, step: float) -> list[str]:
         return []
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # truncated by a kill
             if json.loads(line)["step"] <= step:
                 lines.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # truncated by a kill
     return lines
 
 
 def start_tracker(name: str, run: Run, settings: dict):
-    """Starts a run at a service of TRACKERS, or continues that of a resumed one.
-
-    Raises:
-        UsageError: If its package is missing, or does not start.
-    """
+    """Starts a run at a service of TRACKERS, or continues that of a resumed one; raises UsageError if that fails."""
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")  # seconds; wandb's default is 90
     names = {"project": run.args.wandb_project, "name": run.files.name, "id": run.state and run.state.get(f"{name}_id")}
     config = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}
@@ -174,3 +204,24 @@ def start_tracker(name: str, run: Run, settings: dict):
             f"--use_{name}: {name} does not start: {error}. {name.upper()}_MODE=offline works without a network; "
             "metrics.jsonl beside the weights has the same figures"
         ) from error
+
+
+def check_first_loss(run: Run, losses: torch.Tensor):
+    """Raises UsageError if weights with an unknown tokenizer start no better than guessing: it is most likely wrong.
+
+    Unfamiliar text may be the reason, too: --ignore_high_loss goes on.
+    """
+    loss_sum, learned = losses.tolist()
+    uniform = math.log(run.config.vocab_size)
+    is_known = run.weights is None or "tokenizer_sha256" in run.weights.sidecar  # which was compared
+    if is_known or not learned or loss_sum / learned < uniform:
+        return
+    message = (
+        f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = "
+        f"{uniform:.2f}), though training starts from {display_path(run.weights.path)}. Most likely these weights and "
+        f"the tokenizer {display_path(run.args.tokenizer_path)} do not belong together: name the right one with "
+        "--tokenizer_path"
+    )
+    if not run.args.ignore_high_loss:
+        raise UsageError(f"{message}. If it is right and the texts are unfamiliar, train with --ignore_high_loss")
+    run.log(f"warning: {message}")
