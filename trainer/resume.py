@@ -148,8 +148,8 @@ def is_unfinished(path: Path) -> bool:
 class Checkpoints:
     """Saves a run; restores its model where it resumes (UsageError if the checkpoint belongs to another run).
 
-    Construct before `round_frozen_weights`: weight files keep them unrounded. `companions` are the stage's, `settings`
-    the flags in effect, for sidecar and state.
+    Construct before `round_frozen_weights`: weight files keep them unrounded. `run` is a `trainer.setup.Run`,
+    `companions` are the stage's, `settings` the flags in effect, for sidecar and state.
     """
 
     def __init__(self, run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
