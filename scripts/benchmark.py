@@ -106,7 +106,7 @@ def replay_graphs(args: Namespace) -> str:
     for steps in (graphs, launched):
         steps.losses([*range(CHECKED)] * 3)
     graphs.require_weights_of(launched)
-    return f"{sum(shape.graph is not None for shape in graphs.step.shapes.values())} graphs, the same weights"
+    return f"{sum(graph is not None for graph in graphs.step.graphs.values())} graphs, the same weights"
 
 
 CHECKS = {

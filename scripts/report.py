@@ -15,7 +15,7 @@ from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.paths import SAVE_DIR, display_path
 from trainer.report.page import write_report
-from trainer.support.run_files import ENDINGS, RunFiles
+from trainer.resume import ENDINGS, RunFiles
 
 A_RUN = "a run like out/sft_vlm_128, one of its files, or a folder that holds one run"
 METRICS = RunFiles(Path(), "").metrics.name

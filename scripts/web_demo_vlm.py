@@ -24,7 +24,7 @@ from common.paths import EXAMPLE_PHOTO
 from dataset.tokenizer import quiet_libraries
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model
-from trainer.support.processes import Processes, StopSignals
+from trainer.support.processes import Processes, stop_signals
 
 LARGEST_FILE = 20 * 2**20  # bytes
 EXAMPLES = 6
@@ -66,7 +66,7 @@ def main():
             looks = {"i18n": LABELS, "css_paths": Path(__file__).parent / "demo/page.css", "footer_links": []}
             limits = {"max_file_size": LARGEST_FILE, "show_error": False}
             limits["app_kwargs"] = {"middleware": [(TrustedHostMiddleware, (hosts,), {}), guard]}
-            with StopSignals(speaks=False) as signals:
+            with stop_signals(speaks=False) as signals:
                 page.launch(**address, **looks, **limits, prevent_thread_lock=True)
                 while signals.asked is None:
                     time.sleep(0.1)

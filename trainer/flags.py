@@ -173,7 +173,7 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     _, world_size, *local_share = ranks()
     device = pick_device(args.device, *local_share)
     args.device, dtype, is_cuda = str(device), pick_dtype(args.dtype, device), device.type == "cuda"
-    if args.dtype or device.type != "cpu":  # on a CPU it depends on the model: see `prepare_run`
+    if args.dtype or device.type != "cpu":  # on a CPU it depends on the model: see `setup.Run`
         args.dtype = str(dtype).removeprefix("torch.")
     if args.deterministic is None:
         args.deterministic = device.type == "cpu"

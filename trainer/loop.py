@@ -21,12 +21,12 @@ from model.model_vlm import MiniMindVLM
 from trainer.bundles import BUILTIN
 from trainer.report.progress import Progress, check_first_loss, clock
 from trainer.report.watcher import Watch, describe_features, print_header
-from trainer.resume import RESUMES, Checkpoints, TrainState, keep_earlier_run, report_resume, restore_random_state
+from trainer.resume import RESUMES, Checkpoints, TrainState, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import epochs_for
 from trainer.step import TrainContext, count, train_step
 from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
-from trainer.support.processes import StopSignals, on_device
+from trainer.support.processes import on_device, stop_signals
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
@@ -63,7 +63,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     torch.manual_seed(args.seed + processes.rank)  # for dropout
     if run.state is not None:
         context.load_state_dict(run.state)
-        report_resume(run, state.step, total_steps, data)
+        checkpoints.report_resume(state.step, total_steps)
         restore_random_state(run.state["random"], processes.rank, device)
     if features is not None:  # those that are missing, split over ranks
         compute_features(data, features, model.encode_images, device, *processes.local_share)
@@ -72,7 +72,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     batches = load_batches(data, sampler, collate, device, args.num_workers)
     progress = Progress(run, total_steps, state.step, settings)
     with contextlib.closing(progress), contextlib.closing(batches):
-        with StopSignals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
+        with stop_signals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
             for epoch, first_sample in sampler.steps():
                 started = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
@@ -84,7 +84,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
                 if state.step == 1:
                     check_first_loss(run, losses)
-                    keep_earlier_run(run)
+                    if processes.is_main:
+                        run.files.keep_reports_aside(run.log)
                 progress.add(losses, is_bad, counts.samples, counts.tokens, data_seconds)
                 progress.report_if_due(state, epoch + 1, learning_rate)
                 watch.measure_if_due(progress, state.step, epoch + 1)

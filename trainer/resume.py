@@ -1,38 +1,159 @@
-"""Checkpoints: weights, sidecar and training state, written together. A run resumes bit-identically."""
+"""A run's files: checkpoints of weights, sidecar and training state, from which it resumes bit-identically."""
 
+import glob
 import hashlib
+import os
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import Timeout
 
 from common import files
-from common.errors import UsageError
+from common.errors import RankError, UsageError
 from common.paths import display_path
+from common.schema import Range, SchemaError, check
 from dataset.features import tower_sha256
 from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import tower_weights_sha256
-from trainer.setup import Run
-from trainer.support.run_files import REPORTED, SAVED, is_unfinished
 
 RESUMES = "the same command with --from_resume 1 resumes from there"
 MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
+COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
+# Checkpoints are files from outside too. This is in those of every stage:
+PROGRESS = {
+    **dict.fromkeys(("step", "epoch", "sample", "skipped_pictures"), COUNT),
+    "units?": COUNT,  # old checkpoints lack it
+    **dict.fromkeys(("fingerprint", "arguments"), {"*": str}),
+    "learned": {"*": torch.Tensor},
+    "optimizer": {"state": {"*": {"*": torch.Tensor}}},
+    "scaler": {"*": Range(float, 0, 1e300)},
+    "random": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, None)}],
+}
+STATE = PROGRESS | {
+    "pictures?": torch.Tensor,  # old checkpoints lack it
+    "bad_steps": [COUNT] * 3,
+    "processes": Range(int, 1, 1 << 20),
+    "wandb_id": (str, None),
+    "swanlab_id?": (str, None),
+    "progress": {
+        **{"learned_from": [Range(float, -1e300, 1e300)] * 2, "samples": COUNT, "tokens": COUNT},
+        **{"data_seconds": SECONDS, "seconds_before": SECONDS},
+    },
+}
+# Of the files a run writes, after its name.
+SAVED, BAD_ROWS = ("_resume.pth", ".pth", ".json"), ".bad_rows.txt"
+REPORTED = (".metrics.jsonl", ".report.html", "_samples", "_samples.md")  # the last of earlier versions
+ENDINGS = (*SAVED, *REPORTED, BAD_ROWS)
+
+
+class RunFiles:
+    """The files a run writes: {save_dir}/{name}, with these endings."""
+
+    def __init__(self, save_dir: Path, name: str):
+        self.save_dir, self.name = save_dir, name
+        endings = (".pth", "_resume.pth", ".metrics.jsonl", "_samples", BAD_ROWS)
+        paths = (save_dir / f"{name}{ending}" for ending in endings)
+        self.weights, self.state, self.metrics, self.samples, self.bad_rows = paths
+
+    @cached_property
+    def aside(self) -> Path:
+        """The new name of an earlier run's files: not in use, and never taken for weights."""
+        now = f"{self.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+        names = chain([now], (f"{now}-{number}" for number in count(2)))  # a second may see several runs
+        return self.save_dir / next(name for name in names if not any(self.save_dir.glob(f"{glob.escape(name)}*")))
+
+    def keep_aside(self, *endings: str) -> bool:
+        """Renames an earlier run's files; returns whether there were any. Raises UsageError if that fails."""
+        paths = {ending: self.save_dir / f"{self.name}{ending}" for ending in endings}
+        earlier = {ending: path for ending, path in paths.items() if os.path.lexists(path)}
+        for ending, path in earlier.items():
+            try:
+                path.rename(f"{self.aside}{ending}")
+            except OSError as error:
+                raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
+        return bool(earlier)
+
+    def keep_reports_aside(self, log: Callable[[str], None]):
+        """Renames an earlier run's reports out of the way.
+
+        Its weights and state are renamed at this run's first save; an unfinished run's at once.
+        """
+        was_stopped = is_unfinished(self.state)
+        has_weights = self.weights.exists() or self.state.exists()
+        if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
+            log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")
+
+    def lock(self, is_main: bool):
+        """Makes the folder, removes what killed runs left half written, and locks the run's name on the main rank.
+
+        Raises UsageError if the folder cannot be written to, or another process writes the same files now.
+        """
+        try:
+            with files.scratch_folder(self.save_dir):  # it can be written to
+                # A killed run's workers may hold the lock for 5 seconds more.
+                self.held = is_main and files.lock_of(self.save_dir / self.name).acquire(timeout=6)
+        except Timeout as error:
+            raise RankError(
+                f"another process is training {self.name} in {display_path(self.save_dir)}: wait for it, or give this "
+                "run another --save_weight or --save_dir"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"--save_dir {self.save_dir} cannot be written to: {error.strerror}") from error
+
+
+def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:
+    """Reads the checkpoint to resume from; None to start over.
+
+    Raises UsageError if it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
+    """
+    if from_resume is None and is_unfinished(path):
+        raise UsageError(
+            f"{display_path(path)} belongs to a run that did not finish: --from_resume 1 resumes it, --from_resume 0 "
+            "starts over"
+        )
+    if not from_resume:
+        return None
+    if not path.is_file():
+        log(f"--from_resume 1: no {display_path(path)} yet, so this run starts from the beginning")
+        return None
+    state = files.load_file(path)
+    try:
+        check(state, schema)
+    except SchemaError as error:
+        raise UsageError(
+            f"{display_path(path)} is no checkpoint of this version of the project ({error}); --from_resume 0 starts "
+            "over"
+        ) from error
+    return state
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tells whether a checkpoint has epochs left; one that is missing or unreadable counts as finished."""
+    try:
+        state = files.load_file(path)
+        return state["epoch"] < int(state["arguments"]["epochs"])
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
 
 
 class Checkpoints:
     """Saves a run; restores its model where it resumes (UsageError if the checkpoint belongs to another run).
 
-    Construct before `round_frozen_weights`: weight files keep them unrounded. `companions` are the stage's, `settings`
-    the flags in effect, for sidecar and state.
+    Construct before `round_frozen_weights`: weight files keep them unrounded. `run` is a `trainer.setup.Run`,
+    `companions` are the stage's, `settings` the flags in effect, for sidecar and state.
     """
 
-    def __init__(self, run: Run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
-        self.run, self.model, self.settings, config = run, model, settings, run.config
+    def __init__(self, run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
+        self.run, self.model, self.data, self.settings, config = run, model, data, settings, run.config
         self.rows = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
         self.rows["prompt_form"] = usual_form(data, run.tokenizer)
         self.picture_keys = data.picture_keys if run.processes.is_main else None  # reads all pictures
@@ -118,6 +239,25 @@ class Checkpoints:
                 raise failure
             run.log(f"warning: step {state['step']} could not be saved, training continues: {failure}")
 
+    def report_resume(self, step: int, total_steps: int):
+        """Logs where the run continues, which settings changed since it was saved, and how many pictures changed."""
+        run, data = self.run, self.data
+        before = run.state["arguments"] | {"processes": str(run.state["processes"])}
+        now = {name: str(run.settings[name]) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
+        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+        changed = f"; changed: {', '.join(changed)}" if changed else ""
+        run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")
+        if not run.processes.is_main:
+            return  # it would read all pictures
+        pictures = run.state.get("pictures", torch.empty(0)).numpy()  # old checkpoints lack it
+        is_comparable = pictures.shape == data.picture_keys.shape  # a parquet with other pictures is other data
+        if is_comparable and len(changed := np.flatnonzero(pictures != data.picture_keys)):
+            run.log(
+                f"warning: {len(changed):,} of the {len(pictures):,} pictures changed since this run was saved, the "
+                f"first is {data.picture_source(changed[0])[1]}: the run continues with their new content; restore "
+                "the old files to avoid that, or --from_resume 0 starts over with the new ones"
+            )
+
 
 def check_same_run(state: dict, fingerprint: dict[str, str], rows: int, path: Path):
     """Raises UsageError unless a checkpoint is of this run, and at a position that a run over so many rows can have."""
@@ -153,25 +293,6 @@ def restore_random_state(states: list[dict], rank: int, device: torch.device):
             ) from error
 
 
-def report_resume(run: Run, step: int, total_steps: int, data: VLMDataset):
-    """Logs where the run continues, which settings changed since it was saved, and how many pictures changed."""
-    before = run.state["arguments"] | {"processes": str(run.state["processes"])}
-    now = {name: str(run.settings[name]) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    changed = f"; changed: {', '.join(changed)}" if changed else ""
-    run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")
-    if not run.processes.is_main:
-        return  # it would read all pictures
-    pictures = run.state.get("pictures", torch.empty(0)).numpy()  # old checkpoints lack it
-    is_comparable = pictures.shape == data.picture_keys.shape  # a parquet with other pictures is other data
-    if is_comparable and len(changed := np.flatnonzero(pictures != data.picture_keys)):
-        run.log(
-            f"warning: {len(changed):,} of the {len(pictures):,} pictures changed since this run was saved, the first "
-            f"is {data.picture_source(changed[0])[1]}: the run continues with their new content; restore the "
-            "old files to avoid that, or --from_resume 0 starts over with the new ones"
-        )
-
-
 @dataclass
 class TrainState:
     """Progress: optimizer steps done, and the epoch and sample that come next."""
@@ -194,17 +315,3 @@ class TrainState:
     def load_state_dict(self, state: dict):
         for name in asdict(self):
             setattr(self, name, state.get(name, 1))  # old checkpoints lack `units`
-
-
-def keep_earlier_run(run: Run):
-    """Renames an earlier run's reports out of the way (not on resume), on the main rank.
-
-    Its weights and state are renamed at this run's first save; an unfinished run's at once.
-    """
-    files = run.files
-    if run.state is not None or not run.processes.is_main:
-        return
-    was_stopped = run.args.from_resume == 0 and is_unfinished(files.state)
-    has_weights = files.weights.exists() or files.state.exists()
-    if files.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
-        run.log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(files.aside)}")

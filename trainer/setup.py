@@ -4,11 +4,9 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
@@ -25,73 +23,57 @@ from model.language_model import add_lora, build, read_language_model
 from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.vision_tower import TowerSettings
 from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, find_weights, read_tower
+from trainer.resume import BAD_ROWS, STATE, RunFiles, read_state
 from trainer.stage import Stage
 from trainer.support.processes import Processes, pick_dtype
-from trainer.support.run_files import BAD_ROWS, STATE, RunFiles, prepare_save_dir, read_state
 
 SHOWN_BAD_ROWS = 20
 
 
-@dataclass
 class Run:
-    """Everything a run needs; it does not change."""
+    """Everything a run needs, found and checked; it does not change.
 
-    stage: Stage
-    args: object  # the stage's flags
-    processes: Processes
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_sha256: str
-    weights: weight_io.Weights | None  # that it starts from (their tensors go into the model), None for random ones
-    config: VLMConfig  # the model's shape
-    tower: TowerSettings
-    files: RunFiles
-    state: dict | None  # the checkpoint to resume from
-    dtype: torch.dtype  # that it computes in
-    started: float  # `time.perf_counter()`
-    lock: object  # keeps another process from writing the same files
+    Raises UsageError if something is missing or does not fit.
+    """
 
-    def __post_init__(self):
-        self.device, self.log, self.bundle = self.processes.device, self.processes.log, BUNDLES[self.args.assets]
-        self.learns_scenes = self.args.data_path.parent == BUILTIN_DATASET_DIR
+    def __init__(self, stage: Stage, args, processes: Processes):
+        self.started = time.perf_counter()
+        self.stage, self.args, self.processes = stage, args, processes
+        self.device, self.log, self.bundle = processes.device, processes.log, BUNDLES[args.assets]
+        self.learns_scenes = args.data_path.parent == BUILTIN_DATASET_DIR
+        quiet_libraries(processes.is_main)
+        if args.deterministic:
+            be_deterministic()
+        if self.device.type == "cuda" and args.dtype == "float32":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if self.learns_scenes:
+            with processes.main_first():
+                draw_builtin_dataset()
+        self.tokenizer = load_tokenizer(args.tokenizer_path)
+        self.tokenizer_sha256 = tokenizer_hash(self.tokenizer)
+        # None for random ones. Their tensors go into the model.
+        self.weights = weights = find_starting_weights(args, self.log, self.tokenizer)
+        if weights is not None:
+            check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, self.tokenizer)
+        self.tower = read_tower(args.vision_model_path)
+        self.config = config = model_config(args, weights, self.tower, self.tokenizer)  # the model's shape
+        name = weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe)
+        self.files = RunFiles(args.save_dir, name)
         # Not with experts, whose routing breaks the graph, nor with another language model.
-        self.compiles = bool(self.args.compile) and not self.config.use_moe and self.config.llm is None
+        self.compiles = bool(args.compile) and not config.use_moe and config.llm is None
+        if args.compile and not self.compiles:
+            self.log("--compile 1 is ignored: models with experts cannot be compiled, nor are other language models")
+        if weights is not None and weights.path.resolve() == self.files.weights.resolve():
+            raise UsageError(
+                f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
+                "from: give it another name"
+            )
+        self.files.lock(processes.is_main)
+        self.state = read_state(self.files.state, STATE, args.from_resume, self.log)  # to resume from, or None
+        dtype = args.dtype or (self.state and self.state["arguments"].get("dtype"))
+        self.dtype = getattr(torch, dtype) if dtype else pick_dtype(None, self.device, config.head_dim)
         # The flags in effect, for sidecar, checkpoint and wandb.
-        self.settings = vars(self.args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
-
-
-def prepare_run(stage: Stage, args, processes: Processes) -> Run:
-    """Finds tokenizer, starting weights and checkpoint; raises UsageError if one is missing or does not fit."""
-    started = time.perf_counter()
-    quiet_libraries(processes.is_main)
-    if args.deterministic:
-        be_deterministic()
-    if processes.device.type == "cuda" and args.dtype == "float32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if args.data_path.parent == BUILTIN_DATASET_DIR:
-        with processes.main_first():
-            draw_builtin_dataset()
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    tokenizer_sha256 = tokenizer_hash(tokenizer)
-    weights = find_starting_weights(args, processes.log, tokenizer)
-    if weights is not None:
-        check_tokenizer(weights, tokenizer_sha256, args.tokenizer_path, tokenizer)
-    tower = read_tower(args.vision_model_path)
-    config = model_config(args, weights, tower, tokenizer)
-    files = RunFiles(args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe))
-    if args.compile and (config.use_moe or config.llm):
-        processes.log("--compile 1 is ignored: models with experts cannot be compiled, nor are other language models")
-    if weights is not None and weights.path.resolve() == files.weights.resolve():
-        raise UsageError(
-            f"--save_weight {args.save_weight} would overwrite {display_path(weights.path)}, which this run starts "
-            "from: give it another name"
-        )
-    lock = prepare_save_dir(files, processes)
-    state = read_state(files.state, STATE, args.from_resume, processes.log)
-    dtype = args.dtype or (state and state["arguments"].get("dtype"))
-    dtype = getattr(torch, dtype) if dtype else pick_dtype(None, processes.device, config.head_dim)
-    return Run(
-        stage, args, processes, tokenizer, tokenizer_sha256, weights, config, tower, files, state, dtype, started, lock
-    )
+        self.settings = vars(args) | {"dtype": str(self.dtype).removeprefix("torch."), "compile": self.compiles}
 
 
 def be_deterministic():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import run_script
 from trainer.flags import parse_arguments
 from trainer.loop import train
-from trainer.setup import freeze, load_data, load_model, prepare_run
+from trainer.setup import Run, freeze, load_data, load_model
 from trainer.stage import Stage, answer_loss, pad_answers
 from trainer.support.processes import Processes
 
@@ -42,7 +42,7 @@ STAGE = Stage(
 def main(stage: Stage = STAGE):
     args = parse_arguments(stage, __doc__)
     with Processes.start(args.device, args.timeout_minutes) as processes:
-        run = prepare_run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
+        run = Run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # dialogues as token ids: training rows, evaluation rows
         model = load_model(run)  # tower + projection + decoder
         freeze(model, args.freeze_llm, args.lora)  # none: all but the tower learns

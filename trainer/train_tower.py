@@ -44,11 +44,19 @@ from dataset.workers import load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned
 from trainer.report.progress import clock
-from trainer.resume import RESUMES, TrainState, check_same_run, random_state, restore_random_state
+from trainer.resume import (
+    PROGRESS,
+    RESUMES,
+    SECONDS,
+    TrainState,
+    check_same_run,
+    random_state,
+    read_state,
+    restore_random_state,
+)
 from trainer.stage import epochs_for
 from trainer.step import Counts, TrainContext, train_step
-from trainer.support.processes import Processes, StopSignals, cores, pick_dtype
-from trainer.support.run_files import PROGRESS, SECONDS, read_state
+from trainer.support.processes import Processes, cores, pick_dtype, stop_signals
 
 NO_TOWER = Path("none")
 SMALL = 112  # pixels: with 49 patches the tower learns four times as fast as with 196, and so do the next stages
@@ -157,6 +165,8 @@ class Residual(nn.Sequential):
 class Learner(nn.Module):
     """The tower with its heads, and the guide that it learns from: a small convolutional network."""
 
+    is_guide = True  # whether the guide learns now, or the tower
+
     def __init__(self, tower: nn.Module, words: Words):
         super().__init__()
         width, count = GUIDE_WIDTH, len(words.numbers)
@@ -181,19 +191,17 @@ class Learner(nn.Module):
         seen = self.guide(small.contiguous(memory_format=torch.channels_last)).float()
         return self.guide_head(seen.amax((2, 3))) / 2, seen
 
-    def forward(self, pixels: torch.Tensor, targets: torch.Tensor, is_guide: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Returns the cross-entropy of the guide; or the tower's, plus its distance from what the guide sees."""
-        is_guide = bool(is_guide)
-        self.guide.train(is_guide)
-        with torch.set_grad_enabled(is_guide):
+        self.guide.train(self.is_guide)
+        with torch.set_grad_enabled(self.is_guide):
             logits, seen = self.ask_guide(pixels)
-        if is_guide:
+        if self.is_guide:
             return F.cross_entropy(logits.float(), targets)
-        side = math.isqrt(self.tower.settings.patches)
-        seen = F.interpolate(seen, size=(side, side), mode="bilinear", antialias=True).flatten(2).mT
+        count = self.tower.settings.patches
+        seen = F.interpolate(seen, size=(math.isqrt(count),) * 2, mode="bilinear", antialias=True).flatten(2).mT
         seen = F.layer_norm(seen, seen.shape[-1:])
-        states = self.tower(pixel_values=pixels).last_hidden_state.float()
-        patches = states[:, states.shape[1] - self.tower.settings.patches :]
+        patches = self.tower(pixel_values=pixels).last_hidden_state.float()[:, -count:]
         targets = OWN * targets + (1 - OWN) * logits.softmax(1)
         loss = F.cross_entropy(SHARPNESS * self.head(patches.mean(1)).float(), targets)
         return loss + DENSE * F.smooth_l1_loss(self.imitates(patches).float(), seen)
@@ -222,18 +230,18 @@ def load_tower(args: Namespace) -> nn.Module:
         raise UsageError(f"--size {size} is no multiple of the tower's patches of {config.patch_size} pixels")
     config.image_size = size
     tower = type(loaded)(config)
-    tower.settings = replace(settings, config=config, size=size)
+    tower.settings = replace(settings, config=config, size=size, patches=(size // config.patch_size) ** 2)
     for name in ("pixel_mean", "pixel_std"):
         tower.register_buffer(name, getattr(loaded, name), persistent=False)
     if args.from_tower == NO_TOWER:
         return tower
-    tensors = {name: tensor for name, tensor in loaded.state_dict().items() if "position_ids" not in name}
+    tensors = loaded.state_dict()
     [name] = [name for name in tensors if name.endswith("position_embedding.weight")]
     first, side = len(tensors[name]) - settings.patches, math.isqrt(settings.patches)
     class_token, grid = tensors[name][:first], tensors[name][first:].T.unflatten(1, (side, side))[None]
     grid = F.interpolate(grid, size=(size // config.patch_size,) * 2, mode="bilinear", antialias=True)
     tensors[name] = torch.cat((class_token, grid[0].flatten(1).T))
-    tower.load_state_dict(tower.state_dict() | tensors)
+    tower.load_state_dict(tensors)
     return tower
 
 
@@ -263,7 +271,7 @@ def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Picture
 
 
 @torch.no_grad()
-def measure(learner: Learner, pictures: Pictures, is_guide: bool) -> str:
+def measure(learner: Learner, pictures: Pictures) -> str:
     """Returns how often the likeliest word is one of the picture's own, and how often the most frequent one is."""
     count, tower, logits = len(pictures.rows), learner.tower, []
     places = np.linspace(0, count - 1, min(count, MEASURED), dtype=int)
@@ -272,7 +280,7 @@ def measure(learner: Learner, pictures: Pictures, is_guide: bool) -> str:
         return "none of the pictures can be read"
     learner.guide.eval()
     for part in pixels.to(tower.device).split(64):
-        if is_guide:
+        if learner.is_guide:
             logits += [learner.ask_guide(normalise(part, None, tower.pixel_mean, tower.pixel_std))[0]]
         else:
             logits += [learner.head(encode_images(tower, part).mean(1))]
@@ -299,12 +307,12 @@ def take_steps(
     learner, device, losses, named = context.loss.model, context.processes.device, [], set()
     words, tower = learner.words, learner.tower
     batches = load_in_workers(pictures, args.num_workers, 4, batch_sampler=sampler, collate_fn=tuple)
-    with StopSignals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(batches):
+    with stop_signals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(batches):
         for epoch, first in sampler.steps():
             started, before = time.perf_counter(), state.done(args)
             if before == 1:
                 break
-            is_guide, (shown, pixels, broken) = before < GUIDED, next(batches)
+            learner.is_guide, (shown, pixels, broken) = before < GUIDED, next(batches)
             for error in {*broken} - named:
                 print(f"skipped, it cannot be read: {error}", flush=True)
             named |= {*broken}
@@ -312,7 +320,7 @@ def take_steps(
                 targets = words.targets([pictures.said[picture] for picture in shown]).to(device)
                 views = random_views(pixels.to(device), tower.settings.size, pictures.may_flip[shown])
                 views = normalise(views, None, tower.pixel_mean, tower.pixel_std)
-                batch = {"pixels": views, "targets": targets, "is_guide": torch.tensor(is_guide), "units": 1}
+                batch = {"pixels": views, "targets": targets, "units": 1}
                 # What gets no gradient stays as it is: the tower while the guide learns, and then the guide.
                 loss, is_bad = train_step(context, [batch], Counts(1, len(shown), 0, len(broken)), rate(args, before))
                 if is_bad:
@@ -322,11 +330,11 @@ def take_steps(
             state.seconds += time.perf_counter() - started
             done = state.done(args)
             is_due, stops = int(done * REPORTS) > int(before * REPORTS), signals.asked is not None and done < 1
-            if is_due and not losses:
-                raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
             if is_due:
-                who, loss = "guide" if is_guide else "tower", f"loss {np.mean(losses):.3f}"
-                figures, losses = measure(learner, heldout, is_guide), []
+                if not losses:
+                    raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
+                who, loss = "guide" if learner.is_guide else "tower", f"loss {np.mean(losses):.3f}"
+                figures, losses = measure(learner, heldout), []
                 print(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}", flush=True)
             if is_due or stops:
                 save()
@@ -344,12 +352,11 @@ def train(args: Namespace, processes: Processes) -> int:
     torch.manual_seed(args.seed)
     tokenizer, tower, device = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args), processes.device
     pictures, heldout, rows = load_pictures(args, tower, tokenizer)
-    words, state = Words(pictures.said), TowerState()
     fingerprint = {name: str(vars(args)[name]) for name in ("batch_size", "learning_rate", "seed", "minutes", "steps")}
     fingerprint["data"] = pictures.rows.content_sha256
     fingerprint["pictures"] = sha256_of({"rows": torch.from_numpy(pictures.rows.row_indices)})
     fingerprint["starting tower"] = sha256_of(tower.state_dict())
-    learner = Learner(tower, words).to(device)
+    learner, state = Learner(tower, Words(pictures.said)).to(device), TowerState()
     dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
     context = TrainContext(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
     context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
@@ -359,14 +366,16 @@ def train(args: Namespace, processes: Processes) -> int:
     start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
     size, patches, mirrored = tower.settings.size, tower.settings.patches, pictures.may_flip.float().mean() / 2
     length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
-    computes = f"{device.type.upper()}, {str(dtype).removeprefix('torch.')}"
+    header = {
+        "starts from": f"{start}: {tower.num_parameters() / 1e6:.2f} M parameters",
+        "writes": display_path(args.save_tower),
+        "data": f"{display_path(args.data_path)}: {len(lengths):,} pictures, {len(learner.words.numbers):,} words",
+        "held out": f"{len(heldout.rows):,} pictures",
+        "sees": f"{size} x {size} pixels, {patches} patches; random crops, {mirrored:.0%} of them mirrored",
+        "time": f"{length} in batches of {args.batch_size}, {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
+    }
     print("stage 0: the tower learns your pictures by the words of their answers")
-    print(f"  starts from   {start}: {tower.num_parameters() / 1e6:.2f} M parameters")
-    print(f"  writes        {display_path(args.save_tower)}")
-    print(f"  data          {display_path(args.data_path)}: {len(lengths):,} pictures, {len(words.numbers):,} words")
-    print(f"  held out      {len(heldout.rows):,} pictures")
-    print(f"  sees          {size} x {size} pixels, {patches} patches; random crops, {mirrored:.0%} of them mirrored")
-    print(f"  time          {length} in batches of {args.batch_size}, {computes}", flush=True)
+    print("\n".join(f"  {name:<13} {value}" for name, value in header.items()), flush=True)
 
     path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
     if (saved := read_state(path, STATE, args.from_resume, print)) is not None:

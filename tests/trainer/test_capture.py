@@ -97,7 +97,7 @@ def test_it_learns_the_same_by_the_same_operators_for_every_batch(frozen):
     captured.compute = traced
     expected, plain_traces = take(partial(train_step, plain), batches)
     losses, _ = take(captured, batches)
-    assert len(captured.shapes) == 2
+    assert len(captured.graphs) == 2
     # The same sums over more zeros, and a learning rate in float32.
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-6, atol=0)
     states = (part.state_dict().values() for part in (model, plain_model, untouched))
@@ -200,7 +200,7 @@ def test_where_graphs_do_not_fit_the_run_goes_on_without():
     (plain_model, plain), (model, context) = context_of("none"), context_of("none")
     captured, batches = CapturedStep(train_step, context, PAD), [batch_of(272, 40)] * 3
 
-    def capture(shape, counts):
+    def capture(inputs, counts):
         for parameter in context.parameters:
             parameter.grad = torch.ones_like(parameter)  # what a step that runs out of memory leaves
         raise torch.OutOfMemoryError
@@ -208,6 +208,6 @@ def test_where_graphs_do_not_fit_the_run_goes_on_without():
     captured.stream, captured.capture = object(), capture
     take(partial(train_step, plain), batches)
     take(captured, batches)
-    assert captured.stream is None and all(shape.graph is None for shape in captured.shapes.values())
+    assert captured.stream is None and not any(captured.graphs.values())
     for weight, expected in zip(model.state_dict().values(), plain_model.state_dict().values(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)

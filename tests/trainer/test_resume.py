@@ -16,8 +16,7 @@ from common.errors import UsageError
 from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from model.weights import describe, list_weights, load_learned
-from trainer.resume import check_same_run, restore_random_state
-from trainer.support.run_files import ENDINGS, STATE, read_state
+from trainer.resume import ENDINGS, STATE, check_same_run, read_state, restore_random_state
 
 pytest_plugins = ["tiny"]
 

@@ -21,7 +21,7 @@ from common.schema import SchemaError, parse_json, read_json
 from dataset.pictures import PictureError, load_picture
 from model.weights import PLAIN, SIDECAR
 from trainer.report.progress import clock, reports_until
-from trainer.support.run_files import COUNT, RunFiles
+from trainer.resume import COUNT, RunFiles
 
 MOST_IMAGES, MOST_STRETCHES = 8, 6
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest

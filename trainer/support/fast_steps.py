@@ -5,7 +5,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -134,15 +134,6 @@ def compile_or_not(
     return compiled
 
 
-@dataclass
-class Shape:
-    """The buffers of one padded shape, and its graph once there is one."""
-
-    inputs: dict[str, torch.Tensor]
-    graph: "torch.cuda.CUDAGraph | None" = None
-    warm: bool = False
-
-
 class CapturedStep:
     """Takes the optimizer steps of a context: as CUDA graphs if the stage can pad the batch, else as usual.
 
@@ -161,7 +152,8 @@ class CapturedStep:
         device = self.device = context.processes.device
         self.units, self.rate = torch.ones((), device=device), torch.zeros((), device=device)
         self.losses, self.is_bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
-        self.shapes, self.buffers, self.pool = {}, {}, ()
+        self.buffers, self.pool = {}, ()
+        self.graphs = {}  # by padded shape; None for one that has run, but not as a graph
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, micro_batches: list[dict], counts, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,47 +162,45 @@ class CapturedStep:
         if padded is None:
             return self.plain(self.context, micro_batches, counts, learning_rate)
         tensors = tensors_of(padded)
-        keys = [(name, tensor.shape) for name, tensor in tensors.items()]  # shapes share buffers of the same key
-        for key, tensor in zip(keys, tensors.values(), strict=True):
+        shape = tuple((name, tensor.shape) for name, tensor in tensors.items())
+        for key in shape:  # shapes share buffers of the same key
             if key not in self.buffers:
-                self.buffers[key] = torch.empty_like(tensor)
-            self.buffers[key].copy_(tensor)
-        shape = self.shapes.setdefault(tuple(keys), Shape({key[0]: self.buffers[key] for key in keys}))
+                self.buffers[key] = torch.empty_like(tensors[key[0]])
+            self.buffers[key].copy_(tensors[key[0]])
+        inputs = {key[0]: self.buffers[key] for key in shape}
         self.units.fill_(counts.units)
         self.rate.fill_(learning_rate)
-        has_room = self.stream is not None and sum(of.graph is not None for of in self.shapes.values()) < MOST_GRAPHS
-        is_full = False
+        graph, is_warm, is_full = self.graphs.get(shape), shape in self.graphs, False
+        has_room = self.stream is not None and sum(graph is not None for graph in self.graphs.values()) < MOST_GRAPHS
         try:
-            if shape.graph is None and shape.warm and has_room:
-                self.capture(shape, counts)
-            if shape.graph is not None:
-                shape.graph.replay()
+            if graph is None and is_warm and has_room:
+                graph = self.graphs[shape] = self.capture(inputs, counts)
+            if graph is not None:
+                graph.replay()
             else:
-                self.compute(shape, counts)
-                shape.warm = True
+                self.compute(inputs, counts)
+                self.graphs[shape] = None
         except torch.OutOfMemoryError:  # graphs need memory besides that of uncaptured steps
             if self.stream is None:
                 raise
             is_full = True
         if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
-            for captured in self.shapes.values():
-                captured.graph = None
-            self.pool, self.stream = (), None  # from here on nothing is captured
+            self.graphs, self.pool, self.stream = {}, (), None  # from here on nothing is captured
             self.context.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            self.compute(shape, counts)
+            self.compute(inputs, counts)
         return self.losses.clone(), self.is_bad.clone()
 
-    def compute(self, shape: Shape, counts):
+    def compute(self, inputs: dict[str, torch.Tensor], counts):
         """Takes the step, or while capturing records it in the graph."""
         # `counts` holds the batch's units as a tensor: a number would be fixed in the graph.
-        batch, counts = shape.inputs | {"units": True}, replace(counts, units=self.units)
+        batch, counts = inputs | {"units": True}, replace(counts, units=self.units)
         losses, is_bad = self.plain(self.context, [batch], counts, self.rate)
         self.losses.copy_(losses)
         self.is_bad.copy_(is_bad)
 
-    def capture(self, shape: Shape, counts):
-        """Records the step as the shape's graph, without taking it."""
+    def capture(self, inputs: dict[str, torch.Tensor], counts) -> "torch.cuda.CUDAGraph":
+        """Records the step over these buffers, without taking it."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)  # capturing needs a stream of its own
         with torch.cuda.stream(self.stream):
@@ -218,14 +208,15 @@ class CapturedStep:
             # garbage and empties the allocator's cache for each graph.
             graph.capture_begin(*self.pool, capture_error_mode="thread_local")
             try:
-                self.compute(shape, counts)
+                self.compute(inputs, counts)
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # of the capture that the error has ended
                     graph.capture_end()
                 raise
             graph.capture_end()
         current.wait_stream(self.stream)
-        shape.graph, self.pool = graph, (graph.pool(),)
+        self.pool = (graph.pool(),)
+        return graph
 
 
 def round_up(number: int, parts: int) -> int:

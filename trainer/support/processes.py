@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -251,39 +252,36 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
             yield ready
 
 
-@dataclass
-class StopSignals:
-    """While entered, Ctrl-C, SIGTERM or a closed terminal is kept in `asked`, so that the step is finished and saved.
+@contextlib.contextmanager
+def stop_signals(speaks: bool) -> Iterator[SimpleNamespace]:
+    """Keeps Ctrl-C, SIGTERM or a closed terminal in `asked`, so that the step is finished and saved.
 
     A second signal exits immediately. `speaks` tells of both on standard error.
     """
+    signals, asked_at = SimpleNamespace(asked=None), 0.0
 
-    speaks: bool
-    asked: int | None = None
-    asked_at: float = 0.0
-
-    def __enter__(self) -> "StopSignals":
-        # One that is ignored stays so, as SIGHUP under nohup.
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._note) for number in heeded}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame):
-        now, is_first = time.monotonic(), self.asked is None
+    def note(number: int, frame):
+        nonlocal asked_at
+        now, is_first = time.monotonic(), signals.asked is None
         if is_first:
-            self.asked, self.asked_at = number, now
+            signals.asked, asked_at = number, now
             message = f"\n{signal.Signals(number).name}: finishing this step and saving (again: exit immediately)\n"
-        elif now - self.asked_at > SAME_SECONDS:
+        elif now - asked_at > SAME_SECONDS:
             message = "exited immediately; what was saved before is kept\n"
         else:
             return
-        if self.speaks:
+        if speaks:
             # Not through Python's buffers: the code that the signal interrupted may be writing to them.
             with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone
                 os.write(sys.stderr.fileno(), message.encode())
         if not is_first:
             os._exit(128 + number)
+
+    # One that is ignored stays so, as SIGHUP under nohup.
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
