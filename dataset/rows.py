@@ -13,7 +13,7 @@ from typing import NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dataset import foreign, formats
+from dataset import formats
 from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
 from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_picture_names, read_row
 from dataset.tokenizer import tokenizer_hash
@@ -143,15 +143,17 @@ def parse_line(line: str) -> dict:
         raise RowError("not a JSON object")
     turns, images = read_row(row)
     listed = images if isinstance(images, list) else [images]
-    if any(isinstance(one, str) and foreign.is_base64(one.rpartition(",")[2]) for one in listed):  # also a data: URL
-        raise RowError(f"its picture is base64 text; convert it with: {foreign.command('FILE')}")
+    if any(
+        isinstance(one, str) and formats.BASE64.fullmatch(one.rpartition(",")[2]) for one in listed
+    ):  # also a data: URL
+        raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
     names = parse_picture_names(images)
     try:
         tag_added = check_images(turns, len(names))
     except RowError as error:
         if not isinstance(images, str) or len(names) < 2:
             raise
-        hint = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
+        hint = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
         raise RowError(f"{error} (commas divide names; {hint})") from error
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
@@ -162,7 +164,7 @@ def parse_line(line: str) -> dict:
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
     turns, inside = read_row({"conversations": conversations})
     if inside:
-        raise RowError(f"its turns name pictures; convert it with: {foreign.command('FILE')}")
+        raise RowError(f"its turns name pictures; convert it with: {formats.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
