@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
 from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
-from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_picture_names, read_row
+from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_json, parse_picture_names, read_row
 from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
@@ -71,12 +71,13 @@ def tokenise_rows(
     """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
     forms = [(name, form.source) for name, form in FORMS.items()]
     key = raw._fingerprint, tokenizer_hash(tokenizer), max_length, image_tokens, ENCODING_VERSION, forms, variation
-    how = {"encoder": encoder_for(tokenizer, image_tokens), "max_length": max_length, "variation": variation}
+    encoder = encoder_for(tokenizer, image_tokens)
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
     with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
             tokenise_batch,
-            fn_kwargs=how | {"forms": FORMS},  # a spawned process that unpickles FORMS imports those from outside
+            # A spawned process that unpickles FORMS imports those from outside.
+            fn_kwargs={"encoder": encoder, "max_length": max_length, "variation": variation, "forms": FORMS},
             input_columns=raw.column_names,
             with_indices=True,
             batched=True,
@@ -135,26 +136,16 @@ def parse_line(line: str) -> dict:
         raise RowError(BLANK_LINE)
     if "\ufffd" in line:
         raise RowError("the line is not UTF-8 (or holds U+FFFD, the replacement character)")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise RowError(f"not JSON: {error}") from error
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
     turns, images = read_row(row)
-    listed = images if isinstance(images, list) else [images]
-    if any(
-        isinstance(one, str) and formats.BASE64.fullmatch(one.rpartition(",")[2]) for one in listed
-    ):  # also a data: URL
-        raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
     names = parse_picture_names(images)
-    try:
-        tag_added = check_images(turns, len(names))
-    except RowError as error:
-        if not isinstance(images, str) or len(names) < 2:
-            raise
-        hint = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
-        raise RowError(f"{error} (commas divide names; {hint})") from error
+    if any(formats.BASE64.fullmatch(name.rpartition(",")[2]) for name in names):  # also a data: URL
+        raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
+    in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
+    hint = f" (commas divide names; {in_a_list})" if isinstance(images, str) and len(names) > 1 else ""
+    tag_added = check_images(turns, len(names), hint)
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
     kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added

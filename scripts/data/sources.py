@@ -305,7 +305,8 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
         has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
         if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
             return {"image": [], "conversations": turns}
-        check_images(forms.images_first(turns, images), len(images))
+        forms.images_first(turns, len(images))
+        check_images(turns, len(images))
         for name in (picture for picture in images if isinstance(picture, str)):
             parse_picture_names([name])
             if reason := formats.why_missing(images_path, name):
