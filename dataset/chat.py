@@ -190,7 +190,7 @@ class TemplateEncoder(ChatEncoder):
         longest_first = sorted(self.special, key=len, reverse=True)
         self.splits = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         try:
-            before, [(_, between), (lead, after)] = self.skeleton(("user", "assistant"))
+            (_, before), (_, between), (lead, after) = self.skeleton(("user", "assistant"))
         except Exception as error:  # a template is a program
             raise ValueError(f"its chat template cannot be used: {error}") from error
         if not (end := self.splits.search(after)):
@@ -200,9 +200,11 @@ class TemplateEncoder(ChatEncoder):
         # Around a user's text: from the last special token before it, and what follows.
         self.user_marks = "".join(self.splits.split(before)[-2:]), between + lead
 
-    def skeleton(self, roles: tuple[str, ...]) -> tuple[str, list[tuple[str, str]]]:
-        """Returns what the template puts before turns of these roles, and for each turn: what of the blanks before it
-        the model writes itself, as the template's own prompt ends before them; and what follows it.
+    def skeleton(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Returns what stands around the texts of turns of these roles, after an empty text before the first.
+
+        That is, for each: the blanks before it that the model writes itself, as the template's own prompt ends before
+        them; and what follows it.
         """
         if roles not in self.skeletons:
             turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
@@ -210,13 +212,13 @@ class TemplateEncoder(ChatEncoder):
             parts = SLOTS.split(whole)
             if parts[1::2] != [str(number) for number in range(len(roles))]:
                 raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
-            around, leads = parts[::2], [""] * len(roles)
+            around, leads = parts[::2], [""] * len(parts[::2])
             for number in (number for number, role in enumerate(roles) if role == "assistant"):
                 prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
                 lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
-                leads[number] = "" if lead.strip() else lead
-                around[number] = around[number].removesuffix(leads[number])
-            self.skeletons[roles] = around[0], list(zip(leads, around[1:], strict=True))
+                leads[number + 1] = "" if lead.strip() else lead
+                around[number] = around[number].removesuffix(leads[number + 1])
+            self.skeletons[roles] = list(zip(leads, around, strict=True))
         return self.skeletons[roles]
 
     def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
@@ -225,28 +227,24 @@ class TemplateEncoder(ChatEncoder):
         thinks = add_generation_prompt and self.open_thinking
         if add_generation_prompt and not thinks:
             turns.append({"role": "assistant", "content": SLOT})
-        start, around = self.skeleton(tuple(turn["role"] for turn in turns))
-        rendered = self.render(turns)
+        skeleton, rendered = self.skeleton(tuple(turn["role"] for turn in turns)), self.render(turns)
         changed = RowError("the language model's chat template changes the text of a turn")
-        if not rendered.startswith(start):
-            raise changed
-        pieces, end = self.split(start), len(start)
-        for turn, (lead, after) in zip(turns, around, strict=True):
+        pieces, rest = [], rendered
+        for turn, (lead, after) in zip([{"role": "", "content": ""}, *turns], skeleton, strict=True):
             text = turn["content"]
             forms = (text, text.strip(), text.lstrip(), text.rstrip())  # a template may take blanks off
-            text = next((form for form in forms if rendered.startswith(lead + form + after, end)), None)
+            text = next((lead + form for form in forms if rest.startswith(lead + form + after)), None)
             if text is None:
                 raise changed
-            end += len(lead + text + after)
-            after = self.split(after)
+            rest, after = rest[len(text + after) :], self.split(after)
             if turn["role"] == "assistant":
                 if len(after) == 1:
                     raise RowError("the language model's chat template ends this answer with no special token")
                 answer_at = len(pieces)
-                pieces += [ANSWER, lead + text, *after[:2], END, *after[2:]]
+                pieces += [ANSWER, text, *after[:2], END, *after[2:]]
             else:
                 pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
-        if end != len(rendered):
+        if rest:
             raise changed
         if thinks:
             asked = self.render(turns, add_generation_prompt=True, enable_thinking=True)

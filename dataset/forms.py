@@ -25,7 +25,6 @@ QUESTIONS = {CAPTION: (DESCRIBE, "Describe this picture."), LABEL: ("这是什�
 CHINESE = re.compile("(?s)(?!.*[\u3040-\u30ff]).*[\u4e00-\u9fff]")  # Japanese has kana beside these characters
 NUMBERED_TAG = re.compile(r"<image_\d+>")
 TOOL_CALLS = "it calls tools, and nothing here answers a call"
-NO_CALLS = (None, "", "[]", [])
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>\s*")
 ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
@@ -164,10 +163,8 @@ def read_turns(row: dict) -> tuple[list, object]:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if isinstance(content, list):
                 content = NEWLINE.join(read_part(part, images) for part in content)
-            more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
-            if functions := turn.get("functions") or turn.get("tools"):
-                more["functions"] = functions
-            turn = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
+            functions = turn.get("functions") or turn.get("tools")
+            turn |= {"role": ROLES.get(str(role), role), "content": content, "functions": functions}
         found.append(turn)
     return found, images or row.get(field(row, PICTURE_FIELDS))
 
@@ -242,7 +239,7 @@ def parse_conversation(turns: list) -> list[dict]:
 def parse_turn(turn, number: int) -> dict:
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise RowError(f"turn {number} has no role")
-    role, content, calls = turn["role"], turn.get("content"), turn.get("tool_calls") not in NO_CALLS
+    role, content, calls = turn["role"], turn.get("content"), (turn.get("tool_calls") or "[]") != "[]"
     content = "" if content is None and (calls or role == "system") else content
     if not isinstance(content, str):
         raise RowError(f"turn {number} has no text as content")
