@@ -26,12 +26,11 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, HelpFormatter, file_path, number
 from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
-from dataset.chat import has_image_pad
-from dataset.formats import hash_63
+from dataset.chat import has_image_pad, load_tokenizer
+from dataset.formats import hash_63, quiet_libraries
 from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset, bad_rows_limit
 from dataset.pictures import PictureError, load_picture
-from dataset.tokenizer import load_tokenizer, quiet_libraries
 from model.model_vlm import MINIMIND_3V, VLMConfig
 
 WIDTH = 80  # characters of a line

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import transformers
 from PIL import Image
 from xxhash import xxh3_128
 
@@ -192,6 +193,13 @@ def reading(data_path: Path):
             f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
             "then run the same command again"
         ) from error
+
+
+def quiet_libraries(is_main: bool):
+    """Turns off the libraries' progress bars, except those of long waits on the main process."""
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dataset import formats
-from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
+from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for, tokenizer_hash
 from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_json, parse_picture_names, read_row
-from dataset.tokenizer import tokenizer_hash
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
 ENCODING_VERSION = 9

@@ -18,8 +18,8 @@ from common.errors import UsageError
 from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import formats
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset
-from dataset.tokenizer import load_tokenizer
 from scripts.make_dataset import LARGEST_SIZE, Made, held_out, main, parse_arguments, write_dataset
 
 NAMES = ["猫.png", "a b.jpg", "sub/c.png"]
