@@ -142,8 +142,8 @@ class ChatEncoder:
             if role == "assistant":
                 # An answer is tokenised apart from its header: generation continues after the header, so no token that
                 # is learned may span the two.
-                answer = Text(with_thinking(turn) if self.is_3v else content)
-                pieces += [Text("assistant\n"), ANSWER, answer, self.end_id, newline, END]
+                answer = with_thinking(turn) if self.is_3v else content
+                pieces += [Text("assistant\n"), ANSWER, Text(answer), self.end_id, newline, END]
                 continue
             if turn.get("functions") is not None:  # as the tokenizer's own template lists them
                 content = self.tokenizer.apply_chat_template([turn], tools=turn["functions"], tokenize=False)

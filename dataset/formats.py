@@ -57,7 +57,9 @@ def form_of_file(path: Path) -> str | None:
         found = [(Path(name).stem, texts) for _, names, texts in pictures_and_texts(path) for name in names]
         if any(stem in texts for stem, texts in found):
             return FOLDER
-        return SHARDS if data_files(path) else CLASSES if found else None
+        if data_files(path):
+            return SHARDS
+        return CLASSES if found else None
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head.startswith(b"PAR1"):
@@ -108,7 +110,9 @@ def data_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for ending in SHARD_ENDINGS:
         found = [path for path in files if path.name.endswith(ending)]
-        if found := [path for path in found if ending != ".txt" or form_of_file(path) == TABLE]:
+        if ending == ".txt":
+            found = [path for path in found if form_of_file(path) == TABLE]
+        if found:
             return found
     return []
 

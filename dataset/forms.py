@@ -26,6 +26,7 @@ CHINESE = re.compile("(?s)(?!.*[\u3040-\u30ff]).*[\u4e00-\u9fff]")  # Japanese h
 NUMBERED_TAG = re.compile(r"<image_\d+>")
 TOOL_CALLS = "it calls tools, and nothing here answers a call"
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>\s*")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can escape a surrogate, but no file can hold it
 ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
 
@@ -230,7 +231,8 @@ def parse_conversation(turns: list) -> list[dict]:
             raise RowError(f"turn {number}: the answer is empty")
         if role != "user" and IMAGE_TAG in content:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {role!r}, not of the user")
-        check_characters(content + turn.get("reasoning_content", ""), f"turn {number}")
+        if HALF_A_PAIR.search(content + turn.get("reasoning_content", "")):
+            raise RowError(f"turn {number} holds half a surrogate pair, which is no character")
     if all(turn["role"] != "assistant" for turn in parsed):
         raise RowError("nothing to learn: no assistant turn")
     return parsed
@@ -261,13 +263,6 @@ def parse_turn(turn, number: int) -> dict:
     return parsed
 
 
-def check_characters(text: str, what: str):
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can escape it, but no file can hold it
-        raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
-
-
 def parse_picture_names(value) -> list[str]:
     """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
 
@@ -279,7 +274,8 @@ def parse_picture_names(value) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
     for name in names:
-        check_characters(name, "a picture's name")
+        if HALF_A_PAIR.search(name):
+            raise RowError("a picture's name holds half a surrogate pair, which is no character")
         path = PurePosixPath(name.replace("\\", "/"))
         is_foreign = path.is_absolute() and not name.startswith("/")
         if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
