@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from transformers import TextStreamer
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
@@ -56,7 +56,7 @@ CHAT_HELP = """Type a question, with the paths of its pictures in it or in a lin
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_speed_flags(add_model_flags(parser))
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument

@@ -25,6 +25,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one."""
 
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": HelpFormatter} | settings)
+
     def parse_known_args(self, args=None, namespace=None):
         # Before argparse looks for missing arguments: a mistyped flag may be why one is missing.
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]

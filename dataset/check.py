@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, file_path, number
 from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
 from dataset.chat import has_image_pad, load_tokenizer
@@ -42,7 +42,7 @@ IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_pa
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m dataset.check", description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(prog="python -m dataset.check", description=__doc__)
     add, tokenizers = parser.add_argument, ", ".join(map(display_path, TOKENIZERS))
     add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")

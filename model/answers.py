@@ -75,9 +75,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Multiplies (..., K) to (..., N), few rows in bfloat16, many in float32; states get their gradients."""
+        """Multiplies (..., K) to (..., N), few rows in bfloat16, many in float32."""
         rows = states.flatten(0, -2)
-        if len(rows) <= KERNEL_ROWS and not states.requires_grad:  # the kernel has no backward pass
+        if len(rows) <= KERNEL_ROWS:
             product = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         else:
             product = F.linear(rows.float(), self.weight.float() * self.scale.float()[:, None])

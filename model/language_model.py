@@ -25,22 +25,10 @@ class LanguageModel:
 
     compute_loss = staticmethod(causal_lm_loss)
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        learned_positions=None,
-        reduction="mean",
-        **kwargs,
-    ):
+    def forward(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, logits_to_keep, **others):
+        learned_positions, use_cache = others.get("learned_positions"), others.get("use_cache")
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs |= {CACHE_NAME: cache, "use_cache": use_cache if use_cache is not None else cache is not None}
+        inputs |= {CACHE_NAME: cache, "use_cache": cache is not None if use_cache is None else use_cache}
         if learned_positions is None:
             output, picked = super().forward(**inputs, logits_to_keep=logits_to_keep), slice(None)
         else:  # it computes the same columns of all rows
@@ -48,7 +36,7 @@ class LanguageModel:
             columns, column = (places % labels.shape[1]).unique(return_inverse=True)
             output, picked = super().forward(**inputs, logits_to_keep=columns), (places // labels.shape[1], column)
         logits = output.logits[picked]
-        loss = learned_loss(self.compute_loss, logits, labels, learned_positions, reduction)
+        loss = learned_loss(self.compute_loss, logits, labels, learned_positions, others.get("reduction", "mean"))
         return MoeCausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: getattr(output, CACHE_NAME)})
 
 

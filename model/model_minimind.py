@@ -146,17 +146,11 @@ class Attention(nn.Module):
         if length == 1:
             # A group's heads see the same keys: as several queries of one head they read them once.
             q_BHLE = q_BHLE.view(batch, k_BKLE.shape[1], -1, self.head_dim)
-        out_BHLE = F.scaled_dot_product_attention(
-            q_BHLE,
-            k_BKLE,
-            v_BKLE,
-            attn_mask=attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            # A single new token sees all keys; several tokens after cached keys come with a mask. (Conditional, because
-            # torch.compile evaluates it once, while it would keep a comparison symbolic.)
-            is_causal=False if attention_mask is not None or length == 1 else True,
-            enable_gqa=True,
-        )
+        # A single new token sees all keys; several tokens after cached keys come with a mask. (Conditional, because
+        # torch.compile evaluates it once, while it would keep a comparison symbolic.)
+        is_causal = False if attention_mask is not None or length == 1 else True
+        how = {"attn_mask": attention_mask, "dropout_p": self.dropout if self.training else 0.0, "is_causal": is_causal}
+        out_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BKLE, v_BKLE, **how, enable_gqa=True)
         out_BLD = out_BHLE.reshape(batch, -1, length, self.head_dim).transpose(1, 2).reshape(batch, length, -1)
         return self.o_proj(take(out_BLD, positions))
 

@@ -17,7 +17,7 @@ class Projector(nn.Module):
 
     is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
     takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
-    first_weight: str | None = None  # its name in weight files, which show it by that; the last dimension is the width
+    weights: tuple[str, ...] = ()  # names that show it in a weight file; the last dimension of the first is the width
     exported_as: str | None = None  # transformers' form with an equal projector: a name of FORMS in scripts/export.py
     llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA
 
@@ -37,7 +37,7 @@ class Projector(nn.Module):
     @classmethod
     def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
         """Returns the input width in a weight file's tensors (`vision_proj.*`); None if they are of another kind."""
-        return tensors[cls.first_weight].shape[-1] if cls.first_weight in tensors else None
+        return tensors[cls.weights[0]].shape[-1] if cls.weights and tensors.keys() >= set(cls.weights) else None
 
 
 def register(name: str):
@@ -55,15 +55,12 @@ class VisionProj(Projector):
     """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
 
     takes_pixel_shuffle, exported_as, llava_activation = True, "LLaVA", "linear"
-    number_of_layers = 1
+    weights = ("vision_proj.vision_proj.0.weight",)
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
         super().__init__(ve_hidden_size, hidden_size, pixel_shuffle)
         self.pixel_shuffle = pixel_shuffle
-        layers = [nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size)]
-        if self.number_of_layers == 2:
-            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-        self.vision_proj = nn.Sequential(*layers)
+        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size))
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         if self.pixel_shuffle > 1:  # each square of neighbouring patches becomes one, https://arxiv.org/abs/1609.05158
@@ -72,26 +69,24 @@ class VisionProj(Projector):
             image_features = F.pixel_unshuffle(grid, self.pixel_shuffle).flatten(2).transpose(1, 2)
         return self.vision_proj(image_features)
 
-    @classmethod
-    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        layers = [f"vision_proj.vision_proj.{number}.weight" for number in (0, 2)]
-        layers = [tensors[name] for name in layers if name in tensors]
-        return layers[0].shape[1] if len(layers) == cls.number_of_layers else None
-
 
 @register("mlp")
 class MLP(VisionProj):
     """Two linear layers with a GELU between them."""
 
     llava_activation = "gelu"
-    number_of_layers = 2
+    weights = (*VisionProj.weights, "vision_proj.vision_proj.2.weight")
+
+    def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
+        super().__init__(width, hidden_size, pixel_shuffle)
+        self.vision_proj.extend([nn.GELU(), nn.Linear(hidden_size, hidden_size)])
 
 
 @register("norm_mlp")
 class NormMLP(Projector):
     """minimind-3v's: a LayerNorm before the MLP, under its names."""
 
-    first_weight, exported_as = "vision_proj.mlp.0.weight", "LFM2-VL"
+    weights, exported_as = ("vision_proj.mlp.0.weight",), "LFM2-VL"
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)

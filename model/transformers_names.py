@@ -8,7 +8,9 @@ LayerNorm before the first, and its tower takes patches as vectors (row, column,
 import torch
 
 DECODER, PROJECTOR, TOWER = "language_model.", "multi_modal_projector.", "vision_tower."
-LFM2_LAYERS = {"layer_norm": 0, "linear_1": 1, "linear_2": 3}
+# The layers of the projectors by their names there.
+LLAVA_LAYERS = {"linear_1": "vision_proj.vision_proj.0", "linear_2": "vision_proj.vision_proj.2"}
+LFM2_LAYERS = {"layer_norm": "vision_proj.mlp.0", "linear_1": "vision_proj.mlp.1", "linear_2": "vision_proj.mlp.3"}
 PATCHES = "embeddings.patch_embedding.weight"
 
 
@@ -32,30 +34,28 @@ def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return renamed
 
 
-def to_llava(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a model's tensors and its tower's (without `vision_model.`) to LlavaForConditionalGeneration's."""
-    first, second = (
-        {part: tensors.get(f"vision_proj.vision_proj.{number}.{part}") for part in ("weight", "bias")}
-        for number in (0, 2)
-    )
-    if second["weight"] is None:  # one linear layer
-        second = {"weight": torch.eye(len(first["bias"])).to(first["bias"]), "bias": torch.zeros_like(first["bias"])}
-    renamed = {f"{DECODER}{name}": tensor for name, tensor in to_transformers(tensors).items()}
-    for name, layer in {"linear_1": first, "linear_2": second}.items():
-        renamed |= {f"{PROJECTOR}{name}.{part}": layer[part] for part in layer}
-    return renamed | {f"{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
+def to_vision_language(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a model's tensors and its tower's (without `vision_model.`) to the class that has its projector.
 
-
-def to_lfm2_vl(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a model's tensors and its tower's (without `vision_model.`) to Lfm2VlForConditionalGeneration's."""
-    decoder = {name.removeprefix("model."): tensor for name, tensor in to_transformers(tensors).items()}
-    renamed = {f"model.{DECODER}{name}": tensor for name, tensor in decoder.items() if name != "lm_head.weight"}
-    renamed |= {name: tensor for name, tensor in decoder.items() if name == "lm_head.weight"}
-    for layer, number in LFM2_LAYERS.items():
-        for part in ("weight", "bias"):
-            renamed[f"model.{PROJECTOR}{layer}.{part}"] = tensors[f"vision_proj.mlp.{number}.{part}"]
-    tower = tower | {PATCHES: tower[PATCHES].permute(0, 2, 3, 1).flatten(1)}
-    return renamed | {f"model.{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
+    That is LlavaForConditionalGeneration, or Lfm2VlForConditionalGeneration for a LayerNorm before two layers.
+    """
+    renamed = to_transformers(tensors)
+    if "vision_proj.mlp.0.weight" in tensors:
+        layers, base = LFM2_LAYERS, "model."
+        tower = tower | {PATCHES: tower[PATCHES].permute(0, 2, 3, 1).flatten(1)}
+        names = {name: f"{base}{DECODER}{name.removeprefix(base)}" for name in renamed if name != "lm_head.weight"}
+        renamed = {names.get(name, name): tensor for name, tensor in renamed.items()}
+    else:
+        layers, base = LLAVA_LAYERS, ""
+        renamed = {f"{DECODER}{name}": tensor for name, tensor in renamed.items()}
+        first, second = layers.values()
+        if f"{second}.weight" not in tensors:  # one linear layer
+            bias = tensors[f"{first}.bias"]
+            identity = {"weight": torch.eye(len(bias)).to(bias), "bias": torch.zeros_like(bias)}
+            tensors = tensors | {f"{second}.{part}": tensor for part, tensor in identity.items()}
+    for layer, ours in layers.items():
+        renamed |= {f"{base}{PROJECTOR}{layer}.{part}": tensors[f"{ours}.{part}"] for part in ("weight", "bias")}
+    return renamed | {f"{base}{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
 
 
 def from_transformers(tensors: dict[str, torch.Tensor], projector_act: str | None) -> dict[str, torch.Tensor]:
@@ -63,20 +63,15 @@ def from_transformers(tensors: dict[str, torch.Tensor], projector_act: str | Non
 
     LLaVA's activation between the projector's two layers is `projector_act`: "linear" means there is one layer.
     """
-    if is_lfm2 := any(name.startswith(f"model.{DECODER}") for name in tensors):
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    numbers = {"linear_1": 0} if projector_act == "linear" else {"linear_1": 0, "linear_2": 2}
-    layers = {name: f"vision_proj.{number}" for name, number in numbers.items()}
-    layers = {name: f"mlp.{number}" for name, number in LFM2_LAYERS.items()} if is_lfm2 else layers
-    renamed = {}
+    is_lfm2 = any(name.startswith(f"model.{DECODER}") for name in tensors)
+    layers, renamed = LFM2_LAYERS if is_lfm2 else LLAVA_LAYERS, {}
     for name, tensor in tensors.items():
-        if name.startswith(PROJECTOR):
-            _, layer, part = name.split(".")
-            if layer in layers:
-                renamed[f"vision_proj.{layers[layer]}.{part}"] = tensor
-        elif not name.startswith(TOWER) and "mlp.shared_expert_gate." not in name:
-            if is_lfm2 and name.startswith(DECODER):
-                name = f"model.{name.removeprefix(DECODER)}"
-            name = name.removeprefix(DECODER).replace("mlp.shared_expert.", "mlp.shared_experts.0.")
+        if PROJECTOR in name:
+            layer, part = name.split(".")[-2:]
+            if layer in layers and (layer, projector_act) != ("linear_2", "linear"):
+                renamed[f"{layers[layer]}.{part}"] = tensor
+        elif TOWER not in name and "mlp.shared_expert_gate." not in name:
+            name = name.replace(f"model.{DECODER}", "model.").removeprefix(DECODER)
+            name = name.replace("mlp.shared_expert.", "mlp.shared_experts.0.")
             renamed[name] = tensor / 2 if name.endswith("mlp.shared_experts.0.down_proj.weight") else tensor
     return renamed

@@ -91,15 +91,8 @@ class TowerSettings:
     std: tuple[float, ...]
     hidden_size: int  # width of the features
     patches: int  # features per image; class token and registers do not count
-    size: int  # this and the rest as in `dataset.pictures.PictureFormat`
-    resample: int
-    crop: bool
-    shortest_edge: int | None
-
-    @property
-    def picture_settings(self) -> dict:
-        """How images are resized, for `PictureFormat`."""
-        return {name: getattr(self, name) for name in ("size", "resample", "crop", "shortest_edge")}
+    size: int  # width and height of its pictures in pixels
+    picture_settings: dict  # how they are resized, for `dataset.pictures.PictureFormat`
 
 
 def unreadable(path: Path, reason: str) -> TowerError:
@@ -121,15 +114,14 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
             check(content, {"num_patches?": SIZE, "patch_size?": SIDE})
             side = math.isqrt(content.get("num_patches", 256)) * content.get("patch_size", 16)
             model_type, content = "siglip", content | {"image_size": side}
-        kinds = {
-            tower.model.config_class.model_type.removesuffix("_vision_model"): kind for kind, tower in TOWERS.items()
-        }
-        if model_type not in kinds:
+        kinds = {tower.model.config_class.model_type: kind for kind, tower in TOWERS.items()}
+        kind = kinds.get(model_type) or kinds.get(f"{model_type}_vision_model")
+        if kind is None:
             raise unreadable(path, f"it is a {model_type:.40}, none of {', '.join(TOWERS)}")
-        kind, tower = kinds[model_type], TOWERS[kinds[model_type]]
-        check(content, TOWER | tower.settings)
-        keys = [key.removesuffix("?") for key in TOWER | tower.settings]
-        known = {key: content[key] for key in keys if content.get(key) is not None}
+        tower = TOWERS[kind]
+        schema = TOWER | tower.settings
+        check(content, schema)
+        known = {key: value for key, value in content.items() if f"{key}?" in schema and value is not None}
         known |= {key: value for key, value in UNUSED.items() if repr(content.get(key, "")) == repr(value)}
         config = tower.model.config_class(**known | tower.overrides)
         if config.hidden_size % config.num_attention_heads:  # transformers 5.0 says so only when the model is built
@@ -141,7 +133,6 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     except (ValueError, StrictDataclassError) as error:
         raise unreadable(path, f"{name}: {str(error).splitlines()[0].rstrip(': .')}") from error
     mean, std = (tuple(preprocessor.get(f"image_{key}", getattr(tower, key))) for key in ("mean", "std"))
-    resample = int(preprocessor.get("resample", Image.Resampling.BICUBIC))
     crop, size, shortest = bool(preprocessor.get("do_center_crop", tower.crops)), config.image_size, None
     if tower.any_size:
         edges = (preprocessor.get(key) for key in ("size", "crop_size"))
@@ -151,7 +142,9 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     if size < config.patch_size:
         raise unreadable(path, "its patches are larger than its images")
     patches = (size // config.patch_size) ** 2
-    return TowerSettings(kind, config, mean, std, config.hidden_size, patches, size, resample, crop, shortest)
+    pictures = {"size": size, "resample": int(preprocessor.get("resample", Image.Resampling.BICUBIC))}
+    pictures |= {"crop": crop, "shortest_edge": shortest}
+    return TowerSettings(kind, config, mean, std, config.hidden_size, patches, size, pictures)
 
 
 def load_vision_tower(path: str | Path) -> torch.nn.Module:
@@ -160,10 +153,9 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     Returns transformers' model, with its `settings` (TowerSettings) and the buffers `pixel_mean`, `pixel_std`
     (1, 3, 1, 1). Raises TowerError if a file is missing or unreadable, or they do not fit together.
     """
-    path = Path(path)
     settings = read_tower_settings(path)
     kind, config = TOWERS[settings.kind], settings.config
-    tensors = read_tower_weights(path, kind.unused)
+    tensors = read_tower_weights(Path(path), kind.unused)
     with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
         wanted = kind.model(config, **kind.arguments).state_dict()
     ours = {name.removeprefix("vision_model."): name for name in wanted}
@@ -193,19 +185,15 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
 
 def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -> dict[str, torch.Tensor]:
     """Reads a folder's vision tensors, by their names without `vision_model.`, but no text half; raises TowerError."""
-    safetensors, pickled = path / "model.safetensors", path / "pytorch_model.bin"
-    if not (safetensors.is_file() or pickled.is_file()):
-        raise unreadable(path, f"{safetensors} is missing")
+    file, pickled = path / "model.safetensors", path / "pytorch_model.bin"
+    if not (file.is_file() or pickled.is_file()):
+        raise unreadable(path, f"{file} is missing")
     try:
-        if safetensors.is_file():
-            checkpoint = safe_open(safetensors, framework="pt")
-            read = checkpoint.get_tensor
-        else:
-            checkpoint = load_tensors(pickled)
-            read = checkpoint.get
+        checkpoint = safe_open(file, framework="pt") if file.is_file() else load_tensors(pickled)
+        read = checkpoint.get_tensor if file.is_file() else checkpoint.get
         names = [name for name in checkpoint.keys() if not name.endswith("position_ids")]  # they only count
-        # The tower's alone, also in a LLaVA.
-        names = [name for name in names if re.match(r"(model\.)?(vision_tower\.)?vision_model\.", name)] or names
+        of_tower = re.compile(r"(model\.)?(vision_tower\.)?vision_model\.")  # also in a LLaVA
+        names = [name for name in names if of_tower.match(name)] or names
         tensors = {name: read(name) for name in names if not any(f".{part}" in f".{name}" for part in unused)}
     except (OSError, RuntimeError, ValueError, LookupError, SafetensorError, UsageError) as error:
         raise unreadable(path, (str(error) or repr(error)).splitlines()[0].partition(". Delete")[0]) from error

@@ -37,17 +37,16 @@ TRAINING = "training.json"  # in an exported folder: the sidecar of the exported
 # The schema of VLMConfig's settings. (It refuses settings that do not fit together.)
 SIZE, COUNT, ID = Range(int, 1, 1 << 20), Range(int, 1, 1 << 10), Range(int, 0, 1 << 20)
 FACTOR, SHARE = Range(float, 1e-3, 1e12), Range(float, 0, 1)
-KINDS = {bool: bool, str: str, int: SIZE, float: FACTOR, type(None): None}
-CONFIG = {f"{name}?": KINDS[type(default)] for name, default in VLMConfig.defaults().items()} | {"*": frozenset()}
-CONFIG |= {f"num_{name}?": COUNT for name in ("hidden_layers", "attention_heads", "key_value_heads", "experts_per_tok")}
-CONFIG |= {"n_routed_experts?": COUNT, "pixel_shuffle?": COUNT, "n_shared_experts?": ID}
-CONFIG |= {f"{name}_token_id?": ID for name in ("image", "bos", "eos", "pad")}
-CONFIG |= dict.fromkeys(("rms_norm_eps?", "dropout?", "aux_loss_alpha?"), SHARE)
-CONFIG |= {"intermediate_size?": SIZE, "yarn_attention_factor?": FACTOR}
+LAYERS_AND_HEADS = dict.fromkeys(("num_hidden_layers?", "num_attention_heads?"), COUNT)
 # The schema of another language model's configuration.
-LLM = {"model_type": str} | {f"num_{name}?": COUNT for name in ("hidden_layers", "attention_heads")}
-LLM |= dict.fromkeys(("hidden_size?", "vocab_size?", "intermediate_size?"), SIZE)
-CONFIG["llm?"] = (LLM, None)
+LLM = {"model_type": str, **dict.fromkeys(("hidden_size?", "vocab_size?", "intermediate_size?"), SIZE)}
+LLM |= LAYERS_AND_HEADS
+KINDS = {bool: bool, str: str, int: SIZE, float: FACTOR, type(None): None}
+CONFIG = {f"{name}?": KINDS[type(default)] for name, default in VLMConfig.defaults().items()} | LAYERS_AND_HEADS
+CONFIG |= dict.fromkeys(("num_key_value_heads?", "num_experts_per_tok?", "n_routed_experts?", "pixel_shuffle?"), COUNT)
+CONFIG |= dict.fromkeys(("n_shared_experts?", *(f"{name}_token_id?" for name in ("image", "bos", "eos", "pad"))), ID)
+CONFIG |= dict.fromkeys(("rms_norm_eps?", "dropout?", "aux_loss_alpha?"), SHARE)
+CONFIG |= {"intermediate_size?": SIZE, "yarn_attention_factor?": FACTOR, "llm?": (LLM, None), "*": frozenset()}
 PLAIN, PATH = (str, bool, int, float, None), (str, None)
 SIDECAR = {  # what `describe` writes, and checkpoints add
     "config": CONFIG,
@@ -82,10 +81,6 @@ def weight_name(name: str, hidden_size: int, use_moe: bool) -> str:
     return f"{name}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
-def is_path(weight: str) -> bool:
-    return Path(weight).suffix == ".pth"
-
-
 def list_weights(save_dir: Path) -> dict[Path, tuple[str, int, bool]]:
     """Returns (name, hidden_size, use_moe) of each weight file in a folder; no states, no files of earlier runs."""
     named = {path: NAME.fullmatch(path.stem) for path in sorted(save_dir.glob("*.pth")) if path.is_file()}
@@ -94,7 +89,7 @@ def list_weights(save_dir: Path) -> dict[Path, tuple[str, int, bool]]:
 
 def matching_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None) -> list[Path]:
     """Returns the weight files of a name (or path), size and kind, the best first: the exact name, then the newest."""
-    if is_path(name):
+    if Path(name).suffix == ".pth":
         return [Path(name)] if Path(name).is_file() else []
     names = WEIGHT_NAMES.get(name, (name,))
     matching = {
@@ -129,10 +124,8 @@ def read_training(folder: Path) -> dict:
 def read_weights(path: Path) -> Weights:
     """Reads a weight file and its sidecar; raises UsageError if one is unreadable or they contradict each other."""
     tensors, sidecar_path = load_tensors(path), path.with_suffix(".json")
-    is_other = read_sidecar_or_empty(path).get("config", {}).get("llm")  # another language model has its own names
-    from_tensors = None if is_other else config_of(tensors, path)
     if not sidecar_path.is_file():
-        return Weights(path, tensors, from_tensors, {})
+        return Weights(path, tensors, config_of(tensors, path), {})
     try:
         sidecar = read_json(sidecar_path, SIDECAR)
         config = VLMConfig(**sidecar["config"])
@@ -141,8 +134,9 @@ def read_weights(path: Path) -> Weights:
             f"{display_path(sidecar_path)}, which describes {path.name}, cannot be read: {error}. Delete it if the "
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
-    for key in () if is_other else SHAPE_KEYS + (EXPERT_KEYS if from_tensors.use_moe else ()):
-        claimed, actual = getattr(config, key), getattr(from_tensors, key)
+    shown = config if config.llm else config_of(tensors, path)  # another language model has its own names
+    for key in SHAPE_KEYS + (EXPERT_KEYS if shown.use_moe else ()):
+        claimed, actual = getattr(config, key), getattr(shown, key)
         if claimed != actual:
             raise UsageError(
                 f"{display_path(sidecar_path)} says {key} {claimed}, but {path.name} has {actual}: they do not belong "
@@ -166,19 +160,22 @@ def read_folder(folder: Path) -> Weights:
         if config.get("model_type") in EXPORTED:  # by scripts/export.py
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
         sidecar = read_training(folder)
-        other = sidecar.get("config", {}).get("llm") and VLMConfig(**sidecar["config"])
-        config |= config.get("text_config") or {}
-        check(config, {} if other else {"hidden_act?": frozenset({"silu", None})})
-        names = [name for name in VLMConfig.defaults() if not (other or name.endswith("token_id"))]
-        known = {name: config[name] for name in names if config.get(name) is not None}
-        check(known, CONFIG)
+        if sidecar.get("config", {}).get("llm"):
+            shape = VLMConfig(**sidecar["config"])
+        else:
+            config |= config.get("text_config") or {}
+            check(config, {"hidden_act?": frozenset({"silu", None})})
+            names = [name for name in VLMConfig.defaults() if not name.endswith("token_id")]
+            known = {name: config[name] for name in names if config.get(name) is not None}
+            check(known, CONFIG)
+            shape = config_of(tensors, files[0], known)
     except (OSError, SafetensorError, *CONFIG_ERRORS) as error:
         raise UsageError(f"{display_path(folder)} cannot be read: {error}") from error
     # Such a folder may hold the tower too, and holds tied tensors once.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     if "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    return Weights(files[0], tensors, other or config_of(tensors, files[0], known), sidecar)
+    return Weights(files[0], tensors, shape, sidecar)
 
 
 def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None = None) -> VLMConfig:
@@ -210,7 +207,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
-        for name, kind in PROJECTORS.items():
+        for name, kind in PROJECTORS.items():  # an mlp also looks like linear, which is before it in the table
             if width := kind.read_width(tensors):
                 shape |= {"projector": name, "vision_hidden_size": width}
         return VLMConfig(**shape | (known or {}))
@@ -261,15 +258,14 @@ def load_into(model: MiniMindVLM, weights: Weights):
 
 def load_learned(model: MiniMindVLM, state: dict, path: Path):
     """Loads the trainable parameters of a checkpoint; raises UsageError if their names or shapes differ now."""
-    parameters, learned, saved = learned_parameters(model), state["learned"], state["optimizer"]["state"]
-    moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
-    expected = {}
-    for number, parameter in enumerate(parameters.values()):
+    expected = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learned, saved = state["learned"], state["optimizer"]["state"]
+    for number, parameter in enumerate(list(expected.values())):
         if number in saved:
-            expected |= {(number, "step"): torch.zeros(())}
-            expected |= {(number, part): parameter for part in ("exp_avg", "exp_avg_sq")}
-    problems = mismatches(parameters, learned) + mismatches(expected, moments)
-    if problems:
+            moments = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            expected |= {(number, part): tensor for part, tensor in moments.items()}
+    moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
+    if problems := mismatches(expected, learned | moments):
         raise UsageError(
             f"{display_path(path)} belongs to another run: {problems[0]}. Leave --from_resume out, or repeat its flags"
         )
@@ -289,11 +285,6 @@ def mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
         elif not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
     return problems
-
-
-def learned_parameters(model: MiniMindVLM) -> dict[str, torch.nn.Parameter]:
-    """Returns the trainable parameters by name; the tied head appears once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def in_half_precision(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

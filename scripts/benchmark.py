@@ -30,7 +30,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from dataset.formats import quiet_libraries
@@ -83,7 +83,7 @@ def alone(function: Callable, *arguments):
 
 
 def parse_arguments(argv=None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("what", nargs="*", choices=["all", *MEASUREMENTS], default="all", help="what to measure; all does without gpu")
     add("--device", help="cpu, cuda or mps (default: the best there is)")

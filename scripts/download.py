@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import paths
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.paths import display_path
 
@@ -210,7 +210,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; `parts` comes in the order of PARTS, with what weights need."""
     parts = "\n".join(f"  {name:<12} {part.about} ({part.repo_id})" for name, part in PARTS.items())
     about = f"{__doc__}\nparts (default: all, which is {', '.join(TO_TRAIN)}):\n{parts}"
-    parser = ArgumentParser(description=about, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=about)
     parser.add_argument("parts", nargs="*", choices=("all", *PARTS), default="all", metavar="PART", help="see above")
     parser.add_argument("--hidden_size", type=int, help="size of the weights (default: 512; minimind-3v: 768)")
     parser.add_argument("--source", choices=("hub", "modelscope"), default="hub", help="site to fetch from")

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_DIR, display_path
@@ -31,7 +31,7 @@ from dataset.chat import IMAGE_CHARACTER, IMAGE_TAG, SYSTEM_PROMPT, has_image_pa
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS
-from model.transformers_names import to_lfm2_vl, to_llava, to_transformers
+from model.transformers_names import to_transformers, to_vision_language
 from model.vision_tower import read_tower_weights
 from model.weights import TRAINING
 from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
@@ -152,7 +152,8 @@ def llava_files(trained: LoadedModel, text: dict, image_token_id: int) -> dict[s
     pixels = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
     pixels |= {f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")}
     pixels |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    pixels |= {"rescale_factor": 1 / 255, "resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
+    pixels |= {"rescale_factor": 1 / 255, "resample": tower.picture_settings["resample"]}
+    pixels |= {"image_mean": tower.mean, "image_std": tower.std}
     tokens = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1, "image_token": IMAGE_TAG}
     tokens |= {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default"}
     return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": tokens}
@@ -178,14 +179,12 @@ def lfm2_vl_files(trained: LoadedModel, text: dict, image_token_id: int) -> dict
     pixels |= {"do_image_splitting": False, "use_thumbnail": False, "downsample_factor": 1, "rescale_factor": 1 / 255}
     pixels |= {"encoder_patch_size": tower.config.patch_size, "tile_size": tower.size}
     pixels |= {"min_image_tokens": side**2 - side + 1, "max_image_tokens": side**2 + side - 1}
-    pixels |= {"resample": tower.resample, "image_mean": tower.mean, "image_std": tower.std}
+    pixels |= {"resample": tower.picture_settings["resample"], "image_mean": tower.mean, "image_std": tower.std}
     return {"config.json": config, "preprocessor_config.json": pixels, "processor_config.json": processor}
 
 
-FORMS = {  # of models with images: kind of tower, config.json and the processors' files, what renames the tensors
-    "LLaVA": ("CLIP", llava_files, to_llava),
-    "LFM2-VL": ("SigLIP", lfm2_vl_files, to_lfm2_vl),
-}
+# Of models with images: kind of tower, and what writes config.json and the processors' files.
+FORMS = {"LLaVA": ("CLIP", llava_files), "LFM2-VL": ("SigLIP", lfm2_vl_files)}
 
 
 def write_transformers(trained: LoadedModel, folder: Path):
@@ -198,10 +197,10 @@ def write_transformers(trained: LoadedModel, folder: Path):
     files["config.json"] = text = text_config(trained.config)
     kind, tensors = AutoModelForCausalLM, to_transformers(trained.weights.tensors)
     if trained.weights.has_projection:
-        _, files_of, rename = FORMS[PROJECTORS[trained.config.projector].exported_as]
+        _, files_of = FORMS[PROJECTORS[trained.config.projector].exported_as]
         files |= files_of(trained, text, image_token_id)
         files["config.json"] |= {"tie_word_embeddings": text["tie_word_embeddings"], "dtype": "float32"}
-        tensors = rename(trained.weights.tensors, read_tower_weights(trained.tower_path))
+        tensors = to_vision_language(trained.weights.tensors, read_tower_weights(trained.tower_path))
         kind = AutoModelForImageTextToText
     ids = {name: getattr(trained.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sidecar = {name: value for name, value in trained.weights.sidecar.items() if name != "tokenizer_sha256"}
@@ -266,7 +265,7 @@ def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> 
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("the export").add_argument
     add("--to", choices=("transformers", "gguf"), default="transformers", help="gguf: for llama.cpp and Ollama")

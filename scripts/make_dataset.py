@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
+from common.cli import ArgumentParser, command, file_path, number
 from common.errors import UsageError, run_script
 from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
@@ -204,7 +204,7 @@ def commands(folder: Path, made: Made) -> str:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}", formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}")
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
     what = "take only this share of a source's rows, from 0 to 1"

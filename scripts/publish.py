@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.files import RECORD, hash_of, read_record
 from common.paths import TOWER_DIR, display_path, printable
@@ -59,7 +59,7 @@ class Model:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from common.paths import SAVE_DIR, display_path
 from trainer.report.page import write_report
@@ -35,7 +35,7 @@ def find_run(typed: Path) -> tuple[Path, str]:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     default = f"default: {display_path(SAVE_DIR)}"
     parser.add_argument("run", nargs="?", type=file_path, default=SAVE_DIR, help=f"{A_RUN} ({default})")
     print(f"wrote {display_path(write_report(*find_run(parser.parse_args().run)))}")

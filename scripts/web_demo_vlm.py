@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, HelpFormatter, number
+from common.cli import ArgumentParser, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
 from dataset.formats import quiet_libraries
@@ -31,7 +31,7 @@ EXAMPLES = 6
 
 
 def parse_arguments(argv=None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_speed_flags(add_model_flags(parser))
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")

@@ -116,7 +116,7 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     --from_weight names the model, and its sidecar the tower and tokenizer. Raises UsageError if some of what is needed
     is missing (it says how to get it), or the weights cannot be read.
     """
-    own_data, is_path = args.data_path is not None, weight_io.is_path(args.from_weight)
+    own_data, is_path = args.data_path is not None, Path(args.from_weight).suffix == ".pth"
     candidates = weight_io.matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
     downloaded = [path for path in candidates if not is_builtin(path)]
     bundle = MINIMIND2 if args.llm_path is None else LANGUAGE_MODEL
@@ -230,10 +230,10 @@ def find_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None, buil
 
     `builtin` True takes only weights trained on the built-in set, False only others, None any.
     """
-    of_size = weight_io.matching_weights(save_dir, name, hidden_size, use_moe)
-    if weight_io.is_path(name) and not of_size:
+    of_size, is_path = weight_io.matching_weights(save_dir, name, hidden_size, use_moe), Path(name).suffix == ".pth"
+    if is_path and not of_size:
         raise UsageError(f"no weight file {name}")
-    matching = [path for path in of_size if weight_io.is_path(name) or builtin in (None, is_builtin(path))]
+    matching = [path for path in of_size if is_path or builtin in (None, is_builtin(path))]
     if not matching:
         if of_size:
             whose = "another model than the built-in one" if builtin else "the built-in model"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from common.cli import ArgumentParser, HelpFormatter, file_path, number
+from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError
 from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.language_model import check_language_model
@@ -28,7 +28,7 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
             settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
             start = "With --llm_path" if bundle is LANGUAGE_MODEL else f"From {bundle.name}'s weights"
             epilog += f"\n{start} the defaults are: {settings}."
-    parser = ArgumentParser(description=description, formatter_class=HelpFormatter, epilog=epilog)
+    parser = ArgumentParser(description=description, epilog=epilog)
     add_model_flags(parser, stage)
     add_run_flags(parser, stage)
     stage.add_flags(parser.add_argument)

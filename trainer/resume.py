@@ -80,7 +80,7 @@ class Checkpoints:
         written (the disk is full); other failed saves are logged and keep the previous files.
         """
         run, args, largest = self.run, self.run.args, torch.finfo(torch.float16).max
-        learned = {name: weight.detach() for name, weight in weight_io.learned_parameters(self.model).items()}
+        learned = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
         state = {name: value for part in parts for name, value in part.state_dict().items()}
         if state["units"] == 0:
             raise UsageError(

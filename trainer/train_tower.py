@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.cli import ArgumentParser, HelpFormatter, command, file_path, number
+from common.cli import ArgumentParser, command, file_path, number
 from common.errors import Stopped, UsageError, run_script
 from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
@@ -69,7 +69,7 @@ STATE = PROGRESS | {"seconds": SECONDS, "guide": {"*": torch.Tensor}}
 
 
 def parse_arguments(argv=None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data_path", type=file_path, required=True, help="jsonl or parquet, as for the next stages")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures (default: the jsonl's own)")

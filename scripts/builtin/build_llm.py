@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.files import write_together
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
 from dataset.chat import IMAGE_CHARACTER, ChatEncoder, load_tokenizer, tokenizer_hash
@@ -178,7 +178,7 @@ def save(model: MiniMindForCausalLM, encoder: ChatEncoder) -> dict:
 
 
 def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(build_tower.SEED)
     encoder, model = (

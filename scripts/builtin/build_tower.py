@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES
@@ -145,7 +145,7 @@ def train(groups: list[dict], losses: Iterable[tuple[str, Tensor]], steps: int, 
 
 
 def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     tower, head = CLIPVisionModel(CONFIG), nn.Linear(CONFIG.hidden_size, len(TARGETS))

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.files import write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, SAVE_DIR
 from dataset.chat import IMAGE_CHARACTER
@@ -82,7 +82,7 @@ def built_in_corpus() -> Iterator[str]:
 
 
 def main():
-    ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     # No merge may hold an image character or special token, so each becomes a line break, which separates words.
     unwanted = re.compile("|".join(map(re.escape, (IMAGE_CHARACTER, *SPECIAL_TOKENS))))
     tokenizer = Tokenizer(models.BPE())

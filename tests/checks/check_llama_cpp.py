@@ -31,7 +31,7 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from common.cli import ArgumentParser, HelpFormatter, file_path
+from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
@@ -192,7 +192,7 @@ def megabytes(*paths: Path) -> str:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("llama.cpp").add_argument
     add("--server", type=file_path, help="llama-server's path (default: from the PATH)")

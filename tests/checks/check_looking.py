@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.errors import UsageError, run_script
 from dataset.chat import ChatEncoder
 from dataset.pictures import PictureFormat, load_picture
@@ -97,7 +97,7 @@ def measure(seen: list[tuple]) -> dict[str, dict[str, float]]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
     return parser.parse_args(arguments)
 

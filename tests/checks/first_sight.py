@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.errors import run_script
 from common.files import write_atomically
 from common.paths import ROOT, display_path
@@ -45,7 +45,7 @@ def layout(scene: Image.Image, answer: str, words: list[tuple[str, np.ndarray]])
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_flags(parser)
     assistant = Assistant(find_model(parser.parse_args()), "cpu")
     scene, file = draw(heldout_scenes()[3]), io.BytesIO()

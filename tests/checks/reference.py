@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, ROOT, SAVE_DIR
@@ -143,7 +143,7 @@ def compare(curves: dict[str, list]) -> list[str]:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--record", action="store_true", help="run three seeds and record the figures")
     add("size", nargs="?", choices=tuple(SIZES), help="default: both stages on all rows")

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[folder]) for folder in (2, 1)]  # the project, tests/
 
 from checks.reference import PRETRAIN, QUICK, SEEDS, SFT, few_flags, first_lines, read_jsonl, run_stage
-from common.cli import ArgumentParser, HelpFormatter
+from common.cli import ArgumentParser
 from common.errors import run_script
 from common.paths import SAVE_DIR
 from trainer.bundles import BUILTIN
@@ -61,7 +61,7 @@ def outcome(folder: Path) -> tuple[str, list[str], list[str]]:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.parse_args()
     folder, results = SAVE_DIR / "wrong_runs", {}
     for number, (name, stage, lines, changed) in enumerate(wrong_runs(folder), start=1):

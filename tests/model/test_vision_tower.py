@@ -218,7 +218,7 @@ def test_a_whole_models_config_as_the_published_one_is_read(whole_clip, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(content | {"vision_config_dict": content["vision_config"]}))
     (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": null, "crop_size": null, "size": 224}')
     tower = load_vision_tower(tmp_path)
-    assert tower.settings.crop is False
+    assert tower.settings.picture_settings["crop"] is False
     features = tower(pixel_values=whole_clip["picture"]).last_hidden_state
     torch.testing.assert_close(features, whole_clip["features"])
 
@@ -242,7 +242,7 @@ DAMAGES = {
         for name in ("config", "preprocessor_config")
         for kind, content in {
             **{"a number": b"5", "a text": b'"x"', "a list of null": b"[null]", "not a number": b"NaN"},
-            **{"deep": b"[" * 10_000 + b"]" * 10_000, "less deep": b'{"a":' * 40 + b"1" + b"}" * 40},
+            **{"deep": b"[" * 10_000 + b"]" * 10_000, "deep object": b'{"a":' * 10_000 + b"1" + b"}" * 10_000},
             **{"long": b'{"a": "' + b" " * (1 << 22) + b'"}', "half a character": b'{"a": "\\ud800"}'},
         }.items()
     },

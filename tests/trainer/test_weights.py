@@ -359,7 +359,6 @@ FIELDS = {
         for value in (10**12, -1, 2.5, None, "x")
     },
     **{("config.rope_theta", repr(value)): {"config": {"rope_theta": value}} for value in (True, 0, float("inf"))},
-    ("nested", "deep"): {"notes": json.loads("[" * 40 + "]" * 40)},
     ("surrogates", "half a character"): {"notes": "\ud800"},
 }
 
@@ -380,7 +379,7 @@ def test_a_sidecar_with_a_field_of_another_kind_is_refused(tmp_path, where, chan
 
 EXPORT = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "hidden_act": "silu"}
 EXPORTS = [
-    *(("config.json", content) for content in ("[]", "null", "5", '"x"', "[" * 10_000, '{"a":' * 40 + "1" + "}" * 40)),
+    *(("config.json", content) for content in ("[]", "null", "5", '"x"', "[" * 10_000, '{"a":' * 10_000)),
     *(("training.json", content) for content in ("[]", "null", "5", '{"step": 5}', "[" * 10_000, "")),
     *(("config.json", EXPORT | {"hidden_size": value}) for value in (10**9, "x", -1, [32], 64)),
     *(("config.json", EXPORT | {name: 5}) for name in ("text_config", "vision_config", "model_type", "hidden_act")),
