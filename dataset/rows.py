@@ -142,8 +142,10 @@ def parse_line(line: str) -> dict:
     names = parse_picture_names(images)
     if any(formats.BASE64.fullmatch(name.rpartition(",")[2]) for name in names):  # also a data: URL
         raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
-    in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
-    hint = f" (commas divide names; {in_a_list})" if isinstance(images, str) and len(names) > 1 else ""
+    hint = ""
+    if isinstance(images, str) and len(names) > 1:
+        in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
+        hint = f" (commas divide names; {in_a_list})"
     tag_added = check_images(turns, len(names), hint)
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
