@@ -32,14 +32,13 @@ from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
-from dataset.foreign import PICTURE_SUFFIXES, is_picture
+from dataset.formats import PICTURE_SUFFIXES, is_picture, quiet_libraries
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
-from dataset.tokenizer import quiet_libraries
 from model.answers import generate_answers
 from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
 from trainer.answering.loaded_model import add_model_flags, find_model

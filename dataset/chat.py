@@ -1,14 +1,20 @@
-"""Converts a conversation to token ids in a language model's prompt form; finds its learned spans and images."""
+"""A language model's tokenizer, and conversations as its token ids: learned spans, and where images stand."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from common.errors import UsageError
+from common.paths import TOKENIZER_3V_DIR, display_path
+from model.weights import Weights
 
 SYSTEM_PROMPT = "You are a helpful assistant"
 SYSTEM_PROMPTS = (  # that some of minimind-3v's rows get
@@ -136,8 +142,8 @@ class ChatEncoder:
             if role == "assistant":
                 # An answer is tokenised apart from its header: generation continues after the header, so no token that
                 # is learned may span the two.
-                answer = Text(with_thinking(turn) if self.is_3v else content)
-                pieces += [Text("assistant\n"), ANSWER, answer, self.end_id, newline, END]
+                answer = with_thinking(turn) if self.is_3v else content
+                pieces += [Text("assistant\n"), ANSWER, Text(answer), self.end_id, newline, END]
                 continue
             if turn.get("functions") is not None:  # as the tokenizer's own template lists them
                 content = self.tokenizer.apply_chat_template([turn], tools=turn["functions"], tokenize=False)
@@ -190,7 +196,7 @@ class TemplateEncoder(ChatEncoder):
         longest_first = sorted(self.special, key=len, reverse=True)
         self.splits = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         try:
-            before, [(_, between), (lead, after)] = self.skeleton(("user", "assistant"))
+            (_, before), (_, between), (lead, after) = self.skeleton(("user", "assistant"))
         except Exception as error:  # a template is a program
             raise ValueError(f"its chat template cannot be used: {error}") from error
         if not (end := self.splits.search(after)):
@@ -200,9 +206,11 @@ class TemplateEncoder(ChatEncoder):
         # Around a user's text: from the last special token before it, and what follows.
         self.user_marks = "".join(self.splits.split(before)[-2:]), between + lead
 
-    def skeleton(self, roles: tuple[str, ...]) -> tuple[str, list[tuple[str, str]]]:
-        """Returns what the template puts before turns of these roles, and for each turn: what of the blanks before it
-        the model writes itself, as the template's own prompt ends before them; and what follows it.
+    def skeleton(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Returns what stands around the texts of turns of these roles, after an empty text before the first.
+
+        That is, for each: the blanks before it that the model writes itself, as the template's own prompt ends before
+        them; and what follows it.
         """
         if roles not in self.skeletons:
             turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
@@ -210,13 +218,13 @@ class TemplateEncoder(ChatEncoder):
             parts = SLOTS.split(whole)
             if parts[1::2] != [str(number) for number in range(len(roles))]:
                 raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
-            around, leads = parts[::2], [""] * len(roles)
+            around, leads = parts[::2], [""] * len(parts[::2])
             for number in (number for number, role in enumerate(roles) if role == "assistant"):
                 prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
                 lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
-                leads[number] = "" if lead.strip() else lead
-                around[number] = around[number].removesuffix(leads[number])
-            self.skeletons[roles] = around[0], list(zip(leads, around[1:], strict=True))
+                leads[number + 1] = "" if lead.strip() else lead
+                around[number] = around[number].removesuffix(leads[number + 1])
+            self.skeletons[roles] = list(zip(leads, around, strict=True))
         return self.skeletons[roles]
 
     def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
@@ -225,28 +233,24 @@ class TemplateEncoder(ChatEncoder):
         thinks = add_generation_prompt and self.open_thinking
         if add_generation_prompt and not thinks:
             turns.append({"role": "assistant", "content": SLOT})
-        start, around = self.skeleton(tuple(turn["role"] for turn in turns))
-        rendered = self.render(turns)
+        skeleton, rendered = self.skeleton(tuple(turn["role"] for turn in turns)), self.render(turns)
         changed = RowError("the language model's chat template changes the text of a turn")
-        if not rendered.startswith(start):
-            raise changed
-        pieces, end = self.split(start), len(start)
-        for turn, (lead, after) in zip(turns, around, strict=True):
+        pieces, rest = [], rendered
+        for turn, (lead, after) in zip([{"role": "", "content": ""}, *turns], skeleton, strict=True):
             text = turn["content"]
             forms = (text, text.strip(), text.lstrip(), text.rstrip())  # a template may take blanks off
-            text = next((form for form in forms if rendered.startswith(lead + form + after, end)), None)
+            text = next((lead + form for form in forms if rest.startswith(lead + form + after)), None)
             if text is None:
                 raise changed
-            end += len(lead + text + after)
-            after = self.split(after)
+            rest, after = rest[len(text + after) :], self.split(after)
             if turn["role"] == "assistant":
                 if len(after) == 1:
                     raise RowError("the language model's chat template ends this answer with no special token")
                 answer_at = len(pieces)
-                pieces += [ANSWER, lead + text, *after[:2], END, *after[2:]]
+                pieces += [ANSWER, text, *after[:2], END, *after[2:]]
             else:
                 pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
-        if end != len(rendered):
+        if rest:
             raise changed
         if thinks:
             asked = self.render(turns, add_generation_prompt=True, enable_thinking=True)
@@ -332,3 +336,56 @@ def with_thinking(turn: dict) -> str:
     if turn.get("no_think") and not reasoning:
         return answer
     return f"{THINK}\n{reasoning}\n{END_OF_THINKING}\n\n{answer}"
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer's folder; another language model's gets a placeholder for images if it has none.
+
+    Raises UsageError if it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
+    """
+    if not (path / "tokenizer.json").is_file():
+        part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"
+        raise UsageError(
+            f"no tokenizer in {display_path(path)}: tokenizer.json is missing; --tokenizer_path names another folder "
+            f"(python scripts/download.py {part})"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError("it is none of the tokenizers library")
+        if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
+            raise ValueError(f"it has {len(tokenizer)} tokens, and ids above them")
+        if uses_template(tokenizer) and image_token_id(tokenizer) is None:
+            tokenizer.add_tokens([image_placeholder(tokenizer)], special_tokens=True)
+        encoder_for(tokenizer, image_tokens=2)
+    except Exception as error:  # the tokenizers library raises plain Exception on a garbled file
+        has_code = "trust_remote_code" in str(error)  # transformers would advise to run it
+        reason = "it brings code of its own, which is never run" if has_code else error
+        raise UsageError(f"the tokenizer in {display_path(path)} cannot be used: {reason}") from error
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 (hex) of everything that decides which ids a text gets."""
+    template = str(tokenizer.chat_template) if uses_template(tokenizer) else ""
+    return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + template).encode("utf-8")).hexdigest()
+
+
+def check_tokenizer(weights: Weights, tokenizer_sha256: str, tokenizer_path: Path, tokenizer: PreTrainedTokenizerBase):
+    """Raises UsageError if the weights were trained with another tokenizer, or have fewer rows than it has tokens.
+
+    Weights without a sidecar do not name their tokenizer, but their generation fixes the id of an image's placeholder.
+    """
+    expected, problem = weights.sidecar.get("tokenizer_sha256"), None
+    placeholder, its_placeholder = image_token_id(tokenizer), weights.config.image_token_id
+    if expected is not None and expected != tokenizer_sha256:
+        problem = f"SHA-256 {expected[:12]}..., this one {tokenizer_sha256[:12]}..."
+    elif expected is None and placeholder != its_placeholder:
+        problem = f"of different generations: an image is token {its_placeholder} to it, but {placeholder} in this"
+    elif len(tokenizer) > weights.config.vocab_size:
+        problem = f"{weights.config.vocab_size} tokens, this one has {len(tokenizer)}"
+    if problem:
+        raise UsageError(
+            f"{display_path(weights.path)} was trained with another tokenizer than {display_path(tokenizer_path)} "
+            f"({problem}): name the right one with --tokenizer_path"
+        )

@@ -26,12 +26,11 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, file_path, number
 from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
-from dataset.chat import has_image_pad
-from dataset.formats import hash_63
+from dataset.chat import has_image_pad, load_tokenizer
+from dataset.formats import hash_63, quiet_libraries
 from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset, bad_rows_limit
 from dataset.pictures import PictureError, load_picture
-from dataset.tokenizer import load_tokenizer, quiet_libraries
 from model.model_vlm import MINIMIND_3V, VLMConfig
 
 WIDTH = 80  # characters of a line
@@ -57,41 +56,41 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def overview(data: VLMDataset) -> list[str]:
-    """Returns the counts: rows, pictures, tokens, lengths, what is cut, duplicates."""
+def overview(data: VLMDataset) -> dict[str, str]:
+    """Returns the counts by name: rows, pictures, tokens, lengths, what is cut, duplicates."""
     bad, blank = len(data.bad_rows), len(data.rows) - data.row_count
     facts = {"rows": f"{data.row_count:,}: {len(data):,} good, {bad:,} bad"}
     facts["rows"] += f" ({percent(bad, data.row_count)})" if bad else ""
     facts["rows"] += f", and {counted(blank, 'blank line')}" if blank else ""
+    lengths, cut_tokens = data.lengths, data.column("cut_tokens")
     if len(data):
-        lengths, learned = data.lengths, int(data.column("learned_tokens")[data.row_indices].sum())
-        total, (half, most) = int(lengths.sum()), np.percentile(lengths, (50, 95))
+        total, learned = lengths.sum(), data.column("learned_tokens")[data.row_indices].sum()
         images = percent(data.picture_count * data.image_tokens, total)
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
         files = counted(len(np.unique(data.shown_pictures)), "file")
+        half, most = np.percentile(lengths, (50, 95))
         facts["pictures"] = f"{data.picture_count:,} of {files}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
-    cut_tokens = data.column("cut_tokens")
     lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
     refused = refused[refused > 0]  # rows that max_length leaves without an image or an answer
-    longest = max((data.lengths + lost).max(initial=0), refused.max(initial=0))
+    longest = max((lengths + lost).max(initial=0), refused.max(initial=0))
     cuts = [f"{lost.sum():,} tokens of {counted((lost > 0).sum(), 'row')}"] if lost.any() else []
     cuts += [f"the whole of {counted(len(refused), 'row')}"] if len(refused) else []
     cut = f"{' and '.join(cuts)}; --max_seq_len {longest} fits all"
-    cut = cut if longest > data.max_length else f"nothing (the longest row has {longest:,} tokens)"
+    facts |= data.rules
+    facts[f"cut at {data.max_length}"] = cut if cuts else f"nothing (the longest row has {longest:,} tokens)"
     first, copies = {}, []
     for start in range(0, len(data), BATCH):
         for row in data.read_rows(data.row_indices[start : start + BATCH].tolist()):
             content = row["input_ids"], row["pictures"], row["picture_numbers"]
             original = first.setdefault(hash_63(repr(content).encode()), row["line"])
             copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
-    copied = f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
-    facts |= data.rules | {f"cut at {data.max_length}": cut, "duplicates": copied}
-    return [line for name, text in facts.items() for line in fact(name, text)]
+    facts["duplicates"] = f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
+    return facts
 
 
-def long_words(data: VLMDataset, tokenizer) -> list[str]:
+def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
     """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
     answers, runs, found = [], defaultdict(list), []
     for row in data.read_rows(data.row_indices[:BATCH].tolist()):
@@ -106,7 +105,7 @@ def long_words(data: VLMDataset, tokenizer) -> list[str]:
         if script and share > MANY_TOKENS and size > LEAST_SHARE * len(text):
             found.append(f"{script} takes {share:.1f} tokens a character")
     what = "(English 0.4, Chinese 0.8): longer answers, slower learning"
-    return fact("words", f"{', '.join(found)} {what}") if found else []
+    return {"words": f"{', '.join(found)} {what}"} if found else {}
 
 
 def script_of(character: str) -> str:
@@ -137,13 +136,12 @@ def broken_pictures(data: VLMDataset) -> list[str]:
         except PictureError as error:
             return str(error)
 
-    shown = data.shown_pictures
+    shown, lines = data.shown_pictures, np.repeat(data.column("line")[data.row_indices], data.image_counts)
     pictures = np.unique(shown).tolist()
     with ThreadPool() as pool:  # Pillow releases the GIL while it decodes
         decoded = pool.imap(decode, pictures, 16)
         bar = tqdm(decoded, "decoding", len(pictures), unit=" pictures", leave=False, disable=None)
         errors = {picture: error for picture, error in zip(pictures, bar, strict=True) if error}
-    lines = np.repeat(data.column("line")[data.row_indices], data.image_counts)
     skipped = counted(len(np.unique(lines[np.isin(shown, list(errors))])), "row")
     report = [f"broken pictures: {len(errors):,} of {len(pictures):,}; training skips {skipped}"]
     for picture, error in itertools.islice(errors.items(), SHOWN_PICTURES):
@@ -169,13 +167,12 @@ def main(argv=None):
     args = parse_arguments(argv)
     quiet_libraries(is_main=True)
     path = args.tokenizer_path or next(folder for folder in TOKENIZERS if (folder / "tokenizer.json").is_file())
-    path = path.resolve()
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path.resolve())
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
-    data_path, images_path = args.data_path.resolve(), args.images_path and args.images_path.resolve()
-    data = VLMDataset(data_path, images_path, tokenizer, args.max_seq_len, image_tokens)
-    report = [display_path(data_path), *fact("tokenizer", display_path(path)), *overview(data)]
-    report += long_words(data, tokenizer)
+    images_path = args.images_path and args.images_path.resolve()
+    data = VLMDataset(args.data_path.resolve(), images_path, tokenizer, args.max_seq_len, image_tokens)
+    facts = {"tokenizer": display_path(path.resolve())} | overview(data) | long_words(data, tokenizer)
+    report = [display_path(data.data_path), *(line for name in facts for line in fact(name, facts[name]))]
     kinds = defaultdict(list)
     for row in data.bad_rows:
         kinds[kind_of(row.reason)].append(row)

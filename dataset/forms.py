@@ -1,6 +1,4 @@
-"""The table of data forms: how to recognise a row of each, and how to read it as a conversation with its images.
-
-Then checks of what a row may hold: its turns, and the names of its pictures.
+"""The table of data forms: how to recognise a row and read it as a conversation with images; then its checks.
 
 Another form is a function with `@register(...)`, here or in a file of your own: tests/changes/test_data_form.py.
 """
@@ -11,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from dataset.chat import IMAGE_TAG, RowError
@@ -26,8 +25,8 @@ QUESTIONS = {CAPTION: (DESCRIBE, "Describe this picture."), LABEL: ("这是什�
 CHINESE = re.compile("(?s)(?!.*[\u3040-\u30ff]).*[\u4e00-\u9fff]")  # Japanese has kana beside these characters
 NUMBERED_TAG = re.compile(r"<image_\d+>")
 TOOL_CALLS = "it calls tools, and nothing here answers a call"
-NO_CALLS = (None, "", "[]", [])
-EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>\s*")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can escape a surrogate, but no file can hold it
 ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
 
@@ -54,6 +53,14 @@ def register(name: str, fits: Callable[[dict], object], example: dict):
         return read
 
     return put
+
+
+def parse_json(value, what: str = ""):
+    """Decodes JSON text, other values stay; raises RowError that says `what` it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise RowError(f"{what}not JSON: {error}") from error
 
 
 def field(row: dict, names: tuple[str, ...]) -> str | None:
@@ -136,27 +143,15 @@ def read_pairs(row: dict) -> tuple[list, object]:
     for question, answer in pairs:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     images = row.get(field(row, PICTURE_FIELDS))
-    return images_first(turns, images), images
-
-
-def images_first(turns: list[dict], images) -> list[dict]:
-    """Returns the turns, with the images before the first question if none has its place."""
-    count = len(images) if isinstance(images, list) else int(bool(images))
-    if not any(IMAGE_TAG in str(turn["content"]) for turn in turns):
-        asked = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-        asked["content"] = with_images(asked["content"], count, f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
-    return turns
+    images_first(turns, len(images) if isinstance(images, list) else int(bool(images)))
+    return turns, images
 
 
 @register("conversations", fits=lambda row: "conversations" in row, example={"image": "a.jpg", "conversations": CAT})
 @register("messages", fits=lambda row: "messages" in row, example={"images": ["a.jpg"], "messages": CAT})
 def read_turns(row: dict) -> tuple[list, object]:
     """Reads this project's turns, LLaVA's and ShareGPT's ("from", "value"), and OpenAI's (content in parts)."""
-    turns = row["conversations"] if "conversations" in row else row["messages"]
-    try:
-        turns = json.loads(turns) if isinstance(turns, str) else turns
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise RowError(f"conversations is not JSON: {error}") from error
+    turns = parse_json(row["conversations"] if "conversations" in row else row["messages"], "conversations is ")
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
         # Columns of roles and of contents, as older versions of `datasets` write a list of dicts.
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
@@ -169,10 +164,8 @@ def read_turns(row: dict) -> tuple[list, object]:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if isinstance(content, list):
                 content = NEWLINE.join(read_part(part, images) for part in content)
-            more = {name: turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)}
-            if functions := turn.get("functions") or turn.get("tools"):
-                more["functions"] = functions
-            turn = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content} | more
+            functions = turn.get("functions") or turn.get("tools")
+            turn |= {"role": ROLES.get(str(role), role), "content": content, "functions": functions}
         found.append(turn)
     return found, images or row.get(field(row, PICTURE_FIELDS))
 
@@ -220,66 +213,54 @@ def parse_conversation(turns: list) -> list[dict]:
     """
     if not turns:
         raise RowError("conversations is missing or not a list of turns")
+    parsed = []
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise RowError(f"turn {number} has no role")
-    parsed, turns = [parse_turn(turn, number) for number, turn in enumerate(turns, start=1)], []
-    for turn in parsed:
-        if turns and turn["role"] == turns[-1]["role"] == "user" and "tool" in turn and "tool" in turns[-1]:
-            turns[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
+        turn = parse_turn(turn, number)
+        if parsed and turn["role"] == parsed[-1]["role"] == "user" and "tool" in turn and "tool" in parsed[-1]:
+            parsed[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
         else:
-            turns.append(turn)
-    offset = int(turns[0]["role"] == "system")
-    for index, turn in enumerate(turns[offset:]):
-        expected = ("user", "assistant")[index % 2]
-        if turn["role"] != expected:
-            wrong = f"turn {index + offset + 1} is of role {turn['role']!r}, expected {expected!r}"
+            parsed.append(turn)
+    roles = chain(["system"] if parsed[0]["role"] == "system" else [], cycle(["user", "assistant"]))
+    for number, (turn, expected) in enumerate(zip(parsed, roles, strict=False), start=1):
+        role, content = turn["role"], turn["content"]
+        if role != expected:
             # Tools come in orders that no prompt form has.
-            raise RowError(TOOL_CALLS if any("tool" in turn for turn in turns) else wrong)
-    if len(turns) < offset + 2:
-        raise RowError("nothing to learn: no assistant turn")
-    for number, turn in enumerate(turns, start=1):
-        if turn["role"] == "assistant" and not (turn["content"].strip() or "tool" in turn):
+            wrong = f"turn {number} is of role {role!r}, expected {expected!r}"
+            raise RowError(TOOL_CALLS if any("tool" in turn for turn in parsed) else wrong)
+        if role == "assistant" and not (content.strip() or "tool" in turn):
             raise RowError(f"turn {number}: the answer is empty")
-        if turn["role"] != "user" and IMAGE_TAG in turn["content"]:
-            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {turn['role']!r}, not of the user")
-        check_characters(turn["content"] + turn.get("reasoning_content", ""), f"turn {number}")
-    return turns
+        if role != "user" and IMAGE_TAG in content:
+            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {role!r}, not of the user")
+        if HALF_A_PAIR.search(content + turn.get("reasoning_content", "")):
+            raise RowError(f"turn {number} holds half a surrogate pair, which is no character")
+    if all(turn["role"] != "assistant" for turn in parsed):
+        raise RowError("nothing to learn: no assistant turn")
+    return parsed
 
 
-def parse_turn(turn: dict, number: int) -> dict:
-    role, content, calls = turn["role"], turn.get("content"), turn.get("tool_calls") not in NO_CALLS
+def parse_turn(turn, number: int) -> dict:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise RowError(f"turn {number} has no role")
+    role, content, calls = turn["role"], turn.get("content"), (turn.get("tool_calls") or "[]") != "[]"
     content = "" if content is None and (calls or role == "system") else content
     if not isinstance(content, str):
         raise RowError(f"turn {number} has no text as content")
     if role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>", "tool": True}
     parsed = {"role": role, "content": content}
-    if role == "system" and (functions := turn.get("functions")):
-        try:
-            functions = json.loads(functions) if isinstance(functions, str) else functions
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"turn {number}: functions is not JSON: {error}") from error
+    if role == "system" and (functions := parse_json(turn.get("functions"), f"turn {number}: functions is ")):
         if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
             raise RowError(f"turn {number}: functions is no list of objects")
-        parsed |= {"tool": True, "functions": functions} if functions else {}
+        parsed |= {"tool": True, "functions": functions}
     if role == "assistant":
-        thought, empty = turn.get("reasoning_content"), EMPTY_THINKING.match(content)
+        parsed["content"], empty_blocks = EMPTY_THINKING.subn("", content)
+        thought = turn.get("reasoning_content")
         thought = thought if isinstance(thought, str) and thought.strip() else ""
-        if empty:
-            parsed["content"] = content[empty.end() :]
-        if empty or thought:
+        if empty_blocks or thought:
             parsed["reasoning_content"] = thought
         if calls:
             parsed["tool"] = True
     return parsed
-
-
-def check_characters(text: str, what: str):
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can escape it, but no file can hold it
-        raise RowError(f"{what} holds half a surrogate pair, which is no character") from error
 
 
 def parse_picture_names(value) -> list[str]:
@@ -293,7 +274,8 @@ def parse_picture_names(value) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
     for name in names:
-        check_characters(name, "a picture's name")
+        if HALF_A_PAIR.search(name):
+            raise RowError("a picture's name holds half a surrogate pair, which is no character")
         path = PurePosixPath(name.replace("\\", "/"))
         is_foreign = path.is_absolute() and not name.startswith("/")
         if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
@@ -301,16 +283,19 @@ def parse_picture_names(value) -> list[str]:
     return names
 
 
-def check_images(turns: list[dict], pictures: int) -> bool:
-    """Raises RowError unless the conversation has as many `<image>` as there are pictures.
+def images_first(turns: list[dict], images: int) -> bool:
+    """Puts the images before the first question if none has its place, as LLaVA's loaders; returns whether it did."""
+    if any(IMAGE_TAG in str(turn["content"]) for turn in turns):
+        return False
+    asked = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+    asked["content"] = with_images(asked["content"], images, f"{IMAGE_TAG}{NEWLINE}{PROMPT}")
+    return images > 0
 
-    Returns whether a single picture had no tag: it is then put first, as in LLaVA's loaders.
-    """
+
+def check_images(turns: list[dict], images: int, hint: str = "") -> bool:
+    """Returns whether a single image had no tag and was put first; raises RowError unless each has its `<image>`."""
+    tag_added = images == 1 and images_first(turns, images)
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns if turn["role"] == "user")
-    if tags == 0 and pictures == 1:
-        asked = next(turn for turn in turns if turn["role"] == "user")
-        asked["content"] = f"{IMAGE_TAG}\n{asked['content']}"
-        return True
-    if tags != pictures:
-        raise RowError(f"{tags} {IMAGE_TAG} in the text, but {pictures} picture(s)")
-    return False
+    if tags != images:
+        raise RowError(f"{tags} {IMAGE_TAG} in the text, but {images} picture(s){hint}")
+    return tag_added

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from common.files import flush, lock_of, scratch_folder
 from common.paths import display_path
-from dataset import foreign, forms
-from dataset.formats import DataError, changed_error, check_file, content_key, hash_63
+from dataset import formats, forms
+from dataset.formats import CHANGED, DataError, check_file, content_key, hash_63
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be imported differently
@@ -61,11 +61,11 @@ def import_file(path: Path, folder: Path):
     """Writes a file's cache folder, whole or not at all."""
     with pq.ParquetFile(path, memory_map=True) as file:
         names = file.schema_arrow.names
-        foreign.check_names(path, names)
+        formats.check_names(path, names)
         column = "image" if "image" in names and "image_bytes" not in names else "image_bytes"
         if not {"conversations", column} <= set(names):
             is_known = forms.form_of_row(dict.fromkeys(names)) is not None
-            hint = f". Convert it with:\n  {foreign.command(path)}" if is_known else ""
+            hint = f". Convert it with:\n  {formats.command(path)}" if is_known else ""
             raise DataError(f"{path} needs the columns conversations and image_bytes (or image), it has {names}{hint}")
         if file.metadata.num_rows == 0:
             raise DataError(f"{path} has no rows")
@@ -76,10 +76,10 @@ def import_file(path: Path, folder: Path):
             try:
                 write_tables(file, column, part)
             except TypeError as error:
-                cure = f"Convert base64 text or file names with:\n  {foreign.command(path)}"
+                cure = f"Convert base64 text or file names with:\n  {formats.command(path)}"
                 raise DataError(f"{path}: {column} must be a picture's bytes or a list of them. {cure}") from error
             if not folder.name.startswith(content_key(path)):
-                raise changed_error(path)
+                raise DataError(f"{path} {CHANGED}")
             for written in part.iterdir():
                 flush(written)
             part.rename(folder)

@@ -50,11 +50,7 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
-    """Returns the inputs of `generate` for conversations that end with the user's turn.
-
-    That is `left_padded`, and pixel_values (all images, 3, size, size), None without images; from `pictures`, each
-    conversation's images in order, uint8 (3, size, size).
-    """
+    """Returns the inputs of `generate` for conversations that end with the user's turn, and each one's uint8 images."""
     chats = encoder.encode(conversations, add_generation_prompt=True)
     for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):
         if chat.problem:
@@ -62,19 +58,19 @@ def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures
         if len(chat.image_starts) != len(of_chat):
             tags = f"{len(chat.image_starts)} {IMAGE_TAG}"
             raise ValueError(f"conversation {number} has {tags}, but {len(of_chat)} picture(s) were given")
-    batch = left_padded([chat.input_ids for chat in chats], [chat.image_starts for chat in chats], encoder.pad_id)
-    flat = list(chain.from_iterable(pictures))
-    return batch | {"pixel_values": torch.stack(flat) if flat else None}
+    prompts, starts = [torch.tensor(chat.input_ids) for chat in chats], [chat.image_starts for chat in chats]
+    return left_padded(prompts, starts, list(chain.from_iterable(pictures)), encoder.pad_id)
 
 
 def row_prompts(rows: list[dict], pad_token_id: int) -> dict:
     """Returns the inputs of `generate` for samples of `VLMDataset` (with pixels), up to their first answer."""
-    prompts = [row["input_ids"][: first_answer(row["labels"])[0]] for row in rows]
-    starts = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        starts.append([start for start in row["image_starts"].tolist() if start < len(prompt)])
-    pixels = [row["pixel_values"][: len(of_row)] for row, of_row in zip(rows, starts, strict=True)]
-    return left_padded(prompts, starts, pad_token_id) | {"pixel_values": torch.cat(pixels) if any(starts) else None}
+    prompts, starts, pixels = [], [], []
+    for row in rows:
+        end, _ = first_answer(row["labels"])
+        prompts.append(row["input_ids"][:end])
+        starts.append([start for start in row["image_starts"].tolist() if start < end])
+        pixels += row["pixel_values"][: len(starts[-1])]
+    return left_padded(prompts, starts, pixels, pad_token_id)
 
 
 def first_answer(labels: torch.Tensor) -> tuple[int, int]:
@@ -84,13 +80,14 @@ def first_answer(labels: torch.Tensor) -> tuple[int, int]:
     return start, start + int(learned[start:].int().cumprod(0).sum())
 
 
-def left_padded(prompts: list, image_starts: list[list[int]], pad_token_id: int) -> dict:
-    """Returns prompts (token ids) as input_ids and attention_mask (B, L), and image_starts (all images, 2)."""
-    prompts, how = list(map(torch.as_tensor, prompts)), {"batch_first": True, "padding_side": "left"}
+def left_padded(prompts: list[torch.Tensor], image_starts: list[list[int]], pixels: list, pad_token_id: int) -> dict:
+    """Returns input_ids, attention_mask (B, L), image_starts (images, 2), pixel_values (images, 3, S, S) or None."""
+    how = {"batch_first": True, "padding_side": "left"}
     input_ids = pad_sequence(prompts, padding_value=pad_token_id, **how)
-    attention_mask = pad_sequence(list(map(torch.ones_like, prompts)), **how)
+    attention_mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **how)
     left = [input_ids.shape[1] - len(prompt) for prompt in prompts]
     starts = [(row, left[row] + start) for row, of_row in enumerate(image_starts) for start in of_row]
     # Never None, or the model would search: a user's own `@` are text, however many there are.
     starts = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "image_starts": starts}
+    pixels = torch.stack(pixels) if pixels else None
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "image_starts": starts, "pixel_values": pixels}

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dataset import foreign, formats
-from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for
-from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_picture_names, read_row
-from dataset.tokenizer import tokenizer_hash
+from dataset import formats
+from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for, tokenizer_hash
+from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_json, parse_picture_names, read_row
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
 ENCODING_VERSION = 9
@@ -71,12 +70,13 @@ def tokenise_rows(
     """Returns the tokenised rows (COLUMNS) in the file's order, from the cache if they are in it."""
     forms = [(name, form.source) for name, form in FORMS.items()]
     key = raw._fingerprint, tokenizer_hash(tokenizer), max_length, image_tokens, ENCODING_VERSION, forms, variation
-    how = {"encoder": encoder_for(tokenizer, image_tokens), "max_length": max_length, "variation": variation}
+    encoder = encoder_for(tokenizer, image_tokens)
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
     with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
         return raw.map(
             tokenise_batch,
-            fn_kwargs=how | {"forms": FORMS},  # a spawned process that unpickles FORMS imports those from outside
+            # A spawned process that unpickles FORMS imports those from outside.
+            fn_kwargs={"encoder": encoder, "max_length": max_length, "variation": variation, "forms": FORMS},
             input_columns=raw.column_names,
             with_indices=True,
             batched=True,
@@ -135,24 +135,18 @@ def parse_line(line: str) -> dict:
         raise RowError(BLANK_LINE)
     if "\ufffd" in line:
         raise RowError("the line is not UTF-8 (or holds U+FFFD, the replacement character)")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise RowError(f"not JSON: {error}") from error
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
     turns, images = read_row(row)
-    listed = images if isinstance(images, list) else [images]
-    if any(isinstance(one, str) and foreign.is_base64(one.rpartition(",")[2]) for one in listed):  # also a data: URL
-        raise RowError(f"its picture is base64 text; convert it with: {foreign.command('FILE')}")
     names = parse_picture_names(images)
-    try:
-        tag_added = check_images(turns, len(names))
-    except RowError as error:
-        if not isinstance(images, str) or len(names) < 2:
-            raise
-        hint = f'a name with a comma goes in a list, ["a, b.jpg"], as {foreign.command("FILE")} writes it'
-        raise RowError(f"{error} (commas divide names; {hint})") from error
+    if any(formats.BASE64.fullmatch(name.rpartition(",")[2]) for name in names):  # also a data: URL
+        raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
+    hint = ""
+    if isinstance(images, str) and len(names) > 1:
+        in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
+        hint = f" (commas divide names; {in_a_list})"
+    tag_added = check_images(turns, len(names), hint)
     picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
     kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
@@ -162,7 +156,7 @@ def parse_line(line: str) -> dict:
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
     turns, inside = read_row({"conversations": conversations})
     if inside:
-        raise RowError(f"its turns name pictures; convert it with: {foreign.command('FILE')}")
+        raise RowError(f"its turns name pictures; convert it with: {formats.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)

@@ -19,8 +19,7 @@ from tiny import EVAL, PRETRAIN, SFT, turn
 from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from dataset.chat import ChatEncoder
-from dataset.tokenizer import load_tokenizer
+from dataset.chat import ChatEncoder, load_tokenizer
 from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from model.weights import Weights, read_weights
 from scripts.web_demo_vlm import parse_arguments

@@ -10,14 +10,14 @@ import torch
 
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
-from dataset.chat import encoder_for, has_image_pad, image_token_id
+from dataset.chat import check_tokenizer, encoder_for, has_image_pad, image_token_id, load_tokenizer, tokenizer_hash
 from dataset.features import FeatureCacheError, FeatureFolder
+from dataset.formats import quiet_libraries
 from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
 from dataset.pictures import PictureFormat
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
-from dataset.tokenizer import check_tokenizer, load_tokenizer, quiet_libraries, tokenizer_hash
 from model import weights as weight_io
 from model.language_model import add_lora, build, read_language_model
 from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower

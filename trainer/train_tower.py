@@ -36,10 +36,11 @@ from common.cli import ArgumentParser, command, file_path, number
 from common.errors import Stopped, UsageError, run_script
 from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
+from dataset.chat import load_tokenizer
+from dataset.formats import quiet_libraries
 from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, hold_out, text_of
 from dataset.pictures import PictureFormat, random_views
 from dataset.sampler import BatchSampler
-from dataset.tokenizer import load_tokenizer, quiet_libraries
 from dataset.workers import load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned

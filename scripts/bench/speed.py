@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.chat import load_tokenizer
 from dataset.features import FeatureFolder, compute_features
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import BatchSampler
-from dataset.tokenizer import load_tokenizer
 from model.answers import generate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.answering.assistant import in_precision

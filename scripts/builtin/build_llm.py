@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import ArgumentParser
 from common.files import write_together
 from common.paths import BUILTIN_MODEL_DIR, BUILTIN_TOKENIZER_DIR
-from dataset.chat import IMAGE_CHARACTER, ChatEncoder
+from dataset.chat import IMAGE_CHARACTER, ChatEncoder, load_tokenizer, tokenizer_hash
 from dataset.scenes import language
 from dataset.scenes.draw import PATCHES_PER_SIDE, Scene, heldout_scenes, patch_coverage, training_scene
-from dataset.tokenizer import load_tokenizer, tokenizer_hash
 from model.model_minimind import MiniMindForCausalLM
 from model.model_vlm import VLMConfig
 from model.weights import describe, weight_files, weight_name

@@ -26,9 +26,8 @@ from PIL import Image
 from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
-from dataset import foreign, forms, pictures
+from dataset import formats, forms, pictures
 from dataset.chat import IMAGE_TAG, RowError
-from dataset.formats import why_missing
 from dataset.forms import TOOL_CALLS, check_images, parse_picture_names
 
 IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
@@ -61,7 +60,7 @@ def read_source(path: Path) -> Rows:
     """Yields a source's rows; raises UsageError if it is of no known form, or cannot be read on."""
     name = display_path(path)
     try:
-        form = foreign.form_of_file(path)
+        form = formats.form_of_file(path)
         if form is None:
             is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
             found = "empty." if is_empty else "of no known form."
@@ -79,17 +78,17 @@ def read_source(path: Path) -> Rows:
 
 
 def read_folder(path: Path) -> Rows:
-    for folder, images, texts in foreign.pictures_and_texts(path):
+    for folder, images, texts in formats.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in images:
-            picture, text = str(inside / name), texts.get(foreign.stem(name))
+            picture, text = str(inside / name), texts.get(Path(name).stem)
             if text is None:
                 yield picture, RowError("a picture without a .txt of its name")
             elif reason := not_a_file(folder / text):
                 yield picture, RowError(f"its .txt cannot be read: {reason}")
             else:
                 yield picture, captioned([picture], (folder / text).read_bytes())
-        stems = set(map(foreign.stem, images))
+        stems = {Path(name).stem for name in images}
         for name in (name for stem, name in texts.items() if stem not in stems):
             yield str(inside / name), RowError("a text without a picture of its name")
 
@@ -103,11 +102,11 @@ def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, images, _ in foreign.pictures_and_texts(path):
+    for folder, images, _ in formats.pictures_and_texts(path):
         for name in images:
             place, label = str((folder / name).relative_to(path)), folder.name
             if folder == path or label in IMAGE_FOLDERS:
-                label = foreign.stem(name)
+                label = Path(name).stem
                 is_no_label = BY_CAMERA.issuperset(re.findall(r"[^\W\d_]+", label.lower())) or HASH.fullmatch(label)
                 label = "" if is_no_label else re.sub(r"[\W\d_]+$", "", label)
             label = re.sub(r"[\s_-]+", " ", label).strip()
@@ -115,7 +114,7 @@ def read_classes(path: Path) -> Rows:
 
 
 def read_shards(path: Path) -> Rows:
-    files = foreign.data_files(path)
+    files = formats.data_files(path)
     if len({split[0] for file in files if (split := re.match("train|val|test", file.name))}) > 1:
         raise UsageError(f"{display_path(path)} holds several splits. Name the files of the one to train on")
     for file in files:
@@ -124,10 +123,10 @@ def read_shards(path: Path) -> Rows:
 
 def read_table(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter, names = foreign.table_header(file.readline())
+        delimiter, names = formats.table_header(file.readline())
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
         first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
-        foreign.check_names(path, names)
+        formats.check_names(path, names)
         csv.field_size_limit(LONGEST_ROW)
         quoting = csv.QUOTE_NONE if is_flickr else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True, quoting=quoting)
@@ -135,7 +134,7 @@ def read_table(path: Path) -> Rows:
         try:
             for fields in reader:
                 if len(fields) == len(names):
-                    fields[0] = foreign.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
+                    fields[0] = formats.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
                     yield f"line {line}", dict(zip(names, fields, strict=True))
                 elif fields:  # not a blank line
                     yield f"line {line}", RowError(f"{len(fields)} fields, but the first line has {len(names)}")
@@ -207,7 +206,7 @@ def read_tar(path: Path) -> Rows:
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
-            images = [content for name, content in files if foreign.is_picture(name)]
+            images = [content for name, content in files if formats.is_picture(name)]
             texts = [content for name, content in files if name.endswith(".txt")]
             objects = [content for name, content in files if name.endswith(".json")]
             row = parsed(objects[0]) if objects else {}
@@ -227,14 +226,14 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         archive.members.clear()  # it would keep all of them
         path = PurePosixPath(member.name)
         key, name = path.name.partition(".")[0], path.name.lower()
-        if member.isfile() and key and (foreign.is_picture(name) or name.endswith((".txt", ".json"))):
+        if member.isfile() and key and (formats.is_picture(name) or name.endswith((".txt", ".json"))):
             yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
-        foreign.check_names(path, schema.names)
+        formats.check_names(path, schema.names)
         try:
             features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         except DAMAGED as error:
@@ -269,16 +268,16 @@ def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Ro
 
 
 READERS = {
-    foreign.FOLDER: read_folder,
-    foreign.CLASSES: read_classes,
-    foreign.SHARDS: read_shards,
-    foreign.TABLE: read_table,
-    foreign.LINES: read_lines,
-    foreign.LIST: read_list,
-    foreign.OBJECT: read_object,
-    foreign.TAR: read_tar,
-    foreign.PARQUET: read_parquet,
-    foreign.SAVED: read_saved,
+    formats.FOLDER: read_folder,
+    formats.CLASSES: read_classes,
+    formats.SHARDS: read_shards,
+    formats.TABLE: read_table,
+    formats.LINES: read_lines,
+    formats.LIST: read_list,
+    formats.OBJECT: read_object,
+    formats.TAR: read_tar,
+    formats.PARQUET: read_parquet,
+    formats.SAVED: read_saved,
 }
 
 
@@ -305,12 +304,13 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
         has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
         if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
             return {"image": [], "conversations": turns}
-        check_images(forms.images_first(turns, images), len(images))
+        forms.images_first(turns, len(images))
+        check_images(turns, len(images))
         for picture in images:
             name, content = "in the row", picture
             if isinstance(picture, str):
                 [name] = parse_picture_names([picture])
-                if reason := why_missing(images_path, name):
+                if reason := formats.why_missing(images_path, name):
                     raise RowError(reason)
                 with pictures.decoding(name):
                     content = (images_path / name).read_bytes()
@@ -365,7 +365,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
             raise RowError("the picture is neither a name nor a file's bytes")
         if isinstance(picture, str) and picture.startswith(("http:", "https:")):
             raise RowError("a picture on the web is not fetched: download it, and name its file")
-        if isinstance(picture, str) and (picture.startswith("data:") or foreign.is_base64(picture)):
+        if isinstance(picture, str) and (picture.startswith("data:") or formats.BASE64.fullmatch(picture)):
             try:
                 picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
             except binascii.Error as error:

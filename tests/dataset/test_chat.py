@@ -14,11 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UsageError
 from common.paths import ROOT
-from dataset.chat import SYSTEM_PROMPT, ChatEncoder, RowError
+from dataset.chat import SYSTEM_PROMPT, ChatEncoder, RowError, load_tokenizer
 from dataset.forms import check_images, parse_conversation, parse_picture_names, read_row
 from dataset.prompts import prompt_batch, with_images
 from dataset.rows import tokenise_batch
-from dataset.tokenizer import load_tokenizer
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"
 LOOK_ALIKES = "<|im_end|>\n<|im_start|>assistant\n好<|im_end|>\n<|endoftext|>"

@@ -11,9 +11,8 @@ from tiny_models import save_tokenizer_3v
 from transformers import AutoTokenizer
 
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.chat import ChatEncoder, image_token_id, with_thinking
+from dataset.chat import ChatEncoder, image_token_id, load_tokenizer, with_thinking
 from dataset.forms import parse_conversation
-from dataset.tokenizer import load_tokenizer
 
 IMAGE_ID, PATCHES = 12, 64
 EMPTY = "<think>\n\n</think>\n\n"

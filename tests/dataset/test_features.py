@@ -14,10 +14,10 @@ from PIL import Image
 from tiny import SFT, read_jsonl, sft_row, write_jsonl
 
 from dataset import features
+from dataset.chat import load_tokenizer
 from dataset.features import FeatureCacheError, FeatureFolder, compute_features, tower_sha256
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import PictureError
-from dataset.tokenizer import load_tokenizer
 from model.vision_tower import load_vision_tower
 from trainer.stage import model_inputs
 

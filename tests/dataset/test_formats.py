@@ -18,12 +18,12 @@ from tiny import turn
 
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import formats, parquet
+from dataset.chat import load_tokenizer
 from dataset.formats import DataError, load_lines
 from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset
 from dataset.parquet import load_parquet
 from dataset.scenes.language import DESCRIBE
-from dataset.tokenizer import load_tokenizer
 
 TURNS = [turn("user", "<image>\nWhat?"), turn("assistant", "A cat.")]
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]

@@ -3,8 +3,8 @@
 import pytest
 from tiny import pretrain_row, write_jsonl
 
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset, hold_out
-from dataset.tokenizer import load_tokenizer
 
 pytest_plugins = ["tiny"]
 

@@ -23,12 +23,11 @@ from tiny import SFT, as_file, turn
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
-from dataset.chat import ChatEncoder
+from dataset.chat import ChatEncoder, load_tokenizer
 from dataset.features import FeatureFolder, compute_features
 from dataset.formats import DataError
 from dataset.lm_dataset import VLMDataset, hold_out, rows_in_both
 from dataset.pictures import is_blank
-from dataset.tokenizer import load_tokenizer
 from scripts.data.sources import read_source
 from trainer.setup import split
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 from published_parquet import memory_in_use, write_published_form
 
 from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset
-from dataset.tokenizer import load_tokenizer
 from scripts.benchmark import alone
 
 pytest_plugins = ["tiny"]

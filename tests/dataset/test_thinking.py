@@ -9,11 +9,10 @@ from tiny import EVAL, PRETRAIN, turn, write_jsonl
 from tiny_models import save_siglip, save_tokenizer_3v, tiny_vlm
 from transformers import AutoTokenizer
 
-from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, RowError
+from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, RowError, load_tokenizer
 from dataset.forms import parse_conversation
 from dataset.lm_dataset import VLMDataset
 from dataset.rows import Variation
-from dataset.tokenizer import load_tokenizer
 
 pytest_plugins = ["tiny"]
 EMPTY = "<think>\n\n</think>\n\n"

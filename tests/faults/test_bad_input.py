@@ -14,8 +14,8 @@ from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, 
 from common import paths
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
+from dataset.chat import load_tokenizer
 from dataset.forms import RIGHT_FORM
-from dataset.tokenizer import load_tokenizer
 from model.weights import read_weights
 from trainer import bundles
 from trainer.bundles import BUNDLES, MINIMIND2, MINIMIND_3V, TOWER_WEIGHTS, find_weights
@@ -297,7 +297,7 @@ def test_parquet_needs_no_folder_of_pictures(place):
 
 def test_missing_folders_of_each_generation_are_named_with_their_download(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "MINIMIND_3V", replace(MINIMIND_3V, tower=tmp_path / "3v"))
-    monkeypatch.setattr("dataset.tokenizer.TOKENIZER_3V_DIR", tmp_path / "3v")
+    monkeypatch.setattr("dataset.chat.TOKENIZER_3V_DIR", tmp_path / "3v")
     for folder, end in (("3v", "_3v"), ("other", "")):
         with pytest.raises(UsageError, match=rf"download\.py tower{end}`"):
             bundles.read_tower(tmp_path / folder)

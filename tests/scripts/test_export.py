@@ -15,10 +15,9 @@ from tiny_models import save_siglip, save_tower
 from common.errors import UsageError
 from common.files import RECORD, remove_leftovers
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from dataset.chat import ChatEncoder
+from dataset.chat import ChatEncoder, load_tokenizer
 from dataset.pictures import load_picture
 from dataset.prompts import prompt_batch
-from dataset.tokenizer import load_tokenizer
 from model.answers import generate
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import export

@@ -13,10 +13,9 @@ from tiny_models import save_siglip, save_tokenizer_3v
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from common.errors import UsageError
-from dataset.chat import IMAGE_PAD, ChatEncoder
+from dataset.chat import IMAGE_PAD, ChatEncoder, load_tokenizer
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch
-from dataset.tokenizer import load_tokenizer
 from model.answers import generate
 from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from scripts import export

@@ -18,9 +18,8 @@ from tiny_models import save_tower
 import scripts.share
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from dataset.chat import SYSTEM_PROMPT
+from dataset.chat import SYSTEM_PROMPT, load_tokenizer
 from dataset.pictures import load_picture
-from dataset.tokenizer import load_tokenizer
 from scripts import export
 
 pytest_plugins = ["tiny"]

@@ -16,13 +16,12 @@ from test_export import EXPORT, random_weights
 from tiny_models import save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
-from dataset.chat import ChatEncoder
+from dataset.chat import ChatEncoder, load_tokenizer
 from dataset.pictures import load_picture
 from dataset.prompts import DEFAULT_FORM, prompt_batch
 from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import score
 from dataset.scenes.language import DESCRIBE, caption
-from dataset.tokenizer import load_tokenizer
 from model.answers import generate_answers
 from scripts.export import chat_template
 

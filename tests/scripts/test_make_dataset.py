@@ -17,9 +17,9 @@ from tiny import read_jsonl, turn, write_jsonl
 from common.errors import UsageError
 from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset import foreign
+from dataset import formats
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset
-from dataset.tokenizer import load_tokenizer
 from scripts.make_dataset import LARGEST_SIZE, Made, held_out, main, parse_arguments, write_dataset
 
 NAMES = ["猫.png", "a b.jpg", "sub/c.png"]
@@ -449,13 +449,13 @@ def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(pictures, run):
 @pytest.mark.parametrize(
     ("text", "form"),
     [
-        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', foreign.LINES),
-        ('{"images": [{"path": "a.png"}], "messages": []}', foreign.LINES),
-        ('{"half\n{"image": "a.png", "caption": "y"}', foreign.LINES),
-        ('{"image": "a.png",\n "caption": "y"}', foreign.OBJECT),
-        (json.dumps(coco() | {"licenses": ["long"] * 9000}), foreign.OBJECT),
+        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', formats.LINES),
+        ('{"images": [{"path": "a.png"}], "messages": []}', formats.LINES),
+        ('{"half\n{"image": "a.png", "caption": "y"}', formats.LINES),
+        ('{"image": "a.png",\n "caption": "y"}', formats.OBJECT),
+        (json.dumps(coco() | {"licenses": ["long"] * 9000}), formats.OBJECT),
     ],
 )
 def test_one_object_is_told_from_an_object_a_line(tmp_path, text, form):
     (tmp_path / "rows.json").write_text(text)
-    assert foreign.form_of_file(tmp_path / "rows.json") == form
+    assert formats.form_of_file(tmp_path / "rows.json") == form

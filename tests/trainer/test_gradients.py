@@ -13,9 +13,9 @@ import torch
 from tiny import PRETRAIN, SFT, language_model, pretrain_row, sft_row, turn, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.sampler import epoch_order
-from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.setup import freeze
 from trainer.stage import answer_loss

@@ -20,9 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from dataset.chat import RowError, TemplateEncoder, image_placeholder
+from dataset.chat import RowError, TemplateEncoder, image_placeholder, load_tokenizer
 from dataset.prompts import prompt_batch
-from dataset.tokenizer import load_tokenizer
 from model.answers import generate
 from scripts.export import parse_arguments
 from trainer.answering.assistant import Assistant

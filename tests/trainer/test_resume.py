@@ -13,7 +13,7 @@ import torch
 from tiny import PRETRAIN, SFT, TOKENIZER, language_model, read_jsonl, write_jsonl
 
 from common.errors import UsageError
-from dataset.tokenizer import load_tokenizer, tokenizer_hash
+from dataset.chat import load_tokenizer, tokenizer_hash
 from model.model_vlm import VLMConfig
 from model.weights import describe, list_weights, load_learned
 from trainer.resume import ENDINGS, STATE, check_same_run, read_state, restore_random_state

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import PRETRAIN, PRETRAIN_ROWS, ROOT, SFT, SFT_ROWS, TOKENIZER, Result, read_jsonl, sft_row, write_jsonl
 
-from dataset.tokenizer import load_tokenizer, tokenizer_hash
+from dataset.chat import load_tokenizer, tokenizer_hash
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.setup import freeze, round_frozen_weights
 from trainer.stage import cosine_learning_rate

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import EVAL, PRETRAIN, SFT, pretrain_row, read_jsonl, write_jsonl
 
+from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.prompts import first_answer
-from dataset.tokenizer import load_tokenizer
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import evaluate as evaluation
 from trainer.evaluate import Evaluator

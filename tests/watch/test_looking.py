@@ -8,9 +8,9 @@ from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
 
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.chat import load_tokenizer
 from dataset.scenes.draw import heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, LANGUAGES, caption
-from dataset.tokenizer import load_tokenizer
 from model import answers as looking
 from model.answers import patch_maps, split_words, word_maps
 from trainer.answering.assistant import mask_of

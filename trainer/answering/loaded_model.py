@@ -11,7 +11,7 @@ from common.cli import file_path
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
-from dataset.tokenizer import check_tokenizer, load_tokenizer, tokenizer_hash
+from dataset.chat import check_tokenizer, load_tokenizer, tokenizer_hash
 from model import weights as weight_io
 from model.language_model import build
 from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
