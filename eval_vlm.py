@@ -40,8 +40,7 @@ from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from model.answers import generate_answers
-from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
-from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, draw_heldout, find_model
 from trainer.answering.typed_paths import find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import verdict
@@ -57,7 +56,7 @@ CHAT_HELP = """Type a question, with the paths of its pictures in it or in a lin
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    add_speed_flags(add_model_flags(parser))
+    add_model_flags(parser, runs=True)
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument
     what = f"describe each picture of a folder (default: {display_path(EVAL_IMAGES_DIR)})"
@@ -94,8 +93,8 @@ class Chat:
     """Asks a model, and prints what it answers."""
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
-        loaded, self.max_new_tokens = find_model(args), args.max_new_tokens
-        self.sampling, self.shows_speed = sampling_of(args, loaded), args.show_speed
+        loaded, self.args = find_model(args), args
+        self.settings = {"max_new_tokens": args.max_new_tokens} | loaded.sampling(args)
         torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
         self.assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
         parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
@@ -117,14 +116,14 @@ class Chat:
         """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
         tokenizer, started = self.assistant.tokenizer, time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = self.assistant.answer(conversation, pictures, self.max_new_tokens, **self.sampling, streamer=streamer)
+        [ids] = self.assistant.answers([conversation], [pictures], **self.settings, streamer=streamer)
         rate = len(ids) / (time.perf_counter() - started)
-        print(f"    {len(ids)} tokens, {rate:.0f} tokens/s\n" if self.shows_speed else "", flush=True)
+        print(f"    {len(ids)} tokens, {rate:.0f} tokens/s\n" if self.args.show_speed else "", flush=True)
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def ask(self, question: str, paths: list[Path]):
         """Prints the answer to a question about pictures."""
-        turn = self.assistant.turn(question, len(paths), max_new_tokens=self.max_new_tokens)
+        turn = self.assistant.turn(question, len(paths), max_new_tokens=self.args.max_new_tokens)
         try:
             pictures = list(map(self.assistant.load_picture, paths))
         except PictureError as error:
@@ -132,29 +131,54 @@ class Chat:
         print(f"{', '.join(map(printable, paths))}: {question}")
         self.answer([turn], pictures)
 
-    def describe(self, prompts: list[str], paths: list[Path]) -> int:
-        """Asks every question about every picture in one batch; returns how many pictures could not be read."""
-        turns = [self.assistant.turn(prompt, 1, max_new_tokens=self.max_new_tokens) for prompt in prompts]
-        questions, conversations, pictures, unreadable = [], [], [], 0
-        for path in paths:
-            try:
-                picture = self.assistant.load_picture(path)
-            except PictureError as error:
-                print(f"{printable(path.name)}: skipped: {error}\n")
-                unreadable += 1
-                continue
-            questions += [f"{printable(path.name)}: {prompt}" for prompt in prompts]
-            conversations += [[turn] for turn in turns]
-            pictures += [[picture]] * len(turns)
-        if pictures:
-            started = time.perf_counter()
-            answers = self.assistant.answers(conversations, pictures, self.max_new_tokens, **self.sampling)
-            for question, ids in zip(questions, answers, strict=True):
-                print(f"{question}\n{self.assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-            tokens = sum(map(len, answers))
-            total = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
-            print(f"    {len(answers)} answer(s) at once: {total}\n" if self.shows_speed else "", flush=True)
-        return unreadable
+    def describe_folder(self):
+        """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
+        args, assistant, only_scenes = self.args, self.assistant, self.assistant.loaded.knows_only_scenes
+        folder = args.image_dir or EVAL_IMAGES_DIR
+        if only_scenes and not args.image_dir and not folder.is_dir():
+            draw_heldout(folder, DRAWN_EVAL_IMAGES)
+        files = sorted(path for path in folder.glob("[!.]*") if not path.is_dir())
+        paths = [path for path in files if is_picture(path.name) and path.is_file()]
+        endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
+        others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
+        others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
+        if not paths:
+            known = " ".join(sorted(PICTURE_SUFFIXES))
+            raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
+        if endings:
+            print(f"{display_path(folder)}: {printable(others)}\n")
+        prompts, unreadable = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE], 0
+        prompts = [args.prompt] if args.prompt else prompts
+        turns = [assistant.turn(prompt, 1, max_new_tokens=args.max_new_tokens) for prompt in prompts]
+        for start in range(0, len(paths), args.batch_size):
+            questions, conversations, pictures = [], [], []
+            for path in paths[start : start + args.batch_size]:
+                try:
+                    picture = assistant.load_picture(path)
+                except PictureError as error:
+                    print(f"{printable(path.name)}: skipped: {error}\n")
+                    unreadable += 1
+                    continue
+                questions += [f"{printable(path.name)}: {prompt}" for prompt in prompts]
+                conversations += [[turn] for turn in turns]
+                pictures += [[picture]] * len(turns)
+            if pictures:
+                started = time.perf_counter()
+                answers = assistant.answers(conversations, pictures, **self.settings)
+                for question, ids in zip(questions, answers, strict=True):
+                    print(f"{question}\n{assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
+                tokens = sum(map(len, answers))
+                total = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
+                print(f"    {len(answers)} answer(s) at once: {total}\n" if args.show_speed else "", flush=True)
+        if only_scenes and not args.image_dir:
+            started, rows = time.perf_counter(), scene_table(assistant)
+            scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place"
+            print(f"{scenes} never trained on ({time.perf_counter() - started:.0f} s):")
+            print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
+            for name, row in rows.items():
+                print(f"  {name:<34}{row.attributes:>12.1%}{row.captions:>16.1%}")
+        if unreadable:
+            raise UsageError(f"{unreadable} picture(s) could not be read")
 
     def talk(self):
         """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
@@ -171,7 +195,7 @@ class Chat:
             try:  # a line that is refused changes nothing
                 question, paths = find_pictures(line)
                 asked = [*added, *map(self.assistant.load_picture, paths)]
-                turn = self.assistant.turn(question or "?", len(asked), turns, self.max_new_tokens)
+                turn = self.assistant.turn(question or "?", len(asked), turns, self.args.max_new_tokens)
             except (ValueError, UsageError) as error:
                 print(f"    not added, and nothing asked: {printable(error)}")
                 continue
@@ -234,37 +258,6 @@ def scene_table(assistant: Assistant) -> dict[str, Score]:
     return rows
 
 
-def describe_folder(chat: Chat, args: argparse.Namespace):
-    """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
-    folder, only_scenes = args.image_dir or EVAL_IMAGES_DIR, chat.assistant.loaded.knows_only_scenes
-    if only_scenes and not args.image_dir and not folder.is_dir():
-        draw_heldout(folder, DRAWN_EVAL_IMAGES)
-    files = sorted(path for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
-    files = [path for path in files if not path.name.startswith(".")]
-    paths = [path for path in files if is_picture(path.name) and path.is_file()]
-    endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
-    others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
-    others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
-    if not paths:
-        known = " ".join(sorted(PICTURE_SUFFIXES))
-        raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
-    if endings:
-        print(f"{display_path(folder)}: {printable(others)}\n")
-    prompts = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE]
-    prompts, unreadable = [args.prompt] if args.prompt else prompts, 0
-    for start in range(0, len(paths), args.batch_size):
-        unreadable += chat.describe(prompts, paths[start : start + args.batch_size])
-    if only_scenes and not args.image_dir:
-        started, rows = time.perf_counter(), scene_table(chat.assistant)
-        scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place never trained on"
-        print(f"{scenes} ({time.perf_counter() - started:.0f} s):")
-        print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
-        for name, row in rows.items():
-            print(f"  {name:<34}{row.attributes:>12.1%}{row.captions:>16.1%}")
-    if unreadable:
-        raise UsageError(f"{unreadable} picture(s) could not be read")
-
-
 def main():
     args = parse_arguments()
     with Processes.start(args.device) as processes:
@@ -280,7 +273,7 @@ def main():
         elif args.image:
             chat.ask(args.prompt or DESCRIBE, args.image)
         else:
-            describe_folder(chat, args)
+            chat.describe_folder()
 
 
 if __name__ == "__main__":

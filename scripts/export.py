@@ -34,7 +34,7 @@ from model.projectors import PROJECTORS
 from model.transformers_names import to_transformers, to_vision_language
 from model.vision_tower import read_tower_weights
 from model.weights import TRAINING
-from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
+from trainer.answering.assistant import LoadedModel, add_model_flags, find_model
 
 SHARE = Path(__file__).parent / "share"
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text

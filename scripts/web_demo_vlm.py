@@ -22,8 +22,7 @@ from common.cli import ArgumentParser, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
 from dataset.formats import quiet_libraries
-from trainer.answering.assistant import Assistant, add_generation_flags, add_speed_flags, draw_heldout, sampling_of
-from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, draw_heldout, find_model
 from trainer.support.processes import Processes, stop_signals
 
 LARGEST_FILE = 20 * 2**20  # bytes
@@ -32,7 +31,7 @@ EXAMPLES = 6
 
 def parse_arguments(argv=None) -> Namespace:
     parser = ArgumentParser(description=__doc__)
-    add_speed_flags(add_model_flags(parser))
+    add_model_flags(parser, runs=True)
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")
     add("--port", type=number(int, 0, 65535), default=7860, help="port to listen on")
@@ -56,7 +55,7 @@ def main():
         os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
         examples = draw_heldout(folder / "examples", EXAMPLES) if loaded.knows_only_scenes else photos
         assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
-        page = build_page(Handlers(assistant, sampling_of(args, loaded), examples, uploads), args.max_new_tokens)
+        page = build_page(Handlers(assistant, loaded.sampling(args), examples, uploads), args.max_new_tokens)
         try:
             is_local = not args.share and is_loopback(args.host)
             # Under another name than this machine's own, a site may resolve to it (DNS rebinding).

@@ -24,8 +24,7 @@ from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from model.weights import Weights, read_weights
 from scripts.web_demo_vlm import parse_arguments
 from trainer import bundles
-from trainer.answering.assistant import sampling_of
-from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.answering.assistant import add_model_flags, find_model
 
 pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
@@ -156,7 +155,7 @@ def test_each_generation_draws_answers_as_its_recipe_says(published):
     trained = find_model(flags[0])
     temperature, top_k = (0.7, 50) if trained.config.qk_norm else (0.65, 0)
     recipe = {"temperature": temperature, "top_p": 0.85, "top_k": top_k}
-    assert [sampling_of(given, trained) for given in flags] == [recipe, recipe | {"top_p": 1}]
+    assert [trained.sampling(given) for given in flags] == [recipe, recipe | {"top_p": 1}]
 
 
 def test_weights_and_tokenizer_of_different_generations_are_refused(world, published, tmp_path):

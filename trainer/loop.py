@@ -20,7 +20,7 @@ from dataset.workers import load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.bundles import BUILTIN
 from trainer.report.progress import Progress, check_first_loss, clock
-from trainer.report.watcher import Watch, describe_features, print_header
+from trainer.report.watcher import Watch, print_header
 from trainer.resume import RESUMES, Checkpoints, TrainState, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import epochs_for
@@ -58,8 +58,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
     steps = f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)"
-    cached = describe_features(features, data)
-    print_header(run, model, is_compiled, data=data.summary, held_out=watch.plan, features=cached, steps=steps)
+    print_header(watch, data, features, steps, is_compiled)
     torch.manual_seed(args.seed + processes.rank)  # for dropout
     if run.state is not None:
         context.load_state_dict(run.state)

@@ -33,7 +33,6 @@ from dataset.chat import IMAGE_TAG
 from dataset.pictures import PictureError
 from dataset.scenes.language import CHINESE, ENGLISH
 from trainer.answering.assistant import Assistant, mask_of
-from trainer.answering.loaded_model import LoadedModel
 
 MOST_PICTURES, LONGEST_QUESTION = 8, 4000  # in a conversation; characters
 MOST_FILES, MOST_BYTES = 100, 256 * 2**20  # of uploads that no question has used yet
@@ -162,16 +161,6 @@ def language_of(request: gr.Request) -> str:
     return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
 
 
-def describe_model(loaded: LoadedModel, texts: dict) -> str:
-    """Says which model it is, and what it was trained on as far as its sidecar tells."""
-    weights, name = loaded.weights, "/".join(loaded.weights.path.parts[-2:])
-    data = Path(weights.sidecar.get("arguments", {}).get("data_path") or texts["builtin"]).name
-    text = "learned_counts" if "rows" in weights.sidecar else "learned" if weights.sidecar else "learned_unknown"
-    parts = [texts["model"].format(name=name), texts[text].format(**{"stage": None} | weights.sidecar | {"data": data})]
-    parts += [texts["only_scenes"]] * loaded.knows_only_scenes + [texts["blind"]] * (not weights.has_projection)
-    return " ".join(parts)
-
-
 class Handlers:
     """What the page does for a visitor; the arguments are its components' values, in their order."""
 
@@ -179,11 +168,20 @@ class Handlers:
         self.assistant, self.sampling, self.examples, self.uploads = assistant, sampling, examples, uploads
 
     def start(self, turns: list[Turn] | None, request: gr.Request) -> tuple[list[Turn], str, str]:
-        turns, texts = [] if turns is None else turns, TEXTS[language_of(request)]
+        """Empties the conversation; says which model it is with, and what its sidecar tells of its training."""
+        turns, texts, loaded = [] if turns is None else turns, TEXTS[language_of(request)], self.assistant.loaded
         stop_all(turns)
         turns.clear()
-        about = html.escape(describe_model(self.assistant.loaded, texts))
-        return turns, TEMPLATE.render(turns=turns, texts=texts), f'<p class="note">{about}</p>'
+        sidecar = loaded.weights.sidecar
+        data = Path(sidecar.get("arguments", {}).get("data_path") or texts["builtin"]).name
+        training = "learned" if sidecar else "learned_unknown"
+        training = texts["learned_counts" if "rows" in sidecar else training]
+        about = [texts["model"].format(name="/".join(loaded.weights.path.parts[-2:]))]
+        about.append(training.format(**{"stage": None} | sidecar | {"data": data}))
+        about += [texts["only_scenes"]] * loaded.knows_only_scenes
+        about += [texts["blind"]] * (not loaded.weights.has_projection)
+        note = f'<p class="note">{html.escape(" ".join(about))}</p>'
+        return turns, TEMPLATE.render(turns=turns, texts=texts), note
 
     def ask(self, box: dict, camera: str | None, turns, temperature, top_p, length, request: gr.Request):
         files = [Path(file) for file in (*box["files"], camera) if file]
@@ -239,8 +237,9 @@ class Handlers:
 
         settings = self.sampling | {"temperature": temperature, "top_p": top_p}
         settings |= {"streamer": streamer, "stopping_criteria": [is_stopped]}
-        future, text, redraw = WORKERS.submit(self.assistant.answer, *asked, length, **settings), "", 0.0
+        future = WORKERS.submit(self.assistant.answers, [asked[0]], [asked[1]], length, **settings)
         future.add_done_callback(lambda _: streamer.end())  # after an error too
+        text, redraw = "", 0.0
         try:
             for piece in streamer:
                 text += piece
@@ -250,7 +249,7 @@ class Handlers:
                     yield turns, draw()
         finally:
             stop.set()  # the browser may have gone: nobody waits for the rest
-            ids = future.result()
+            [ids] = future.result()
         turn.words = [(text, None)]
         turn.speed = texts["speed"].format(tokens=len(ids), rate=len(ids) / (time.perf_counter() - started))
         turn.messages.append({"role": "assistant", "content": text})

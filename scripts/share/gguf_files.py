@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from model.projectors import PROJECTORS
 from model.transformers_names import to_transformers
 from model.vision_tower import load_vision_tower, read_tower_weights
-from trainer.answering.loaded_model import LoadedModel
+from trainer.answering.assistant import LoadedModel
 
 GELU_SCALE = 2.0**12  # |x| times this is beyond llama.cpp's half-precision GELU table, where its GELU is exact
 LOUD = 2.0**30  # times a norm's output, it leaves nothing of what is added to it

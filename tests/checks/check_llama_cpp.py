@@ -42,8 +42,7 @@ from dataset.scenes.language import DESCRIBE, caption, questions
 from eval_vlm import scene_table
 from model.answers import generate
 from scripts.export import check_exportable, write_gguf, write_pictures, write_transformers
-from trainer.answering.assistant import Assistant
-from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
+from trainer.answering.assistant import Assistant, LoadedModel, add_model_flags, find_model
 
 SENTENCES = (
     "What is in the picture?",

@@ -25,7 +25,7 @@ from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import Scene, draw_builtin_dataset, heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, ENGLISH, Language, caption
 from model.answers import generate, word_maps
-from trainer.answering.loaded_model import LoadedModel, add_model_flags, find_model
+from trainer.answering.assistant import LoadedModel, add_model_flags, find_model
 
 SCENES, TOKENS = 50, 64  # the first of the 200 scenes
 ATTRIBUTES = ("place", "size", "colour", "shape")  # in the caption's order

@@ -18,8 +18,7 @@ from common.files import write_atomically
 from common.paths import ROOT, display_path
 from dataset.scenes.draw import JPEG_QUALITY, draw, heldout_scenes
 from dataset.scenes.language import ENGLISH
-from trainer.answering.assistant import Assistant, mask_of
-from trainer.answering.loaded_model import add_model_flags, find_model
+from trainer.answering.assistant import Assistant, add_model_flags, find_model, mask_of
 
 WIDTH, EDGE, SCENE, THUMB, GAP = 1200, 24, 240, 112, 12  # pixels
 WORDS = (WIDTH - 3 * EDGE - SCENE + GAP) // (THUMB + GAP)  # the strongest maps, as many as there is room for
@@ -50,10 +49,10 @@ def main():
     assistant = Assistant(find_model(parser.parse_args()), "cpu")
     scene, file = draw(heldout_scenes()[3]), io.BytesIO()
     scene.save(file, "jpeg", quality=JPEG_QUALITY)
-    asked = [assistant.turn(QUESTION, images=1)], [assistant.load_picture(file.getvalue())]
-    ids = assistant.answer(*asked, max_new_tokens=64)
+    question, picture = [assistant.turn(QUESTION, images=1)], [assistant.load_picture(file.getvalue())]
+    [ids] = assistant.answers([question], [picture], max_new_tokens=64)
     answer = assistant.tokenizer.decode(ids, skip_special_tokens=True)
-    words = [(word, maps[0].numpy()) for word, maps in assistant.look(*asked, ids)]
+    words = [(word, maps[0].numpy()) for word, maps in assistant.look(question, picture, ids)]
     least = sorted((of_word.max() for _, of_word in words), reverse=True)[:WORDS][-1]
     sheet = layout(scene, answer, [(word, of_word) for word, of_word in words if of_word.max() >= least])
     write_atomically(OUT, lambda file: sheet.save(file, "png", optimize=True))

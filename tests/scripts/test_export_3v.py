@@ -19,7 +19,7 @@ from dataset.prompts import prompt_batch
 from model.answers import generate
 from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
 from scripts import export
-from trainer.answering.loaded_model import find_model
+from trainer.answering.assistant import find_model
 
 pytest_plugins = ["tiny"]
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}

@@ -331,6 +331,8 @@ def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
     assert page.locator("#about .note").inner_text().startswith("You talk to out/sft_vlm_64.pth. No file beside")
     sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
     weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
-    said = web_page.describe_model(SimpleNamespace(knows_only_scenes=False, weights=weights), web_page.TEXTS["en"])
-    assert said == "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
+    assistant = SimpleNamespace(loaded=SimpleNamespace(knows_only_scenes=False, weights=weights))
+    _, _, said = web_page.Handlers(assistant, {}, [], None).start(None, SimpleNamespace(headers={}))
+    expected = "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
+    assert said == f'<p class="note">{expected}</p>'
     assert web_page.TEXTS["en"].keys() == web_page.TEXTS["zh"].keys()

@@ -24,8 +24,7 @@ from dataset.chat import RowError, TemplateEncoder, image_placeholder, load_toke
 from dataset.prompts import prompt_batch
 from model.answers import generate
 from scripts.export import parse_arguments
-from trainer.answering.assistant import Assistant
-from trainer.answering.loaded_model import find_model
+from trainer.answering.assistant import Assistant, find_model
 
 pytest_plugins = ["tiny"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

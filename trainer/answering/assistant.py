@@ -1,40 +1,61 @@
-"""A trained model that answers questions about pictures, for the terminal and for the web page."""
+"""A trained model, found by the flags that eval_vlm.py and the scripts share, that answers questions about pictures."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from common.cli import number, temperature
+from common.cli import file_path, number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
-from dataset.chat import encoder_for
+from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
+from common.schema import read_json
+from dataset.chat import check_tokenizer, encoder_for, load_tokenizer, tokenizer_hash
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw, heldout_scenes
+from model import weights as weight_io
 from model.answers import generate, quantize, word_maps
-from model.model_vlm import MiniMindVLM
-from trainer.answering.loaded_model import LoadedModel
-from trainer.bundles import MINIMIND2, bundle_of
+from model.language_model import build
+from model.model_vlm import MiniMindVLM, VLMConfig, fit_config_to_tower
+from model.vision_tower import TowerSettings
+from trainer.bundles import BUILTIN, BUNDLES, MINIMIND2, bundle_of, find_weights, read_tower, recorded_folders
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 DARKEST = 0.75  # opacity over a patch that does nothing for a word
 BRIGHT = 1.0  # nats: a word whose peak is lower stays darker
 
 
-def add_speed_flags(group):
-    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+def add_model_flags(parser: argparse.ArgumentParser, runs: bool = False):
+    """Adds the flags that name a trained model, and if it `runs`, those that say on what and in which precision."""
+    add = parser.add_argument_group("the model").add_argument
+    what = "model: the weight files in --save_dir; anything else: a transformers folder"
+    add("--load_from", default="model", help=what)
+    add("--save_dir", type=file_path, help=f"where the weight files lie (default: {display_path(SAVE_DIR)})")
+    add("--weight", default="sft_vlm", help="NAME of NAME_{hidden_size}.pth, or a path to a .pth")
+    add("--hidden_size", type=int, help="which of several files of that name (default: the newest)")
+    add("--num_hidden_layers", type=int, help="layers (default: what the file says)")
+    add("--use_moe", type=int, choices=(0, 1), help="1: the file with experts (default: what the file says)")
+    trained_with = "(default: what the weights were trained with)"
+    add("--tokenizer_path", type=file_path, help=f"the tokenizer's folder {trained_with}")
+    add("--vision_model_path", type=file_path, help=f"the vision tower's folder {trained_with}")
+    if not runs:
+        return
+    add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     what = "int8: the matrices in a quarter of the memory, CPU only; bfloat16: for hardware that is fast at it"
-    group.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
+    add("--dtype", choices=PRECISIONS, default=PRECISIONS[0], help=what)
     what = "1: compile the step of one token; takes half a minute, worth it for long talks"
-    group.add_argument("--compile", "--use_compile", type=int, choices=(0, 1), default=0, help=what)
+    add("--compile", "--use_compile", type=int, choices=(0, 1), default=0, help=what)
 
 
 def add_generation_flags(group, max_new_tokens: int):
-    """Adds the flags of sampling, which default to the weights' recipe: see `sampling_of`."""
+    """Adds the flags of sampling, which default to the weights' recipe: see `LoadedModel.sampling`."""
     add = group.add_argument
     add("--open_thinking", type=int, choices=(0, 1), default=0, help="1: think before the answer (minimind-3v)")
     add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, help="longest answer in tokens")
@@ -47,10 +68,73 @@ def add_generation_flags(group, max_new_tokens: int):
         add(f"--{name}", type=kind, help=f"{what} (default: {default}, or as the recipe of the weights says)")
 
 
-def sampling_of(args: argparse.Namespace, loaded: LoadedModel) -> dict:
-    """Returns the sampling settings: those of the flags, else of the weights' recipe."""
-    usual = bundle_of(loaded.weights).sampling
-    return usual | {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+@dataclass(frozen=True)
+class LoadedModel:
+    """Weights, and the tokenizer and tower they were trained with."""
+
+    weights: weight_io.Weights
+    config: VLMConfig  # fitted to the tower
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_path: Path
+    tower: TowerSettings
+    tower_path: Path
+
+    @property
+    def prompt_form(self) -> str:
+        """Image position in most training rows."""
+        return self.weights.sidecar.get("prompt_form", bundle_of(self.weights).prompt_form)
+
+    @property
+    def knows_only_scenes(self) -> bool:
+        """Whether it was trained on the built-in set and nothing else."""
+        data = self.weights.sidecar.get("arguments", {}).get("data_path")
+        is_theirs = data is None or (ROOT / str(data)).parent == BUILTIN_DATASET_DIR
+        return bundle_of(self.weights) is BUILTIN and is_theirs
+
+    def sampling(self, args: argparse.Namespace) -> dict:
+        """Returns the sampling settings: those of the flags, else of the weights' recipe."""
+        usual = bundle_of(self.weights).sampling
+        return usual | {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+
+    def load_model(self) -> MiniMindVLM:
+        """Builds the model on the CPU in float32; a projection that the weights lack is drawn at random."""
+        model = build(self.config, self.tower_path)
+        weight_io.load_into(model, self.weights)
+        return model.eval()
+
+
+def find_model(args: argparse.Namespace) -> LoadedModel:
+    """Reads the weights that the flags name, with tokenizer and tower; raises UsageError if one is missing or unfit."""
+    if args.load_from != "model":
+        weights = weight_io.read_folder(Path(args.load_from).expanduser())
+    else:
+        save_dir = args.save_dir or SAVE_DIR
+        downloads = (bundle for bundle in BUNDLES.values() if bundle is not BUILTIN)
+        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in downloads)
+        if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
+            save_dir = BUILTIN.weights_dir  # the built-in language model if no other was downloaded
+        name = os.path.expanduser(args.weight)
+        weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
+    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    folder, bundle = weights.path.parent, bundle_of(weights)
+    folders = bundle.folders
+    for flag, recorded in recorded_folders(weights.sidecar, weights.path).items():
+        if recorded.is_dir() or bundle is not BUILTIN:
+            folders[flag] = recorded
+    if args.load_from != "model" and (folder / "tokenizer.json").is_file():
+        folders["tokenizer_path"] = folder
+    if args.load_from != "model" and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
+        folders["vision_model_path"] = folder
+    tokenizer_path = args.tokenizer_path.resolve() if args.tokenizer_path else folders["tokenizer_path"]
+    tower_path = args.vision_model_path.resolve() if args.vision_model_path else folders["vision_model_path"]
+    tokenizer = load_tokenizer(tokenizer_path)
+    check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
+    tower = read_tower(tower_path)
+    try:
+        config = fit_config_to_tower(weights.config, tower, weights.has_projection and not weights.sidecar)
+    except ValueError as error:
+        raise UsageError(f"{display_path(weights.path)} does not fit {display_path(tower_path)}: {error}") from error
+    return LoadedModel(weights, config, tokenizer, tokenizer_path, tower, tower_path)
 
 
 def draw_heldout(folder: Path, count: int) -> list[Path]:
@@ -128,10 +212,6 @@ class Assistant:
         # A row that ended is padded until the longest has.
         lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, rows.shape[1])
         return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
-
-    def answer(self, conversation: list[dict], pictures: list[torch.Tensor], *args, **settings) -> torch.Tensor:
-        """Returns the token ids of one conversation's next turn; arguments as in `answers`."""
-        return self.answers([conversation], [pictures], *args, **settings)[0]
 
     def look(self, conversation: list[dict], pictures: list[torch.Tensor], ids: torch.Tensor, *stops):
         """Returns the words of an answer, each with its map over the pictures; see `word_maps`."""

@@ -1,7 +1,6 @@
 """The run's page: curves, images with their descriptions, and settings, in one HTML file that needs nothing else.
 
-It shows what the run's files hold and names those that are missing. page.html is its Jinja2 template (torch requires
-Jinja2), autoescaped: text from the files must not become markup.
+Its template, page.html, is autoescaped: text from the files must not become markup. (torch requires Jinja2.)
 """
 
 import contextlib
@@ -66,12 +65,6 @@ class Record:
         return self.sidecar.get("assets") == "built-in" and str(data).startswith(display_path(BUILTIN_DATASET_DIR))
 
 
-def read_samples(path: Path) -> list[dict]:
-    """Reads a samples.jsonl; raises OSError or ValueError if it holds something else."""
-    with open(path, "rb") as file:
-        return [parse_json(line, SAMPLE) for line in file]
-
-
 def read_record(folder: Path, name: str) -> Record:
     """Reads a run's files; raises UsageError if its metrics are missing, unreadable or empty."""
     files = RunFiles(folder, name)
@@ -87,8 +80,10 @@ def read_record(folder: Path, name: str) -> Record:
     parts = {"sidecar": folder / f"{name}.json", "samples": files.samples / "samples.jsonl"}
     for part, path in parts.items():
         try:
-            found = read_samples(path) if part == "samples" else record.sidecar | read_json(path, RECORDED)
-            setattr(record, part, found)
+            if part == "sidecar":
+                record.sidecar |= read_json(path, RECORDED)
+            else:
+                record.samples = [parse_json(line, SAMPLE) for line in path.read_bytes().splitlines()]
         except FileNotFoundError:
             record.missing[part] = f"{display_path(path)} is not there"
         except (OSError, ValueError) as error:
@@ -116,13 +111,11 @@ def last_of(rows: list[dict], key: str) -> float | None:
 def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may_be_log=False) -> dict | None:
     """Lays out a chart over steps; None if no curve has a value.
 
-    Args:
-        curves: (step, value) points by name, at rising steps; None is a gap.
-        may_be_log: The axis is logarithmic if the values span a wide range, and need not show zero.
+    `curves` are (step, value) points by name, at rising steps; None is a gap. With `may_be_log` the axis need not show
+    zero, and is logarithmic if the values span a wide range.
 
-    Returns:
-        "unit"; "ends", each curve's name and last value; "lines" (style, [(x, y), ...]), "dots" (style, x, y, tooltip)
-        and "texts" (x, y, text-anchor, text). Styles are CSS classes; c1, c2 ... are the curves'.
+    Returns "unit"; "ends", each curve's name and last value; "lines" (style, [(x, y), ...]), "dots" (style, x, y,
+    tooltip) and "texts" (x, y, text-anchor, text). Styles are CSS classes; c1, c2 ... are the curves'.
     """
     shown = [(step, value) for curve in curves.values() for step, value in curve if value is not None]
     if not shown:
@@ -227,7 +220,6 @@ def judgement(record: Record) -> list[str]:
     losses = [(loss, step) for step, loss in points(record.evaluations, "loss") if loss is not None]
     if not losses:
         return ["Nothing was held out, so the loss on new images was not measured."]
-    trained = last_of(record.training, "loss")
     (first, _), (last, _), (best, step) = losses[0], losses[-1], min(losses)
     sentences = verdict(record.evaluations[-1], record.sidecar)
     if last > OVERFITTED * best:
@@ -235,6 +227,7 @@ def judgement(record: Record) -> list[str]:
         sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")
     elif last < first:
         sentences.append(f"The held-out loss {'fell to the end' if last == best else 'has levelled off'}.")
+    trained = last_of(record.training, "loss")
     if trained is not None and last > trained + FAR_ABOVE:
         sentences.append("The held-out loss is far above the training loss: use more data, or data of the same kind.")
     return sentences

@@ -24,11 +24,7 @@ clock = tqdm.format_interval  # seconds to 02:03, 1:02:03
 
 
 class Progress:
-    """Sums loss and counts since the last report, and reports them (on the main rank; the others are silent).
-
-    It is shown as lines, and as a bar below them in a terminal. metrics.jsonl of a resumed run keeps the reports up to
-    the step it resumes from. wandb and SwanLab get `settings`.
-    """
+    """Sums loss and counts since the last report, and reports them; other ranks than the main one are silent."""
 
     def __init__(self, run: Run, total_steps: int, done_steps: int, settings: dict):
         self.run, self.total_steps, self.done_steps = run, total_steps, done_steps
@@ -60,9 +56,8 @@ class Progress:
         """Returns what a resumed run needs: the bad steps, and the sums since the last report."""
         seconds = time.perf_counter() - self.interval_started
         counted = self.counted | {"learned_from": self.losses.tolist(), "seconds_before": seconds}
-        ids = dict.fromkeys(f"{name}_id" for name in TRACKERS)
-        state = {"bad_steps": self.bad_steps.tolist(), "progress": counted}
-        return state | ids | {f"{name}_id": it.id for name, it in self.trackers.items()}
+        ids = {f"{name}_id": self.trackers[name].id if name in self.trackers else None for name in TRACKERS}
+        return {"bad_steps": self.bad_steps.tolist(), "progress": counted} | ids
 
     def name_unreadable(self, micro_batches: list[dict]):
         """Names this rank's images that cannot be read: the first few on the screen, all in {name}.bad_rows.txt."""
@@ -166,10 +161,6 @@ class Progress:
             tqdm.write(message)
             sys.stdout.flush()
 
-    def exclude(self, seconds: float):
-        """Leaves time not spent training out of samples/s."""
-        self.interval_started += seconds
-
     def close(self):
         """Closes the bar, and the runs at wandb and SwanLab."""
         self.bar.close()
@@ -178,11 +169,11 @@ class Progress:
 
 
 def reports_until(path: Path, step: float) -> list[str]:
-    """Returns a metrics file's lines up to a step: a killed run may have reported more than it saved."""
+    """Returns a jsonl file's lines up to a step: a killed run may have reported more than it saved."""
     if step == 0 or not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold other line ends
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # truncated by a kill
             if json.loads(line)["step"] <= step:
                 lines.append(line)
