@@ -96,6 +96,60 @@ class VLMDataset(Dataset):
         bad = sorted(item for item in refused.items() if item[1] not in (BLANK_LINE, TOOL_CALLS))
         self.bad_rows = [BadRow(index + 1, reason) for index, reason in bad]
 
+    def __len__(self) -> int:
+        return len(self.row_indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        [sample] = self.__getitems__([index])
+        if isinstance(sample, PictureError):
+            raise sample
+        return sample
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
+        """Returns samples for the collator: a PictureError in place of one with a broken image."""
+        row_indices = self.row_indices[indices].tolist()
+        samples = []
+        for row_index, row in zip(row_indices, self.read_rows(row_indices), strict=True):
+            sample, numbers = text_of(row), self.picture_lists[row_index].as_py()
+            pictures = list(enumerate(numbers, start=1))
+            if self.features is not None:
+                encoded = [self.features.get(key) for key in self.picture_keys[numbers].tolist()]
+                unencoded = torch.tensor([of_image is None for of_image in encoded], dtype=torch.bool)
+                features = np.zeros((len(encoded), *self.features.shape), np.float16)
+                for image, of_image in enumerate(encoded):
+                    features[image] = 0 if of_image is None else of_image
+                sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+                pictures = list(itertools.compress(pictures, unencoded))  # broken, or feature file lost since the start
+            try:
+                if pictures or self.features is None:
+                    sample["pixel_values"] = []
+                for place, number in pictures:
+                    source, name = self.picture_source(number)
+                    name = f"row {row['line']}, picture {place}" if self.is_parquet else name
+                    sample["pixel_values"].append(load_picture(source, name, self.picture_format, self.leaves_small))
+                samples.append(sample)
+            except PictureError as error:
+                samples.append(error)
+        # Each sample's images become one tensor, at the tower's size unless all have the same size.
+        with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+        shapes = {image.shape for sample in with_pixels for image in sample["pixel_values"]}
+        shape = shapes.pop() if len(shapes) == 1 else (3, self.picture_format.size, self.picture_format.size)
+        for sample in with_pixels:
+            images = sample["pixel_values"]
+            if shapes:
+                images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+                images = [torch.from_numpy(preprocess_image(image, self.picture_format)) for image in images]
+            sample["pixel_values"] = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
+        return samples
+
+    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a sample's text without its images' placeholders."""
+        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+        for start in sample["image_starts"].tolist():
+            is_text[start : start + self.image_tokens] = False
+        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
+        return sample | texts | {"image_starts": sample["image_starts"][:0]}
+
     def column(self, name: str) -> np.ndarray:
         """Returns (rows,) a column's values, of all rows."""
         return self.rows.data.column(name).to_numpy()
@@ -207,60 +261,6 @@ class VLMDataset(Dataset):
             return self.image_files[number]["content"], f"picture {number + 1}"
         name = self.picture_names[number].as_py()
         return self.images_path / name, name
-
-    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns a sample's text without its images' placeholders."""
-        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
-        for start in sample["image_starts"].tolist():
-            is_text[start : start + self.image_tokens] = False
-        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
-        return sample | texts | {"image_starts": sample["image_starts"][:0]}
-
-    def __len__(self) -> int:
-        return len(self.row_indices)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        [sample] = self.__getitems__([index])
-        if isinstance(sample, PictureError):
-            raise sample
-        return sample
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
-        """Returns samples for the collator: a PictureError in place of one with a broken image."""
-        row_indices = self.row_indices[indices].tolist()
-        samples = []
-        for row_index, row in zip(row_indices, self.read_rows(row_indices), strict=True):
-            sample, numbers = text_of(row), self.picture_lists[row_index].as_py()
-            pictures = list(enumerate(numbers, start=1))
-            if self.features is not None:
-                encoded = [self.features.get(key) for key in self.picture_keys[numbers].tolist()]
-                features = np.zeros((len(encoded), *self.features.shape), np.float16)
-                for image, of_image in enumerate(encoded):
-                    features[image] = 0 if of_image is None else of_image
-                unencoded = torch.tensor([of_image is None for of_image in encoded], dtype=torch.bool)
-                sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
-                pictures = list(itertools.compress(pictures, unencoded))  # broken, or feature file lost since the start
-            try:
-                if pictures or self.features is None:
-                    sample["pixel_values"] = []
-                for place, number in pictures:
-                    source, name = self.picture_source(number)
-                    name = f"row {row['line']}, picture {place}" if self.is_parquet else name
-                    sample["pixel_values"].append(load_picture(source, name, self.picture_format, self.leaves_small))
-                samples.append(sample)
-            except PictureError as error:
-                samples.append(error)
-        # Each sample's images become one tensor, at the tower's size unless all have the same size.
-        with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
-        shapes = {image.shape for sample in with_pixels for image in sample["pixel_values"]}
-        shape = shapes.pop() if len(shapes) == 1 else (3, self.picture_format.size, self.picture_format.size)
-        for sample in with_pixels:
-            images = sample["pixel_values"]
-            if shapes:
-                images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-                images = [torch.from_numpy(preprocess_image(image, self.picture_format)) for image in images]
-            sample["pixel_values"] = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
-        return samples
 
 
 def text_of(row: dict) -> dict[str, torch.Tensor]:
