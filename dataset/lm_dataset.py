@@ -76,7 +76,7 @@ class VLMDataset(Dataset):
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, variation)
         reasons = self.rows.data.column("reason")
         refused = {row: reasons[row].as_py() for row in pc.indices_nonzero(pc.not_equal(reasons, "")).to_pylist()}
-        if not self.is_parquet:
+        if not self.is_parquet:  # its pictures are numbered by name; a parquet's have numbers
             by_row = self.rows.data.column("pictures").combine_chunks()
             shown = by_row.values.dictionary_encode()
             self.picture_names, numbers = shown.dictionary, shown.indices.to_numpy()
