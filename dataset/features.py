@@ -1,8 +1,7 @@
 """Caches the frozen tower's features, computed once before the first step, in one file per picture.
 
-Files are named by a hash of the picture's content, so only new or changed pictures are encoded, whatever data set they
-are in. A file is renamed when complete, so runs and ranks may share a folder; one whose checksum does not fit counts as
-missing and is computed again.
+A file is named by a hash of the picture's content, so only new or changed pictures are encoded, whatever data set they
+are in. It is renamed when complete, so runs and ranks may share a folder; with a wrong checksum it counts as missing.
 """
 
 import contextlib
@@ -11,9 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from common.errors import UsageError
 from common.files import scratch_folder
 from dataset.formats import hash_63
 from dataset.lm_dataset import VLMDataset
-from dataset.pictures import PictureError, decoding, load_picture
+from dataset.pictures import PictureError, load_picture
 
 VERSION = 1  # part of the checksum: raise it when the same picture must give other features
 CHECKSUM_BYTES = 16
@@ -47,19 +45,35 @@ class FeatureFolder:
         self.path, self.made_by, self.shape = Path(folder) / made_by[:12], made_by, shape
         self.file_bytes = CHECKSUM_BYTES + 2 * shape[0] * shape[1]  # 301 kB for CLIP
 
+    def _file(self, key: int) -> Path:
+        digits = f"{key:016x}"
+        return self.path / digits[:2] / f"{digits[2:]}.features"
+
+    def _checksum(self, key: int, features: np.ndarray) -> bytes:
+        digest = xxh3_128(f"{VERSION} {self.made_by} {self.shape} {key}".encode())
+        digest.update(features)
+        return digest.digest()
+
+    @contextlib.contextmanager
+    def _scratch_folder(self) -> Iterator[Path]:
+        try:
+            with scratch_folder(self.path) as scratch:
+                yield scratch
+        except OSError as error:
+            raise FeatureCacheError(
+                f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder "
+                "with --cache_vision, or say --cache_vision off"
+            ) from error
+
     def make_room(self, keys: np.ndarray) -> int:
         """Makes the folder; returns the bytes that the missing features of these pictures need.
 
         Raises FeatureCacheError if it cannot be written to, or its disk has too little space.
         """
-        needed = self.file_bytes * sum(not os.path.isfile(self._file(key)) for key in {*keys.tolist()} - {0})
-        with self._explained(), scratch_folder(self.path):  # it can be written to
-            free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise FeatureCacheError(
-                f"the features of the pictures take {needed / 1e9:.1f} GB more, and {self.path} has {free / 1e9:.1f} "
-                "GB free: name another folder with --cache_vision, or say --cache_vision off"
-            )
+        needed = self.file_bytes * sum(not self._file(key).is_file() for key in {*keys.tolist()} - {0})
+        with self._scratch_folder():
+            if (free := shutil.disk_usage(self.path).free) < needed:
+                raise OSError(f"they take {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free")
         return needed
 
     def get(self, key: int) -> np.ndarray | None:
@@ -68,38 +82,18 @@ class FeatureFolder:
             content = np.fromfile(self._file(key), np.uint8, self.file_bytes)
         except OSError:
             return None
-        features = content[CHECKSUM_BYTES:]
-        if content[:CHECKSUM_BYTES].tobytes() != self._checksum(key, features):
-            return None
-        return features.view(np.float16).reshape(self.shape)
+        checksum, features = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+        is_whole = checksum.tobytes() == self._checksum(key, features)
+        return features.view(np.float16).reshape(self.shape) if is_whole else None
 
     def write(self, features: dict[int, np.ndarray]):
         """Writes pictures' features, float16 (patches, width), by key; raises FeatureCacheError (the disk is full)."""
-        with self._explained(), scratch_folder(self.path) as scratch:
+        with self._scratch_folder() as scratch:
             for key, of_image in features.items():
                 path, new = self._file(key), scratch / f"{key}"
                 new.write_bytes(self._checksum(key, of_image) + of_image.tobytes())
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                path.parent.mkdir(exist_ok=True)
                 os.replace(new, path)
-
-    def _file(self, key: int) -> str:
-        digits = f"{key:016x}"
-        return f"{self.path}/{digits[:2]}/{digits[2:]}.features"
-
-    def _checksum(self, key: int, features: np.ndarray) -> bytes:
-        digest = xxh3_128(f"{VERSION} {self.made_by} {self.shape} {key}".encode())
-        digest.update(np.ascontiguousarray(features))
-        return digest.digest()
-
-    @contextlib.contextmanager
-    def _explained(self):
-        try:
-            yield
-        except OSError as error:
-            raise FeatureCacheError(
-                f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder "
-                "with --cache_vision, or say --cache_vision off"
-            ) from error
 
 
 def compute_features(
@@ -110,6 +104,15 @@ def compute_features(
     `encode_images` takes (images, 3, size, size) uint8 on `device` to (images, patches, width). Raises
     FeatureCacheError if they cannot be written.
     """
+
+    def read(number: int) -> tuple[int, torch.Tensor] | None:
+        source, name = data.picture_source(number)
+        try:
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            return hash_63(content), load_picture(content, name, data.picture_format)
+        except (OSError, MemoryError, PictureError):
+            return None
+
     keys, first = np.unique(data.picture_keys, return_index=True)
     numbers = np.sort(first[keys != 0])[rank::ranks]  # a share of all: other ranks change which are missing
     numbers = [number for number in numbers.tolist() if folder.get(data.picture_keys[number]) is None]
@@ -125,7 +128,7 @@ def compute_features(
         with tqdm(desc=name, total=len(numbers), unit="image", disable=rank > 0, mininterval=every) as bar:
             for start in range(0, len(numbers), BATCH):
                 part = numbers[start : start + BATCH]
-                images = dict(image for image in pool.map(partial(read_image, data), part) if image is not None)
+                images = dict(image for image in pool.map(read, part) if image is not None)
                 if images:
                     # Pictures encoded together change each other's last bits, so off CUDA each is encoded by itself.
                     groups = torch.stack([*images.values()]).split(len(images) if is_cuda else 1)
@@ -136,17 +139,6 @@ def compute_features(
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for what has not begun
         torch.set_num_threads(threads)
-
-
-def read_image(data: VLMDataset, number: int) -> tuple[int, torch.Tensor] | None:
-    """Returns the hash of a picture's content and its pixels; None for one that cannot be read."""
-    source, name = data.picture_source(number)
-    try:
-        with decoding(name):
-            content = source if isinstance(source, bytes) else source.read_bytes()
-        return hash_63(content), load_picture(content, name, data.picture_format)
-    except PictureError:
-        return None
 
 
 def tower_sha256(tower: torch.nn.Module) -> str:

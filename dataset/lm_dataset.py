@@ -66,29 +66,89 @@ class VLMDataset(Dataset):
         self.images_path = self.data_path.parent if images_path is None else Path(images_path)
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
+        self.features = None  # a dataset.features.FeatureFolder
+        self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
         with formats.reading(self.data_path):
             if self.is_parquet:
                 raw, self.image_files = load_parquet(self.data_path, cache_dir)
             else:
-                raw, self.image_files = formats.load_lines(self.data_path, cache_dir), None
+                raw = formats.load_lines(self.data_path, cache_dir)
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, variation)
-        self.features = None  # a dataset.features.FeatureFolder
-        self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
-        reasons, names = self.rows.data.column("reason"), self.rows.data.column("pictures")
-        refused = {int(i): reasons[i].as_py() for i in np.flatnonzero(pc.not_equal(reasons, "").to_numpy())}
-        # Missing pictures are not cached with the tokens: they come and go.
-        named = np.flatnonzero(pc.list_value_length(names).to_numpy())
-        if len(named) and not self.images_path.is_dir():
-            raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
-        for index in tqdm(named, desc="looking for pictures", unit=" rows", disable=len(named) < ROWS_PER_PROCESS):
-            missing = (formats.why_missing(self.images_path, name) for name in names[index].as_py())
-            if reason := next(filter(None, missing), None):
-                refused[int(index)] = reason
+        reasons = self.rows.data.column("reason")
+        refused = {row: reasons[row].as_py() for row in pc.indices_nonzero(pc.not_equal(reasons, "")).to_pylist()}
+        if not self.is_parquet:  # its pictures are numbered by name; a parquet's have numbers
+            by_row = self.rows.data.column("pictures").combine_chunks()
+            shown = by_row.values.dictionary_encode()
+            self.picture_names, numbers = shown.dictionary, shown.indices.to_numpy()
+            self._picture_lists = pa.ListArray.from_arrays(by_row.offsets, shown.indices)
+            if len(numbers) and not self.images_path.is_dir():
+                raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
+            # Missing pictures are not cached with the tokens: they come and go.
+            is_quick = len(self.picture_names) < ROWS_PER_PROCESS
+            names = tqdm(self.picture_names.to_pylist(), "looking for pictures", unit=" pictures", disable=is_quick)
+            missing = np.array([formats.why_missing(self.images_path, name) for name in names], dtype=object)[numbers]
+            rows = np.repeat(np.arange(len(self.rows)), pc.list_value_length(by_row).to_numpy())
+            for place in np.flatnonzero(missing):
+                refused.setdefault(int(rows[place]), missing[place])
         self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
         kinds = Counter(refused.values())
         self.tool_rows, self.row_count = kinds[TOOL_CALLS], len(self.rows) - kinds[BLANK_LINE]
         bad = sorted(item for item in refused.items() if item[1] not in (BLANK_LINE, TOOL_CALLS))
         self.bad_rows = [BadRow(index + 1, reason) for index, reason in bad]
+
+    def __len__(self) -> int:
+        return len(self.row_indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        [sample] = self.__getitems__([index])
+        if isinstance(sample, PictureError):
+            raise sample
+        return sample
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
+        """Returns samples for the collator: a PictureError in place of one with a broken image."""
+        row_indices = self.row_indices[indices].tolist()
+        samples = []
+        for row_index, row in zip(row_indices, self.read_rows(row_indices), strict=True):
+            sample, numbers = text_of(row), self.picture_lists[row_index].as_py()
+            pictures = list(enumerate(numbers, start=1))
+            if self.features is not None:
+                encoded = [self.features.get(key) for key in self.picture_keys[numbers].tolist()]
+                unencoded = torch.tensor([of_image is None for of_image in encoded], dtype=torch.bool)
+                features = np.zeros((len(encoded), *self.features.shape), np.float16)
+                for image, of_image in enumerate(encoded):
+                    features[image] = 0 if of_image is None else of_image
+                sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
+                pictures = list(itertools.compress(pictures, unencoded))  # broken, or feature file lost since the start
+            try:
+                if pictures or self.features is None:
+                    sample["pixel_values"] = []
+                for place, number in pictures:
+                    source, name = self.picture_source(number)
+                    name = f"row {row['line']}, picture {place}" if self.is_parquet else name
+                    sample["pixel_values"].append(load_picture(source, name, self.picture_format, self.leaves_small))
+                samples.append(sample)
+            except PictureError as error:
+                samples.append(error)
+        # Each sample's images become one tensor, at the tower's size unless all have the same size.
+        with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
+        shapes = {image.shape for sample in with_pixels for image in sample["pixel_values"]}
+        shape = shapes.pop() if len(shapes) == 1 else (3, self.picture_format.size, self.picture_format.size)
+        for sample in with_pixels:
+            images = sample["pixel_values"]
+            if shapes:
+                images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+                images = [torch.from_numpy(preprocess_image(image, self.picture_format)) for image in images]
+            sample["pixel_values"] = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
+        return samples
+
+    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a sample's text without its images' placeholders."""
+        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
+        for start in sample["image_starts"].tolist():
+            is_text[start : start + self.image_tokens] = False
+        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
+        return sample | texts | {"image_starts": sample["image_starts"][:0]}
 
     def column(self, name: str) -> np.ndarray:
         """Returns (rows,) a column's values, of all rows."""
@@ -96,15 +156,13 @@ class VLMDataset(Dataset):
 
     def read_rows(self, row_indices: list[int]) -> list[dict]:
         """Returns the tokenised rows (COLUMNS) at these indices among all rows."""
-        return self.rows.with_format("arrow")[row_indices].to_pylist() if row_indices else []
+        return self.rows.with_format("arrow")[row_indices].to_pylist()
 
     def changed(self, **attributes) -> "VLMDataset":
         """Returns a copy with other attributes, such as the `row_indices` of some of the rows."""
         data = copy.copy(self)
         vars(data).update(attributes)
         return data
-
-    # Lazy: each of a loader's workers may get a copy of all attributes.
 
     @property
     def lengths(self) -> np.ndarray:
@@ -134,8 +192,8 @@ class VLMDataset(Dataset):
         """Number and treatment of rows, by special kind."""
         counts = Counter(pc.list_flatten(self.rows.data.column("kinds").take(pa.array(self.row_indices))).to_pylist())
         counts["tool calls"] = self.tool_rows
-        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
         rules = dict.fromkeys(counts, "read as conversations") | KINDS
+        in_rows = {kind: f"in {count:,} row{'' if count == 1 else 's'}" for kind, count in counts.items() if count}
         return {kind: f"{in_rows[kind]}: {rule}" for kind, rule in rules.items() if kind in in_rows}
 
     @property
@@ -152,26 +210,16 @@ class VLMDataset(Dataset):
         for name in ("input_ids", "learned", "image_starts", "picture_numbers" if self.is_parquet else "pictures"):
             column = self.rows.data.column(name)
             digest.update(pc.list_value_length(column).to_numpy().tobytes())
-            for chunk in column.chunks:
-                values = chunk.flatten()
-                if pa.types.is_string(values.type):
-                    digest.update("".join(f"{value}\0" for value in values.to_pylist()).encode())
-                else:
-                    digest.update(values.to_numpy())
+            for chunk in pc.list_flatten(column).chunks:
+                is_text = pa.types.is_string(chunk.type)
+                values = "".join(f"{name}\0" for name in chunk.to_pylist()).encode() if is_text else chunk.to_numpy()
+                digest.update(values)
         return digest.hexdigest()
 
-    @functools.cached_property
-    def _names(self) -> pa.DictionaryArray:
-        return pc.list_flatten(self.rows.data.column("pictures")).combine_chunks().dictionary_encode()
-
-    @functools.cached_property
+    @property
     def picture_lists(self) -> pa.ListArray | pa.ChunkedArray:
         """(rows,) the picture numbers of each row; duplicates (by name; in a parquet by bytes) share a number."""
-        if self.is_parquet:
-            return self.rows.data.column("picture_numbers")
-        lengths = pc.list_value_length(self.rows.data.column("pictures")).to_numpy()
-        ends = np.cumsum(lengths, dtype=np.int32)
-        return pa.ListArray.from_arrays(np.append(np.int32(0), ends), self._names.indices)
+        return self.rows.data.column("picture_numbers") if self.is_parquet else self._picture_lists
 
     @property
     def shown_pictures(self) -> np.ndarray:
@@ -181,10 +229,8 @@ class VLMDataset(Dataset):
     @property
     def first_pictures(self) -> np.ndarray:
         """(samples,) the picture number of each sample's first image; -1 for a sample without."""
-        counts = self.image_counts
-        first, starts = np.full(len(self), -1), np.cumsum(counts) - counts
-        first[counts > 0] = self.shown_pictures[starts[counts > 0]]
-        return first
+        lists = self.picture_lists.take(pa.array(self.row_indices)).to_pylist()
+        return np.array([numbers[0] if numbers else -1 for numbers in lists], dtype=np.int64)
 
     @functools.cached_property
     def picture_keys(self) -> np.ndarray:
@@ -196,83 +242,25 @@ class VLMDataset(Dataset):
         shown = np.unique(self.shown_pictures)
         if self.is_parquet:
             return np.where(np.isin(np.arange(len(self.image_files)), shown), self.image_files.data["hash"], 0)
-        keys = np.zeros(len(self._names.dictionary), dtype=np.int64)
+
+        def hash_of(number: int) -> int:
+            try:
+                return formats.hash_63(self.picture_source(number)[0].read_bytes())
+            except (OSError, MemoryError):
+                return 0
+
+        keys = np.zeros(len(self.picture_names), dtype=np.int64)
         with ThreadPool() as pool:
-            hashes, is_quick = pool.imap(self._hash, shown.tolist(), 64), len(shown) < ROWS_PER_PROCESS
+            hashes, is_quick = pool.imap(hash_of, shown.tolist(), 64), len(shown) < ROWS_PER_PROCESS
             keys[shown] = list(tqdm(hashes, "reading pictures", len(shown), unit=" pictures", disable=is_quick))
         return keys
-
-    def _hash(self, number: int) -> int:
-        try:
-            return formats.hash_63(self.picture_source(number)[0].read_bytes())
-        except (OSError, MemoryError):
-            return 0
 
     def picture_source(self, number: int) -> tuple[Path | bytes, str]:
         """Returns a picture's path or bytes, and its name in errors."""
         if self.is_parquet:
             return self.image_files[number]["content"], f"picture {number + 1}"
-        name = self._names.dictionary[number].as_py()
+        name = self.picture_names[number].as_py()
         return self.images_path / name, name
-
-    def without_images(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns a sample's text without its images' placeholders."""
-        is_text = torch.ones(len(sample["input_ids"]), dtype=torch.bool)
-        for start in sample["image_starts"].tolist():
-            is_text[start : start + self.image_tokens] = False
-        texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
-        return sample | texts | {"image_starts": sample["image_starts"][:0]}
-
-    def __len__(self) -> int:
-        return len(self.row_indices)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        [sample] = self.__getitems__([index])
-        if isinstance(sample, PictureError):
-            raise sample
-        return sample
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor] | PictureError]:
-        """Returns samples for the collator: a PictureError in place of one with a broken image."""
-        row_indices = self.row_indices[indices].tolist() if len(indices) else []
-        samples = []
-        for row_index, row in zip(row_indices, self.read_rows(row_indices), strict=True):
-            try:
-                samples.append(self._sample(row_index, row))
-            except PictureError as error:
-                samples.append(error)
-        # Each sample's images become one tensor, at the tower's size unless all have the same size.
-        with_pixels = [sample for sample in samples if isinstance(sample, dict) and "pixel_values" in sample]
-        shapes = {image.shape for sample in with_pixels for image in sample["pixel_values"]}
-        shape = shapes.pop() if len(shapes) == 1 else (3, self.picture_format.size, self.picture_format.size)
-        for sample in with_pixels:
-            images = sample["pixel_values"]
-            if shapes:
-                images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-                images = [torch.from_numpy(preprocess_image(image, self.picture_format)) for image in images]
-            sample["pixel_values"] = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
-        return samples
-
-    def _sample(self, row_index: int, row: dict) -> dict[str, torch.Tensor]:
-        sample = text_of(row)
-        if self.is_parquet:
-            numbers, line = enumerate(row["picture_numbers"], start=1), row["line"]
-            sources = [(self.image_files[number]["content"], f"row {line}, picture {n}") for n, number in numbers]
-        else:
-            sources = [(self.images_path / name, name) for name in row["pictures"]]
-        if self.features is not None:
-            keys = self.picture_keys[self.picture_lists[row_index].as_py()]
-            encoded = [self.features.get(key) for key in keys.tolist()]
-            features = np.zeros((len(encoded), *self.features.shape), np.float16)
-            for image, of_image in enumerate(encoded):
-                features[image] = 0 if of_image is None else of_image
-            unencoded = torch.tensor([of_image is None for of_image in encoded], dtype=torch.bool)
-            sample |= {"image_features": torch.from_numpy(features), "unencoded": unencoded}
-            sources = list(itertools.compress(sources, unencoded))  # broken, or feature file lost since the start
-        if self.features is None or sources:
-            how = self.picture_format, self.leaves_small
-            sample["pixel_values"] = [load_picture(source, name, *how) for source, name in sources]
-        return sample
 
 
 def text_of(row: dict) -> dict[str, torch.Tensor]:
@@ -366,9 +354,8 @@ def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
 
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
     """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
-    tokens, hashes = [], [rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout)]
-    for rows, own, others in ((data, *hashes), (heldout, *hashes[::-1])):
-        suspects = rows.row_indices[np.isin(own, others)]
-        tokens.append([tuple(row["input_ids"]) for row in rows.read_rows(suspects.tolist())])
-    learned = set(tokens[0])
-    return sum(row in learned for row in tokens[1])
+    own, others = (rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout))
+    learned = data.read_rows(data.row_indices[np.isin(own, others)].tolist())
+    measured = heldout.read_rows(heldout.row_indices[np.isin(others, own)].tolist())
+    learned = {tuple(row["input_ids"]) for row in learned}
+    return sum(tuple(row["input_ids"]) in learned for row in measured)

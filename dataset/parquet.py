@@ -48,12 +48,12 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
             if not folder.is_dir():  # no other process was faster
                 import_file(path, folder)
     tables = []
-    for name in ("rows", "pictures"):
-        try:
+    try:
+        for name in ("rows", "pictures"):
             table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
-        tables.append(datasets.Dataset(table, fingerprint=f"{name}-{folder.name}"))
+            tables.append(datasets.Dataset(table, fingerprint=f"{name}-{folder.name}"))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
     return tuple(tables)
 
 
@@ -111,7 +111,16 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
                 first = keys[0] if keys else 0
                 is_placeholder = len(keys) == 1 and first in blank
                 shown.append((None if files is None else [numbers[key] for key in keys], first, is_placeholder))
-            waiting.append(pa.record_batch([as_json(batch.column("conversations")), *zip(*shown, strict=True)], ROWS))
+            texts = batch.column("conversations")
+            if pa.types.is_dictionary(texts.type):
+                texts = texts.dictionary_decode()
+            if pa.types.is_nested(texts.type):
+                talks = texts.to_pylist()
+                texts = [talk if talk is None else json.dumps(talk, ensure_ascii=False, default=str) for talk in talks]
+            else:
+                texts.validate(full=True)  # raises pa.ArrowInvalid for text that is not UTF-8
+                texts = texts.cast(pa.string())
+            waiting.append(pa.record_batch([texts, *zip(*shown, strict=True)], ROWS))
             read += len(batch)
             bar.update(len(batch))
             # Opening the files visits every block, so keep them few.
@@ -132,15 +141,3 @@ def as_files(images) -> list[bytes] | None:
     if any(image.get("bytes") is None and image.get("path") for image in images):
         return None
     return [image["bytes"] for image in images if image.get("bytes") is not None]
-
-
-def as_json(column: pa.Array) -> pa.Array:
-    """Returns conversations as JSON text; raises pa.ArrowInvalid for text that is not UTF-8."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not pa.types.is_nested(column.type):
-        column.validate(full=True)
-        return column.cast(pa.string())
-    values = column.to_pylist()
-    texts = [value if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
-    return pa.array(texts, pa.string())

@@ -6,7 +6,7 @@ import math
 import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,18 +73,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
     """Returns width and height with the shorter one made `size`; raises ValueError for a picture too long and thin."""
-    short, long = sorted((width, height))
-    long = int(size * long / short)
+    long = int(size * max(width, height) / min(width, height))
     if long * size > MAX_RESIZED_PIXELS:
         raise ValueError(f"{width} x {height} pixels is too long and thin")
     return (size, long) if width <= height else (long, size)
 
 
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
-    """Does the tower's preprocessing up to normalisation, which is left to the device.
+    """Returns uint8 (3, size, size): the bytes of transformers' image processor (Pillow backend) before it normalises.
 
-    Returns uint8 (3, size, size): the same bytes as transformers' image processor (Pillow backend) before it rescales
-    and normalises. Raises ValueError if the picture is too long and thin to be resized.
+    Raises ValueError if the picture is too long and thin to be resized.
     """
     size = picture_format.size
     image = to_rgb(image)
@@ -150,9 +148,8 @@ def upright(image: Image.Image, size: int) -> Image.Image:
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """Returns the transposition that makes a decoded image upright by EXIF; None if none does, or EXIF is damaged."""
     try:
-        exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
         # Pillow's own reader stops at the first field that breaks the specification; cameras and editors write many.
-        orientation = None
+        exif, orientation = image.info.get("exif", b"").removeprefix(b"Exif\0\0"), None
         with contextlib.suppress(struct.error):  # it is cut off, or there is none
             order = "<" if exif.startswith(b"I") else ">"
             [start] = struct.unpack_from(f"{order}I", exif, 4)
@@ -170,17 +167,16 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 def load_picture(
     source: str | Path | bytes, name: str | None = None, picture_format: PictureFormat = CLIP_FORMAT, leaves_small=False
 ) -> torch.Tensor:
-    """Reads a picture's file or its bytes, upright by its EXIF orientation.
+    """Reads a picture's file or its bytes, upright by its EXIF orientation, to uint8 (3, size, size).
 
-    Returns uint8 (3, size, size); with `leaves_small`, (3, n, n) of a smaller square if the filter is one that
-    `encode_images` knows. Raises PictureError, which calls it `name` (default: the path), if it is missing or cannot be
-    decoded.
+    With `leaves_small` a smaller square stays (3, n, n) if `encode_images` knows how to resize it. Raises PictureError,
+    which calls it `name` (default: the path), if it is missing or cannot be decoded.
     """
     with open_picture(source, str(name or source)) as file:
         image = to_rgb(upright(file, picture_format.size))
-        is_small = image.width == image.height < picture_format.size and picture_format.shortest_edge is None
-        if leaves_small and is_small and picture_format.resample == Image.Resampling.BICUBIC:
-            return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+        is_plain = picture_format.shortest_edge is None and picture_format.resample == Image.Resampling.BICUBIC
+        if leaves_small and is_plain and image.width == image.height < picture_format.size:
+            picture_format = replace(picture_format, size=image.width)
         return torch.from_numpy(preprocess_image(image, picture_format))
 
 

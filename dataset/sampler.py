@@ -40,41 +40,31 @@ def epoch_order(lengths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 class BatchSampler(Sampler):
-    """Yields one rank's share of the batches, from a given sample on, over all epochs that are left.
+    """Yields one rank's share of the batches, from sample `start` (epoch, its place in that epoch's order) on.
 
     An optimizer step takes the next `batch_size * accumulation_steps * world_size` samples of the epoch's order (fewer
     in its last step), divided evenly: every rank gets the same number of batches, some of which may be empty. `lengths`
     are the samples' tokens, `accumulation_steps` the forward passes of a step.
     """
 
-    def __init__(self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1):
-        self.lengths = lengths
-        self.accumulation_steps, self.epochs, self.seed = accumulation_steps, epochs, seed
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self, lengths, batch_size, accumulation_steps=1, epochs=1, seed=42, rank=0, world_size=1, start=(0, 0)
+    ):
+        self.lengths, self.accumulation_steps, self.epochs, self.seed = lengths, accumulation_steps, epochs, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
         self.group = batch_size * accumulation_steps * world_size
-        self.start_epoch = self.start_sample = 0
 
-    def start_at(self, epoch: int, sample: int):
-        """Begins with this sample of this epoch's order."""
-        self.start_epoch, self.start_sample = epoch, sample
+    def steps(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], float]]:
+        """Yields of each optimizer step that is left: its `start`, the next one's, and the share of the run before it.
 
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """Yields (epoch, first sample) of each optimizer step that is left."""
-        for epoch in range(self.start_epoch, self.epochs):
-            start = self.start_sample if epoch == self.start_epoch else 0
-            for first in range(start, len(self.lengths), self.group):
-                yield epoch, first
-
-    def after(self, epoch: int, first: int) -> tuple[int, int]:
-        """Returns epoch and first sample of the step that follows the one at `first`."""
-        following = first + self.group
-        return (epoch, following) if following < len(self.lengths) else (epoch + 1, 0)
-
-    def done(self, epoch: int, first: int) -> float:
-        """Returns the share of the run done before this step: 0 at its first, 1 at its last."""
-        samples = len(self.lengths)
-        last = (samples - 1) // self.group * self.group
-        return (epoch * samples + first) / max(1, (self.epochs - 1) * samples + last)
+        The share is 0 at the run's first step and 1 at its last.
+        """
+        samples, (epoch, first) = len(self.lengths), self.start
+        last = (self.epochs - 1) * samples + (samples - 1) // self.group * self.group
+        while epoch < self.epochs and first < samples:
+            following = (epoch, first + self.group) if first + self.group < samples else (epoch + 1, 0)
+            yield (epoch, first), following, (epoch * samples + first) / max(1, last)
+            epoch, first = following
 
     def __len__(self) -> int:
         """Remaining batches of this process."""
@@ -82,9 +72,9 @@ class BatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         ordered = None
-        for epoch, start in self.steps():
+        for (epoch, first), *_ in self.steps():
             if epoch != ordered:
                 ordered, order = epoch, epoch_order(self.lengths, self.seed, epoch)
-            shares = np.array_split(order[start : start + self.group], self.accumulation_steps * self.world_size)
+            shares = np.array_split(order[first : first + self.group], self.accumulation_steps * self.world_size)
             for micro_step in range(self.accumulation_steps):
                 yield shares[micro_step * self.world_size + self.rank].tolist()

@@ -35,9 +35,9 @@ def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how
 
 @contextlib.contextmanager
 def worker_errors(num_workers: int, is_loading: bool = False):
-    """Explains the error that torch raises, anywhere in the main thread, when a worker dies; while loading, any error.
+    """Raises RankError for what torch raises, anywhere in the main thread, when a worker dies; while loading, for any.
 
-    Kills all workers before it raises RankError, as they may wait for a dead one.
+    Kills all workers first, as they may wait for a dead one.
     """
     try:
         yield

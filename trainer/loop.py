@@ -35,12 +35,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if it cannot continue: the last save failed.
     """
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
-    share = processes.rank, processes.world_size
-    sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     state = TrainState()
     if run.state is not None:
         state.load_state_dict(run.state)
-        sampler.start_at(state.epoch, state.sample)
+    share = processes.rank, processes.world_size, (state.epoch, state.sample)
+    sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
     settings = run.settings | {"eval_interval": eval_interval}
@@ -72,15 +71,15 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     progress = Progress(run, total_steps, state.step, settings)
     with contextlib.closing(progress), contextlib.closing(batches):
         with stop_signals(speaks=processes.is_main) as signals, worker_errors(args.num_workers):
-            for epoch, first_sample in sampler.steps():
+            for (epoch, _), following, done in sampler.steps():
                 started = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
                 data_seconds = time.perf_counter() - started
                 counts = count(micro_batches, processes)
-                learning_rate = stage.schedule(args, sampler.done(epoch, first_sample), state.step)
+                learning_rate = stage.schedule(args, done, state.step)
                 losses, is_bad = take_step(micro_batches, counts, learning_rate)
                 progress.name_unreadable(micro_batches)
-                state.advance(counts.skipped, counts.units, *sampler.after(epoch, first_sample))
+                state.advance(counts.skipped, counts.units, *following)
                 if state.step == 1:
                     check_first_loss(run, losses)
                     if processes.is_main:

@@ -309,7 +309,7 @@ def take_steps(
     words, tower = learner.words, learner.tower
     batches = load_in_workers(pictures, args.num_workers, 4, batch_sampler=sampler, collate_fn=tuple)
     with stop_signals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(batches):
-        for epoch, first in sampler.steps():
+        for _, following, _ in sampler.steps():
             started, before = time.perf_counter(), state.done(args)
             if before == 1:
                 break
@@ -327,7 +327,7 @@ def take_steps(
                 if is_bad:
                     raise UsageError("nothing was learned: the loss is infinite or NaN; try a lower --learning_rate")
                 losses.append(loss[0].item())
-            state.advance(len(broken), len(shown), *sampler.after(epoch, first))
+            state.advance(len(broken), len(shown), *following)
             state.seconds += time.perf_counter() - started
             done = state.done(args)
             is_due, stops = int(done * REPORTS) > int(before * REPORTS), signals.asked is not None and done < 1
@@ -362,7 +362,6 @@ def train(args: Namespace, processes: Processes) -> int:
     context = TrainContext(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
     context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
     lengths = np.ones(len(pictures.rows))  # all the same: the order is random
-    sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed)
 
     start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
     size, patches, mirrored = tower.settings.size, tower.settings.patches, pictures.may_flip.float().mean() / 2
@@ -389,7 +388,6 @@ def train(args: Namespace, processes: Processes) -> int:
         context.load_state_dict(saved)
         restore_random_state(saved["random"], 0, device)
         state.load_state_dict(saved)
-        sampler.start_at(state.epoch, state.sample)
         print(f"  resumes       after step {state.step:,}", flush=True)
 
     def save():
@@ -399,6 +397,8 @@ def train(args: Namespace, processes: Processes) -> int:
         saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}
         write_atomically(path, lambda file: torch.save(saved, file))
 
+    place = state.epoch, state.sample
+    sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed, start=place)
     take_steps(args, context, sampler, pictures, heldout, state, save)
     write_tower(args, tower)
     path.unlink(missing_ok=True)

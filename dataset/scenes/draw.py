@@ -45,23 +45,18 @@ JPEG_QUALITY = 92
 _CODE = b"".join(Path(path).read_bytes() for path in (__file__, language.__file__))
 STAMP = {"drawn_by": hashlib.sha256(_CODE).hexdigest()}
 
-
-def _corners(radii: list[float]) -> list[tuple[float, float]]:
-    turn = 2 * math.pi / len(radii)
-    return [(radius * math.sin(i * turn), -radius * math.cos(i * turn)) for i, radius in enumerate(radii)]
-
-
 # Corner points around (0, 0), y downwards, about as large as the unit circle.
 OUTLINES = {
     "正方形": [(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)],
-    "三角形": _corners([1.2] * 3),
-    "五角星": _corners([1.22, 0.5] * 5),
     "菱形": [(0, -1.22), (0.82, 0), (0, 1.22), (-0.82, 0)],
     "十字形": [
         (-0.36, -1.12), (0.36, -1.12), (0.36, -0.36), (1.12, -0.36), (1.12, 0.36), (0.36, 0.36),
         (0.36, 1.12), (-0.36, 1.12), (-0.36, 0.36), (-1.12, 0.36), (-1.12, -0.36), (-0.36, -0.36),
     ],
 }  # fmt: skip
+for _shape, _radii in (("三角形", [1.2] * 3), ("五角星", [1.22, 0.5] * 5)):
+    _angles = [i * (2 * math.pi / len(_radii)) for i in range(len(_radii))]
+    OUTLINES[_shape] = [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(_radii, _angles, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -177,22 +172,22 @@ def draw_builtin_dataset(root: Path = BUILTIN_DATASET_DIR, training: int = TRAIN
     remove_leftovers(root.parent)
     if is_drawn(root):
         return root
+    parts = (
+        ("images", "scene", [training_scene(index) for index in range(training)], ("pretrain", "sft")),
+        ("heldout_images", "heldout", heldout_scenes(), ("heldout",)),
+    )
     try:
         with whole_folder(root, STAMP) as new:
-            _draw_into(new / "images", "scene", [training_scene(index) for index in range(training)], "pretrain", "sft")
-            _draw_into(new / "heldout_images", "heldout", heldout_scenes(), "heldout")
+            for folder, prefix, scenes, stages in parts:
+                (new / folder).mkdir()
+                names = [f"{prefix}_{index:04d}.jpg" for index in range(len(scenes))]
+                for scene, name in zip(scenes, names, strict=True):
+                    draw(scene).save(new / folder / name, quality=JPEG_QUALITY)
+                for stage in stages:
+                    rows = language.scene_rows(stage, [scene.facts for scene in scenes], names)
+                    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                    (new / f"{stage}.jsonl").write_text(lines, encoding="utf-8")
     except UsageError:
         if not is_drawn(root):  # otherwise another process was faster and drew the same
             raise
     return root
-
-
-def _draw_into(folder: Path, prefix: str, scenes: list[Scene], *stages: str) -> None:
-    folder.mkdir()
-    names = [f"{prefix}_{index:04d}.jpg" for index in range(len(scenes))]
-    for scene, name in zip(scenes, names, strict=True):
-        draw(scene).save(folder / name, quality=JPEG_QUALITY)
-    for stage in stages:
-        rows = language.scene_rows(stage, [scene.facts for scene in scenes], names)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        folder.with_name(f"{stage}.jsonl").write_text(lines, encoding="utf-8")

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import chain, permutations
 from typing import NamedTuple
 
 from dataset.scenes.language import COLOURS, ENGLISH, PLACES, SHAPES, SIZES, Facts, caption
@@ -51,6 +51,11 @@ class Score(NamedTuple):
     attributes: float
     captions: float
 
+    @classmethod
+    def of(cls, grades: list[Grade]) -> "Score":
+        attributes = sum(grade.right for grade in grades) / sum(grade.total for grade in grades)
+        return cls(attributes, captions=sum(grade.whole for grade in grades) / len(grades))
+
 
 @functools.cache
 def parse_caption(text: str) -> list[dict[str, str]]:
@@ -82,19 +87,12 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
     )
     right += len(described) == len(objects)
     total = 1 + len(ATTRIBUTES) * len(objects)
-    return Grade(right, total, whole=right == total)
+    return Grade(right, total, right == total)
 
 
 def score(texts: Sequence[str], scenes: Sequence[Sequence[Facts]]) -> Score:
     """Grades one description per scene, and returns the overall shares."""
-    return _overall([grade(text, objects) for text, objects in zip(texts, scenes, strict=True)])
-
-
-def _overall(grades: list[Grade]) -> Score:
-    return Score(
-        attributes=sum(grade.right for grade in grades) / sum(grade.total for grade in grades),
-        captions=sum(grade.whole for grade in grades) / len(grades),
-    )
+    return Score.of(list(map(grade, texts, scenes)))
 
 
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
@@ -103,9 +101,6 @@ def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
     That is, the score of true captions of other scenes (the mean over all others: what shuffled images should fall to),
     and the score of the single caption that, given to every other scene, gets the most attributes right.
     """
-    others = [
-        [grade(text, objects) for objects in scenes if objects is not described]
-        for described, text in zip(scenes, map(caption, scenes), strict=True)
-    ]
-    everything = [grade for grades in others for grade in grades]
-    return _overall(everything), max(map(_overall, others))  # by attributes, then by captions
+    others = [[grade(caption(told), objects) for objects in scenes if objects is not told] for told in scenes]
+    # The best by attributes, then by captions.
+    return Score.of(list(chain(*others))), max(map(Score.of, others))

@@ -136,43 +136,31 @@ def questions(objects: Sequence[Facts], rng: Random, language: Language = CHINES
     return asked
 
 
-def _conversation(pairs: list[tuple[str, str]], shown: str, rng: Random | None = None) -> list[dict]:
-    # The image comes before or after the first request; after it without `rng`.
-    (request, answer), *others = pairs
-    request = f"{request}\n{shown}" if rng is None or rng.random() < 0.5 else f"{shown}\n{request}"
-    return [
+def conversation(
+    scenes: Sequence[Sequence[Facts]], shown: Sequence[str], rng: Random, language: Language, is_dialogue: bool = False
+) -> list[dict]:
+    """Returns a conversation that asks for the captions of one or two scenes, or a dialogue about one.
+
+    A dialogue has two to four questions. `rng` chooses the wording, and whether the first request comes before or after
+    what is `shown` of the scenes: images' placeholders, or descriptions that stand in their place.
+    """
+    if len(scenes) == 2:
+        image = rng.choice(("", "\n")).join(shown)
+        captions = language.captions_of_two.format(*(caption(objects, language) for objects in scenes))
+        pairs = [(rng.choice(language.requests_for_two), captions)]
+    else:
+        [objects], [image] = scenes, shown
+        pairs = questions(objects, rng, language)[: rng.randint(2, 4)] if is_dialogue else []
+        if not is_dialogue or rng.random() < 0.25:
+            pairs[:1] = [(rng.choice(language.requests), caption(objects, language))]
+    turns = [
         {"role": role, "content": content}
-        for pair in [(request, answer), *others]
+        for pair in pairs
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
-
-
-def description(
-    objects: Sequence[Facts], rng: Random, shown: str = "<image>", language: Language = CHINESE
-) -> list[dict]:
-    """Returns a conversation of one question and answer: the caption.
-
-    `rng` chooses the request's wording, and whether it comes before or after `shown`: the image's placeholder, or a
-    description that stands in its place.
-    """
-    return _conversation([(rng.choice(language.requests), caption(objects, language))], shown, rng)
-
-
-def dialogue(objects: Sequence[Facts], rng: Random, shown: str = "<image>", language: Language = CHINESE) -> list[dict]:
-    """Returns a conversation of two to four questions about one scene; arguments as in `description`."""
-    pairs = questions(objects, rng, language)[: rng.randint(2, 4)]
-    if rng.random() < 0.25:
-        pairs[0] = (rng.choice(language.requests), caption(objects, language))
-    return _conversation(pairs, shown, rng)
-
-
-def description_of_two(
-    scenes: Sequence[Sequence[Facts]], rng: Random, shown=("<image>", "<image>"), language: Language = CHINESE
-) -> list[dict]:
-    """Returns a conversation that asks for the captions of two images; arguments as in `description`."""
-    images = rng.choice(("", "\n")).join(shown)
-    captions = language.captions_of_two.format(*(caption(scene, language) for scene in scenes))
-    return _conversation([(rng.choice(language.requests_for_two), captions)], images, rng)
+    request = turns[0]["content"]
+    turns[0]["content"] = f"{request}\n{image}" if rng.random() < 0.5 else f"{image}\n{request}"
+    return turns
 
 
 def scene_rows(stage: str, scenes: Sequence[Sequence[Facts]], names: Sequence[str]) -> Iterator[dict]:
@@ -184,15 +172,16 @@ def scene_rows(stage: str, scenes: Sequence[Sequence[Facts]], names: Sequence[st
     for index, (objects, name, spoken) in enumerate(zip(scenes, names, cycle(LANGUAGES))):
         rng, image = Random(f"{stage} row {index}"), name
         if stage == "heldout":
-            talk = _conversation([(spoken.requests[0], caption(objects, spoken))], "<image>")
+            request = {"role": "user", "content": f"{spoken.requests[0]}\n<image>"}
+            talk = [request, {"role": "assistant", "content": caption(objects, spoken)}]
         elif stage == "pretrain":
-            talk = description(objects, rng, language=spoken)
+            talk = conversation([objects], ["<image>"], rng, spoken)
         elif (kind := rng.random()) < 0.03:  # no image: the scene is described in words
-            talk, image = dialogue(objects, rng, caption(objects, spoken), spoken), None
+            talk, image = conversation([objects], [caption(objects, spoken)], rng, spoken, is_dialogue=True), None
         elif kind < 0.08:
             other = rng.randrange(len(scenes))
-            talk = description_of_two((objects, scenes[other]), rng, language=spoken)
+            talk = conversation([objects, scenes[other]], ["<image>", "<image>"], rng, spoken)
             image = f"{name}, {names[other]}"
         else:
-            talk = (description if kind < 0.55 else dialogue)(objects, rng, language=spoken)
+            talk = conversation([objects], ["<image>"], rng, spoken, is_dialogue=kind >= 0.55)
         yield {"conversations": talk, "image": image} if image else {"conversations": talk}

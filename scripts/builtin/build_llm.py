@@ -73,16 +73,17 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
 
 def in_a_sentence(scene: Scene, rng: Random) -> Example:
     """Returns a conversation about a scene described as a sentence, or as a list of objects in random order."""
-    talk = language.dialogue if rng.random() < 0.7 else language.description
+    is_dialogue = rng.random() < 0.7
     spoken = rng.choice(language.LANGUAGES)
     if rng.random() < 0.3:
-        return talk(scene.facts, rng, language.caption(scene.facts, spoken), spoken), []
+        shown = language.caption(scene.facts, spoken)
+        return language.conversation([scene.facts], [shown], rng, spoken, is_dialogue), []
     lines = []
     for thing in rng.sample(list(scene.facts), len(scene.facts)):
         words = [spoken.say(f"{{{name}}}", thing) for name in vars(thing)]
         rng.shuffle(words)
         lines.append(", ".join(words))
-    return talk(scene.facts, rng, "; ".join(lines) + ".", spoken), []
+    return language.conversation([scene.facts], ["; ".join(lines) + "."], rng, spoken, is_dialogue), []
 
 
 def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
@@ -93,10 +94,8 @@ def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, 
         facts.append(scene.facts)
         grids.append(grid_weights(scene, noise, stride))
     shown = [IMAGE_CHARACTER * len(grid) for grid in grids]
-    if len(facts) == 2:
-        return language.description_of_two(facts, rng, shown, spoken), grids
-    talk = language.dialogue if rng.random() < 0.4 else language.description
-    return talk(facts[0], rng, shown[0], spoken), grids
+    is_dialogue = len(facts) == 1 and rng.random() < 0.4
+    return language.conversation(facts, shown, rng, spoken, is_dialogue), grids
 
 
 def embed(model: MiniMindForCausalLM, encoder: ChatEncoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -159,7 +158,7 @@ def save(model: MiniMindForCausalLM, encoder: ChatEncoder) -> dict:
         for start in range(0, len(scenes), 50):
             examples = []
             for scene in scenes[start : start + 50]:
-                talk = language.description(scene.facts, Random(start), shown, spoken)
+                talk = language.conversation([scene.facts], [shown], Random(start), spoken)
                 examples.append((talk, [grid_weights(scene, noise, stride=1)]))
             embedded, labels = embed(model, encoder, examples)
             labels = labels[:, 1:]

@@ -78,7 +78,7 @@ def test_a_file_that_is_cut_off_or_has_a_bit_flipped_counts_as_missing(folder, t
 def test_too_little_disk_space_is_refused_in_advance(folder, tmp_path, monkeypatch):
     folder.write({1: some_features(1)})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
-    with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB more, and .* free: .*--cache_vision"):
+    with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB more, and .* free\. .*--cache_vision"):
         folder.make_room(np.array([0, 1, 2, 2, 3]))
     monkeypatch.undo()
     assert folder.make_room(np.array([0, 1, 2, 2, 3])) == 2 * folder.file_bytes

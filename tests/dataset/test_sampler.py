@@ -18,8 +18,8 @@ def all_batches(lengths, batch_size, accumulation_steps, world_size, start=(0, 0
     """Returns indices by [step][micro-batch][rank], from each rank's own sampler."""
     ranks = []
     for rank in range(world_size):
-        sampler = BatchSampler(lengths, batch_size, accumulation_steps, rank=rank, world_size=world_size, **options)
-        sampler.start_at(*start)
+        options |= {"rank": rank, "world_size": world_size, "start": start}
+        sampler = BatchSampler(lengths, batch_size, accumulation_steps, **options)
         batches = list(sampler)
         assert len(sampler) == len(batches)
         assert len(batches) == accumulation_steps * len(list(sampler.steps()))
@@ -86,8 +86,10 @@ def test_every_sample_once_an_epoch_and_an_exact_resume(
     steps = all_batches(lengths, *sizes, **options)
     seen = flat(steps)
     assert seen == [index for epoch in range(epochs) for index in epoch_order(lengths, 3, epoch)]
-    positions = list(BatchSampler(lengths, batch_size, accumulation_steps, world_size=world_size, **options).steps())
-    assert len(positions) == len(steps)
+    sampler = BatchSampler(lengths, batch_size, accumulation_steps, world_size=world_size, **options)
+    positions, following, shares = zip(*sampler.steps(), strict=True)
+    assert len(positions) == len(steps) and following == (*positions[1:], (epochs, 0))
+    assert shares[0] == 0 and list(shares) == sorted(shares) and shares[-1] == (len(steps) > 1)
     step = data.draw(st.integers(0, len(steps) - 1))
     assert all_batches(lengths, *sizes, start=positions[step], **options) == steps[step:]
     # With other sizes too, exactly the samples not yet seen follow.
