@@ -35,7 +35,7 @@ IMAGE_NAMES = ("image_pad", "image", "reserved", "unused")  # in names of specia
 THINK, END_OF_THINKING = "<think>", "</think>"
 SLOT, SLOTS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # stands for a turn's text in a rendering
 IMAGES = re.compile(f"({IMAGE_TAG})")
-IMAGE, ANSWER, END = -1, -2, -3  # between texts and the ids of special tokens: an image, and an answer's ends
+IMAGE, ANSWER, END = -1, -2, -3  # marks between texts and ids (0 and up): an image, an answer's begin and end
 
 
 class RowError(ValueError):
@@ -56,7 +56,7 @@ class Text(NamedTuple):
     """A part of a conversation that is tokenised by itself."""
 
     text: str
-    goes_on: bool = False  # from the text before it
+    goes_on: bool = False  # continues the text before it: no blank is put before it
     left: str = ""  # a character that is tokenised with it, and taken off again
     right: str = ""
 

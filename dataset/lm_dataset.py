@@ -67,7 +67,7 @@ class VLMDataset(Dataset):
         self.max_length, self.image_tokens, self.picture_format = max_length, image_tokens, picture_format
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         self.features = None  # a dataset.features.FeatureFolder
-        self.leaves_small = False  # a batch of small squares of one size keeps that size, and the model resizes it
+        self.leaves_small = False  # on a GPU: `encode_images` enlarges a batch of small squares of one size
         with formats.reading(self.data_path):
             if self.is_parquet:
                 raw, self.image_files = load_parquet(self.data_path, cache_dir)

@@ -55,7 +55,7 @@ class BatchSampler(Sampler):
         self.group = batch_size * accumulation_steps * world_size
 
     def steps(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], float]]:
-        """Yields of each optimizer step that is left: its `start`, the next one's, and the share of the run before it.
+        """Yields for each remaining optimizer step its start, the next step's, and the share of the run done before it.
 
         The share is 0 at the run's first step and 1 at its last.
         """

@@ -28,7 +28,7 @@ class TowerKind:
     mean: tuple[float, ...]  # what pixels are normalised by, where the preprocessor file does not say
     std: tuple[float, ...]
     crops: bool  # whether pictures are cropped to a square or squashed, where that file does not say
-    any_size: bool = False  # whether pictures have that file's sizes; else the image_size of config.json
+    any_size: bool = False  # whether the preprocessor file says the pictures' size; else config.json, as image_size
     settings: dict = field(default_factory=dict)  # schema of the keys of config.json that it needs beyond `TOWER`
     overrides: dict = field(default_factory=dict)  # values of its configuration, whatever config.json says
     arguments: dict = field(default_factory=dict)  # further arguments of `model`

@@ -20,7 +20,7 @@ from trainer.support.processes import Processes, tensors_of
 # The features of up to this many images stay in memory (301 kB each with CLIP) between measurements.
 CACHED_PICTURES = 2048
 SHORT_ANSWER = 16  # tokens
-# Of pictures, whose gaps are compared to tell how sure the gap is; fewer than the least tell nothing.
+# Pictures are divided into this many groups: the spread of their gaps is the error of the gap, from FEWEST_GROUPS on.
 GROUPS, FEWEST_GROUPS = 32, 8
 
 
@@ -69,7 +69,7 @@ class Evaluator:
         groups = pictures * GROUPS // (pictures.max(initial=0) + 1)
         self.order = np.lexsort((self.data.lengths, groups))  # by length in each group, for little padding
         self.groups = groups[self.order]
-        # A row's partner, whose images it gets, is half the set away among those with images, sorted by picture.
+        # Rows with images are sorted by picture; a row gets the images of its partner, half the set further on.
         pictured = np.lexsort((self.order, pictures[self.order]))
         pictured = pictured[self.data.image_counts[self.order[pictured]] > 0]
         self.partners = dict(zip(pictured.tolist(), np.roll(pictured, -(len(pictured) // 2)).tolist(), strict=True))

@@ -44,7 +44,7 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     add("--llm_path", type=file_path, metavar="FOLDER", help=what)
     what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
     add("--lora", type=COUNT, metavar="RANK", help=what)
-    what = "what learns, none: projection and decoder; ends: projection, first and last layer; all: the projection"
+    what = "of the decoder, frozen is: none of it; all; ends: all but its first and last layer (the projection learns)"
     add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")

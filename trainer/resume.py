@@ -148,7 +148,7 @@ def is_unfinished(path: Path) -> bool:
 class Checkpoints:
     """Saves a run; restores its model where it resumes (UsageError if the checkpoint belongs to another run).
 
-    Construct before `round_frozen_weights`: weight files keep them unrounded. `run` is a `trainer.setup.Run`,
+    Construct before `round_frozen_weights`: weight files keep frozen weights unrounded. `run` is a `trainer.setup.Run`,
     `companions` are the stage's, `settings` the flags in effect, for sidecar and state.
     """
 

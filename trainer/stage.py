@@ -56,12 +56,12 @@ def frozen_copy(model):
 
 
 def cosine_learning_rate(args, done: float, step: int) -> float:
-    """Returns the peak at 0 of the run done; cosine decay to 10 % at 1."""
+    """Returns the learning rate: its peak where `done` is 0, falling along a cosine to 10 % of it at 1."""
     return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def epochs_for(stage: str, rows: int) -> int:
-    """Returns the epochs in which a stage of the built-in model learns so many rows of a user: see ROWS_SHOWN."""
+    """Returns the epochs for a user's rows and the built-in model, so that a stage sees ROWS_SHOWN rows in all."""
     return max(1, min(MOST_EPOCHS, math.ceil(ROWS_SHOWN[stage] / max(1, rows))))
 
 
@@ -85,8 +85,8 @@ class Stage:
     # (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen models such as
     # a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside the same ones.
     companions: Callable = lambda args, model: {}
-    # Measures held-out rows: called as `Evaluator` is, with the loss as a `partial` that has the companions; has its
-    # attributes `data` and `skipped`, and a `measure` whose result has `as_dict` and a line.
+    # Measures held-out rows. Takes what `Evaluator` takes (`loss` has the companions), has its attributes `data` and
+    # `skipped`, and a method `measure`; what that returns has `as_dict()` and is printed as a line.
     evaluator: Callable = Evaluator
     # (batch, batch_size) -> a batch of one of a few shapes with the same loss, whose step is then captured as a CUDA
     # graph, or None; a stage without it takes ordinary steps.

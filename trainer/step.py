@@ -80,7 +80,7 @@ def train_step(
     if not micro_batches[-1]["units"] and counts.units == 0:  # no step: even a zero gradient would move AdamW's weights
         return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
     for batch in micro_batches:
-        # DistributedDataParallel sums gradients over ranks; in a step's last backward pass is enough.
+        # DistributedDataParallel sums gradients over ranks: once, in the last backward pass of a step.
         context.loss.require_backward_grad_sync = batch is micro_batches[-1]
         with torch.autocast(device.type, context.dtype, enabled=context.dtype != torch.float32):
             loss, aux_loss = context.loss(batch)

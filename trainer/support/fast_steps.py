@@ -110,11 +110,12 @@ def compile_or_not(
     torch.compile does not work: it needs a C++ compiler, and Triton on CUDA. Raises UsageError if a batch does not fit
     in the device's memory.
     """
-    compiled, device, attention = CompiledVLM(model, **options), model.device, contextlib.nullcontext()
+    device, attention = model.device, contextlib.nullcontext()
     log("compiling tower and decoder ... (--compile 0 does without)")
     if not torch.are_deterministic_algorithms_enabled():
         attention = sdpa_kernel(ATTENTION, set_priority=True)
     try:
+        compiled = CompiledVLM(model, **options)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), attention:
             for batch in batches:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -126,7 +127,8 @@ def compile_or_not(
             f"{device} has too little memory for a batch of the {longest['samples']} longest samples "
             f"({longest['tokens']:,} tokens): a smaller --batch_size with more --accumulation_steps computes the same"
         ) from error
-    except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
+    # NameError: torch 2.6's compiler in transformers' tower; ValueError: a tower that CompiledVLM does not know.
+    except (RuntimeError, NameError, ValueError) as error:
         log(f"warning: torch.compile does not work here, so this run continues without it ({first_line(error)})")
         return model
     finally:  # also if compiling failed: the run goes on
