@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, cycle
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from dataset.chat import IMAGE_TAG, RowError
@@ -164,7 +163,7 @@ def read_turns(row: dict) -> tuple[list, object]:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if isinstance(content, list):
                 content = NEWLINE.join(read_part(part, images) for part in content)
-            functions = turn.get("functions") or turn.get("tools")
+            functions = turn.get("functions") or turn.get("tools") or None
             turn |= {"role": ROLES.get(str(role), role), "content": content, "functions": functions}
         found.append(turn)
     return found, images or row.get(field(row, PICTURE_FIELDS))
@@ -220,13 +219,14 @@ def parse_conversation(turns: list) -> list[dict]:
             parsed[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
         else:
             parsed.append(turn)
-    roles = chain(["system"] if parsed[0]["role"] == "system" else [], cycle(["user", "assistant"]))
-    for number, (turn, expected) in enumerate(zip(parsed, roles, strict=False), start=1):
-        role, content = turn["role"], turn["content"]
-        if role != expected:
+    has_system = parsed[0]["role"] == "system"
+    for index, turn in enumerate(parsed[has_system:]):
+        if turn["role"] != (expected := ("user", "assistant")[index % 2]):
+            wrong = f"turn {index + has_system + 1} is of role {turn['role']!r}, expected {expected!r}"
             # Tools come in orders that no prompt form has.
-            wrong = f"turn {number} is of role {role!r}, expected {expected!r}"
             raise RowError(TOOL_CALLS if any("tool" in turn for turn in parsed) else wrong)
+    for number, turn in enumerate(parsed, start=1):
+        role, content = turn["role"], turn["content"]
         if role == "assistant" and not (content.strip() or "tool" in turn):
             raise RowError(f"turn {number}: the answer is empty")
         if role != "user" and IMAGE_TAG in content:

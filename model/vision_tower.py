@@ -90,9 +90,17 @@ class TowerSettings:
     mean: tuple[float, ...]  # what its pixels are normalised by, a number per channel
     std: tuple[float, ...]
     hidden_size: int  # width of the features
-    patches: int  # features per image; class token and registers do not count
-    size: int  # width and height of its pictures in pixels
-    picture_settings: dict  # how they are resized, for `dataset.pictures.PictureFormat`
+    picture_settings: dict  # how pictures are resized, for `dataset.pictures.PictureFormat`
+
+    @property
+    def size(self) -> int:
+        """Width and height of its pictures in pixels."""
+        return self.picture_settings["size"]
+
+    @property
+    def patches(self) -> int:
+        """Features per image; class token and registers do not count."""
+        return (self.size // self.config.patch_size) ** 2
 
 
 def unreadable(path: Path, reason: str) -> TowerError:
@@ -141,10 +149,9 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         shortest = edge if crop and edge != size else None
     if size < config.patch_size:
         raise unreadable(path, "its patches are larger than its images")
-    patches = (size // config.patch_size) ** 2
     pictures = {"size": size, "resample": int(preprocessor.get("resample", Image.Resampling.BICUBIC))}
     pictures |= {"crop": crop, "shortest_edge": shortest}
-    return TowerSettings(kind, config, mean, std, config.hidden_size, patches, size, pictures)
+    return TowerSettings(kind, config, mean, std, config.hidden_size, pictures)
 
 
 def load_vision_tower(path: str | Path) -> torch.nn.Module:

@@ -207,9 +207,10 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
-        for name, kind in PROJECTORS.items():  # an mlp also looks like linear, which is before it in the table
-            if width := kind.read_width(tensors):
-                shape |= {"projector": name, "vision_hidden_size": width}
+        widths = {name: width for name, kind in PROJECTORS.items() if (width := kind.read_width(tensors))}
+        if widths:  # an mlp has the tensors of a linear projection too: the kind with the most, or the first of these
+            name = max(widths, key=lambda name: len(PROJECTORS[name].weights))
+            shape |= {"projector": name, "vision_hidden_size": widths[name]}
         return VLMConfig(**shape | (known or {}))
     except (LookupError, *CONFIG_ERRORS) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -227,7 +227,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
     try:
         from scripts.share import gguf_files
     except ModuleNotFoundError as error:
-        raise UsageError("--to gguf needs a package: pip install -r scripts/requirements-export.txt") from error
+        raise UsageError(f"{error}: pip install -r scripts/requirements-export.txt installs what it needs") from error
     names = [f"{name}-{quant}.gguf"]
     gguf_files.write_text(trained, folder / names[0], name, quant, chat_template(trained))
     if trained.weights.has_projection:

@@ -47,7 +47,9 @@ def main():
 
         from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Guard, Handlers, Uploads, build_page, is_loopback
     except ModuleNotFoundError as error:
-        raise UsageError("the web page needs a package: pip install -r scripts/requirements-demo.txt") from error
+        raise UsageError(
+            f"{error}: pip install -r scripts/requirements-demo.txt installs what the page needs"
+        ) from error
     with Processes.start(args.device) as processes, tempfile.TemporaryDirectory() as folder:
         quiet_libraries(True)
         folder, loaded = Path(folder).resolve(), find_model(args)

@@ -126,7 +126,7 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     files = needed_files(bundle, args, data)
     expected = [path for _, path, _ in files.values()]
     present = [display_path(path) for path in expected if path.exists()]
-    unknown = [f"{display_path(path)} (unexpected name)" for path in unknown_files(args) if path not in expected]
+    unknown = unknown_files(args)
     typed = [flag for flag in ("data_path", "images_path", *MODEL_FLAGS) if getattr(args, flag) is not None]
 
     # Beside data and a tower of one's own, but not beside another tokenizer.
@@ -158,7 +158,8 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         if flag not in (*typed, *chosen) and not any(mark.exists() for mark in marks):
             missing.append(f"  {what}: {display_path(path)} ({command})")
     if missing:
-        found = ", ".join([*present, *(f"--{flag}" for flag in typed), *unknown]) or "nothing"
+        others = (f"{display_path(path)} (unexpected name)" for path in unknown if path not in expected)
+        found = ", ".join([*present, *(f"--{flag}" for flag in typed), *others]) or "nothing"
         raise UsageError(
             "\n".join(["some files are missing:", *missing]) + "\nDownload them, or name your own with --data_path, "
             "--images_path, --vision_model_path, --tokenizer_path. (With none of these files and none of these flags, "

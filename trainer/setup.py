@@ -233,7 +233,7 @@ def load_model(run: Run) -> MiniMindVLM:
 
 
 def freeze(model: MiniMindVLM, frozen: str, lora: int | None = None):
-    """Freezes none of the decoder, all of it, or all but its "ends"; `lora` is the rank of adapters to train instead."""
+    """Freezes none or all of the decoder, or all but its "ends"; `lora` is the rank of adapters that train instead."""
     if lora and frozen != "none":
         raise UsageError(f"--lora {lora} trains the decoder, and --freeze_llm {frozen} does not: use --freeze_llm none")
     model.requires_grad_(frozen == "none")

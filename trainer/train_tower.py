@@ -231,7 +231,7 @@ def load_tower(args: Namespace) -> nn.Module:
         raise UsageError(f"--size {size} is no multiple of the tower's patches of {config.patch_size} pixels")
     config.image_size = size
     tower = type(loaded)(config)
-    tower.settings = replace(settings, config=config, size=size, patches=(size // config.patch_size) ** 2)
+    tower.settings = replace(settings, config=config, picture_settings=settings.picture_settings | {"size": size})
     for name in ("pixel_mean", "pixel_std"):
         tower.register_buffer(name, getattr(loaded, name), persistent=False)
     if args.from_tower == NO_TOWER:

@@ -92,7 +92,7 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
 
 def score(texts: Sequence[str], scenes: Sequence[Sequence[Facts]]) -> Score:
     """Grades one description per scene, and returns the overall shares."""
-    return Score.of(list(map(grade, texts, scenes)))
+    return Score.of([grade(text, scene) for text, scene in zip(texts, scenes, strict=True)])
 
 
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:

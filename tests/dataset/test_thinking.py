@@ -10,7 +10,7 @@ from tiny_models import save_siglip, save_tokenizer_3v, tiny_vlm
 from transformers import AutoTokenizer
 
 from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, RowError, load_tokenizer
-from dataset.forms import parse_conversation
+from dataset.forms import TOOL_CALLS, parse_conversation, read_row
 from dataset.lm_dataset import VLMDataset
 from dataset.rows import Variation
 
@@ -89,6 +89,18 @@ def test_turns_of_tools_are_learned_from_where_the_form_has_them(tmp_path, token
     assert learned == [f"{EMPTY}<|im_end|>\n", f"{EMPTY}7 or 8<|im_end|>\n"]
     assert row["input_ids"].count(2) == 5  # what a tool gives ends nothing
     assert "tools" in data.rules
+
+
+def test_empty_fields_of_tools_are_none():
+    system = {"role": "system", "content": "Be brief", "tools": "", "functions": ""}
+    turns, _ = read_row({"conversations": [system, turn("user", "q"), turn("assistant", "a")]})
+    assert "functions" not in turns[0]
+
+
+def test_the_order_of_turns_is_checked_before_they_are():
+    calls = {"role": "assistant", "content": "", "tool_calls": "[{}]"}
+    with pytest.raises(RowError, match=TOOL_CALLS):
+        read_row({"conversations": [turn("user", "q"), turn("assistant", ""), calls]})
 
 
 @pytest.mark.parametrize("functions", ["{", "[1]", 5, '"x"'])

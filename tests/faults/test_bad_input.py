@@ -530,3 +530,10 @@ def test_a_garbled_tokenizer_is_refused(world, out, tmp_path):
     for content in ('{"model"', json.dumps(whole | {"model": whole["model"] | {"vocab": {"a": 1}, "merges": []}})):
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
         assert "cannot be used" in refused(world, out, "--tokenizer_path", folder)
+
+
+def test_a_link_to_data_that_is_away_keeps_the_built_in_set_from_being_taken(place):
+    (place.root / "dataset").mkdir(exist_ok=True)
+    (place.root / "dataset/pretrain_data.jsonl").symlink_to(place.root / "disk_that_is_not_mounted")
+    with pytest.raises(UsageError, match="files are missing"):
+        place.choose()

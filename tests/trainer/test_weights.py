@@ -13,6 +13,7 @@ from common import files
 from common.errors import UsageError
 from model import weights as checkpoint
 from model.model_vlm import MiniMindVLM, VLMConfig, config_fields
+from model.projectors import PROJECTORS, VisionProj, register
 
 pytest_plugins = ["tiny"]
 
@@ -398,3 +399,12 @@ def test_an_exported_folder_that_is_not_what_it_says_is_refused(tmp_path, name, 
     with pytest.raises(UsageError, match="cannot be read|no MiniMind weight file|does not fit"):
         weights = checkpoint.read_folder(tmp_path)
         checkpoint.load_into(MiniMindVLM(weights.config), weights)
+
+
+def test_a_projection_of_ones_own_does_not_claim_files_of_the_linear_one(tmp_path):
+    model = MiniMindVLM(VLMConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    register("own")(type("Own", (VisionProj,), {}))
+    try:
+        assert checkpoint.config_of(model.state_dict(), tmp_path).projector == "linear"
+    finally:
+        del PROJECTORS["own"]

@@ -41,9 +41,12 @@ class CompiledVLM:
         tensors = [tensor for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())]
         self.compiled = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         decoder, tower = self.compiled.model.layers, self.compiled.vision_encoder
-        [tower_blocks] = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
-        [embeddings] = [part for name, part in tower.named_modules() if name.rpartition(".")[2] == "embeddings"]
-        [patches] = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+        try:
+            [tower_blocks] = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
+            [embeddings] = [part for name, part in tower.named_modules() if name.rpartition(".")[2] == "embeddings"]
+            [patches] = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+        except ValueError as error:
+            raise RuntimeError(f"{type(tower).__name__} has other parts than blocks and embedded patches") from error
         patches.forward = functools.partial(embed_patches, patches)
         for parts, mark in ((decoder, mark_length), ([*tower_blocks, embeddings], mark_images)):
             for part in parts:
@@ -127,8 +130,7 @@ def compile_or_not(
             f"{device} has too little memory for a batch of the {longest['samples']} longest samples "
             f"({longest['tokens']:,} tokens): a smaller --batch_size with more --accumulation_steps computes the same"
         ) from error
-    # NameError: torch 2.6's compiler in transformers' tower; ValueError: a tower that CompiledVLM does not know.
-    except (RuntimeError, NameError, ValueError) as error:
+    except (RuntimeError, NameError) as error:  # NameError: torch 2.6's compiler in transformers' tower
         log(f"warning: torch.compile does not work here, so this run continues without it ({first_line(error)})")
         return model
     finally:  # also if compiling failed: the run goes on
@@ -187,7 +189,7 @@ class CapturedStep:
                 raise
             is_full = True
         if is_full:  # not inside the except: its traceback keeps what the failed step had allocated
-            self.graphs, self.pool, self.stream = {}, (), None  # from here on nothing is captured
+            graph, self.graphs, self.pool, self.stream = None, {}, (), None  # from here on nothing is captured
             self.context.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self.compute(inputs, counts)

@@ -129,7 +129,8 @@ def others_may_be_gone():
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in COLLECTIVES):
+        is_of_collective = dist.is_initialized() and any(word in str(error) for word in COLLECTIVES)
+        if not isinstance(error, dist.DistError) and not is_of_collective:
             raise
         raise RankError(
             f"another process of this run has ended or does not answer ({first_line(error)}), so this one ends too; "
