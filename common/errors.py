@@ -50,8 +50,7 @@ class SteadyStream:
 def run_script(main: Callable[[], None], outlives_output: bool = False):
     """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status.
 
-    With `outlives_output` it goes on where its output cannot be written (`| head`, a closed terminal), and the other
-    stream reports that at the end.
+    With `outlives_output` it goes on where output cannot be written (`| head`); the other stream says so at the end.
     """
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr") if getattr(sys, name) is not None}
     for stream in streams.values():

@@ -39,10 +39,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for files of one folder.
-
-    All are written to temporary files and on disk, then `then` is called, then they are renamed, in order.
-    """
+    """Does what `write_atomically` does for a folder's files: all are on disk before `then` is called, then renamed."""
     path = next(iter(files))
     try:
         with scratch_folder(path.parent) as scratch:
@@ -106,8 +103,7 @@ def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, 
     """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
 
     An old one is replaced if `overwrite`, and only if its record shows that the same program wrote everything in it:
-    `made_by` says what writes it, by a key that no other program has. `flag` names the folder, for messages. Raises
-    UsageError if something cannot be written, or the old one has to stay.
+    `made_by` says what writes it, by a key that no other program has. `flag` is for messages. Raises UsageError.
     """
     folder = Path(os.path.realpath(folder))
     try:

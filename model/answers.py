@@ -37,12 +37,11 @@ def answering(model: MiniMindVLM) -> Iterator[None]:
 def generate(model: MiniMindVLM, inputs: dict, max_new_tokens: int, compiles: bool = False, **settings) -> torch.Tensor:
     """Returns the new token ids (B, at most max_new_tokens) of left-padded prompts, see `dataset.prompts`.
 
-    They are greedy unless `settings`, of transformers' `generate`, say otherwise. With `compiles`, the step of one
-    token is compiled, which takes half a minute. None values of `inputs` are left out.
+    They are greedy unless `settings`, of transformers' `generate`, say otherwise. None values of `inputs` are left out.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
     length = inputs["input_ids"].shape[1]
-    if compiles:  # transformers then compiles the step of one token, over a cache of fixed size
+    if compiles:  # transformers compiles the step of one token in half a minute, over a cache of fixed size
         config = CompileConfig(mode=None if model.device.type == "cpu" else "reduce-overhead")
         config._compile_all_devices = True  # on a CPU, transformers compiles only with this
         size = -(-(length + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
@@ -85,13 +84,10 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: MiniMindForCausalLM):
-    """Replaces the matrices of the decoder's blocks and its head by `Int8Linear`, in place.
-
-    The experts' router stays as it is: it decides between near-equal scores.
-    """
+    """Replaces the matrices of the decoder's blocks and its head by `Int8Linear`, in place."""
     for block in [*model.base_model.modules(), model]:
         for name, child in block.named_children():
-            if isinstance(child, nn.Linear) and name != "gate":
+            if isinstance(child, nn.Linear) and name != "gate":  # a router decides between near-equal scores
                 setattr(block, name, Int8Linear(child))
 
 
@@ -100,15 +96,10 @@ def patch_maps(model: MiniMindVLM, inputs: dict, ids: torch.Tensor, stops=lambda
 
     In a blank image, every projected feature is their mean. One forward pass scores all tokens of the answer.
 
-    The measure was chosen among ten by 112 words for 28 objects of held-out scenes (built-in model): how often the
-    map's peak lies on the object that the word describes, the share of the map on it, and how often the peak lies on
-    the right one of two objects. tests/checks/check_looking.py checks it with any weights that describe the scenes.
-
-        one patch of a blank image shown      95.5 %  91.0 %  92.2 %
-        integrated gradients, 8 steps         94.6    89.9    90.6     8 backward passes for each token
-        one patch hidden, after the tower     89.3    83.5    81.2     its neighbours carry the same information
-        attention, all layers and heads       89.3    34.2    81.2
-        chance                                 6.0     6.0
+    Of ten measures, this one's map peaks most often on the object that a word describes (112 words for 28 objects of
+    held-out scenes, built-in model): 95.5 %, by chance 6.0; integrated gradients 94.6 with 8 backward passes a token,
+    attention 89.3, and hiding one patch 89.3, as its neighbours carry the same information.
+    tests/checks/check_looking.py checks it with any weights that describe the scenes.
 
     `inputs` are one prompt (see `dataset.prompts`), not padded, with images and text before them; `ids` (T,) the answer
     without its end token. Returns (T, images, side, side), float32 on the CPU: the rise of the token's log-probability

@@ -64,8 +64,7 @@ def check_language_model(folder: Path):
 def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
     """Reads another language model's folder, of `check_language_model`; its embedding gets rows for all `tokens`.
 
-    `ids` are the VLMConfig's image_token_id, eos_token_id and pad_token_id. Raises UsageError if the folder cannot be
-    read, or the model does not take embeddings.
+    `ids` are the VLMConfig's image_token_id, eos_token_id and pad_token_id. Raises UsageError if it cannot be used.
     """
     try:
         how = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -85,10 +84,9 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
 
 
 def add_lora(model: nn.Module, rank: int):
-    """Freezes the decoder and puts trainable adapters beside the matrices of its blocks; needs `peft`.
+    """Freezes a decoder too large to train whole and puts low-rank adapters beside the matrices of its blocks.
 
-    They are low-rank (https://arxiv.org/abs/2106.09685), for a decoder too large to train whole; `weight_files` merges
-    them. Raises UsageError if peft is not installed.
+    See https://arxiv.org/abs/2106.09685. `weight_files` merges them. Raises UsageError if peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -35,10 +35,7 @@ def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def to_vision_language(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a model's tensors and its tower's (without `vision_model.`) to the class that has its projector.
-
-    That is LlavaForConditionalGeneration, or Lfm2VlForConditionalGeneration for a LayerNorm before two layers.
-    """
+    """Renames a model's tensors, and its tower's (without `vision_model.`), to the class that has its projector."""
     renamed = to_transformers(tensors)
     if "vision_proj.mlp.0.weight" in tensors:
         layers, base = LFM2_LAYERS, "model."

@@ -66,7 +66,7 @@ LORA_SCALE = 2  # of an adapter's product: peft's lora_alpha by the rank
 
 @dataclass
 class Weights:
-    """A weight file's content: tensors by name, the model's shape, and its sidecar ({} where there is none)."""
+    """A weight file's content: tensors by name, the model's shape, and its sidecar ({}: the original's have none)."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -229,10 +229,7 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one they were trained with.
-
-    Only a language model may lack the projection.
-    """
+    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one they were trained with."""
     expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
     if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
         recorded = weights.sidecar.get("arguments", {}).get("vision_model_path")
@@ -241,7 +238,7 @@ def load_into(model: MiniMindVLM, weights: Weights):
             f"by --vision_model_path (it was {recorded}); a new tower needs stages 1 and 2 anew, from a language model"
         )
     expected, found = model.state_dict(), dict(weights.tensors)
-    if not weights.has_projection:
+    if not weights.has_projection:  # a language model's
         found |= {name: tensor for name, tensor in expected.items() if name.startswith("vision_proj.")}
     problems = mismatches(expected, found)
     tied = [found.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")]
