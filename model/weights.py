@@ -229,7 +229,7 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one they were trained with."""
+    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one of their training."""
     expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
     if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
         recorded = weights.sidecar.get("arguments", {}).get("vision_model_path")

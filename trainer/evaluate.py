@@ -156,12 +156,9 @@ class Evaluator:
 def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = math.inf) -> dict:
     """Counts the short answers that the model gives to the letter, over all ranks.
 
-    Asks only rows whose first answer has at most `longest` tokens, of about `most` rows on each rank.
-
-    Returns:
-        "short_answers" asked; the shares of exact ones with the right images ("exact_match") and with those of other
-        rows ("exact_shuffled"), and what always giving a question's most frequent answer makes ("exact_frequent"). {}
-        if nothing is asked, and on ranks other than the main one.
+    Asks only rows whose first answer has at most `longest` tokens, of about `most` rows on each rank. Returns the
+    number asked, the shares right with their own images and with those of other rows, and what always giving a
+    question's most frequent answer makes; {} if nothing is asked, and on ranks other than the main one.
     """
     data, model, right, expected = evaluator.data, evaluator.model, [0, 0], Counter()
     batches, seen = evaluator.batches(), 0

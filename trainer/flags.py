@@ -44,7 +44,7 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     add("--llm_path", type=file_path, metavar="FOLDER", help=what)
     what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
     add("--lora", type=COUNT, metavar="RANK", help=what)
-    what = "of the decoder, frozen is: none of it; all; ends: all but its first and last layer (the projection learns)"
+    what = "what of the decoder stays as it is: none; all; or all but its ends, the first and last layer"
     add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
@@ -59,8 +59,7 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.parquet, else .jsonl)")
     folder = f"the jsonl's own; dataset/{data}_images for published data"
     add("--images_path", type=file_path, help=f"folder of the jsonl's images (default: {folder})")
-    what = "the tokenizer that belongs to the weights"
-    add("--tokenizer_path", type=file_path, help=f"{what} (default: {display_path(TOKENIZER_DIR)})")
+    add("--tokenizer_path", type=file_path, help=f"the weights' tokenizer (default: {display_path(TOKENIZER_DIR)})")
     what = f"folder of the vision tower: {', '.join(TOWERS)}"
     add("--vision_model_path", type=file_path, help=f"{what} (default: {display_path(TOWER_DIR)})")
     what = "where weights, checkpoints and metrics are written"
@@ -77,8 +76,7 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     add("--empty_think_ratio", type=number(float, 0, 1), help=f"{what} (default: as the recipe says, else 1)")
     what = "minimind-3v: share of rows without a system turn that get one"
     add("--add_system_ratio", type=number(float, 0, 1), help=f"{what} (default: as the recipe says, else 0)")
-    what = "leave out up to this many rows that cannot be learned from"
-    add("--max_bad_rows", type=number(int, 0), help=f"{what} (default: 1 %% of the rows)")
+    add("--max_bad_rows", type=number(int, 0), help="leave out up to this many bad rows (default: 1 %% of the rows)")
 
 
 def add_run_flags(parser: ArgumentParser, stage: Stage):
@@ -89,17 +87,14 @@ def add_run_flags(parser: ArgumentParser, stage: Stage):
     add("--accumulation_steps", type=COUNT, default=1, help="forward passes (micro-batches) per optimizer step")
     add("--learning_rate", type=POSITIVE, help=f"peak; cosine decay to 10 %% (default: {default['learning_rate']:g})")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    what = "for the projection's initial weights and the order of samples"
-    add("--seed", type=number(int, 0, 2**63 - 1), default=42, help=what)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of initial weights and the order of samples")
 
     add = parser.add_argument_group("device").add_argument
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    what = "compute dtype (default: bfloat16 where the GPU has it, else float16; on a CPU bfloat16 where it has "
-    what += "that and heads are at least 32 wide, else float32)"
+    what = "compute dtype (default: bfloat16 where it is fast, else float16 on a GPU and float32 on a CPU)"
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
-    what = "1: compile tower and decoder (torch.compile), which takes a minute; worth it for long runs (default: 1 on "
-    what += "CUDA, but 0 with the built-in set)"
+    what = "1: compile tower and decoder, which takes a minute (default: 1 on CUDA, but 0 with the built-in set)"
     add("--compile", "--use_compile", type=int, choices=(0, 1), help=what)
     what = "1: take whole optimizer steps as CUDA graphs; with a single process"
     add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
@@ -112,10 +107,8 @@ def add_run_flags(parser: ArgumentParser, stage: Stage):
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
     what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
     add("--from_resume", type=int, choices=(0, 1), help=what)
-    what = "optimizer steps between log lines; the first comes after step 1"
-    add("--log_interval", type=COUNT, help=f"{what} (default: {LOG_INTERVAL})")
-    what = "optimizer steps between evaluations on held-out rows"
-    add("--eval_interval", type=COUNT, help=f"{what} (default: a tenth of the run)")
+    add("--log_interval", type=COUNT, help=f"optimizer steps between log lines (default: {LOG_INTERVAL})")
+    add("--eval_interval", type=COUNT, help="optimizer steps between evaluations (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
     what = "log to SwanLab too (pip install swanlab; SWANLAB_MODE=offline works)"
     add("--use_swanlab", action="store_true", help=what)

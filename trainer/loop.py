@@ -30,10 +30,7 @@ from trainer.support.processes import on_device, stop_signals
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
-    """Trains the unfrozen parameters; saves, logs, and evaluates on `heldout`.
-
-    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if it cannot continue: the last save failed.
-    """
+    """Trains and evaluates; raises Stopped on SIGINT or SIGTERM, after saving; UsageError if the last save failed."""
     args, stage, processes, device = run.args, run.stage, run.processes, run.device
     state = TrainState()
     if run.state is not None:

@@ -83,10 +83,7 @@ class RunFiles:
         return bool(earlier)
 
     def keep_reports_aside(self, log: Callable[[str], None]):
-        """Renames an earlier run's reports out of the way.
-
-        Its weights and state are renamed at this run's first save; an unfinished run's at once.
-        """
+        """Renames an earlier run's reports; its weights and state at the first save, an unfinished run's at once."""
         was_stopped = is_unfinished(self.state)
         has_weights = self.weights.exists() or self.state.exists()
         if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
@@ -111,10 +108,7 @@ class RunFiles:
 
 
 def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:
-    """Reads the checkpoint to resume from; None to start over.
-
-    Raises UsageError if it cannot be read, or if --from_resume is needed to leave an unfinished run behind.
-    """
+    """Reads the checkpoint to resume from, None to start over; UsageError if unreadable, or --from_resume is needed."""
     if from_resume is None and is_unfinished(path):
         raise UsageError(
             f"{display_path(path)} belongs to a run that did not finish: --from_resume 1 resumes it, --from_resume 0 "
@@ -130,8 +124,7 @@ def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[
         check(state, schema)
     except SchemaError as error:
         raise UsageError(
-            f"{display_path(path)} is no checkpoint of this version of the project ({error}); --from_resume 0 starts "
-            "over"
+            f"{display_path(path)} is no checkpoint of this version ({error}); --from_resume 0 starts over"
         ) from error
     return state
 
@@ -288,9 +281,7 @@ def restore_random_state(states: list[dict], rank: int, device: torch.device):
             if states[rank]["cuda"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(states[rank]["cuda"], device)
         except (RuntimeError, TypeError) as error:
-            raise UsageError(
-                f"the checkpoint's random state is damaged ({error}): --from_resume 0 starts over"
-            ) from error
+            raise UsageError(f"the saved random state is damaged ({error}): --from_resume 0 starts over") from error
 
 
 @dataclass

@@ -31,10 +31,7 @@ SHOWN_BAD_ROWS = 20
 
 
 class Run:
-    """Everything a run needs, found and checked; it does not change.
-
-    Raises UsageError if something is missing or does not fit.
-    """
+    """Everything a run needs, found and checked (UsageError if something is missing or unfit); it does not change."""
 
     def __init__(self, stage: Stage, args, processes: Processes):
         self.started = time.perf_counter()
@@ -102,10 +99,7 @@ def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None
 
 
 def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
-    """Returns the model's shape: from the weights, or from the flags if there are none (published: 512 x 8, 768 x 16).
-
-    Raises UsageError if the shape is invalid, or the flags contradict the weights.
-    """
+    """Returns the model's shape, of the weights or else of the flags; UsageError if invalid or contradictory."""
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
     projector = {"projector": args.projector, "pixel_shuffle": args.pixel_shuffle}
     projector = {flag: value for flag, value in projector.items() if value is not None}
@@ -133,10 +127,7 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
 
 
 def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
-    """Returns the tokenised training and evaluation rows (those of --eval_data, or some held out; None for none).
-
-    Raises UsageError if there are more bad rows than --max_bad_rows, or nothing is left.
-    """
+    """Returns tokenised training and evaluation rows (or None); UsageError if too many are bad or none is left."""
     args = run.args
     data = open_data(run, args.data_path, args.images_path)
     report_bad_rows(run, data)
@@ -170,9 +161,7 @@ def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
             raise UsageError(f"{flag} has no usable rows")
         both = rows_in_both(data, heldout)
     if both:
-        run.log(
-            f"warning: {both:,} held-out rows or images are trained on too, so the held-out loss will look too good"
-        )
+        run.log(f"warning: {both:,} held-out rows or images are trained on too: the held-out loss will look too good")
     return training, heldout
 
 
@@ -257,10 +246,7 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 
 
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
-    """Opens the cache of the tower's features if --cache_vision or its default says so; all ranks decide alike.
-
-    Raises FeatureCacheError if --cache_vision names a folder without enough space.
-    """
+    """Opens the cache of the tower's features if it is used; FeatureCacheError if --cache_vision names a full disk."""
     flag = run.args.cache_vision
     if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None

@@ -247,10 +247,7 @@ def load_tower(args: Namespace) -> nn.Module:
 
 
 def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Pictures, Pictures, int]:
-    """Loads the pictures to learn from, those held out, and the number of rows to learn from.
-
-    Raises UsageError if more than 1 % of the rows are bad, or there are too few pictures.
-    """
+    """Loads the pictures to learn from, those held out, and the number of rows; UsageError for bad or too few ones."""
     form, found = PictureFormat(**tower.settings.picture_settings), []
     for path in filter(None, (args.data_path, args.eval_data)):
         data = VLMDataset(path, args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form)
@@ -345,10 +342,7 @@ def take_steps(
 
 
 def train(args: Namespace, processes: Processes) -> int:
-    """Trains a tower as the flags say, and writes it; returns the number of rows in its data.
-
-    Raises Stopped on SIGINT or SIGTERM, after saving, and UsageError if something is missing, or cannot be written.
-    """
+    """Trains a tower and writes it; returns the number of rows. Raises Stopped on SIGINT or SIGTERM, after saving."""
     refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
     torch.manual_seed(args.seed)
     tokenizer, tower, device = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args), processes.device

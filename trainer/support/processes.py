@@ -143,10 +143,7 @@ def first_line(error: Exception) -> str:
 
 
 def ranks() -> tuple[int, int, int, int]:
-    """Returns RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; 0, 1, 0, 1 without it.
-
-    Raises RankError if one of them, or the address at which the ranks meet, makes no sense.
-    """
+    """Returns torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (0, 1, 0, 1 without); RankError if invalid."""
     world_size = rank_number("WORLD_SIZE", 1, range(1, 1 << 20))
     rank = rank_number("RANK", 0 if world_size == 1 else None, range(world_size))
     local_world_size = rank_number("LOCAL_WORLD_SIZE", world_size, range(1, world_size + 1))
@@ -170,10 +167,7 @@ def rank_number(name: str, default: int | None, allowed: range) -> int:
 
 
 def pick_device(name: str | None, local_rank: int, local_world_size: int) -> torch.device:
-    """Returns this rank's device: as typed (cpu, cuda, cuda:1, mps), or the best available; UsageError if missing.
-
-    Several ranks share a machine's GPUs.
-    """
+    """Returns this rank's device (ranks share a machine's GPUs): as typed, or the best; UsageError if missing."""
     if name is None:
         has_mps = torch.backends.mps.is_available() and local_world_size == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -198,10 +192,7 @@ def pick_device(name: str | None, local_rank: int, local_world_size: int) -> tor
 
 
 def pick_dtype(name: str | None, device: torch.device, head_size: int = 0) -> torch.dtype:
-    """Returns the dtype of matrix products: as typed, else bfloat16 where the device computes in it and gains by it.
-
-    Raises UsageError if the device cannot compute in it.
-    """
+    """Returns the dtype of matrix products: as typed (UsageError if the device lacks it), else the fastest there."""
     is_cuda = device.type == "cuda"
     has_bfloat16 = device.type == "cpu" and head_size >= SMALLEST_HEAD and cpu_has_bfloat16()
     if is_cuda:
@@ -230,10 +221,7 @@ def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
 
 
 def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
-    """Yields the batches with their tensors on the device.
-
-    On CUDA a batch is copied (from pinned memory, on a stream of its own) while the batch before it is computed.
-    """
+    """Yields the batches with their tensors on the device; on CUDA one is copied while the one before is computed."""
     if device.type != "cuda":
         for batch in loader:
             yield batch | {name: part.to(device) for name, part in tensors_of(batch).items()}
@@ -255,10 +243,7 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def stop_signals(speaks: bool) -> Iterator[SimpleNamespace]:
-    """Keeps Ctrl-C, SIGTERM or a closed terminal in `asked`, so that the step is finished and saved.
-
-    A second signal exits immediately. `speaks` tells of both on standard error.
-    """
+    """Keeps Ctrl-C, SIGTERM or a closed terminal in `asked`: the step is finished and saved; a second one exits."""
     signals, asked_at = SimpleNamespace(asked=None), 0.0
 
     def note(number: int, frame):
