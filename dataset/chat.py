@@ -96,10 +96,7 @@ class ChatEncoder:
             backend.encode_special_tokens = True  # pickling loses it
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
-        """Encodes conversations: lists of {"role", "content"} turns that `parse_conversation` accepted.
-
-        One that another language model's template refuses or changes gets a `problem`.
-        """
+        """Encodes turns that `parse_conversation` accepted; what a template refuses or changes gets a `problem`."""
         chats, pieces, texts = [], [], ([], [])
         for turns in conversations:
             chats.append(EncodedChat([], [], []))
@@ -278,15 +275,12 @@ def encoder_for(tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> ChatEn
 
 
 def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = frozenset()) -> Tokenizer:
-    """Returns a copy of the tokenizer to which special tokens in a text are text, and which neither cuts nor pads.
-
-    It puts no blank before a text by these schemes of Metaspace; "always" is also done by other parts.
-    """
+    """Returns a copy that reads special tokens as text, never cuts or pads, and adds no blank by these schemes."""
 
     def without_prefix(part: dict) -> dict:
         if part.get("prepend_scheme") in schemes:
             part["prepend_scheme"] = "never"
-        if "always" in schemes and part.get("type") == "ByteLevel":
+        if "always" in schemes and part.get("type") == "ByteLevel":  # no Metaspace, but it may add a blank too
             part["add_prefix_space"] = False
         is_prefix = "always" in schemes and part.get("type") == "Prepend"
         return {"type": "Sequence", "normalizers": []} if is_prefix else part
@@ -339,10 +333,7 @@ def with_thinking(turn: dict) -> str:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Reads a tokenizer's folder; another language model's gets a placeholder for images if it has none.
-
-    Raises UsageError if it is missing, unreadable, or neither of MiniMind's form nor with a chat template.
-    """
+    """Reads a tokenizer's folder, adding a placeholder for images if it has none; raises UsageError if unusable."""
     if not (path / "tokenizer.json").is_file():
         part = "tokenizer_3v" if path == TOKENIZER_3V_DIR else "tokenizer"
         raise UsageError(

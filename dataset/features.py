@@ -66,10 +66,7 @@ class FeatureFolder:
             ) from error
 
     def make_room(self, keys: np.ndarray) -> int:
-        """Makes the folder; returns the bytes that the missing features of these pictures need.
-
-        Raises FeatureCacheError if it cannot be written to, or its disk has too little space.
-        """
+        """Makes the folder; returns the bytes that missing features need; FeatureCacheError if they cannot be kept."""
         needed = self.file_bytes * sum(not self._file(key).is_file() for key in {*keys.tolist()} - {0})
         with self._scratch_folder():
             if (free := shutil.disk_usage(self.path).free) < needed:
@@ -99,10 +96,9 @@ class FeatureFolder:
 def compute_features(
     data: VLMDataset, folder: FeatureFolder, encode_images: Callable, device: torch.device, rank=0, ranks=1
 ):
-    """Computes this rank's share of the features that `folder` lacks for `data`, each picture once.
+    """Computes this rank's share of the features that `folder` lacks; raises FeatureCacheError if it cannot be written.
 
-    `encode_images` takes (images, 3, size, size) uint8 on `device` to (images, patches, width). Raises
-    FeatureCacheError if they cannot be written.
+    `encode_images` takes (images, 3, size, size) uint8 on `device` to (images, patches, width).
     """
 
     def read(number: int) -> tuple[int, torch.Tensor] | None:

@@ -186,10 +186,8 @@ def reading(data_path: Path):
         if not is_full and named in ("", str(data_path)):
             raise DataError(f"{data_path} cannot be read: {cause}") from error
         cache, where = datasets.config.HF_DATASETS_CACHE, f" ({named})" if named else ""
-        cure = "Make room, or set HF_HOME to another folder"
-        raise DataError(
-            f"the rows of {data_path} cannot be kept in {cache}: {cause.strerror}{where}. {cure}"
-        ) from error
+        cure = f"{cause.strerror}{where}. Make room, or set HF_HOME to another folder"
+        raise DataError(f"the rows of {data_path} cannot be kept in {cache}: {cure}") from error
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise

@@ -264,10 +264,7 @@ def parse_turn(turn, number: int) -> dict:
 
 
 def parse_picture_names(value) -> list[str]:
-    """Returns the names in a row's `image`: "a.jpg, b.jpg", a list, or nothing.
-
-    Raises RowError if it is something else, or a name leads upwards. Absolute ones are left to the data set.
-    """
+    """Returns the names in a row's `image`; RowError for others and upward paths (absolute ones: `why_missing`)."""
     if value is None or value == "":
         return []
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value

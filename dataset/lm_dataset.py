@@ -40,15 +40,10 @@ class VLMDataset(Dataset):
     (images,), True where features are missing: zeros, with pixels supplied. It raises `PictureError` if an image cannot
     be decoded. Unusable rows are not samples; see `bad_rows`.
 
-    Args:
-        data_path: A jsonl file of rows in a form of `dataset.forms`, or a parquet (`conversations`, `image_bytes`).
-        images_path: The folder of the jsonl's images; by default the jsonl's own. Not needed for parquet.
-        max_length: Tokens a sample is cut at.
-        image_tokens: Placeholders an image takes in the text (`VLMConfig.image_tokens`).
-        cache_dir: Where tokenised rows are cached; by default in the cache of the `datasets` library.
-        variation: Of minimind-3v's rows, for training.
-
-    Raises DataError if a file or folder is missing, unreadable or empty.
+    The file is a jsonl of rows in a form of `dataset.forms`, whose pictures are in `images_path` (by default its own
+    folder), or a parquet (`conversations`, `image_bytes`). An image takes `image_tokens` placeholders in the text.
+    Tokenised rows are cached in `cache_dir`, by default that of the `datasets` library. Raises DataError if a file or
+    folder is missing, unreadable or empty.
     """
 
     def __init__(

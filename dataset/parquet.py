@@ -37,9 +37,8 @@ PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
 def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Returns a file's rows (ROWS) and distinct pictures (PICTURES), memory-mapped; the first call imports the file.
 
-    The cache lies in `cache_dir`, by default that of `datasets`. Raises DataError if the file is missing, empty or
-    without the columns `conversations` and `image_bytes` (or `image`), or if it changes meanwhile; pa.ArrowException or
-    OSError if it is unreadable, or the cache cannot be written.
+    The cache lies in `cache_dir`, by default that of `datasets`. Raises DataError for a file that is missing, empty,
+    without its columns or changed meanwhile, and what `formats.reading` explains.
     """
     check_file(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / f"{content_key(path)}-{VERSION}"
@@ -132,10 +131,7 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
 
 
 def as_files(images) -> list[bytes] | None:
-    """Returns the image files of a row: bytes, {"bytes", "path"}, or a list of them.
-
-    None if one is only a path, which is not followed: it may lead anywhere.
-    """
+    """Returns a row's image files; None if one is only a path, which is not followed: it may lead anywhere."""
     images = images if isinstance(images, list) else [images]
     images = [image if isinstance(image, dict) else {"bytes": image} for image in images]
     if any(image.get("bytes") is None and image.get("path") for image in images):

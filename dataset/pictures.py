@@ -80,10 +80,7 @@ def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
 
 
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
-    """Returns uint8 (3, size, size): the bytes of transformers' image processor (Pillow backend) before it normalises.
-
-    Raises ValueError if the picture is too long and thin to be resized.
-    """
+    """Returns uint8 (3, size, size), as transformers' image processor (Pillow backend) before it normalises."""
     size = picture_format.size
     image = to_rgb(image)
     shortest = picture_format.shortest_edge or size

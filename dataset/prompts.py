@@ -18,10 +18,7 @@ ROWS_LOOKED_AT = 256
 
 
 def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
-    """Returns the prompt with one `<image>` per image: as typed if it has them, else placed by `form`.
-
-    Raises ValueError if it has some, but not one per image.
-    """
+    """Returns the prompt with one `<image>` per image, by `form` where none is typed; ValueError for another number."""
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, images):
         raise ValueError(f"the prompt has {tags} {IMAGE_TAG} for {images} picture(s)")

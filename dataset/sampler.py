@@ -55,10 +55,7 @@ class BatchSampler(Sampler):
         self.group = batch_size * accumulation_steps * world_size
 
     def steps(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], float]]:
-        """Yields for each remaining optimizer step its start, the next step's, and the share of the run done before it.
-
-        The share is 0 at the run's first step and 1 at its last.
-        """
+        """Yields each remaining step's start, the next one's, and the share of the run before it (at the last: 1)."""
         samples, (epoch, first) = len(self.lengths), self.start
         last = (self.epochs - 1) * samples + (samples - 1) // self.group * self.group
         while epoch < self.epochs and first < samples:

@@ -22,10 +22,7 @@ CAUSES = (
 
 
 def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how) -> Iterator:
-    """Yields what a DataLoader of these arguments yields, loaded by `num_workers` processes, or by this one for 0.
-
-    Raises RankError if the workers cannot be started or cannot send what they load, or one dies; see `worker_errors`.
-    """
+    """Yields what a DataLoader of these arguments yields (0 workers: loaded here); RankError if a worker fails."""
     how |= {"prefetch_factor": prefetch_factor, "worker_init_fn": prepare_worker} if num_workers else {}
     # A generator of its own: a resumed run would lack the loader's draws from the global one.
     loader = DataLoader(data, num_workers=num_workers, generator=torch.Generator(), **how)
@@ -35,10 +32,7 @@ def load_in_workers(data: Dataset, num_workers: int, prefetch_factor: int, **how
 
 @contextlib.contextmanager
 def worker_errors(num_workers: int, is_loading: bool = False):
-    """Raises RankError for what torch raises, anywhere in the main thread, when a worker dies; while loading, for any.
-
-    Kills all workers first, as they may wait for a dead one.
-    """
+    """Raises RankError for what torch raises in the main thread when a worker dies; while loading, for any error."""
     try:
         yield
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
@@ -48,7 +42,7 @@ def worker_errors(num_workers: int, is_loading: bool = False):
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
         for process in multiprocessing.active_children():
-            process.kill()  # they ignore SIGTERM
+            process.kill()  # it may wait for the dead one, and ignores SIGTERM
         # Of an error that a worker sent, the last line says what it is; of torch's own about workers, the first.
         reason = text.splitlines()[-1 if text.startswith("Caught") else 0] if text else type(error).__name__
         raise RankError(

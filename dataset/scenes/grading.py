@@ -59,10 +59,9 @@ class Score(NamedTuple):
 
 @functools.cache
 def parse_caption(text: str) -> list[dict[str, str]]:
-    """Parses a description's objects, tolerating other spellings, missing words and other punctuation.
+    """Returns for each object of a description its colour, shape, size and place, as far as found, in canonical words.
 
-    Returns one dictionary per object, in the text's order: those of colour, shape, size and place that were found, as
-    canonical words. A clause that only names what the previous object lacks is added to that object.
+    A clause that only names what the previous object lacks is added to that object.
     """
     objects: list[dict[str, str]] = []
     for clause in _CLAUSE_ENDS.split(text):
@@ -96,11 +95,7 @@ def score(texts: Sequence[str], scenes: Sequence[Sequence[Facts]]) -> Score:
 
 
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
-    """Returns what describing without looking scores.
-
-    That is, the score of true captions of other scenes (the mean over all others: what shuffled images should fall to),
-    and the score of the single caption that, given to every other scene, gets the most attributes right.
-    """
+    """Returns what guessing scores: other scenes' captions (the mean, as shuffled images), and the best caption."""
     others = [[grade(caption(told), objects) for objects in scenes if objects is not told] for told in scenes]
     # The best by attributes, then by captions.
     return Score.of(list(chain(*others))), max(map(Score.of, others))
