@@ -157,10 +157,7 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
 
 
 class Assistant:
-    """A model on a device, with its tokenizer and the form of its prompts.
-
-    Raises UsageError if `dtype` is not for that device, or the model cannot think before it answers.
-    """
+    """A model on a device; raises UsageError if `dtype` is not for that device, or if it is to think and cannot."""
 
     def __init__(self, loaded: LoadedModel, device, dtype="float32", compiles=False, thinks=False):
         self.loaded, self.tokenizer, self.compiles = loaded, loaded.tokenizer, compiles
@@ -178,11 +175,7 @@ class Assistant:
         return load_picture(source, picture_format=self.picture_format)
 
     def turn(self, question: str, images: int, before: Sequence[dict] = (), max_new_tokens: int = 1) -> dict:
-        """Returns a user's turn, with its images where the model expects them.
-
-        Raises UsageError if the question has `<image>` tags, but not one per image; or if the turns before, this one
-        and the answer need more tokens than the model has positions.
-        """
+        """Returns a user's turn with its images in place; raises UsageError for wrong tags or too many tokens."""
         try:
             turn = {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
         except ValueError as error:

@@ -70,8 +70,7 @@ def read_record(folder: Path, name: str) -> Record:
     try:
         rows = [parse_json(line, METRIC) for line in reports_until(files.metrics, math.inf)]
     except (OSError, SchemaError) as error:
-        reason = getattr(error, "strerror", error)
-        raise UsageError(f"{display_path(files.metrics)} cannot be read: {reason}") from error
+        raise UsageError(f"{display_path(files.metrics)} cannot be read: {error}") from error
     if not rows:
         raise UsageError(f"{display_path(files.metrics)} is missing or holds no training step: nothing was trained yet")
     evaluations = [{**row["eval"], "step": row["step"]} for row in rows if "eval" in row]
@@ -161,9 +160,8 @@ def ticks(low: float, high: float) -> list[float]:
 def verdict(figures: dict, sidecar: dict) -> list[str]:
     """Says whether a model looks at its images, by `HeldOut.as_dict` and `exact_match`, and what would help.
 
-    A gap counts from twice its standard error on. Where short answers were asked for, more of them must be right than
-    with the images of other rows, by twice that difference's standard error; where none were, as for captions, the gap
-    must be more than SMALL of the loss. Without images of other rows, nothing is said.
+    A gap, or a difference in short answers, counts from twice its standard error on. Where no short answers were asked
+    for, as for captions, the gap must be more than SMALL of the loss. Without images of other rows, nothing is said.
     """
     gap, error, asked = figures.get("gap_shuffled"), figures.get("gap_error", 0), figures.get("short_answers")
     if gap is None:
