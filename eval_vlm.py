@@ -36,12 +36,11 @@ from dataset.formats import PICTURE_SUFFIXES, is_picture, quiet_libraries
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
 from dataset.prompts import prompt_batch, with_images
-from dataset.scenes.draw import draw_builtin_dataset, heldout_scenes
+from dataset.scenes.draw import draw_builtin_dataset, draw_heldout, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
 from model.answers import generate_answers
-from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, draw_heldout, find_model
-from trainer.answering.typed_paths import find_pictures
+from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, find_model, find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import verdict
 from trainer.stage import answer_loss

@@ -22,7 +22,8 @@ from common.cli import ArgumentParser, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
 from dataset.formats import quiet_libraries
-from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, draw_heldout, find_model
+from dataset.scenes.draw import draw_heldout
+from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, find_model
 from trainer.support.processes import Processes, stop_signals
 
 LARGEST_FILE = 20 * 2**20  # bytes
@@ -47,9 +48,7 @@ def main():
 
         from scripts.demo.page import CLOSING, LABELS, MOST_PICTURES, Guard, Handlers, Uploads, build_page, is_loopback
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{error}: pip install -r scripts/requirements-demo.txt installs what the page needs"
-        ) from error
+        raise UsageError(f"{error}: pip install -r scripts/requirements-demo.txt") from error
     with Processes.start(args.device) as processes, tempfile.TemporaryDirectory() as folder:
         quiet_libraries(True)
         folder, loaded = Path(folder).resolve(), find_model(args)

@@ -19,8 +19,7 @@ from eval_vlm import parse_arguments
 from model import weights as weight_io
 from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer import bundles
-from trainer.answering.assistant import find_model, in_precision
-from trainer.answering.typed_paths import find_pictures
+from trainer.answering.assistant import find_model, find_pictures, in_precision
 
 pytest_plugins = ["tiny"]
 

@@ -151,6 +151,15 @@ def draw(scene: Scene) -> Image.Image:
     return image
 
 
+def draw_heldout(folder: Path, count: int) -> list[Path]:
+    """Draws scenes of the built-in set that were never trained on; returns their files."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"scene_{number}.jpg" for number in range(count)]
+    for path, scene in zip(paths, heldout_scenes(), strict=False):
+        draw(scene).save(path, quality=92)
+    return paths
+
+
 def patch_coverage(scene: Scene) -> np.ndarray:
     """Returns how much of each of the tower's patches each object covers, 0 to 1, (objects, 14, 14)."""
     masks = [_mask(thing, PATCHES_PER_SIDE * 16).reduce(16) for thing in scene.objects]

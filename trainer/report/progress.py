@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ class Progress:
 
     def __init__(self, run: Run, total_steps: int, done_steps: int, settings: dict):
         self.run, self.total_steps, self.done_steps = run, total_steps, done_steps
+        self.log = run.processes.log
         self.metrics_path = run.files.metrics if run.processes.is_main else None  # None: silent
         used = [name for name in TRACKERS if getattr(run.args, f"use_{name}") and run.processes.is_main]
         self.trackers = {name: start_tracker(name, run, settings) for name in used}
@@ -84,10 +84,7 @@ class Progress:
         self.bar.update(1)
 
     def report_if_due(self, state, epoch: int, learning_rate: float):
-        """Reports after step 1, every --log_interval steps and at an epoch's end; skipped steps at once without a GPU.
-
-        Raises UsageError if too many steps in a row were skipped.
-        """
+        """Reports a step if it is due, skipped ones at once without a GPU; raises UsageError for too many in a row."""
         args, step = self.run.args, state.step
         is_due = step == 1 or step % args.log_interval == 0 or state.sample == 0
         if not is_due and self.run.device.type == "cuda":
@@ -155,12 +152,6 @@ class Progress:
             named = {f"{part}/{name}": value for name, value in figures.items() if name != "step"}
             tracker.log(named, step=record["step"])
 
-    def log(self, message: str):
-        """Prints a line, above the bar if there is one."""
-        if self.metrics_path is not None:
-            tqdm.write(message)
-            sys.stdout.flush()
-
     def close(self):
         """Closes the bar, and the runs at wandb and SwanLab."""
         self.bar.close()
@@ -198,10 +189,7 @@ def start_tracker(name: str, run: Run, settings: dict):
 
 
 def check_first_loss(run: Run, losses: torch.Tensor):
-    """Raises UsageError if weights with an unknown tokenizer start no better than guessing: it is most likely wrong.
-
-    Unfamiliar text may be the reason, too: --ignore_high_loss goes on.
-    """
+    """Raises UsageError if weights with an unknown tokenizer start no better than guessing: it is most likely wrong."""
     loss_sum, learned = losses.tolist()
     uniform = math.log(run.config.vocab_size)
     is_known = run.weights is None or "tokenizer_sha256" in run.weights.sidecar  # which was compared
