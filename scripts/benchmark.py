@@ -4,8 +4,6 @@
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
     python scripts/benchmark.py gpu                              some six minutes of a GPU: what its steps take, and why
     python scripts/benchmark.py checks                           its steps: no syncs, same losses, same bits, ...
-    python scripts/benchmark.py data --num_workers 16
-    python scripts/benchmark.py generate
 
 The data are synthetic, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
 or dialogues of 200 to 1500 (sft); tower and decoder have their full size, and random weights. "useful" is the share of

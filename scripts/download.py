@@ -3,7 +3,6 @@
     python scripts/download.py sft_vlm          a trained model to talk to
     python scripts/download.py                  everything to train the small model
     python scripts/download.py tower pretrain   only these parts
-    python scripts/download.py sft_vlm --source modelscope
     HF_ENDPOINT=https://MIRROR python scripts/download.py
 
 Weights bring the tower and tokenizer that they were trained with.

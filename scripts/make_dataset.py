@@ -4,10 +4,9 @@
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
     python scripts/make_dataset.py --mix a.jsonl=0.3 b.csv=1 --to my_data
 
-It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
-of it or nothing, and prints the commands that train on them. Every picture is
-decoded; one that is larger than --size is made smaller. Rows that cannot be
-used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
+It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all or nothing, and prints the commands that
+train on them. Every picture is decoded; one that is larger than --size is made smaller. Rows that cannot be used are
+listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
 """
 
 import argparse

@@ -139,7 +139,6 @@ class Steps:
             self.step = CapturedStep(train_step, self.context, partial(pad_answers, batch_size=args.batch_size))
 
     def batches(self, sampler: Iterable | None = None) -> Iterator[dict]:
-        """Yields batches on the device, as the training loop gets them."""
         return load_batches(self.data, sampler or self.sampler, self.collate, self.device, self.workers)
 
     def take(self, batch: dict) -> torch.Tensor:

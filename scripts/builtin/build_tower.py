@@ -35,7 +35,6 @@ CONFIG = CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
 )
 PROCESSOR = CLIPImageProcessorPil()
-# What the head predicts from a patch: whether an object covers it, and each word about the object.
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
 GROUPS = {
     attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
@@ -94,10 +93,9 @@ def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[Tensor]
 
 @torch.no_grad()
 def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
-    """Writes the tower, and returns the linear head's accuracy on held-out scenes, from 0 to 1.
+    """Writes the tower, and returns the head's accuracy on held-out scenes: of objects, by their patches' mean.
 
-    Each group's is over objects (by the mean over an object's patches), as is that of all four together, `whole`;
-    `patch` is of object or background, over patches.
+    `whole` is of all four groups together, `patch` of object or background, over patches.
     """
     copy.deepcopy(tower).half().save_pretrained(OUT)
     PROCESSOR.save_pretrained(OUT)

@@ -52,7 +52,6 @@ NOT_PROSE = (">>>", "...", "==", "--", "+-", "|")  # code examples, rules and ta
 
 
 def built_in_corpus() -> Iterator[str]:
-    """Yields jieba's words, docstrings without code examples, and words of image descriptions."""
     package = importlib.util.find_spec("jieba")  # not imported: that is slow and prints
     for line in Path(package.origin).with_name("dict.txt").read_text(encoding="utf-8").splitlines():
         word, frequency = line.split(" ")[:2]
