@@ -4,12 +4,9 @@
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
     python scripts/benchmark.py gpu                              some six minutes of a GPU: what its steps take, and why
     python scripts/benchmark.py checks                           its steps: no syncs, same losses, same bits, ...
-    python scripts/benchmark.py data --num_workers 16
-    python scripts/benchmark.py generate
 
 The data are synthetic, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
-or dialogues of 200 to 1500 (sft). Tower and decoder have their full size and random weights, which do not affect speed.
-Lines take turns, and the whole round is repeated, every measurement in a process of its own. "useful" is the share of
+or dialogues of 200 to 1500 (sft); tower and decoder have their full size, and random weights. "useful" is the share of
 tokens that are no padding, "product" that of a matrix product's GFLOP/s, which stands at the end (bfloat16 on CUDA).
 """
 
@@ -119,7 +116,6 @@ CHECKS = {
 
 
 def check(args: Namespace, line: str) -> dict:
-    """Returns what a check found; raises RuntimeError where it fails."""
     return {"found": CHECKS[line](speed.settings_of(args, "sft"))}
 
 
@@ -135,12 +131,10 @@ MEASUREMENTS = {
 
 
 def measure(what: str, args: Namespace) -> dict[str, dict]:
-    """Takes a measurement, prints its table, and returns each line's medians of all rounds, or {"failed": why}.
-
-    The lines take turns, so that another program slows all of them alike.
-    """
+    """Prints and returns each line's medians of all rounds, or {"failed": why}."""
     lines, function = MEASUREMENTS[what]
     lines = [line for line in lines if not (args.device.startswith("cuda") and "int8" in line)]
+    # The lines take turns, so that another program slows all of them alike.
     rows, table = {line: [] for line in lines}, {}
     for line in tqdm(lines * (1 if what in ("checks", "gpu") else args.repeats), leave=False):
         try:
@@ -178,8 +172,7 @@ def parse_arguments(argv=None) -> Namespace:
     add("--max_seq_len", type=number(int, 1), help="what the plain loop pads to (default: the stage's)")
     add("--steps", type=number(int, 1), help="timed steps of each line (default: 3; 50 on CUDA)")
     add("--repeats", type=number(int, 1), default=3, help="rounds through all lines; medians are shown")
-    workers = "of the loader (default: one per core, two fewer on CUDA, at most 16)"
-    add("--num_workers", type=number(int, 0), help=workers)
+    add("--num_workers", type=number(int, 0), help="of the loader (default: a core each, on CUDA less 2; at most 16)")
     add("--json", type=file_path, help="write the figures there")
     args = parser.parse_args(argv)
     args.device = str(pick_device(args.device, 0, 1))
@@ -196,10 +189,8 @@ def main():
     args = parse_arguments()
     settings = {name: value for name, value in vars(args).items() if name not in ("what", "json")}
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{cores()} CPU cores"
-    print(
-        f"{platform.machine()}, {device}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n" + ", ".join(f"{name} {value}" for name, value in settings.items())
-    )
+    print(f"{platform.machine()}, {device}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
     results = {"settings": settings}
     for what in args.what:
         results[what] = measure(what, args)

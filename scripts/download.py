@@ -3,8 +3,6 @@
     python scripts/download.py sft_vlm          a trained model to talk to
     python scripts/download.py                  everything to train the small model
     python scripts/download.py tower pretrain   only these parts
-    python scripts/download.py sft_vlm --hidden_size 768
-    python scripts/download.py sft_vlm --source modelscope
     HF_ENDPOINT=https://MIRROR python scripts/download.py
 
 Weights bring the tower and tokenizer that they were trained with.
@@ -65,9 +63,7 @@ PARTS = {
     "llm": Part(V2, paths.SAVE_DIR, "the language model before any picture", ("llm_{}.pth",), OF_V2),
     "pretrain": Part(DATA, paths.DATASET_DIR, "pictures with captions", PRETRAIN),
     "sft": Part(DATA, paths.DATASET_DIR, "pictures with conversations", SFT),
-    "minimind-3v": Part(
-        V3, paths.SAVE_3V_DIR, "the trained model of the newest generation", ("sft_vlm_{}.pth",), OF_V3, 768
-    ),
+    "minimind-3v": Part(V3, paths.SAVE_3V_DIR, "the newest generation, trained", ("sft_vlm_{}.pth",), OF_V3, 768),
     "llm_3v": Part(V3, paths.SAVE_3V_DIR, "its language model before any picture", ("llm_{}.pth",), OF_V3, 768),
     "tower_3v": Part("jingyaogong/siglip2-base-p32-256-ve", paths.TOWER_3V_DIR, "its vision tower", TOWER),
     "tokenizer_3v": Part("jingyaogong/minimind-3v", paths.TOKENIZER_3V_DIR, "its tokenizer", TOKENIZER),

@@ -5,8 +5,7 @@
     python scripts/export.py --weight sft_vlm --to gguf         out/sft_vlm_512-gguf/: text model, mmproj, Modelfile
     python scripts/export.py --weight sft_vlm --picture a.jpg   out/a_224.png, which llama.cpp does not resize
 
-AutoModelForImageTextToText.from_pretrained("out/sft_vlm_512-hf") loads such a folder, and so does
-`python eval_vlm.py --load_from out/sft_vlm_512-hf`.
+`python eval_vlm.py --load_from out/sft_vlm_512-hf` loads such a folder, as transformers does.
 """
 
 import argparse

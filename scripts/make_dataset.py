@@ -4,10 +4,9 @@
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
     python scripts/make_dataset.py --mix a.jsonl=0.3 b.csv=1 --to my_data
 
-It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
-of it or nothing, and prints the commands that train on them. Every picture is
-decoded; one that is larger than --size is made smaller. Rows that cannot be
-used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
+It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all or nothing, and prints the commands that
+train on them. Every picture is decoded; one that is larger than --size is made smaller. Rows that cannot be used are
+listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
 """
 
 import argparse
@@ -48,15 +47,12 @@ LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 @dataclass
 class Made:
-    sources: list[tuple[str, int, int]] = field(default_factory=list)  # name, rows in it, rows taken
     rows: int = 0  # taken, good or bad
     bad_rows: int = 0
     keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
     linked: dict[int, int] = field(default_factory=dict)  # from a picture's hash to another's of the same row: `root`
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
-    pictures: int = 0  # distinct ones
-    picture_bytes: int = 0  # of their files
 
     def add(self, names: list[str]):
         """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
@@ -92,16 +88,15 @@ def held_out(made: Made, share: float) -> np.ndarray:
     return np.isin(roots, np.array(taken, dtype=np.uint64))
 
 
-def taken_rows(args: argparse.Namespace, made: Made) -> Iterator[tuple[str, dict | RowError, Path]]:
-    """Yields a share of each source's rows, chosen by a fixed seed, and counts them: place, row, pictures' folder."""
+def taken_rows(args: argparse.Namespace) -> Iterator[tuple[str, dict | RowError, Path]]:
+    """Yields a share of each source's rows, chosen by a fixed seed: place, row, pictures' folder."""
     for source, share in args.sources:
         images_path = args.images_path or (source if source.is_dir() else source.parent)
-        random, read, taken = Random(0), 0, 0
+        random, taken = Random(0), 0
         for read, (place, row) in enumerate(read_source(source), start=1):
             if random.random() < share * read - taken:  # what was taken stays within one row of the share
                 taken += 1
                 yield place if len(args.sources) == 1 else f"{source.name} {place}", row, images_path
-        made.sources.append((source.name, read, taken))
 
 
 def write_rows(args: argparse.Namespace, part: Path) -> Made:
@@ -115,7 +110,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
         tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        items = taken_rows(args, made)
+        items = taken_rows(args)
         while batch := list(itertools.islice(items, AHEAD * threads)):
             places, originals, folders = zip(*batch, strict=True)
             for place, row in zip(places, pool.map(convert, originals, folders), strict=True):
@@ -154,8 +149,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
         made = write_rows(args, part)
         is_held_out = held_out(made, args.heldout)
         made.held_out = int(is_held_out.sum())
-        sizes = [picture.stat().st_size for picture in (part / IMAGES).iterdir()]
-        made.pictures, made.picture_bytes = len(sizes), sum(sizes)
         for split, is_taken in (("train", ~is_held_out), ("heldout", is_held_out)):
             if is_taken.any():
                 with open(part / ROWS, "rb") as rows, open(part / f"{split}.jsonl", "wb") as out:
@@ -165,10 +158,9 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 
 def report(made: Made, folder: Path) -> list[str]:
+    sizes = [picture.stat().st_size for picture in (folder / IMAGES).iterdir()]
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
-    if any(taken < read for _, read, taken in made.sources):
-        facts["taken"] = ", ".join(f"{taken:,} of {read:,} rows of {name}" for name, read, taken in made.sources)
-    facts |= {"pictures": f"{made.pictures:,}, {made.picture_bytes / 1e6:,.2f} MB", "left out": "nothing"}
+    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
     if made.left_out:
         share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
         facts["left out"] = f"{share}, all listed in {LEFT_OUT} there"
@@ -205,13 +197,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}")
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
-    what = "take only this share of a source's rows, from 0 to 1"
-    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help=what)
+    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help="take 0 to 1 of a source's rows")
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    what = "shorter side that larger pictures get, in pixels"
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="shorter side of larger pictures, in pixels")
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)

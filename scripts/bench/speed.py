@@ -139,7 +139,6 @@ class Steps:
             self.step = CapturedStep(train_step, self.context, partial(pad_answers, batch_size=args.batch_size))
 
     def batches(self, sampler: Iterable | None = None) -> Iterator[dict]:
-        """Yields batches on the device, as the training loop gets them."""
         return load_batches(self.data, sampler or self.sampler, self.collate, self.device, self.workers)
 
     def take(self, batch: dict) -> torch.Tensor:
@@ -218,7 +217,6 @@ def model_flops(args: Namespace, total: dict, is_cached: bool) -> float:
 
     A matrix of N weights takes 2 N a token, causal attention 2 L^2 D forward. The backward pass takes as much again for
     the activations, and in SFT once more for the weights; a frozen tower has none.
-    `total` has samples, useful and learned tokens, and squares: the sum of the squared lengths.
     """
     config, layers = VLMConfig(hidden_size=args.hidden_size), LAYERS[args.hidden_size]
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -268,10 +266,7 @@ def measure_training(stage: str, args: Namespace, line: str) -> dict:
 
 
 def measure_gpu(args: Namespace, line: str) -> dict:
-    """Measures steps taken one way over batches that lie on the device, and what a matrix product makes (ceiling).
-
-    Prints what it finds at once, so that a run that is cut off leaves it.
-    """
+    """Measures steps over batches that lie on the device; prints at once, so that a run that is cut off leaves it."""
     stage, batch_size, way = GPU_LINES[line]
     args, device, seconds = settings_of(args, stage, batch_size), torch.device(args.device), 0.0
     if way == "plain":
@@ -325,10 +320,7 @@ def measure_loader(args: Namespace, line: str) -> dict:
 
 @torch.inference_mode()
 def measure_generate(args: Namespace, line: str) -> dict:
-    """Returns new tokens per second, greedy, and how many times those of transformers' own Llama of the same shape.
-
-    The two take turns, so that both run under the same load. Ours decodes as eval_vlm.py does.
-    """
+    """Returns new tokens per second, decoded greedily as by eval_vlm.py, and how many times those of a Llama."""
     device, batch = torch.device(args.device), int(line.split(",")[0].split()[1])
     config = VLMConfig(hidden_size=args.hidden_size, num_hidden_layers=LAYERS[args.hidden_size])
     torch.manual_seed(0)
@@ -339,6 +331,7 @@ def measure_generate(args: Namespace, line: str) -> dict:
     fixed = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     decode = partial(generate, ours, inputs, compiles="compiled" in line, **fixed)
     calls = decode, partial(llama.generate, **inputs, **fixed)
+    # In turns, so that both run under the same load.
     turns = [[timed(device, call)[0] for call in calls] for _ in range(1 + TURNS)]
     ours, llama = np.array(turns[1:]).T  # seconds
     return {"tokens/s": median(NEW_TOKENS * batch / ours), "x Llama": median(llama / ours)}

@@ -126,8 +126,8 @@ def embed(model: MiniMindForCausalLM, encoder: ChatEncoder, examples: list[Examp
     return embedded.masked_scatter(is_cell[..., None], vectors.to(embedded.dtype)), labels
 
 
-def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterator[tuple[str, Tensor]]:
-    """Yields the kind of text and the loss of each step, from training scenes, none twice.
+def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterator[Tensor]:
+    """Yields the loss of each step, from training scenes, none twice.
 
     Four in five scenes with one object are left out: they are learned long before those with two.
     """
@@ -136,14 +136,14 @@ def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterato
     scenes = (scene for scene in every_scene if len(scene.objects) == 2 or rng.random() < 0.2)
     for step in range(STEPS):
         if rng.random() < IN_A_SENTENCE:
-            name, examples = "loss in words", [in_a_sentence(next(scenes), rng) for _ in range(batch_size)]
+            examples = [in_a_sentence(next(scenes), rng) for _ in range(batch_size)]
         else:
             coarse = rng.random() > 0.1 + (step / STEPS > COARSE_UNTIL)
             stride, count = (2, batch_size) if coarse else (1, batch_size // 2)
-            name, examples = "loss in a grid", [in_a_grid(scenes, rng, noise, stride) for _ in range(count)]
+            examples = [in_a_grid(scenes, rng, noise, stride) for _ in range(count)]
         embedded, labels = embed(model, encoder, examples)
         learned = (labels.flatten() != -100).nonzero()[:, 0]
-        yield name, model(inputs_embeds=embedded, labels=labels, learned_positions=learned).loss
+        yield model(inputs_embeds=embedded, labels=labels, learned_positions=learned).loss
 
 
 @torch.no_grad()

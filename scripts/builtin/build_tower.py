@@ -12,8 +12,6 @@ import io
 import json
 import math
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from functools import partial
@@ -37,7 +35,6 @@ CONFIG = CLIPVisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
 )
 PROCESSOR = CLIPImageProcessorPil()
-# What the head predicts from a patch: whether an object covers it, and each word about the object.
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
 GROUPS = {
     attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
@@ -45,7 +42,7 @@ GROUPS = {
 }
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
 STEPS, BATCH_SIZE = 1500, 32  # each example a new scene
-LOG_INTERVAL, SAVES = 50, 10  # steps; times a run
+SAVES = 10  # times a run
 SEED = 0  # of the initial weights and the texts
 OUT = BUILTIN_MODEL_DIR / "tower"
 
@@ -73,7 +70,7 @@ def patch_targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     return targets, learned
 
 
-def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[tuple[str, Tensor]]:
+def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[Tensor]:
     """Yields the loss of each step: the squared error of all targets, plus each group's cross-entropy on objects.
 
     The squared error makes the targets linear in the feature, which a projection into word embeddings needs; the
@@ -91,15 +88,14 @@ def training_losses(tower: CLIPVisionModel, head: nn.Linear) -> Iterator[tuple[s
         loss = squares[covered].mean() + squares[~covered].mean()
         for group in GROUPS.values():
             loss = loss + F.cross_entropy(6 * predicted[covered, group], targets[covered, group].argmax(dim=1))
-        yield "loss", loss
+        yield loss
 
 
 @torch.no_grad()
 def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
-    """Writes the tower, and returns the linear head's accuracy on held-out scenes, from 0 to 1.
+    """Writes the tower, and returns the head's accuracy on held-out scenes: of objects, by their patches' mean.
 
-    Each group's is over objects (by the mean over an object's patches), as is that of all four together, `whole`;
-    `patch` is of object or background, over patches.
+    `whole` is of all four groups together, `patch` of object or background, over patches.
     """
     copy.deepcopy(tower).half().save_pretrained(OUT)
     PROCESSOR.save_pretrained(OUT)
@@ -118,16 +114,12 @@ def save(tower: CLIPVisionModel, head: nn.Linear) -> dict:
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
-def train(groups: list[dict], losses: Iterable[tuple[str, Tensor]], steps: int, peak: float, save: Callable[[], dict]):
-    """Trains with AdamW, and prints losses, and held-out results, which `save` returns.
-
-    A group's "factor" scales its learning rate, which rises to `peak`. `losses` computes each when it is asked for.
-    """
+def train(groups: list[dict], losses: Iterable[Tensor], steps: int, peak: float, save: Callable[[], dict]):
+    """Trains with AdamW and prints what `save` returns; a group's "factor" scales its rate, which rises to `peak`."""
     warm_up = max(1, steps // 20)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     parameters = [weight for group in groups for weight in group["params"]]
-    started, recent = time.time(), defaultdict(list)
-    for done, (name, loss) in enumerate(losses, start=1):
+    for done, loss in enumerate(losses, start=1):
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 1 - warm_up) / max(1, steps - warm_up)))
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * peak * (done / warm_up if done <= warm_up else decay)
@@ -135,13 +127,8 @@ def train(groups: list[dict], losses: Iterable[tuple[str, Tensor]], steps: int, 
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        recent[name].append(loss.item())
-        if done % LOG_INTERVAL == 0:
-            means = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in sorted(recent.items()))
-            print(f"step {done} {means} {time.time() - started:.0f} s", flush=True)
-            recent.clear()
         if done % max(1, steps // SAVES) == 0 or done == steps:
-            print(f"held-out scenes: {json.dumps(save())}", flush=True)
+            print(f"step {done}, loss {loss.item():.4f}, held-out scenes: {json.dumps(save())}", flush=True)
 
 
 def main():

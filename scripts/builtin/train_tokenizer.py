@@ -14,7 +14,6 @@ import importlib.util
 import re
 import sys
 import sysconfig
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +52,6 @@ NOT_PROSE = (">>>", "...", "==", "--", "+-", "|")  # code examples, rules and ta
 
 
 def built_in_corpus() -> Iterator[str]:
-    """Yields jieba's words, docstrings without code examples, and words of image descriptions."""
     package = importlib.util.find_spec("jieba")  # not imported: that is slow and prints
     for line in Path(package.origin).with_name("dict.txt").read_text(encoding="utf-8").splitlines():
         word, frequency = line.split(" ")[:2]
@@ -65,9 +63,7 @@ def built_in_corpus() -> Iterator[str]:
     for path in sorted(library.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
             continue
-        with tokenize.open(path) as source:
-            tree = ast.parse(source.read())
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = (" ".join(line.split()) for line in (ast.get_docstring(node) or "").splitlines())
                 text = "\n".join(line for line in lines if line and not line.startswith(NOT_PROSE))

@@ -199,10 +199,7 @@ def read_object(path: Path) -> Rows:
 
 
 def read_tar(path: Path) -> Rows:
-    """Reads a WebDataset: neighbouring files of one name up to the first dot are a row.
-
-    Its fields are those of the JSON, or the text as the caption, and the pictures' bytes.
-    """
+    """Reads a WebDataset: a row is neighbouring files of one name up to the first dot, pictures with JSON or text."""
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
@@ -284,8 +281,7 @@ READERS = {
 def make_row(row: dict | RowError, images_path: Path, question: str | None, size: int, folder: Path) -> dict | RowError:
     """Makes a row of this project, and writes each distinct picture once, under the hash of its content, to `folder`.
 
-    Several threads may call it at once: they write the same content under the same name. `question` is asked where
-    there is only a caption or a label (None: the form's own). Pictures get a shorter side of at most `size` pixels.
+    Several threads may call it at once: they write the same content under the same name.
     Returns {"image": names in `folder`, "conversations"}; a RowError if the row cannot be learned from.
     """
     if isinstance(row, RowError):
@@ -332,10 +328,10 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
 
 
 def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
-    """Returns the kind (JPEG or PNG) and content of a picture's file as training is to read it.
+    """Returns the kind (JPEG or PNG) and content of a picture's file as training reads it, or raises PictureError.
 
     A picture whose shorter side is longer than `size` becomes a JPEG of that size. Others lose nothing: an upright RGB
-    JPEG or PNG stays as it is, anything else becomes an RGB PNG. Raises PictureError if it cannot be decoded.
+    JPEG or PNG stays as it is, anything else becomes an RGB PNG.
     """
     with pictures.open_picture(content, name) as image:
         kind, is_small = image.format, min(image.size) <= size

@@ -152,9 +152,7 @@ def linear_as_mlp(weight: torch.Tensor, bias: torch.Tensor, class_state: torch.T
 
     y = gelu(y) - gelu(-y), as gelu(a) - gelu(-a) = a. With a class state, llama.cpp's input is a token's state s before
     the first layer, then its last state x, and gelu(gate - y) - gelu(gate) is added: gate(s) is far above every y for
-    the class token, where that is -y, and far below for patches, where it is 0.
-
-    `weight` is (hidden, width), `bias` (hidden,), `class_state` (width,), the class token's s.
+    the class token, where that is -y, and far below for patches, where it is 0. `class_state` is the class token's s.
     """
     size, width = weight.shape
     identity = torch.eye(size)
