@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import UsageError
 from common.paths import ROOT
 from scripts.report import find_run
-from trainer.report.page import ticks, write_report
+from trainer.report.page import line_chart, ticks, write_report
 
 pytest_plugins = ["tiny"]
 
@@ -207,6 +207,16 @@ def test_ticks_are_round_and_enclose_the_values():
     assert ticks(0, 0.001) == [0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001]
     assert ticks(0, 3) == [0, 1, 2, 3]
     assert ticks(-1.3, 2.2) == [-2, -1, 0, 1, 2, 3]
+
+
+def test_a_logarithmic_axis():
+    steep = [(1, 2.0), (2, 0.1), (3, 0.019)]
+    chart = line_chart("nats", {"training": steep}, may_be_log=True)
+    assert chart["unit"] == "nats, log scale"
+    marks = [text for _, _, anchor, text in chart["texts"] if anchor == "end"]
+    assert marks == ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
+    assert line_chart("nats", {"training": steep})["unit"] == "nats"
+    assert line_chart("nats", {"training": [(1, 8.0), (2, 0.0)]}, may_be_log=True)["unit"] == "nats"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ RECORDED = SIDECAR | {"config": {"*": PLAIN}}  # it is shown, not used
 WIDTH, HEIGHT = 420, 236  # of a chart: its labels stay readable on a phone, where it fills the screen
 LEFT, RIGHT, TOP, BOTTOM = 46, 410, 12, 206  # of the plotting area; the labels stand around it
 MOST_DOTS = 25  # of a curve: more would touch
+LOG_FROM = 20  # ratio of the highest value to the lowest from which an axis may be logarithmic
 
 
 @dataclass
@@ -106,10 +107,11 @@ def last_of(rows: list[dict], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if is_finite(row.get(key))), None)
 
 
-def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]]) -> dict | None:
+def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]], may_be_log=False) -> dict | None:
     """Lays out a chart over steps; None if no curve has a value.
 
-    `curves` are (step, value) points by name, at rising steps; None is a gap.
+    `curves` are (step, value) points by name, at rising steps; None is a gap. With `may_be_log` the axis need not show
+    zero, and is logarithmic if the values span a wide range.
 
     Returns "unit"; "ends", each curve's name and last value; "lines" (style, [(x, y), ...]), "dots" (style, x, y,
     tooltip) and "texts" (x, y, text-anchor, text). Styles are CSS classes; c1, c2 ... are the curves'.
@@ -118,10 +120,23 @@ def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]]) -> 
     if not shown:
         return None
     steps, values = zip(*shown, strict=True)
-    low, high = min(0.0, *values), max(0.0, *values)
-    marks = ticks(low, high if low < high else 1.0)
+    low, high = min(values), max(values)
+    if may_be_log and low > 0 and high / low >= LOG_FROM:
+        unit, low, high = f"{unit}, log scale", low / 1.2, high * 1.2
+        factors = (1, 2, 5) if high / low < 1000 else (1,)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        marks = [mark for mark in marks if low <= mark <= high]
+        y = axis(low, high, BOTTOM, TOP, math.log)
+    else:
+        if not may_be_log:
+            low, high = min(0.0, low), max(0.0, high)
+        if low == high:
+            low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1.0)
+        marks = ticks(low, high)
+        y = axis(marks[0], marks[-1], BOTTOM, TOP)
     last_step = max(1, *steps)
-    x, y = axis(0, last_step, LEFT, RIGHT), axis(marks[0], marks[-1], BOTTOM, TOP)
+    x = axis(0, last_step, LEFT, RIGHT)
     ends, lines, dots, texts = [], [], [], []
     for mark in marks:
         lines.append(("grid" if mark else "axis", [(LEFT, y(mark)), (RIGHT, y(mark))]))
@@ -143,9 +158,9 @@ def line_chart(unit: str, curves: dict[str, list[tuple[int, float | None]]]) -> 
     return {"unit": unit, "ends": ends, "lines": lines, "dots": dots, "texts": texts}
 
 
-def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Returns the function from values to drawing units."""
-    return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
+def axis(low: float, high: float, start: float, end: float, change: Callable = float) -> Callable[[float], float]:
+    """Returns the function from values to drawing units; `change` is math.log for a logarithmic axis."""
+    return lambda value: round(start + (end - start) * (change(value) - change(low)) / (change(high) - change(low)), 1)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -257,7 +272,7 @@ def write_report(out_dir: Path, name: str) -> Path:
     losses = {"training": points(rows, "loss"), "held out": points(held_out, "loss")}
     gaps = {"shuffled images": points(held_out, "gap_shuffled"), "no images": points(held_out, "gap_blind")}
     charts = {
-        "Loss": line_chart("nats per token", losses),
+        "Loss": line_chart("nats per token", losses, may_be_log=True),
         "Grounding gap": line_chart("nats per token", gaps),
         "Learning rate": line_chart("", {"learning rate": points(rows, "learning_rate")}),
         "Speed": line_chart("samples/s", {"speed": points(rows, "samples_per_second")}),

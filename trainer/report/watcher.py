@@ -99,8 +99,11 @@ class Watch:
         except (OSError, UsageError) as error:
             progress.log(f"warning: the descriptions of step {step} cannot be written, training continues: {error}")
             return
+        references = [sample["reference"] for sample in self.samples]
+        if len(set(answers)) == 1 < len(set(references)):
+            progress.log(f"step {step}  the same answer to all {len(answers)} pictures: {answers[0]}")
         if self.evaluator is None:
-            right = sum(sample["reference"] == answer for sample, answer in zip(self.samples, answers, strict=True))
+            right = sum(answer == reference for answer, reference in zip(answers, references, strict=True))
             progress.log(f"{right} of {len(answers)} pictures that were trained on are described word for word")
 
     def finish(self, progress: Progress, step: int):
