@@ -4,9 +4,10 @@
     python scripts/make_dataset.py llava.json --images_path coco --to my_data
     python scripts/make_dataset.py --mix a.jsonl=0.3 b.csv=1 --to my_data
 
-It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all or nothing, and prints the commands that
-train on them. Every picture is decoded; one that is larger than --size is made smaller. Rows that cannot be used are
-listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
+It writes my_data/train.jsonl, my_data/heldout.jsonl and my_data/images/, all
+of it or nothing, and prints the commands that train on them. Every picture is
+decoded; one that is larger than --size is made smaller. Rows that cannot be
+used are listed in my_data/left_out.txt; more than 1 % of them is exit status 1.
 """
 
 import argparse
@@ -197,11 +198,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}")
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
-    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help="take 0 to 1 of a source's rows")
+    add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help="take a share of a source, from 0 to 1")
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="shorter side of larger pictures, in pixels")
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of the shorter side that larger ones get")
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)

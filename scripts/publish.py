@@ -61,7 +61,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
-    add("--license", type=str.lower, required=True, help="hub id that data and starting weights allow: apache-2.0")
+    what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
+    add("--license", type=str.lower, required=True, help=what)
     add("--language", default="zh", help="language codes for the card, as zh or zh,en")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
