@@ -202,7 +202,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of the shorter side that larger ones get")
+    add(
+        "--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of the shorter side that larger ones get"
+    )
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
