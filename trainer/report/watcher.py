@@ -121,6 +121,14 @@ class Watch:
             progress.log(f"warning: the run's page cannot be written: {error}")
 
 
+def share_of_cores(seconds: float = 0.1) -> float:
+    """Returns the share of its threads' time that this process gets, from 0 to 1, measured over a moment."""
+    matrix, started, used = torch.ones(512, 512), time.perf_counter(), time.process_time()
+    while (passed := time.perf_counter() - started) < seconds:
+        matrix @ matrix
+    return (time.process_time() - used) / (passed * torch.get_num_threads())
+
+
 def print_header(watch: Watch, data: VLMDataset, features: FeatureFolder | None, steps: str, is_compiled: bool):
     """Prints files, sizes and settings of the run."""
     run, model, evaluator = watch.run, watch.model, watch.evaluator
@@ -159,13 +167,8 @@ def print_header(watch: Watch, data: VLMDataset, features: FeatureFolder | None,
     total, learned = model.num_parameters(), model.num_parameters(only_trainable=True)  # the tied head counts once
     recipe = f" (the {run.bundle.name} recipe)" if run.bundle.recipes.get(run.stage.name) else ""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type.upper()
-    load = ""
-    if run.device.type == "cpu":  # measured for a tenth of a second
-        matrix, started, used = torch.ones(512, 512), time.perf_counter(), time.process_time()
-        while (passed := time.perf_counter() - started) < 0.1:
-            matrix @ matrix
-        share = (time.process_time() - used) / (passed * torch.get_num_threads())
-        load = f"; it gets {share:.0%} of its cores' time: do other programs run?" if share < MUCH else ""
+    share = share_of_cores() if run.device.type == "cpu" else 1.0
+    load = f"; it gets {share:.0%} of its cores' time: do other programs run?" if share < MUCH else ""
     lines = {
         "starts from": start,
         "writes": display_path(run.files.weights),
