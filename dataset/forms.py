@@ -264,7 +264,7 @@ def parse_turn(turn, number: int) -> dict:
 
 
 def parse_picture_names(value) -> list[str]:
-    """Returns the names in a row's `image`; RowError for others and upward paths (absolute ones: `why_missing`)."""
+    """Returns the names in a row's `image`; raises RowError for anything else, and for a path that leads upwards."""
     if value is None or value == "":
         return []
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value

@@ -237,8 +237,8 @@ def find_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None, buil
     matching = [path for path in of_size if is_path or builtin in (None, is_builtin(path))]
     if not matching:
         if of_size:
-            whose = "another model than the built-in one" if builtin else "the built-in model"
-            problem = f"{display_path(of_size[0])} was trained from {whose}, which this run is not about: name its "
+            origin = "another model than the built-in one" if builtin else "the built-in model"
+            problem = f"{display_path(of_size[0])} was trained from {origin}, which this run is not about: name its "
             problem += "data with --data_path, or its path with --from_weight."
         else:
             wanted = weight_io.weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"

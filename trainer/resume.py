@@ -82,9 +82,10 @@ class RunFiles:
                 raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
         return bool(earlier)
 
-    def keep_reports_aside(self, log: Callable[[str], None]):
-        """Renames an earlier run's reports; its weights and state at the first save, an unfinished run's at once."""
-        was_stopped = is_unfinished(self.state)
+    def keep_reports_aside(self, starts_over: bool, log: Callable[[str], None]):
+        """Renames an earlier run's reports; if --from_resume 0 leaves an unfinished run, its weights and state too."""
+        # Without that flag a run is finished, and its weights are renamed at the first save of this one.
+        was_stopped = starts_over and is_unfinished(self.state)
         has_weights = self.weights.exists() or self.state.exists()
         if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
             log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")

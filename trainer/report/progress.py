@@ -84,7 +84,7 @@ class Progress:
         self.bar.update(1)
 
     def report_if_due(self, state, epoch: int, learning_rate: float):
-        """Reports a step if it is due, skipped ones at once without a GPU; raises UsageError for too many in a row."""
+        """Reports if that is due, skipped steps at once on a CPU; UsageError if too many in a row were skipped."""
         args, step = self.run.args, state.step
         is_due = step == 1 or step % args.log_interval == 0 or state.sample == 0
         if not is_due and self.run.device.type == "cuda":
