@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
 
 
 def write_together(files: dict[Path, Callable[[BinaryIO], None]], then: Callable[[], object] = lambda: None):
-    """Does what `write_atomically` does for a folder's files: all are on disk before `then` is called, then renamed."""
+    """Replaces files of one folder: writes all to disk, calls `then`, and renames them in order; raises UsageError."""
     path = next(iter(files))
     try:
         with scratch_folder(path.parent) as scratch:
@@ -100,7 +100,7 @@ def discard(scratch: Path):
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, made_by: dict[str, str], overwrite: bool = True, flag: str = "") -> Iterator[Path]:
-    """Yields a folder to write to, which becomes `folder` at the end; whatever fails, none or the old one is there.
+    """Yields a folder to write to, which becomes `folder` at the end; if anything fails, the old one stays.
 
     An old one is replaced if `overwrite`, and only if its record shows that the same program wrote everything in it:
     `made_by` says what writes it, by a key that no other program has. `flag` is for messages. Raises UsageError.

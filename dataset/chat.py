@@ -62,7 +62,7 @@ class Text(NamedTuple):
 
 
 class ChatEncoder:
-    """Turns conversations into token ids in MiniMind's prompt form; raises ValueError if the tokenizer is not of it.
+    """Turns conversations into token ids in MiniMind's prompt form; raises ValueError if the tokenizer does not fit it.
 
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
     and ends nothing; the special tokens around each turn, and `image_tokens` placeholders for each image, are added by
@@ -96,7 +96,7 @@ class ChatEncoder:
             backend.encode_special_tokens = True  # pickling loses it
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
-        """Encodes turns that `parse_conversation` accepted; what a template refuses or changes gets a `problem`."""
+        """Encodes parsed conversations; one that another model's template refuses or changes gets a `problem`."""
         chats, pieces, texts = [], [], ([], [])
         for turns in conversations:
             chats.append(EncodedChat([], [], []))

@@ -84,7 +84,7 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
 
 
 def add_lora(model: nn.Module, rank: int):
-    """Freezes a decoder too large to train whole and puts low-rank adapters beside the matrices of its blocks.
+    """Freezes the decoder and adds trainable low-rank adapters to the matrices of its blocks.
 
     See https://arxiv.org/abs/2106.09685. `weight_files` merges them. Raises UsageError if peft is not installed.
     """

@@ -66,7 +66,7 @@ LORA_SCALE = 2  # of an adapter's product: peft's lora_alpha by the rank
 
 @dataclass
 class Weights:
-    """A weight file's content: tensors by name, the model's shape, and its sidecar ({}: the original's have none)."""
+    """A weight file's content: tensors by name, the model's shape, and its sidecar ({} for the original's files)."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -229,7 +229,7 @@ def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe)
 
 
 def load_into(model: MiniMindVLM, weights: Weights):
-    """Loads the weights; raises UsageError unless every tensor fits, and the tower is the one of their training."""
+    """Loads the weights; raises UsageError unless every tensor fits, and the tower is that of their training run."""
     expected_tower, tower = weights.sidecar.get("tower_sha256"), model.vision_encoder
     if None not in (expected_tower, tower) and expected_tower != tower_weights_sha256(tower):
         recorded = weights.sidecar.get("arguments", {}).get("vision_model_path")

@@ -59,7 +59,7 @@ class Score(NamedTuple):
 
 @functools.cache
 def parse_caption(text: str) -> list[dict[str, str]]:
-    """Returns for each object of a description its colour, shape, size and place, as far as found, in canonical words.
+    """Returns the colour, shape, size and place of each object in a description, as far as given, in canonical words.
 
     A clause that only names what the previous object lacks is added to that object.
     """
@@ -95,7 +95,7 @@ def score(texts: Sequence[str], scenes: Sequence[Sequence[Facts]]) -> Score:
 
 
 def chance(scenes: Sequence[Sequence[Facts]]) -> tuple[Score, Score]:
-    """Returns what guessing scores: other scenes' captions (the mean, as shuffled images), and the best caption."""
+    """Returns the scores of true captions of other scenes (mean over all of them), and of the best single caption."""
     others = [[grade(caption(told), objects) for objects in scenes if objects is not told] for told in scenes]
     # The best by attributes, then by captions.
     return Score.of(list(chain(*others))), max(map(Score.of, others))

@@ -320,7 +320,7 @@ def measure_loader(args: Namespace, line: str) -> dict:
 
 @torch.inference_mode()
 def measure_generate(args: Namespace, line: str) -> dict:
-    """Returns new tokens per second, decoded greedily as by eval_vlm.py, and how many times those of a Llama."""
+    """Returns new tokens per second, greedy as in eval_vlm.py, and their ratio to those of transformers' Llama."""
     device, batch = torch.device(args.device), int(line.split(",")[0].split()[1])
     config = VLMConfig(hidden_size=args.hidden_size, num_hidden_layers=LAYERS[args.hidden_size])
     torch.manual_seed(0)
