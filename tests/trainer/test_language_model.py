@@ -239,6 +239,14 @@ def test_what_the_export_cannot_express_is_refused(world, tmp_path):
     refused.refused("--llm_path starts from that language model: leave out --from_weight")
 
 
+def test_its_weights_may_have_the_name_that_a_run_starts_from(world, tmp_path):
+    folder, out = save_language_model(tmp_path / "llm", "smollm2"), tmp_path / "out"
+    files = ["--data_path", world.root / "pretrain.jsonl", "--images_path", world.images, "--save_dir", out]
+    files += ["--vision_model_path", world.tower, "--num_workers", 0, "--device", "cpu", "--eval_data", "none"]
+    world.run(PRETRAIN, *files, "--llm_path", folder, "--save_weight", "llm", "--epochs", 1).passed()
+    assert "llm_32.pth" in world.run(PRETRAIN, *files, "--epochs", 1).passed().out
+
+
 @pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
 def test_a_sentencepiece_tokenizer_gives_its_own_tokens(tmp_path, scheme):
     """As Llama 2's: a text gets a blank before it, whether at the start, always, or by the normalizer."""
