@@ -173,10 +173,18 @@ def test_pointing_at_a_word_shows_its_map(site, page):
     assert mask.is_visible()
 
 
+def set_length(page, tokens: int):
+    """Sets the longest answer, and waits until the page has taken it: a question at once might go out before."""
+    number, slider = page.get_by_label("Longest answer, tokens").all()
+    number.fill(str(tokens))
+    number.press("Tab")
+    page.wait_for_function("([slider, tokens]) => slider.value == tokens", arg=[slider.element_handle(), tokens])
+
+
 def test_an_answer_can_be_stopped(site, page):
     _, folder, _ = site
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("Longest answer, tokens").first.fill("1000")
+    set_length(page, 1000)
     page.locator("#question input[type=file]").set_input_files(str(folder / "red.png"))
     page.wait_for_selector("#question .thumbnail-item")
     page.fill(QUESTION, "Go on and on")
@@ -228,12 +236,11 @@ def test_a_request_that_is_too_large_is_refused(site):
 def test_a_second_request_waits_for_the_first(site, page):
     """A click on an example while an answer is generated: the two do not mix."""
     page.get_by_text("Settings", exact=True).click()
-    length = page.get_by_label("Longest answer, tokens").first
-    length.fill("400")
+    set_length(page, 400)
     page.fill(QUESTION, "Go on and on")
     page.press(QUESTION, "Enter")
     page.wait_for_selector(".words")
-    length.fill("8")
+    set_length(page, 8)
     page.locator("#examples img").first.click()
     page.wait_for_function("document.querySelectorAll('.question').length == 2")
     assert re.match(r"\d+ tokens", page.locator(".answer .note").first.inner_text())  # the first has ended
