@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                  everything but gpu
     python scripts/benchmark.py pretrain sft --device cpu --json benchmark.json
-    python scripts/benchmark.py gpu                              some six minutes of a GPU: what its steps take, and why
+    python scripts/benchmark.py gpu                              some eight minutes of a GPU: what its steps take
     python scripts/benchmark.py checks                           its steps: no syncs, same losses, same bits, ...
 
 The data are synthetic, in the shape of the published set: 128 x 128 JPEG images, captions of 20 to 80 tokens (pretrain)
