@@ -1,7 +1,8 @@
 """Another stage, added from outside: direct preference optimisation (Rafailov et al. 2023).
 
 A row has a second, "rejected" answer to its last question. The loss is over pairs, beside a frozen reference model; the
-metric is the share of misordered pairs. Without its test, this file is all it takes:
+metric is the share of misordered pairs. Without its test, this file is all it takes, as a script in the project's
+folder:
 
     python my_dpo.py --data_path pairs.jsonl --images_path pictures --beta 0.1
 """
