@@ -340,6 +340,6 @@ def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
     weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
     assistant = SimpleNamespace(loaded=SimpleNamespace(knows_only_scenes=False, weights=weights))
     _, _, said = web_page.Handlers(assistant, {}, [], None).start(None, SimpleNamespace(headers={}))
-    expected = "You talk to out/mine.pth. Stage sft trained it on 12,345 rows and 678 pictures of photos.jsonl."
+    expected = "You talk to out/mine.pth. It was trained on 12,345 rows and 678 pictures of photos.jsonl (stage sft)."
     assert said == f'<p class="note">{expected}</p>'
     assert web_page.TEXTS["en"].keys() == web_page.TEXTS["zh"].keys()
