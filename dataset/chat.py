@@ -1,11 +1,9 @@
 """A language model's tokenizer, and conversations as its token ids: learned spans, and where images stand."""
 
+import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +32,6 @@ IMAGE_PAD = "<|image_pad|>"
 IMAGE_NAMES = ("image_pad", "image", "reserved", "unused")  # in names of special tokens, the best first
 THINK, END_OF_THINKING = "<think>", "</think>"
 SLOT, SLOTS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # stands for a turn's text in a rendering
-IMAGES = re.compile(f"({IMAGE_TAG})")
 IMAGE, ANSWER, END = -1, -2, -3  # marks between texts and ids (0 and up): an image, an answer's begin and end
 
 
@@ -42,23 +39,12 @@ class RowError(ValueError):
     """A row that cannot be learned from; the message says why."""
 
 
-@dataclass
-class EncodedChat:
+class EncodedChat(NamedTuple):
     """A conversation as token ids."""
 
     input_ids: list[int]
     learned: list[tuple[int, int]]  # spans [start, end) of them
     image_starts: list[int]  # each image's first position
-    problem: str = ""  # why it cannot be used
-
-
-class Text(NamedTuple):
-    """A part of a conversation that is tokenised by itself."""
-
-    text: str
-    goes_on: bool = False  # continues the text before it: no blank is put before it
-    left: str = ""  # a character that is tokenised with it, and taken off again
-    right: str = ""
 
 
 class ChatEncoder:
@@ -66,10 +52,8 @@ class ChatEncoder:
 
     The text is tokenised turn by turn with special tokens switched off, so `<|im_end|>` typed by a user is plain text
     and ends nothing; the special tokens around each turn, and `image_tokens` placeholders for each image, are added by
-    their ids.
-
-    With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no default system
-    turn, and every answer begins with a think block, its own or an empty one.
+    their ids. With minimind-3v's tokenizer an image's placeholder is the special token `<|image_pad|>`, there is no
+    default system turn, and every answer begins with a think block, its own or an empty one.
     """
 
     open_thinking = False  # whether an answer begins within its think block
@@ -79,6 +63,7 @@ class ChatEncoder:
         self.begin_id, self.end_id, self.pad_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.user_marks = f"{tokenizer.bos_token}user\n", tokenizer.eos_token
         self.is_3v = self.can_think = has_image_pad(tokenizer)
+        self.beside = "" if self.is_3v else IMAGE_CHARACTER
         self.backends = [text_backend(tokenizer)] * 2
         texts = [f"{left}@@@{right}" for left in NEIGHBOUR_TEXTS for right in NEIGHBOUR_TEXTS]
         encodings = self.backends[0].encode_batch(texts, add_special_tokens=False)
@@ -96,27 +81,22 @@ class ChatEncoder:
             backend.encode_special_tokens = True  # pickling loses it
 
     def encode(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[EncodedChat]:
-        """Encodes parsed conversations; one that another model's template refuses or changes gets a `problem`."""
-        chats, pieces, texts = [], [], ([], [])
+        """Encodes parsed conversations; raises RowError if another model's template refuses or changes one."""
+        chats = []
         for turns in conversations:
-            chats.append(EncodedChat([], [], []))
             try:
-                pieces.append(self.pieces(turns, add_generation_prompt))
+                pieces = self.pieces(turns, add_generation_prompt)
             except Exception as error:  # a template may refuse a conversation by any exception
-                chats[-1].problem = str(error) or type(error).__name__
-                pieces.append([])
-            for piece in pieces[-1]:
-                if isinstance(piece, Text):
-                    texts[piece.goes_on].append(piece.left + piece.text + piece.right)
-        # Many texts at once: the tokenizer works on them in parallel.
-        together = zip(self.backends, texts, strict=True)
-        encodings = [iter(backend.encode_batch(some, add_special_tokens=False)) for backend, some in together]
-        for chat, of_chat in zip(chats, pieces, strict=True):
-            ids = chat.input_ids
-            for piece in of_chat:
-                if isinstance(piece, Text):
-                    found = next(encodings[piece.goes_on]).ids
-                    ids += found[len(piece.left) : len(found) - len(piece.right)]
+                raise RowError(str(error) or type(error).__name__) from error
+            chats.append(chat := EncodedChat([], [], []))
+            ids, before = chat.input_ids, None
+            for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+                if isinstance(piece, str):
+                    # What is beside an image is tokenised as beside its placeholder, which is taken off again.
+                    left, right = self.beside * (before == IMAGE), self.beside * (after == IMAGE)
+                    backend = self.backends[isinstance(before, str)]
+                    found = backend.encode(left + piece + right, add_special_tokens=False).ids
+                    ids += found[len(left) : len(found) - len(right)]
                 elif piece == IMAGE:
                     chat.image_starts.append(len(ids))
                     ids += [self.image_token_id] * self.image_tokens
@@ -126,42 +106,35 @@ class ChatEncoder:
                     chat.learned.append((start, len(ids)))
                 else:
                     ids.append(piece)
+                before = before if piece in (ANSWER, END) else piece
         return chats
 
-    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
+    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[str | int]:
         """Returns a conversation as texts, ids of special tokens, and IMAGE, ANSWER and END."""
         if not self.is_3v and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
-        pieces, newline, beside = [], Text("\n"), "" if self.is_3v else IMAGE_CHARACTER
+        pieces = []
         for turn in turns:
-            pieces.append(self.begin_id)
             role, content = turn["role"], turn["content"]
             if role == "assistant":
                 # An answer is tokenised apart from its header: generation continues after the header, so no token that
                 # is learned may span the two.
                 answer = with_thinking(turn) if self.is_3v else content
-                pieces += [Text("assistant\n"), ANSWER, Text(answer), self.end_id, newline, END]
+                pieces += [self.begin_id, "assistant\n", ANSWER, answer, self.end_id, "\n", END]
                 continue
             if turn.get("functions") is not None:  # as the tokenizer's own template lists them
                 content = self.tokenizer.apply_chat_template([turn], tools=turn["functions"], tokenize=False)
                 content = content.removeprefix(f"{self.tokenizer.bos_token}system\n")
                 content = content.rpartition(self.tokenizer.eos_token)[0]
-            texts = f"{role}\n{content}".split(IMAGE_TAG) if role == "user" else [f"{role}\n{content}"]
-            for number, text in enumerate(texts):
-                if number:
-                    pieces.append(IMAGE)
-                # What is beside an image is tokenised as beside its placeholder.
-                pieces.append(Text(text, left=beside * (number > 0), right=beside * (number < len(texts) - 1)))
-            pieces += [self.end_id, newline]
+            text = f"{role}\n{content}"
+            pieces += [self.begin_id, *(with_marks(text) if role == "user" else [text]), self.end_id, "\n"]
         if add_generation_prompt:
             block = f"{THINK}\n" if self.open_thinking else with_thinking({"content": ""})
-            pieces += [self.begin_id, Text(f"assistant\n{block if self.is_3v else ''}")]
+            pieces += [self.begin_id, f"assistant\n{block if self.is_3v else ''}"]
         return pieces
 
     def truncate(self, chat: EncodedChat, max_length: int) -> EncodedChat:
         """Returns the first `max_length` tokens; raises RowError if an image is cut off, or nothing left to learn."""
-        if chat.problem:
-            raise RowError(chat.problem)
         end = chat.image_starts[-1] + self.image_tokens if chat.image_starts else 0
         if end > max_length:
             raise RowError(f"an image is cut off: it ends at token {end}, max_seq_len is {max_length}")
@@ -177,18 +150,17 @@ class TemplateEncoder(ChatEncoder):
     The template is rendered with a mark in place of each turn's text, which tells what stands around the texts. The
     same must come out as when it renders the conversation itself. Learned is each answer, with the special token that
     ends it. A prompt ends where the template's own does, if an answer follows that, else where the answer begins.
-
     The tokenizer has `image_placeholder` among its tokens. Raises ValueError if its template cannot be used.
     """
 
-    is_3v = False
+    is_3v, beside = False, ""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int):
         self.tokenizer, self.image_tokens, self.image_token_id = tokenizer, image_tokens, image_token_id(tokenizer)
-        # The second is for a text that no special token precedes.
-        self.backends = [text_backend(tokenizer, {"first"}), text_backend(tokenizer, {"first", "always"})]
-        self.can_think, self.skeletons = "enable_thinking" in tokenizer.chat_template, {}
-        self.render = partial(tokenizer.apply_chat_template, tokenize=False)
+        # The second is for a text that goes on from another, an answer from the words before it.
+        self.backends = [text_backend(tokenizer, ("first",)), text_backend(tokenizer, ("first", "always"))]
+        self.can_think = "enable_thinking" in tokenizer.chat_template
+        self.render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
         self.special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(self.special, key=len, reverse=True)
         self.splits = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -203,28 +175,26 @@ class TemplateEncoder(ChatEncoder):
         # Around a user's text: from the last special token before it, and what follows.
         self.user_marks = "".join(self.splits.split(before)[-2:]), between + lead
 
+    @functools.cache  # noqa: B019 (an encoder is used to the end)
     def skeleton(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
         """Returns what stands around the texts of turns of these roles, after an empty text before the first.
 
-        That is, for each: the blanks before it that the model writes itself, as the template's own prompt ends before
-        them; and what follows it.
+        For each: blanks that the model writes itself, as the template's own prompt ends before them; what follows it.
         """
-        if roles not in self.skeletons:
-            turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
-            whole = self.render(turns)
-            parts = SLOTS.split(whole)
-            if parts[1::2] != [str(number) for number in range(len(roles))]:
-                raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
-            around, leads = parts[::2], [""] * len(parts[::2])
-            for number in (number for number, role in enumerate(roles) if role == "assistant"):
-                prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
-                lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
-                leads[number + 1] = "" if lead.strip() else lead
-                around[number] = around[number].removesuffix(leads[number + 1])
-            self.skeletons[roles] = list(zip(leads, around, strict=True))
-        return self.skeletons[roles]
+        turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
+        whole = self.render(turns)
+        parts = SLOTS.split(whole)
+        if parts[1::2] != [str(number) for number in range(len(roles))]:
+            raise RowError(f"the language model's chat template takes no turns of {', '.join(roles)}")
+        around, leads = parts[::2], [""] * len(parts[::2])
+        for number in (number for number, role in enumerate(roles) if role == "assistant"):
+            prompt = self.render(turns[:number], add_generation_prompt=True, enable_thinking=False)
+            lead = whole[len(prompt) : whole.index(turns[number]["content"])] if whole.startswith(prompt) else ""
+            leads[number + 1] = "" if lead.strip() else lead
+            around[number] = around[number].removesuffix(leads[number + 1])
+        return list(zip(leads, around, strict=True))
 
-    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[Text | int]:
+    def pieces(self, turns: list[dict], add_generation_prompt: bool) -> list[str | int]:
         """As a ChatEncoder's; raises RowError if the template renders the conversation otherwise."""
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         thinks = add_generation_prompt and self.open_thinking
@@ -246,7 +216,7 @@ class TemplateEncoder(ChatEncoder):
                 answer_at = len(pieces)
                 pieces += [ANSWER, text, *after[:2], END, *after[2:]]
             else:
-                pieces += [IMAGE if part == IMAGE_TAG else part for part in IMAGES.split(text)] + after
+                pieces += with_marks(text) + after
         if rest:
             raise changed
         if thinks:
@@ -255,13 +225,11 @@ class TemplateEncoder(ChatEncoder):
         elif add_generation_prompt:
             del pieces[answer_at:]
         merged = []
-        for is_text, group in groupby((piece for piece in pieces if piece != ""), lambda piece: isinstance(piece, str)):
-            if is_text:
-                # An answer goes on from the text before it, other texts come after a special token.
-                goes_on = merged[-1:] == [ANSWER] and isinstance(merged[-2:][0], Text)
-                merged.append(Text("".join(group), goes_on))
-            else:
-                merged += group
+        for piece in pieces:
+            if isinstance(piece, str) and merged and isinstance(merged[-1], str):
+                merged[-1] += piece
+            elif piece != "":
+                merged.append(piece)
         return merged
 
     def split(self, text: str) -> list[str | int]:
@@ -274,7 +242,7 @@ def encoder_for(tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> ChatEn
     return (TemplateEncoder if uses_template(tokenizer) else ChatEncoder)(tokenizer, image_tokens)
 
 
-def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: frozenset[str] = frozenset()) -> Tokenizer:
+def text_backend(tokenizer: PreTrainedTokenizerBase, schemes: tuple[str, ...] = ()) -> Tokenizer:
     """Returns a copy that reads special tokens as text, never cuts or pads, and adds no blank by these schemes."""
 
     def without_prefix(part: dict) -> dict:
@@ -300,24 +268,27 @@ def uses_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def image_placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the token for an image's patches: another language model's own, or one that its template does not use."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not uses_template(tokenizer):
-        return IMAGE_PAD if has_image_pad(tokenizer) else IMAGE_CHARACTER
+        return IMAGE_PAD if IMAGE_PAD in special else IMAGE_CHARACTER
     if own := getattr(tokenizer, "image_token", None):
         return own
-    free = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    free = [name for name in free if name not in tokenizer.chat_template and name not in tokenizer.all_special_tokens]
+    used = {*tokenizer.all_special_tokens}
+    free = [name for name in special if name not in tokenizer.chat_template and name not in used]
     return next((name for part in IMAGE_NAMES for name in free if part in name), IMAGE_TAG)
 
 
 def has_image_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tells whether the tokenizer is minimind-3v's, by its special token for images."""
-    added = tokenizer.added_tokens_decoder.values()
-    return not uses_template(tokenizer) and any(token.content == IMAGE_PAD and token.special for token in added)
+    return not uses_template(tokenizer) and image_placeholder(tokenizer) == IMAGE_PAD
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the id of an image's placeholder."""
     return tokenizer.backend_tokenizer.token_to_id(image_placeholder(tokenizer))
+
+
+def with_marks(text: str) -> list[str | int]:
+    return [IMAGE if part == IMAGE_TAG else part for part in re.split(f"({IMAGE_TAG})", text)]
 
 
 def with_thinking(turn: dict) -> str:

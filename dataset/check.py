@@ -8,7 +8,6 @@ Nothing is trained and no weights are needed. The exit status is 0 if training w
 would refuse it. The tokenised rows are cached, so training with the same tokenizer and max_seq_len starts at once.
 """
 
-import argparse
 import itertools
 import re
 import sys
@@ -29,7 +28,7 @@ from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR,
 from dataset.chat import has_image_pad, load_tokenizer
 from dataset.formats import hash_63, quiet_libraries
 from dataset.forms import RIGHT_FORM
-from dataset.lm_dataset import VLMDataset, bad_rows_limit
+from dataset.lm_dataset import VLMDataset, bad_rows_limit, text_of
 from dataset.pictures import PictureError, load_picture
 from model.model_vlm import MINIMIND_3V, VLMConfig
 
@@ -41,7 +40,7 @@ TOKENIZERS = (place_of(TOKENIZER_DIR), place_of(TOKENIZER_3V_DIR), BUILTIN_TOKEN
 IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_patches"]
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv=None):
     parser = ArgumentParser(prog="python -m dataset.check", description=__doc__)
     add, tokenizers = parser.add_argument, ", ".join(map(display_path, TOKENIZERS))
     add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
@@ -57,7 +56,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def overview(data: VLMDataset) -> dict[str, str]:
-    """Returns the counts by name: rows, pictures, tokens, lengths, what is cut, duplicates."""
     bad, blank = len(data.bad_rows), len(data.rows) - data.row_count
     facts = {"rows": f"{data.row_count:,}: {len(data):,} good, {bad:,} bad"}
     facts["rows"] += f" ({percent(bad, data.row_count)})" if bad else ""
@@ -92,11 +90,15 @@ def overview(data: VLMDataset) -> dict[str, str]:
 
 def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
     """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
-    answers, runs, found = [], defaultdict(list), []
-    for row in data.read_rows(data.row_indices[:BATCH].tolist()):
-        spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
-        answers += [row["input_ids"][start:end] for start, end in spans]
-    text = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+    def script_of(character: str) -> str:  # "" for spaces, digits and the like
+        category = unicodedata.category(character)
+        is_emoji = category == "So" and character != "\ufffd"  # half a character, where a row is cut
+        return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
+
+    rows = map(text_of, data.read_rows(data.row_indices[:BATCH].tolist()))
+    answers = [row["input_ids"][row["labels"] != -100] for row in rows]
+    text, runs, found = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True)), defaultdict(list), []
     for script, run in itertools.groupby(text, script_of):
         runs[script].append("".join(run))
     for script, texts in runs.items():
@@ -108,15 +110,7 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
     return {"words": f"{', '.join(found)} {what}"} if found else {}
 
 
-def script_of(character: str) -> str:
-    """Names a letter's script, such as cyrillic; "emoji" for pictograms, "" for spaces, digits and the like."""
-    category = unicodedata.category(character)
-    is_emoji = category == "So" and character != "\ufffd"  # half a character, where a row is cut
-    return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
-
-
 def places(data: VLMDataset, lines: list) -> str:
-    """Names the first few of these lines."""
     place = ("row" if data.is_parquet else "line") + ("" if len(lines) == 1 else "s")
     return f"{place} {', '.join(map(str, lines[:SHOWN_LINES]))}{', ...' if len(lines) > SHOWN_LINES else ''}"
 

@@ -30,10 +30,6 @@ CHECKSUM_BYTES = 16
 BATCH = 64  # pictures that are decoded and written together, and on CUDA encoded
 
 
-class FeatureCacheError(UsageError):
-    """The feature cache cannot be written."""
-
-
 class FeatureFolder:
     """Features by a picture's content (`VLMDataset.picture_keys`): files of a checksum and float16 (patches, width).
 
@@ -60,13 +56,13 @@ class FeatureFolder:
             with scratch_folder(self.path) as scratch:
                 yield scratch
         except OSError as error:
-            raise FeatureCacheError(
+            raise UsageError(
                 f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder "
                 "with --cache_vision, or say --cache_vision off"
             ) from error
 
     def make_room(self, keys: np.ndarray) -> int:
-        """Makes the folder; returns the bytes that missing features need; FeatureCacheError if they cannot be kept."""
+        """Makes the folder; returns the bytes that missing features need; UsageError if they cannot be kept."""
         needed = self.file_bytes * sum(not self._file(key).is_file() for key in {*keys.tolist()} - {0})
         with self._scratch_folder():
             if (free := shutil.disk_usage(self.path).free) < needed:
@@ -84,7 +80,7 @@ class FeatureFolder:
         return features.view(np.float16).reshape(self.shape) if is_whole else None
 
     def write(self, features: dict[int, np.ndarray]):
-        """Writes pictures' features, float16 (patches, width), by key; raises FeatureCacheError (the disk is full)."""
+        """Writes pictures' features, float16 (patches, width), by key; raises UsageError (the disk is full)."""
         with self._scratch_folder() as scratch:
             for key, of_image in features.items():
                 path, new = self._file(key), scratch / f"{key}"
@@ -96,7 +92,7 @@ class FeatureFolder:
 def compute_features(
     data: VLMDataset, folder: FeatureFolder, encode_images: Callable, device: torch.device, rank=0, ranks=1
 ):
-    """Computes this rank's share of the features that `folder` lacks; raises FeatureCacheError if it cannot be written.
+    """Computes this rank's share of the features that `folder` lacks; raises UsageError if it cannot be written.
 
     `encode_images` takes (images, 3, size, size) uint8 on `device` to (images, patches, width).
     """

@@ -1,7 +1,4 @@
-"""Kinds of data files, recognised by their content; what is wrong with a file; the lines of a jsonl.
-
-Training reads only jsonl and parquet; for the others its error names the command that converts them.
-"""
+"""Kinds of data files, by their content; what is wrong with one that training does not take; the lines of a jsonl."""
 
 import contextlib
 import csv
@@ -33,20 +30,14 @@ FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that d
 TABLE, LIST, TAR = "a table", "one JSON list", "a tar"
 LINES, OBJECT, PARQUET = "one JSON object a line", "one JSON object", "a parquet file"
 SHARDS, CLASSES = "a folder of data files", "a folder of pictures"
-TO_CONVERT = (FOLDER, CLASSES, SAVED, TABLE, LIST, OBJECT, TAR, SHARDS)
 COCO = re.compile(r'\s*\{\s*("(info|licenses|annotations)"|"images"\s*:\s*\[\s*\{\s*"(id|license|file_name)")')
 BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # of JPEG, PNG ...
 READABLE = (*PICTURE_FORMATS, "MPO")  # MPO: a JPEG of several pictures is read as the first
 PICTURE_SUFFIXES = {ending for ending, kind in Image.registered_extensions().items() if kind in READABLE}
 DELIMITERS = ",\t;|"  # a spreadsheet writes semicolons where the comma is the decimal point; Flickr30k bars
 NUMBER = re.compile(r"#\d+$")  # of a picture's caption, in Flickr8k
-HEAD = 1 << 16  # bytes that are looked at
 SHARD_ENDINGS = (".parquet", ".tar", ".tar.gz", ".tgz", ".jsonl", ".csv", ".tsv", ".txt")
 CHANGED = "changed while it was read: start again when it is complete"
-
-
-class DataError(UsageError):
-    """A data file that is missing, unreadable, or has too many bad rows."""
 
 
 def form_of_file(path: Path) -> str | None:
@@ -61,7 +52,7 @@ def form_of_file(path: Path) -> str | None:
             return SHARDS
         return CLASSES if found else None
     with open(path, "rb") as file:
-        head = file.read(HEAD)
+        head = file.read(1 << 16)
     if head.startswith(b"PAR1"):
         return PARQUET
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
@@ -118,7 +109,6 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def is_picture(name: str) -> bool:
-    """Tells whether a file name has the ending of a readable picture."""
     return Path(name).suffix.lower() in PICTURE_SUFFIXES
 
 
@@ -129,23 +119,22 @@ def command(source: str | Path) -> str:
 
 def check_names(path: Path, names: list[str]):
     """Raises UsageError if two columns have one name."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"{display_path(path)} has the column {printable(twice)} twice: rename or remove one of them")
+    if twice := [printable(name) for name in names if names.count(name) > 1]:
+        raise UsageError(f"{display_path(path)} has the column {twice[0]} twice: rename or remove one of them")
 
 
 def check_file(path: Path):
-    """Raises DataError unless this is a jsonl or parquet file that is not empty."""
+    """Raises UsageError unless this is a jsonl or parquet file that is not empty."""
     reason, form = not_a_file(path), None
     if reason == "no such file":
-        raise DataError(f"no such data file: {path}")
+        raise UsageError(f"no such data file: {path}")
     if reason is None or path.is_dir():
         try:
             form = form_of_file(path)
         except OSError as error:
             reason = error.strerror
     refused = {
-        f" is {form}. Convert it with:\n  {command(path)}": form in TO_CONVERT,
+        f" is {form}. Convert it with:\n  {command(path)}": form not in (None, LINES, PARQUET),
         " is a folder, not a data file": path.is_dir(),
         f" cannot be read: {reason}": reason is not None,
         ": a name with :: means something else to the library that reads it; rename the file": "::" in path.name,
@@ -154,11 +143,11 @@ def check_file(path: Path):
     }
     for why, is_so in refused.items():
         if is_so:
-            raise DataError(f"{path}{why}")
+            raise UsageError(f"{path}{why}")
 
 
 def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
-    """Returns the lines of a jsonl, memory-mapped, as `text`; raises DataError, or an error that `reading` explains."""
+    """Returns the lines of a jsonl, memory-mapped, as `text`; raises UsageError, or what `reading` explains."""
     check_file(data_path)
     # utf-8-sig: some editors on Windows begin a file with a byte order mark.
     how = {"encoding": "utf-8-sig", "encoding_errors": "replace", "split": "train", "cache_dir": cache_dir}
@@ -168,9 +157,9 @@ def load_lines(data_path: Path, cache_dir=None) -> datasets.Dataset:
         lines = datasets.load_dataset("text", data_files=files, name=key, **how)
     if content_key(data_path) != key:
         shutil.rmtree(Path(lines.cache_files[0]["filename"]).parent, ignore_errors=True)
-        raise DataError(f"{data_path} {CHANGED}")
+        raise UsageError(f"{data_path} {CHANGED}")
     if len(lines) == 0:
-        raise DataError(f"{data_path} has no rows")
+        raise UsageError(f"{data_path} has no rows")
     return lines
 
 
@@ -184,14 +173,14 @@ def reading(data_path: Path):
         named = str(getattr(cause, "filename", None) or "")
         is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not is_full and named in ("", str(data_path)):
-            raise DataError(f"{data_path} cannot be read: {cause}") from error
+            raise UsageError(f"{data_path} cannot be read: {cause}") from error
         cache, where = datasets.config.HF_DATASETS_CACHE, f" ({named})" if named else ""
         cure = f"{cause.strerror}{where}. Make room, or set HF_HOME to another folder"
-        raise DataError(f"the rows of {data_path} cannot be kept in {cache}: {cure}") from error
+        raise UsageError(f"the rows of {data_path} cannot be kept in {cache}: {cure}") from error
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
-        raise DataError(
+        raise UsageError(
             f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
             "then run the same command again"
         ) from error
@@ -206,7 +195,6 @@ def quiet_libraries(is_main: bool):
 
 @contextlib.contextmanager
 def without_bars():
-    """Hides the progress bars of `datasets`."""
     had_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

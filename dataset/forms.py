@@ -8,8 +8,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 from dataset.chat import IMAGE_TAG, RowError
 from dataset.prompts import NEWLINE, PROMPT, with_images
@@ -26,12 +26,10 @@ NUMBERED_TAG = re.compile(r"<image_\d+>")
 TOOL_CALLS = "it calls tools, and nothing here answers a call"
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>\s*")
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can escape a surrogate, but no file can hold it
-ROLES = {"human": "user", "gpt": "assistant"}
 CAT = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     fits: Callable[[dict], object]  # truthy for a row of this form; values are None where only columns are known
     # Returns a row's turns, {"role", "content"} with an `<image>` for each image, and its images: a name, several with
     # commas, a list of names or of files' bytes, or None. It raises RowError with what is wrong.
@@ -63,12 +61,10 @@ def parse_json(value, what: str = ""):
 
 
 def field(row: dict, names: tuple[str, ...]) -> str | None:
-    """Returns the first of the names that the row has."""
     return next((name for name in names if name in row), None)
 
 
 def form_of_row(row: dict) -> str | None:
-    """Names the form of a row."""
     return next((name for name, form in reversed(FORMS.items()) if form.fits(row)), None)
 
 
@@ -116,8 +112,7 @@ def read_asked(row: dict) -> tuple[list, object]:
         raise RowError("no picture is named")
     if not isinstance(question, str):
         raise RowError("the question is no text")
-    letters = filter(None, (field(row, (letter, letter.lower())) for letter in "ABCDEF"))
-    options = [f"{letter.upper()}. {row[letter]}" for letter in letters if row[letter]]
+    options = [f"{letter}. {row[name]}" for letter in "ABCDEF" for name in (letter, letter.lower()) if row.get(name)]
     asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
     answer = json.dumps(answer) if isinstance(answer, (bool, int, float)) else answer
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images
@@ -154,7 +149,7 @@ def read_turns(row: dict) -> tuple[list, object]:
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
         # Columns of roles and of contents, as older versions of `datasets` write a list of dicts.
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-    if not isinstance(turns, list):
+    if not isinstance(turns, list) or not turns:
         raise RowError("conversations is missing or not a list of turns")
     found, images = [], []
     for turn in turns:
@@ -163,8 +158,8 @@ def read_turns(row: dict) -> tuple[list, object]:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if isinstance(content, list):
                 content = NEWLINE.join(read_part(part, images) for part in content)
-            functions = turn.get("functions") or turn.get("tools") or None
-            turn |= {"role": ROLES.get(str(role), role), "content": content, "functions": functions}
+            role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
+            turn |= {"role": role, "content": content, "functions": turn.get("functions") or turn.get("tools") or None}
         found.append(turn)
     return found, images or row.get(field(row, PICTURE_FIELDS))
 
@@ -210,19 +205,35 @@ def parse_conversation(turns: list) -> list[dict]:
     user's turn, and a system turn keeps its `functions`; turns with either, and calls, are marked with `tool`.
     Raises RowError if it is not a conversation that can be learned from.
     """
-    if not turns:
-        raise RowError("conversations is missing or not a list of turns")
     parsed = []
     for number, turn in enumerate(turns, start=1):
-        turn = parse_turn(turn, number)
-        if parsed and turn["role"] == parsed[-1]["role"] == "user" and "tool" in turn and "tool" in parsed[-1]:
-            parsed[-1]["content"] += f"\n{turn['content']}"  # several tools after each other
-        else:
-            parsed.append(turn)
-    has_system = parsed[0]["role"] == "system"
-    for index, turn in enumerate(parsed[has_system:]):
-        if turn["role"] != (expected := ("user", "assistant")[index % 2]):
-            wrong = f"turn {index + has_system + 1} is of role {turn['role']!r}, expected {expected!r}"
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise RowError(f"turn {number} has no role")
+        role, content, calls = turn["role"], turn.get("content"), (turn.get("tool_calls") or "[]") != "[]"
+        content = "" if content is None and (calls or role == "system") else content
+        if not isinstance(content, str):
+            raise RowError(f"turn {number} has no text as content")
+        marks = {}
+        if role == "tool":
+            role, content, marks = "user", f"<tool_response>\n{content}\n</tool_response>", {"tool": True}
+            if parsed and parsed[-1]["role"] == "user" and "tool" in parsed[-1]:  # several tools after each other
+                content = f"{parsed.pop()['content']}\n{content}"
+        elif role == "system" and (functions := parse_json(turn.get("functions"), f"turn {number}: functions is ")):
+            if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+                raise RowError(f"turn {number}: functions is no list of objects")
+            marks = {"tool": True, "functions": functions}
+        elif role == "assistant":
+            content, empty_blocks = EMPTY_THINKING.subn("", content)
+            thought = turn.get("reasoning_content")
+            thought = thought if isinstance(thought, str) and thought.strip() else ""
+            marks = {"reasoning_content": thought} if empty_blocks or thought else {}
+            marks |= {"tool": True} if calls else {}
+        parsed.append({"role": role, "content": content} | marks)
+    roles = [turn["role"] for turn in parsed]
+    has_system = roles[:1] == ["system"]
+    for index, role in enumerate(roles[has_system:]):
+        if role != (expected := ("user", "assistant")[index % 2]):
+            wrong = f"turn {index + has_system + 1} is of role {role!r}, expected {expected!r}"
             # Tools come in orders that no prompt form has.
             raise RowError(TOOL_CALLS if any("tool" in turn for turn in parsed) else wrong)
     for number, turn in enumerate(parsed, start=1):
@@ -233,33 +244,8 @@ def parse_conversation(turns: list) -> list[dict]:
             raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {role!r}, not of the user")
         if HALF_A_PAIR.search(content + turn.get("reasoning_content", "")):
             raise RowError(f"turn {number} holds half a surrogate pair, which is no character")
-    if all(turn["role"] != "assistant" for turn in parsed):
+    if "assistant" not in roles:
         raise RowError("nothing to learn: no assistant turn")
-    return parsed
-
-
-def parse_turn(turn, number: int) -> dict:
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise RowError(f"turn {number} has no role")
-    role, content, calls = turn["role"], turn.get("content"), (turn.get("tool_calls") or "[]") != "[]"
-    content = "" if content is None and (calls or role == "system") else content
-    if not isinstance(content, str):
-        raise RowError(f"turn {number} has no text as content")
-    if role == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>", "tool": True}
-    parsed = {"role": role, "content": content}
-    if role == "system" and (functions := parse_json(turn.get("functions"), f"turn {number}: functions is ")):
-        if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
-            raise RowError(f"turn {number}: functions is no list of objects")
-        parsed |= {"tool": True, "functions": functions}
-    if role == "assistant":
-        parsed["content"], empty_blocks = EMPTY_THINKING.subn("", content)
-        thought = turn.get("reasoning_content")
-        thought = thought if isinstance(thought, str) and thought.strip() else ""
-        if empty_blocks or thought:
-            parsed["reasoning_content"] = thought
-        if calls:
-            parsed["tool"] = True
     return parsed
 
 
@@ -273,9 +259,8 @@ def parse_picture_names(value) -> list[str]:
     for name in names:
         if HALF_A_PAIR.search(name):
             raise RowError("a picture's name holds half a surrogate pair, which is no character")
-        path = PurePosixPath(name.replace("\\", "/"))
-        is_foreign = path.is_absolute() and not name.startswith("/")
-        if is_foreign or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if name.startswith("\\") or ".." in parts or PureWindowsPath(name).drive or "\0" in name:
             raise RowError(f"the picture's path leaves images_path: {name!r}")
     return names
 

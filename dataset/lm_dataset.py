@@ -1,7 +1,4 @@
-"""The training data: rows of a jsonl or parquet file to tensors, samples to a batch, and which rows are held out.
-
-A row is tokenised once and then memory-mapped, so a loader's worker only decodes images.
-"""
+"""The training data: rows of a jsonl or parquet file to tensors, samples to a batch, and which rows are held out."""
 
 import copy
 import functools
@@ -23,12 +20,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from common.errors import UsageError
 from dataset import formats
-from dataset.formats import DataError
 from dataset.forms import TOOL_CALLS
-from dataset.parquet import load_parquet
+from dataset.parquet import BAR_DELAY, load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, preprocess_image
-from dataset.rows import BLANK_LINE, KINDS, ROWS_PER_PROCESS, BadRow, Variation, tokenise_rows
+from dataset.rows import BLANK_LINE, KINDS, BadRow, Variation, tokenise_rows
 
 
 class VLMDataset(Dataset):
@@ -42,7 +39,7 @@ class VLMDataset(Dataset):
 
     The file is a jsonl of rows in a form of `dataset.forms`, whose pictures are in `images_path` (by default its own
     folder), or a parquet (`conversations`, `image_bytes`). An image takes `image_tokens` placeholders in the text.
-    Tokenised rows are cached in `cache_dir`, by default that of the `datasets` library. Raises DataError if a file or
+    Tokenised rows are cached in `cache_dir`, by default that of the `datasets` library. Raises UsageError if a file or
     folder is missing, unreadable or empty.
     """
 
@@ -77,10 +74,9 @@ class VLMDataset(Dataset):
             self.picture_names, numbers = shown.dictionary, shown.indices.to_numpy()
             self._picture_lists = pa.ListArray.from_arrays(by_row.offsets, shown.indices)
             if len(numbers) and not self.images_path.is_dir():
-                raise DataError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
+                raise UsageError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
             # Missing pictures are not cached with the tokens: they come and go.
-            is_quick = len(self.picture_names) < ROWS_PER_PROCESS
-            names = tqdm(self.picture_names.to_pylist(), "looking for pictures", unit=" pictures", disable=is_quick)
+            names = tqdm(self.picture_names.to_pylist(), "looking for pictures", unit=" pictures", delay=BAR_DELAY)
             missing = np.array([formats.why_missing(self.images_path, name) for name in names], dtype=object)[numbers]
             rows = np.repeat(np.arange(len(self.rows)), pc.list_value_length(by_row).to_numpy())
             for place in np.flatnonzero(missing):
@@ -171,7 +167,6 @@ class VLMDataset(Dataset):
 
     @property
     def picture_count(self) -> int:
-        """Images of all samples."""
         return int(self.image_counts.sum())
 
     @property
@@ -246,8 +241,8 @@ class VLMDataset(Dataset):
 
         keys = np.zeros(len(self.picture_names), dtype=np.int64)
         with ThreadPool() as pool:
-            hashes, is_quick = pool.imap(hash_of, shown.tolist(), 64), len(shown) < ROWS_PER_PROCESS
-            keys[shown] = list(tqdm(hashes, "reading pictures", len(shown), unit=" pictures", disable=is_quick))
+            hashes = pool.imap(hash_of, shown.tolist(), 64)
+            keys[shown] = list(tqdm(hashes, "reading pictures", len(shown), unit=" pictures", delay=BAR_DELAY))
         return keys
 
     def picture_source(self, number: int) -> tuple[Path | bytes, str]:
@@ -285,28 +280,18 @@ class VLMCollator:
         """
         skipped = [sample for sample in samples if isinstance(sample, PictureError)]
         samples = [sample for sample in samples if not isinstance(sample, PictureError)]
-        texts = {}
+        starts = [(row, start) for row, sample in enumerate(samples) for start in sample["image_starts"].tolist()]
+        batch = {"image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2), "skipped": skipped}
+        batch |= {"samples": len(samples), "tokens": sum(len(sample["input_ids"]) for sample in samples)}
         for name, filling in (("input_ids", self.pad_token_id), ("labels", -100)):
             sequences = [*(sample[name] for sample in samples), torch.zeros(0, dtype=torch.int64)]  # there may be none
-            batch = pad_sequence(sequences, batch_first=True, padding_value=filling)[:-1]
-            texts[name] = F.pad(batch, (0, -batch.shape[1] % self.multiple), value=filling)
-        learned_positions = (texts["labels"].flatten() != -100).nonzero()[:, 0]
-        starts = [(row, start) for row, sample in enumerate(samples) for start in sample["image_starts"].tolist()]
-        images = {
-            name: torch.cat([sample[name] for sample in samples if name in sample])
-            for name in ("pixel_values", "image_features", "unencoded")
-            if any(name in sample for sample in samples)
-        }
-        return {
-            **images,
-            **texts,
-            "image_starts": torch.tensor(starts, dtype=torch.int64).view(-1, 2),
-            "learned_positions": learned_positions,
-            "units": len(learned_positions),
-            "samples": len(samples),
-            "tokens": sum(len(sample["input_ids"]) for sample in samples),
-            "skipped": skipped,
-        }
+            padded = pad_sequence(sequences, batch_first=True, padding_value=filling)[:-1]
+            batch[name] = F.pad(padded, (0, -padded.shape[1] % self.multiple), value=filling)
+        for name in ("pixel_values", "image_features", "unencoded"):
+            if images := [sample[name] for sample in samples if name in sample]:
+                batch[name] = torch.cat(images)
+        learned_positions = (batch["labels"].flatten() != -100).nonzero()[:, 0]
+        return batch | {"learned_positions": learned_positions, "units": len(learned_positions)}
 
 
 def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
@@ -350,7 +335,6 @@ def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
 def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
     """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
     own, others = (rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout))
-    learned = data.read_rows(data.row_indices[np.isin(own, others)].tolist())
     measured = heldout.read_rows(heldout.row_indices[np.isin(others, own)].tolist())
-    learned = {tuple(row["input_ids"]) for row in learned}
+    learned = {tuple(row["input_ids"]) for row in data.read_rows(data.row_indices[np.isin(own, others)].tolist())}
     return sum(tuple(row["input_ids"]) in learned for row in measured)

@@ -1,7 +1,7 @@
-"""Imports a parquet file into the cache once: its rows, and its distinct pictures, both memory-mapped.
+"""Imports a parquet file into the cache once: its distinct pictures, and its rows, which name them by number.
 
-Several rows may show one picture. Parquet stores it once (dictionary encoding), but an Arrow copy of the rows holds it
-in each of them, several times the file's size. Here the rows name their pictures by number.
+Parquet stores a picture that several rows show once (dictionary encoding), but an Arrow copy of the rows holds it in
+each of them, several times the file's size.
 """
 
 import json
@@ -11,18 +11,20 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
+from common.errors import UsageError
 from common.files import flush, lock_of, scratch_folder
 from common.paths import display_path
 from dataset import formats, forms
-from dataset.formats import CHANGED, DataError, check_file, content_key, hash_63
+from dataset.formats import CHANGED, check_file, content_key, hash_63
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be imported differently
 BATCH, BATCHES = 100, 40  # rows that are read, and such batches that are written, at once
 BLOCK_BYTES = 1 << 26  # of pictures that are written at once
-BAR_ROWS = 20_000  # from here on a progress bar is shown
+BAR_DELAY = 2.0  # seconds of work after which a progress bar is shown
 ROWS = pa.schema(
     {
         "conversations": pa.string(),  # JSON text
@@ -37,23 +39,20 @@ PICTURES = pa.schema({"content": pa.binary(), "hash": pa.int64()})
 def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Returns a file's rows (ROWS) and distinct pictures (PICTURES), memory-mapped; the first call imports the file.
 
-    The cache lies in `cache_dir`, by default that of `datasets`. Raises DataError for a file that is missing, empty,
+    The cache lies in `cache_dir`, by default that of `datasets`. Raises UsageError for a file that is missing, empty,
     without its columns or changed meanwhile, and what `formats.reading` explains.
     """
     check_file(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / f"{content_key(path)}-{VERSION}"
-    if not folder.is_dir():
-        with lock_of(folder):
-            if not folder.is_dir():  # no other process was faster
-                import_file(path, folder)
-    tables = []
+    with lock_of(folder):  # another process may import the same file
+        if not folder.is_dir():
+            import_file(path, folder)
     try:
-        for name in ("rows", "pictures"):
-            table = datasets.table.MemoryMappedTable.from_file(str(folder / f"{name}.arrow"))
-            tables.append(datasets.Dataset(table, fingerprint=f"{name}-{folder.name}"))
+        tables = [MemoryMappedTable.from_file(str(folder / f"{name}.arrow")) for name in ("rows", "pictures")]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
-    return tuple(tables)
+        raise UsageError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
+    names = f"rows-{folder.name}", f"pictures-{folder.name}"
+    return tuple(datasets.Dataset(table, fingerprint=name) for table, name in zip(tables, names, strict=True))
 
 
 def import_file(path: Path, folder: Path):
@@ -65,9 +64,9 @@ def import_file(path: Path, folder: Path):
         if not {"conversations", column} <= set(names):
             is_known = forms.form_of_row(dict.fromkeys(names)) is not None
             hint = f". Convert it with:\n  {formats.command(path)}" if is_known else ""
-            raise DataError(f"{path} needs the columns conversations and image_bytes (or image), it has {names}{hint}")
+            raise UsageError(f"{path} needs the columns conversations and image_bytes (or image), it has {names}{hint}")
         if file.metadata.num_rows == 0:
-            raise DataError(f"{path} has no rows")
+            raise UsageError(f"{path} has no rows")
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         size = tqdm.format_sizeof(sum(group.total_byte_size for group in groups), suffix="B")
         print(f"{display_path(path)} is read once into the cache: it takes up to {size} in {folder.parent}", flush=True)
@@ -76,9 +75,9 @@ def import_file(path: Path, folder: Path):
                 write_tables(file, column, part)
             except TypeError as error:
                 cure = f"Convert base64 text or file names with:\n  {formats.command(path)}"
-                raise DataError(f"{path}: {column} must be a picture's bytes or a list of them. {cure}") from error
+                raise UsageError(f"{path}: {column} must be a picture's bytes or a list of them. {cure}") from error
             if not folder.name.startswith(content_key(path)):
-                raise DataError(f"{path} {CHANGED}")
+                raise UsageError(f"{path} {CHANGED}")
             for written in part.iterdir():
                 flush(written)
             part.rename(folder)
@@ -96,7 +95,7 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
         open(part / "pictures.arrow", "wb") as pictures_file,
         pa.ipc.new_stream(rows_file, ROWS) as row_writer,
         pa.ipc.new_stream(pictures_file, PICTURES) as picture_writer,
-        tqdm(desc="importing rows", total=rows, unit=" rows", disable=rows < BAR_ROWS, mininterval=every) as bar,
+        tqdm(desc="importing rows", total=rows, unit=" rows", delay=BAR_DELAY, mininterval=every) as bar,
     ):
         for batch in file.iter_batches(BATCH, columns=["conversations", image_column]):
             shown = []  # pictures, picture_hash and is_blank of each row
@@ -111,8 +110,6 @@ def write_tables(file: pq.ParquetFile, image_column: str, part: Path):
                 is_placeholder = len(keys) == 1 and first in blank
                 shown.append((None if files is None else [numbers[key] for key in keys], first, is_placeholder))
             texts = batch.column("conversations")
-            if pa.types.is_dictionary(texts.type):
-                texts = texts.dictionary_decode()
             if pa.types.is_nested(texts.type):
                 talks = texts.to_pylist()
                 texts = [talk if talk is None else json.dumps(talk, ensure_ascii=False, default=str) for talk in talks]

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -63,12 +62,10 @@ class PictureError(ValueError):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts to RGB, transparency over white."""
-    if image.mode == "RGB" and image.info.get("transparency") is None:
-        return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
@@ -81,8 +78,7 @@ def resized_to(size: int, width: int, height: int) -> tuple[int, int]:
 
 def preprocess_image(image: Image.Image, picture_format: PictureFormat = CLIP_FORMAT) -> np.ndarray:
     """Returns uint8 (3, size, size), as transformers' image processor (Pillow backend) before it normalises."""
-    size = picture_format.size
-    image = to_rgb(image)
+    image, size = to_rgb(image), picture_format.size
     shortest = picture_format.shortest_edge or size
     width, height = resized_to(shortest, *image.size) if picture_format.crop else (size, size)
     image = image.resize((width, height), picture_format.resample)
@@ -132,14 +128,13 @@ def upright(image: Image.Image, size: int) -> Image.Image:
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels is too large: make it smaller")
     image.load()
-    turn, kind = turn_of(image), image.format
-    image = image if turn is None else image.transpose(turn)
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow opens these as "I"
-        # Grey of 16 bits: Pillow would clip everything above 255.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
+    turn = turn_of(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Grey of 16 bits, which Pillow opens as "I" from these: it would clip everything above 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise ValueError("grey of 32 bits is not read: save it with 8 or 16")
-    return image
+    return image if turn is None else image.transpose(turn)
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
@@ -147,15 +142,15 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
     try:
         # Pillow's own reader stops at the first field that breaks the specification; cameras and editors write many.
         exif, orientation = image.info.get("exif", b"").removeprefix(b"Exif\0\0"), None
-        with contextlib.suppress(struct.error):  # it is cut off, or there is none
-            order = "<" if exif.startswith(b"I") else ">"
-            [start] = struct.unpack_from(f"{order}I", exif, 4)
-            [count] = struct.unpack_from(f"{order}H", exif, start)
-            for at in range(start + 2, start + 2 + 12 * count, 12):
-                tag, kind, values = struct.unpack_from(f"{order}HHI", exif, at)
-                if tag == ExifTags.Base.Orientation and kind in (3, 4) and values == 1:  # an integer of 16 or 32 bits
-                    [orientation] = struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", exif, at + 8)
-                    break
+
+        def number(at: int, size: int) -> int:
+            return int.from_bytes(exif[at : at + size], "little" if exif.startswith(b"I") else "big")
+
+        start = number(4, 4)
+        for at in range(start + 2, start + 2 + 12 * number(start, 2), 12):
+            if number(at, 2) == ExifTags.Base.Orientation and number(at + 2, 2) in (3, 4) and number(at + 4, 4) == 1:
+                orientation = number(at + 8, 2 if number(at + 2, 2) == 3 else 4)  # an integer of 16 or 32 bits
+                break
         return TURNS.get(orientation or image.getexif().get(ExifTags.Base.Orientation))  # of a TIFF, or in XMP
     except Exception:  # metadata never decides whether a picture can be read
         return None

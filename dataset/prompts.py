@@ -9,12 +9,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from dataset.chat import IMAGE_TAG, ChatEncoder, encoder_for
+from dataset.chat import IMAGE_TAG, ChatEncoder, RowError, encoder_for
 from model.model_vlm import PROMPT_FORMS
 
 PROMPT, NEWLINE = "{prompt}", "\n"
 DEFAULT_FORM = PROMPT_FORMS[0]
-ROWS_LOOKED_AT = 256
 
 
 def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
@@ -33,7 +32,7 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
     A model answers worse when asked in a form it was not trained on. Looks at 256 rows, evenly spaced.
     """
     places = np.flatnonzero(data.image_counts == 1)
-    places = places[np.linspace(0, len(places) - 1, min(len(places), ROWS_LOOKED_AT)).astype(int)]
+    places = places[np.linspace(0, len(places) - 1, min(len(places), 256)).astype(int)]
     (begin, end), counts = encoder_for(tokenizer, data.image_tokens).user_marks, Counter()
     for row in data.read_rows(data.row_indices[places].tolist()):
         ids, [start], answer = row["input_ids"], row["image_starts"], row["learned"][0]
@@ -48,10 +47,11 @@ def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def prompt_batch(encoder: ChatEncoder, conversations: list[list[dict]], pictures: list[list[torch.Tensor]]) -> dict:
     """Returns the inputs of `generate` for conversations that end with the user's turn, and each one's uint8 images."""
-    chats = encoder.encode(conversations, add_generation_prompt=True)
+    try:
+        chats = encoder.encode(conversations, add_generation_prompt=True)
+    except RowError as error:
+        raise UsageError(str(error)) from error
     for number, (chat, of_chat) in enumerate(zip(chats, pictures, strict=True), start=1):
-        if chat.problem:
-            raise UsageError(chat.problem)
         if len(chat.image_starts) != len(of_chat):
             tags = f"{len(chat.image_starts)} {IMAGE_TAG}"
             raise ValueError(f"conversation {number} has {tags}, but {len(of_chat)} picture(s) were given")

@@ -1,6 +1,7 @@
 """The rows of a file, parsed and tokenised once: learned spans, image positions, what is wrong with a row.
 
-The `datasets` library keeps the result as memory-mapped Arrow, so neither start-up time nor memory grows with the file.
+The `datasets` library keeps the result as memory-mapped Arrow: neither start-up time nor memory grows with the file,
+and a loader's worker only decodes images.
 """
 
 import contextlib
@@ -93,6 +94,7 @@ def tokenise_batch(*columns: list, encoder: ChatEncoder, max_length: int, variat
     *columns, numbers = columns
     rows = []
     for number, *values in zip(numbers, *columns, strict=True):
+        whole_length = 0
         try:
             row = parse_line(*values) if len(values) == 1 else parse_parquet_row(*values)
             turns = row["turns"]
@@ -108,25 +110,18 @@ def tokenise_batch(*columns: list, encoder: ChatEncoder, max_length: int, variat
                 if random.random() < variation.system and turns[0]["role"] != "system":
                     turns = [{"role": "system", "content": prompt}, *turns]
                 turns = [turn if keeps or turn["role"] != "assistant" else turn | {"no_think": True} for turn in turns]
-            row["turns"] = turns
-        except RowError as error:
-            row = {"reason": str(error)}
-        rows.append(row)
-    learnable = [row for row in rows if "turns" in row]
-    for row, chat in zip(learnable, encoder.encode([row["turns"] for row in learnable]), strict=True):
-        thoughts = [turn["reasoning_content"] for turn in row["turns"] if "reasoning_content" in turn]
-        row["kinds"] += ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
-        whole_length = len(chat.input_ids)
-        try:
+            [chat] = encoder.encode([turns])
+            whole_length = len(chat.input_ids)
             chat = encoder.truncate(chat, max_length)
+            thoughts = [turn["reasoning_content"] for turn in turns if "reasoning_content" in turn]
+            row["kinds"] += ["reasoning"] * any(thoughts) + ["empty think"] * ("" in thoughts)
             row["input_ids"], row["image_starts"] = chat.input_ids, chat.image_starts
             row["learned"] = [edge for span in chat.learned for edge in span]
             row["learned_tokens"] = sum(end - start for start, end in chat.learned)
             row["cut_tokens"] = whole_length - len(chat.input_ids)
         except RowError as error:
-            row.clear()
-            row.update(reason=str(error), cut_tokens=whole_length)
-    rows = [EMPTY_ROW | row | {"line": number + 1} for number, row in zip(numbers, rows, strict=True)]
+            row = {"reason": str(error), "cut_tokens": whole_length}
+        rows.append(EMPTY_ROW | row | {"line": number + 1})
     return {name: [row[name] for row in rows] for name in COLUMNS}
 
 

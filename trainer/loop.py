@@ -15,8 +15,7 @@ from common.errors import Stopped
 from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR, display_path
 from dataset.features import compute_features
 from dataset.lm_dataset import PictureError, VLMDataset
-from dataset.sampler import BatchSampler
-from dataset.workers import load_in_workers, worker_errors
+from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
 from trainer.bundles import BUILTIN
 from trainer.report.progress import Progress, check_first_loss, clock

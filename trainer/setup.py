@@ -11,10 +11,10 @@ import torch
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from dataset.chat import check_tokenizer, encoder_for, has_image_pad, image_token_id, load_tokenizer, tokenizer_hash
-from dataset.features import FeatureCacheError, FeatureFolder
+from dataset.features import FeatureFolder
 from dataset.formats import quiet_libraries
 from dataset.forms import RIGHT_FORM
-from dataset.lm_dataset import DataError, VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
+from dataset.lm_dataset import VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
 from dataset.pictures import PictureFormat
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
@@ -134,7 +134,7 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
     for kind, rule in data.rules.items():
         run.log(f"{kind}: {rule}")
     if len(data) == 0:
-        raise DataError(f"{data.data_path} has no usable rows")
+        raise UsageError(f"{data.data_path} has no usable rows")
     if data.picture_count == 0 and args.freeze_llm == "all":
         raise UsageError(
             f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
@@ -246,7 +246,7 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 
 
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
-    """Opens the cache of the tower's features if it is used; FeatureCacheError if --cache_vision names a full disk."""
+    """Opens the cache of the tower's features if it is used; UsageError if --cache_vision names a full disk."""
     flag = run.args.cache_vision
     if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
@@ -257,7 +257,7 @@ def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolde
     try:
         needed = features.make_room(data.picture_keys)
         has_room = flag is not None or needed <= shutil.disk_usage(folder).free / 10
-    except FeatureCacheError as error:
+    except UsageError as error:
         if flag is not None:
             raise
         run.log(f"warning: {error}")

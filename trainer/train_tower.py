@@ -40,8 +40,7 @@ from dataset.chat import load_tokenizer
 from dataset.formats import quiet_libraries
 from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, hold_out, text_of
 from dataset.pictures import PictureFormat, random_views
-from dataset.sampler import BatchSampler
-from dataset.workers import load_in_workers, worker_errors
+from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned
 from trainer.report.progress import clock

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tiny import SFT, read_jsonl, sft_row, write_jsonl
 
+from common.errors import UsageError
 from dataset import features
 from dataset.chat import load_tokenizer
-from dataset.features import FeatureCacheError, FeatureFolder, compute_features, tower_sha256
+from dataset.features import FeatureFolder, compute_features, tower_sha256
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import PictureError
 from model.vision_tower import load_vision_tower
@@ -78,7 +79,7 @@ def test_a_file_that_is_cut_off_or_has_a_bit_flipped_counts_as_missing(folder, t
 def test_too_little_disk_space_is_refused_in_advance(folder, tmp_path, monkeypatch):
     folder.write({1: some_features(1)})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
-    with pytest.raises(FeatureCacheError, match=r"take 0\.0 GB more, and .* free\. .*--cache_vision"):
+    with pytest.raises(UsageError, match=r"take 0\.0 GB more, and .* free\. .*--cache_vision"):
         folder.make_room(np.array([0, 1, 2, 2, 3]))
     monkeypatch.undo()
     assert folder.make_room(np.array([0, 1, 2, 2, 3])) == 2 * folder.file_bytes
@@ -90,7 +91,7 @@ def test_a_full_disk_while_writing_is_said_and_leaves_nothing_half_written(folde
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(features.os, "replace", full)
-    with pytest.raises(FeatureCacheError, match="cannot be kept in .*: No space left on device. Name another folder"):
+    with pytest.raises(UsageError, match="cannot be kept in .*: No space left on device. Name another folder"):
         folder.write({1: some_features(1)})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from tiny import turn
 
+from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import formats, parquet
 from dataset.chat import load_tokenizer
-from dataset.formats import DataError, load_lines
+from dataset.formats import load_lines
 from dataset.forms import RIGHT_FORM
 from dataset.lm_dataset import VLMDataset
 from dataset.parquet import load_parquet
@@ -160,11 +161,11 @@ def test_a_file_of_a_known_form_is_told_the_command_that_converts_it(folder, tok
     forms |= {"photos": "is a folder of pictures"}
     (folder / "empty").mkdir()
     for name, form in (forms | {"captions.parquet": "needs the columns conversations and image_bytes"}).items():
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UsageError) as error:
             opened(folder, tokenizer, name)
         command = f"python scripts/make_dataset.py {shlex.quote(str(folder / name))} --to my_data"
         assert form in str(error.value) and command in str(error.value)
-    with pytest.raises(DataError, match="is a folder, not a data file$"):
+    with pytest.raises(UsageError, match="is a folder, not a data file$"):
         opened(folder, tokenizer, "empty")
 
 
@@ -234,7 +235,7 @@ def test_what_is_read_of_a_file_that_changes_meanwhile_is_not_kept(folder, token
     times = iter(["before", "after"])
     for module in (formats, parquet):
         monkeypatch.setattr(module, "content_key", lambda path: f"{next(times)}{key(path)}")
-    with pytest.raises(DataError, match="changed while it was read: start again when it is complete"):
+    with pytest.raises(UsageError, match="changed while it was read: start again when it is complete"):
         opened(folder, tokenizer, path.name)
     monkeypatch.undo()
     assert not list(folder.glob("cache/**/*.arrow"))

@@ -16,9 +16,10 @@ from tiny_models import tiny_vlm
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from common.errors import UsageError
 from common.paths import ROOT
 from dataset.chat import ChatEncoder
-from dataset.lm_dataset import BadRow, DataError, VLMCollator, VLMDataset
+from dataset.lm_dataset import BadRow, VLMCollator, VLMDataset
 from dataset.pictures import PictureError, load_picture
 
 SHIPPED = ROOT / "model" / "tokenizer"
@@ -171,7 +172,7 @@ def test_bad_rows_and_broken_pictures_of_a_parquet_file(folder, tokenizer):
 @pytest.mark.parametrize("image_bytes", [["../a.png"], [["../a.png"]], [5]])
 def test_a_parquet_column_of_another_type_is_refused(folder, tokenizer, image_bytes):
     # Above all text, which would be read as a path.
-    with pytest.raises(DataError, match="image_bytes must be a picture's bytes or a list of them"):
+    with pytest.raises(UsageError, match="image_bytes must be a picture's bytes or a list of them"):
         build_parquet(folder, [json.dumps(row("<image>")["conversations"])], image_bytes, tokenizer)
 
 
@@ -391,22 +392,22 @@ def test_a_pickled_copy_reads_the_same_after_bad_rows(folder, tokenizer):
 def test_an_unusable_data_file_is_named(folder, tokenizer, name, content, message):
     if content is not None:
         (folder / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}.*{message}|{message}.*{name}"):
+    with pytest.raises(UsageError, match=f"{name}.*{message}|{message}.*{name}"):
         opened(folder, tokenizer, name)
 
 
 def test_a_parquet_file_without_the_columns_is_named(folder, tokenizer):
     pq.write_table(pa.table({"conversations": ["[]"], "image": ["a.png"]}), folder / "data.parquet")
-    with pytest.raises(DataError, match="image must be a picture's bytes or a list of them"):
+    with pytest.raises(UsageError, match="image must be a picture's bytes or a list of them"):
         opened(folder, tokenizer, "data.parquet")
     pq.write_table(pa.table({"conversations": ["[]"], "picture": ["a.png"]}), folder / "data.parquet")
-    with pytest.raises(DataError, match=r"needs the columns conversations and image_bytes .*, it has .*'picture'"):
+    with pytest.raises(UsageError, match=r"needs the columns conversations and image_bytes .*, it has .*'picture'"):
         opened(folder, tokenizer, "data.parquet")
 
 
 def test_a_missing_folder_of_pictures_is_named(folder, tokenizer):
     shutil.rmtree(folder / "images")
-    with pytest.raises(DataError, match="names pictures, but their folder is missing: .*images"):
+    with pytest.raises(UsageError, match="names pictures, but their folder is missing: .*images"):
         build(folder, SAMPLES, tokenizer)
     assert len(build(folder, [row()], tokenizer, "text_only.jsonl")) == 1
 

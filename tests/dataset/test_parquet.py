@@ -25,7 +25,6 @@ from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
 from dataset.chat import ChatEncoder, load_tokenizer
 from dataset.features import FeatureFolder, compute_features
-from dataset.formats import DataError
 from dataset.lm_dataset import VLMDataset, hold_out, rows_in_both
 from dataset.pictures import is_blank
 from scripts.data.sources import read_source
@@ -348,7 +347,7 @@ def test_a_full_disk_leaves_nothing_and_is_not_blamed_on_the_file(written, tmp_p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(parquet, "as_files", full)
-    with pytest.raises(DataError, match="the rows of .* cannot be kept in .*: No space left .* HF_HOME"):
+    with pytest.raises(UsageError, match="the rows of .* cannot be kept in .*: No space left .* HF_HOME"):
         written([(said(ASKED), picture(0))])
     assert list((tmp_path / "cache" / "minimind-v").iterdir()) == []
 
@@ -389,7 +388,7 @@ def test_a_damaged_cache_is_named(written, tmp_path):
     rows = [(said(ASKED), picture(number)) for number in range(9)]
     written(rows)
     (kept_in(tmp_path) / "pictures.arrow").write_bytes(b"\xff\xff\xff\xff")
-    with pytest.raises(DataError, match=f"{kept_in(tmp_path)} is damaged .*: delete it, and it is made again"):
+    with pytest.raises(UsageError, match=f"{kept_in(tmp_path)} is damaged .*: delete it, and it is made again"):
         written(rows)
     shutil.rmtree(kept_in(tmp_path))
     assert len(written(rows)) == 9
@@ -410,7 +409,7 @@ def test_text_of_every_type_is_read_as_text(tmp_path, tokenizer, kind):
 def test_text_that_is_not_utf_8_is_an_error_of_the_file(tmp_path, tokenizer):
     broken = pa.array([b'[{"role": "user\xff"}]']).view(pa.string())
     pq.write_table(pa.table({"conversations": broken, "image_bytes": [picture(0)]}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet cannot be read: .*UTF8"):
+    with pytest.raises(UsageError, match=r"rows\.parquet cannot be read: .*UTF8"):
         opened(tmp_path / "rows.parquet", tokenizer)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from common.errors import RankError
+from common.errors import RankError, UsageError
 from dataset import formats
-from dataset.workers import load_in_workers, worker_errors
+from dataset.sampler import load_in_workers, worker_errors
 
 
 class Failing(Dataset):
@@ -88,6 +88,6 @@ def test_errors_of_the_training_itself_are_not_taken_for_a_workers():
 
 def test_a_killed_process_that_tokenises_is_said(tmp_path):
     died = "One of the subprocesses has abruptly died during map operation."
-    with pytest.raises(formats.DataError, match=r"tokenises .*rows.jsonl was killed, most likely because memory"):
+    with pytest.raises(UsageError, match=r"tokenises .*rows.jsonl was killed, most likely because memory"):
         with formats.reading(tmp_path / "rows.jsonl"):
             raise RuntimeError(died)

@@ -116,9 +116,8 @@ def test_rows_are_encoded_as_the_template_renders_them(folder, kind):
 
 def test_a_row_that_the_template_changes_is_refused(tmp_path):
     encoder = TemplateEncoder(load_tokenizer(save_language_model(tmp_path / "llm", "qwen3")), 3)
-    [chat] = encoder.encode([[turn("user", "q"), turn("assistant", "<think>x</think>y")]])
     with pytest.raises(RowError, match="changes the text of a turn"):
-        encoder.truncate(chat, 100)
+        encoder.encode([[turn("user", "q"), turn("assistant", "<think>x</think>y")]])
 
 
 def test_it_is_trained_resumed_asked_and_exported(world, folder, kind, tmp_path):

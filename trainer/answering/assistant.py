@@ -178,9 +178,9 @@ class Assistant:
         """Returns a user's turn with its images in place; raises UsageError for wrong tags or too many tokens."""
         try:
             turn = {"role": "user", "content": with_images(question, images, self.loaded.prompt_form)}
+            length = len(self.encoder.encode([[*before, turn]], add_generation_prompt=True)[0].input_ids)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        length = len(self.encoder.encode([[*before, turn]], add_generation_prompt=True)[0].input_ids)
         most = self.model.config.max_position_embeddings
         if length + max_new_tokens > most:
             raise UsageError(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.errors import RankError, UsageError
 from common.paths import printable
-from dataset.workers import SIGNALS
+from dataset.sampler import SIGNALS
 
 # The main rank tokenises while the others wait, which may take hours. After setup, ranks stay in step.
 SETUP_TIMEOUT = datetime.timedelta(hours=6)
