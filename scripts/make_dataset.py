@@ -27,6 +27,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from networkx.utils import UnionFind  # torch requires networkx
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, command, file_path, number
@@ -51,24 +52,16 @@ class Made:
     rows: int = 0  # taken, good or bad
     bad_rows: int = 0
     keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
-    linked: dict[int, int] = field(default_factory=dict)  # from a picture's hash to another's of the same row: `root`
+    linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
 
     def add(self, names: list[str]):
         """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
         hashes = [int(name[:16], 16) for name in names]
-        first, *others = sorted({root(self.linked, key) for key in hashes}) or [0]
-        self.linked.update(dict.fromkeys(others, first))
+        if len(hashes) > 1:
+            self.linked.union(*hashes)
         self.keys.append(hashes[0] if hashes else 0)
-
-
-def root(linked: dict[int, int], key: int) -> int:
-    """Returns the picture that stands for all that are linked with this one (union-find)."""
-    while key in linked:
-        linked[key] = linked.get(linked[key], linked[key])  # halves the way for the next time
-        key = linked[key]
-    return key
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
@@ -77,7 +70,8 @@ def held_out(made: Made, share: float) -> np.ndarray:
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
     through other rows, go together, so no held-out picture is trained on.
     """
-    roots = np.array([root(made.linked, key) for key in made.keys], dtype=np.uint64)
+    smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
+    roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
     wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
     most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)

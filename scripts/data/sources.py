@@ -4,7 +4,6 @@ A reader yields (place, row): where the row stands, and its fields, or a RowErro
 """
 
 import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -38,8 +37,8 @@ LONGEST_ROW = 1 << 26  # also of a table's field, which may be a picture in base
 BATCH = 32  # rows with their pictures' bytes
 PROGRAMS = "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot whatsapp telegram signal from at"
 BY_CAMERA = {*PROGRAMS.split(), "图片", "微信图片"}
-BROKEN = "broken JSON, or the file is cut off"
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
+DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+DAMAGED += (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # bad JSON, `datasets` too
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
 NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
@@ -73,7 +72,7 @@ def read_source(path: Path) -> Rows:
             yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
+    except DAMAGED as error:
         raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -171,7 +170,8 @@ def read_list(path: Path) -> Rows:
                 rest = text[at:]
                 more = file.read(max(CHUNK, len(rest))) if len(rest) < LONGEST_ROW else ""
                 if not more:
-                    raise UsageError(f"{display_path(path)}, row {number}: {BROKEN} ({error})") from error
+                    reason = f"row {number}: broken JSON, or the file is cut off ({error})"
+                    raise UsageError(f"{display_path(path)}, {reason}") from error
                 text, at = rest + more, 0
             else:
                 yield f"row {number}", value
@@ -180,20 +180,13 @@ def read_list(path: Path) -> Rows:
 
 def read_object(path: Path) -> Rows:
     """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{display_path(path)}: {BROKEN} ({error})") from error
+    whole = json.loads(path.read_text(encoding="utf-8-sig"))
     lists = [value for value in whole.values() if isinstance(value, list)]
     rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
-        names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
-        rows = []
-        for row in whole["annotations"]:
-            if isinstance(row, dict):
-                row = {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-            rows.append(row)
+        names = {str(image.get("id")): image.get("file_name") for image in whole["images"]}
+        captions = [(str(row.get("image_id")), row.get("caption")) for row in whole["annotations"]]
+        rows = [{"image": names.get(image), "caption": caption} for image, caption in captions]
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
@@ -231,19 +224,13 @@ def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
         formats.check_names(path, schema.names)
-        try:
-            features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
-        except DAMAGED as error:
-            raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         yield from numbered(file.iter_batches(batch_size=BATCH), features)
 
 
 def read_saved(path: Path) -> Rows:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except DAMAGED as error:
-        raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:
             names = " or ".join(display_path(path / name) for name in saved)
@@ -251,7 +238,7 @@ def read_saved(path: Path) -> Rows:
         [saved] = saved.values()
     for file in saved.cache_files:  # their names are from a file of the folder: none leads out of it
         if not os.path.abspath(file["filename"]).startswith(os.path.abspath(path) + os.sep):
-            raise UsageError(f"{display_path(path)} cannot be read: it names {file['filename']}, outside of it")
+            raise ValueError(f"it names {file['filename']}, outside of it")
     yield from numbered(saved.with_format("arrow").iter(BATCH), saved.features)  # pictures stay files
 
 
@@ -364,7 +351,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
         if isinstance(picture, str) and (picture.startswith("data:") or formats.BASE64.fullmatch(picture)):
             try:
                 picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise RowError(f"a data: URL that is no base64: {error}") from error
         elif isinstance(picture, str):
             path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
