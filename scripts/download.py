@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,50 +80,46 @@ ADVICE = {  # what to try when a site fails
 class RemoteFile:
     """A published file. Its checksum is a SHA-256, or for a small file of the hub its git blob id (a SHA-1)."""
 
-    name: str
     url: str
     headers: dict[str, str]
     size: int | None
     checksum: str | None
 
     def is_at(self, path: Path) -> bool:
-        if path.stat().st_size != self.size:
-            return False
         if len(self.checksum) == 64:
             return hash_of(path) == self.checksum
         return hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes()).hexdigest() == self.checksum
 
 
-def list_files(args: argparse.Namespace, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
-    """Lists a repository ("model" or "dataset"); on ModelScope a data set's first 200 files."""
-    if args.source == "hub":
-        hub, timeout = HfApi(args.endpoint), constants.HF_HUB_DOWNLOAD_TIMEOUT
-        info = hub.repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
-        for entry in info.siblings or []:
-            url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
-            checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            yield RemoteFile(entry.rfilename, url, build_hf_headers(), entry.size, checksum)
-        return
-    # The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
-    repo = f"{args.endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
-    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
-    response = get_session().get(f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}", params=page, **REQUEST)
-    hf_raise_for_status(response)
-    for entry in response.json()["Data"]["Files"]:
-        if entry["Type"] != "tree":
-            url = f"{repo}?Revision=master&FilePath={quote_plus(entry['Path'])}"
-            yield RemoteFile(entry["Path"], url, {}, entry["Size"], entry["Sha256"].lower())
+def find_files(args: argparse.Namespace, part: Part) -> dict[str, RemoteFile]:
+    """Returns a part's published files by name; raises UsageError where the repository lacks them.
 
-
-def find_files(args: argparse.Namespace, part: Part) -> list[RemoteFile]:
-    """Returns a part's published files; raises UsageError where the repository lacks them."""
+    Of a data set, ModelScope lists the first 200 files. Its addresses are those of its own client, modelscope 1.40.2
+    (modelscope_hub 0.5.1, `_legacy_api.py`).
+    """
     repo_id, repo_type = part.repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model"
-    if args.source == "modelscope":
-        owner, name = repo_id.split("/")
-        repo_id = f"{MODELSCOPE_OWNERS[owner]}/{name}"
+    published = {}
     try:
         _ = urlsplit(args.endpoint).port  # ValueError for one that is no number
-        published = {file.name: file for file in list_files(args, repo_id, repo_type)}
+        if args.source == "hub":
+            hub, timeout = HfApi(args.endpoint), constants.HF_HUB_DOWNLOAD_TIMEOUT
+            info = hub.repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
+            for entry in info.siblings or []:
+                url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
+                checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                published[entry.rfilename] = RemoteFile(url, build_hf_headers(), entry.size, checksum)
+        else:
+            owner, name = repo_id.split("/")
+            repo_id = f"{MODELSCOPE_OWNERS[owner]}/{name}"
+            repo = f"{args.endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
+            page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
+            listing = "tree" if repo_type == "dataset" else "files"
+            response = get_session().get(f"{repo}/{listing}", params=page, **REQUEST)
+            hf_raise_for_status(response)
+            for entry in response.json()["Data"]["Files"]:
+                if entry["Type"] != "tree":
+                    url = f"{repo}?Revision=master&FilePath={quote_plus(entry['Path'])}"
+                    published[entry["Path"]] = RemoteFile(url, {}, entry["Size"], entry["Sha256"].lower())
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
         raise UsageError(f"{args.endpoint} does not answer like a model hub: {ADVICE[args.source]}.") from error
     choices = [names.format(args.hidden_size or part.hidden_size).split() for names in part.choices]
@@ -135,7 +130,7 @@ def find_files(args: argparse.Namespace, part: Part) -> list[RemoteFile]:
     for name in names:
         if published[name].size is None or not published[name].checksum:
             raise UsageError(f"{args.endpoint} has no size or checksum for {name}: {ADVICE[args.source]}.")
-    return [published[name] for name in names]
+    return {name: published[name] for name in names}
 
 
 def fetch(file: RemoteFile, path: Path):
@@ -175,7 +170,7 @@ def fetch(file: RemoteFile, path: Path):
                 time.sleep(wait)
     if not file.is_at(part):
         part.unlink()
-        raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
+        raise UsageError(f"{path.name} arrived damaged (wrong checksum) and was deleted: run this again.")
     os.replace(part, path)
 
 
@@ -208,7 +203,7 @@ def run(args: argparse.Namespace):
         part = PARTS[name]
         folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
         # Training looks for pretrain_data.parquet, whichever name it was published under.
-        files[name] = published = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
+        files[name] = published = {folder / file.replace("_i2t.", "_data."): chosen[file] for file in chosen}
         for path, file in published.items():
             is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
             if is_trained_here or (path.exists() and not file.is_at(path)):
