@@ -152,16 +152,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
     return made
 
 
-def report(made: Made, folder: Path) -> list[str]:
-    sizes = [picture.stat().st_size for picture in (folder / IMAGES).iterdir()]
-    facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
-    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
-    if made.left_out:
-        share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-        facts["left out"] = f"{share}, all listed in {LEFT_OUT} there"
-    return [display_path(folder), *(line for name in facts for line in check.fact(name, facts[name])), *reasons(made)]
-
-
 def reasons(made: Made) -> list[str]:
     lines = []
     for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
@@ -196,9 +186,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    add(
-        "--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of the shorter side that larger ones get"
-    )
+    what = "pixels of the shorter side that larger ones get"
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
@@ -218,12 +207,20 @@ def source_and_share(text: str) -> tuple[Path, float]:
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
-    print("\n".join(report(made, args.to)), end="\n\n", flush=True)
+    sizes = [picture.stat().st_size for picture in (args.to / IMAGES).iterdir()]
+    left_out = f"{made.bad_rows:,} of {made.rows:,} rows"
+    facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
+    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
+    if made.left_out:
+        share = check.percent(made.bad_rows, made.rows)
+        facts["left out"] = f"{left_out} ({share}), all listed in {LEFT_OUT} there"
+    lines = [line for name, value in facts.items() for line in check.fact(name, value)]
+    print(display_path(args.to), *lines, *reasons(made), sep="\n", end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     if made.bad_rows > made.rows // 100:
-        left_out = f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than 1 % of the rows"
-        raise UsageError(f"{left_out}. The others are written; reasons: {display_path(args.to / LEFT_OUT)}")
+        others = f"The others are written; reasons: {display_path(args.to / LEFT_OUT)}"
+        raise UsageError(f"{left_out} were left out, more than 1 % of the rows. {others}")
 
 
 if __name__ == "__main__":
