@@ -56,13 +56,6 @@ class Made:
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
 
-    def add(self, names: list[str]):
-        """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
-        hashes = [int(name[:16], 16) for name in names]
-        if len(hashes) > 1:
-            self.linked.union(*hashes)
-        self.keys.append(hashes[0] if hashes else 0)
-
 
 def held_out(made: Made, share: float) -> np.ndarray:
     """Returns which rows to hold out, bool (rows,): at least one of 20, unless `share` is 0; never more than half.
@@ -116,7 +109,10 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     made.bad_rows += 1
                 else:
                     names = row.pop("image")
-                    made.add(names)
+                    hashes = [int(name[:16], 16) for name in names]
+                    if len(hashes) > 1:
+                        made.linked.union(*hashes)
+                    made.keys.append(hashes[0] if hashes else 0)
                     image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
                 made.rows += 1

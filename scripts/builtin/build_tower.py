@@ -42,7 +42,6 @@ GROUPS = {
 }
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
 STEPS, BATCH_SIZE = 1500, 32  # each example a new scene
-SAVES = 10  # times a run
 SEED = 0  # of the initial weights and the texts
 OUT = BUILTIN_MODEL_DIR / "tower"
 
@@ -127,7 +126,7 @@ def train(groups: list[dict], losses: Iterable[Tensor], steps: int, peak: float,
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if done % max(1, steps // SAVES) == 0 or done == steps:
+        if done % max(1, steps // 10) == 0 or done == steps:
             print(f"step {done}, loss {loss.item():.4f}, held-out scenes: {json.dumps(save())}", flush=True)
 
 

@@ -31,7 +31,6 @@ from dataset.forms import TOOL_CALLS, check_images, parse_picture_names
 
 IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
-QUALITY = 95
 CHUNK = 1 << 20  # characters of a JSON list that are decoded at once
 LONGEST_ROW = 1 << 26  # also of a table's field, which may be a picture in base64
 BATCH = 32  # rows with their pictures' bytes
@@ -251,18 +250,9 @@ def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Ro
         yield f"row {number}", row | {name: names.get(row[name]) for name, names in labels.items()}
 
 
-READERS = {
-    formats.FOLDER: read_folder,
-    formats.CLASSES: read_classes,
-    formats.SHARDS: read_shards,
-    formats.TABLE: read_table,
-    formats.LINES: read_lines,
-    formats.LIST: read_list,
-    formats.OBJECT: read_object,
-    formats.TAR: read_tar,
-    formats.PARQUET: read_parquet,
-    formats.SAVED: read_saved,
-}
+FOLDERS = {formats.FOLDER: read_folder, formats.CLASSES: read_classes, formats.SHARDS: read_shards}
+TEXTS = {formats.TABLE: read_table, formats.LINES: read_lines, formats.LIST: read_list, formats.OBJECT: read_object}
+READERS = FOLDERS | TEXTS | {formats.TAR: read_tar, formats.PARQUET: read_parquet, formats.SAVED: read_saved}
 
 
 def make_row(row: dict | RowError, images_path: Path, question: str | None, size: int, folder: Path) -> dict | RowError:
@@ -330,7 +320,7 @@ def picture_file(content: bytes, name: str, size: int) -> tuple[str, bytes]:
         kind, file = "PNG" if is_small else "JPEG", io.BytesIO()
         picture = picture if is_small else picture.resize(dimensions, Image.Resampling.BICUBIC)
         picture.info.clear()
-        picture.save(file, kind, quality=QUALITY)
+        picture.save(file, kind, quality=95)
         return kind, file.getvalue()
 
 
