@@ -195,29 +195,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace):
+def main(argv: list[str] | None = None):
     """Asks the site for all parts, fetches what is missing, and prints what to type next."""
-    print(f"Asking {args.endpoint} ...", flush=True)
-    files, missing = {}, {}
-    for name in args.parts:
-        part = PARTS[name]
-        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
-        # Training looks for pretrain_data.parquet, whichever name it was published under.
-        files[name] = published = {folder / file.replace("_i2t.", "_data."): chosen[file] for file in chosen}
-        for path, file in published.items():
-            is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
-            if is_trained_here or (path.exists() and not file.is_at(path)):
-                reason = f"{path} is your own, or another version of the published file"
-                cure = "move or delete it, or put the published files into another folder with --dest"
-                raise UsageError(f"{reason}: {cure}.")
-        wanted = {path: file for path, file in published.items() if not path.exists()}
-        size = human(sum(file.size for file in wanted.values()))
-        places = " + ".join(map(display_path, published))
-        print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})", flush=True)
-        missing |= wanted
-    for path, file in missing.items():
-        fetch(file, path)
-        print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
+    args, files, missing = parse_args(argv), {}, {}
+    try:
+        print(f"Asking {args.endpoint} ...", flush=True)
+        for name in args.parts:
+            part = PARTS[name]
+            folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
+            # Training looks for pretrain_data.parquet, whichever name it was published under.
+            files[name] = published = {folder / file.replace("_i2t.", "_data."): chosen[file] for file in chosen}
+            for path, file in published.items():
+                is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
+                if is_trained_here or (path.exists() and not file.is_at(path)):
+                    reason = f"{path} is your own, or another version of the published file"
+                    cure = "move or delete it, or put the published files into another folder with --dest"
+                    raise UsageError(f"{reason}: {cure}.")
+            wanted = {path: file for path, file in published.items() if not path.exists()}
+            size = human(sum(file.size for file in wanted.values()))
+            places = " + ".join(map(display_path, published))
+            print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})", flush=True)
+            missing |= wanted
+        for path, file in missing.items():
+            fetch(file, path)
+            print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
+    except (HTTPError, OSError) as error:
+        why, advice = str(error).rstrip("."), ADVICE[args.source]  # a full disk, or HF_HUB_OFFLINE
+        if isinstance(error, HfHubHTTPError):
+            url, status = str(error.response.url).split("?")[0], error.response.status_code
+            reason = "not there, or private" if status in (401, 403, 404) else "try again later"
+            why = f"{url} answers {status}: {reason}, or {advice}"
+        elif isinstance(error, HTTPError):
+            reason = str(error) or type(error).__name__
+            why = f"the connection to {args.endpoint} failed ({reason}): check the network, or {advice}"
+        raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
     print()
     stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != paths.ROOT and stages:
@@ -239,22 +250,6 @@ def run(args: argparse.Namespace):
                 tower, tokenizer = (next(iter(files[need])).parent for need in PARTS[part].needs)
                 command += ["--vision_model_path", tower, "--tokenizer_path", tokenizer]
             print(f"Talk to it:  {shlex.join(map(display_path, command))}")
-
-
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (HTTPError, OSError) as error:
-        why, advice = str(error).rstrip("."), ADVICE[args.source]  # a full disk, or HF_HUB_OFFLINE
-        if isinstance(error, HfHubHTTPError):
-            url, status = str(error.response.url).split("?")[0], error.response.status_code
-            reason = "not there, or private" if status in (401, 403, 404) else "try again later"
-            why = f"{url} answers {status}: {reason}, or {advice}"
-        elif isinstance(error, HTTPError):
-            reason = str(error) or type(error).__name__
-            why = f"the connection to {args.endpoint} failed ({reason}): check the network, or {advice}"
-        raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
 
 
 if __name__ == "__main__":
