@@ -184,10 +184,9 @@ def main():
 
     print(f"decoder of {model.num_parameters():,} parameters, {STEPS} steps")
     embeddings, *others = model.parameters()
-    groups = [  # embeddings move slowly, to stay distinct while the decoder learns to use them
-        {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
-        {"params": others, "factor": 1.0, "weight_decay": 0.05},
-    ]
+    # Embeddings move slowly, to stay distinct while the decoder learns to use them.
+    slow = {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0}
+    groups = [slow, {"params": others, "factor": 1.0, "weight_decay": 0.05}]
     build_tower.train(groups, training_losses(model, encoder), STEPS, 2e-3, partial(save, model, encoder))
 
 

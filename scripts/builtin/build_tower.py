@@ -31,15 +31,12 @@ from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES
 
-CONFIG = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
-)
+SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONFIG = CLIPVisionConfig(**SHAPE, patch_size=16, image_size=224)
 PROCESSOR = CLIPImageProcessorPil()
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
-GROUPS = {
-    attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
-    for attribute, words in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}.items()
-}
+WORDS = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
+GROUPS = {name: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1) for name, words in WORDS.items()}
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
 STEPS, BATCH_SIZE = 1500, 32  # each example a new scene
 SEED = 0  # of the initial weights and the texts
