@@ -72,9 +72,8 @@ def chat_template(trained: LoadedModel) -> str:
     name = "chat_template_3v.jinja" if is_3v else "chat_template.jinja"
     goes_before_its = uses_template(trained.tokenizer) or (is_3v and "tools" in its)
     path = SHARE / ("chat_template_parts.jinja" if goes_before_its else name)
-    template = path.read_text(encoding="utf-8").rstrip()
+    template = path.read_text(encoding="utf-8").rstrip().replace("IMAGE", image_placeholder(trained.tokenizer))
     template = template.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
-    template = template.replace("IMAGE", image_placeholder(trained.tokenizer))
     if not goes_before_its:
         return template
     return its if its.startswith(template) else template + its  # from an export, it has them
