@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,50 +80,46 @@ ADVICE = {  # what to try when a site fails
 class RemoteFile:
     """A published file. Its checksum is a SHA-256, or for a small file of the hub its git blob id (a SHA-1)."""
 
-    name: str
     url: str
     headers: dict[str, str]
     size: int | None
     checksum: str | None
 
     def is_at(self, path: Path) -> bool:
-        if path.stat().st_size != self.size:
-            return False
         if len(self.checksum) == 64:
             return hash_of(path) == self.checksum
         return hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes()).hexdigest() == self.checksum
 
 
-def list_files(args: argparse.Namespace, repo_id: str, repo_type: str) -> Iterator[RemoteFile]:
-    """Lists a repository ("model" or "dataset"); on ModelScope a data set's first 200 files."""
-    if args.source == "hub":
-        hub, timeout = HfApi(args.endpoint), constants.HF_HUB_DOWNLOAD_TIMEOUT
-        info = hub.repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
-        for entry in info.siblings or []:
-            url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
-            checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            yield RemoteFile(entry.rfilename, url, build_hf_headers(), entry.size, checksum)
-        return
-    # The addresses are those of its own client, modelscope 1.40.2 (modelscope_hub 0.5.1, `_legacy_api.py`).
-    repo = f"{args.endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
-    page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
-    response = get_session().get(f"{repo}/{'tree' if repo_type == 'dataset' else 'files'}", params=page, **REQUEST)
-    hf_raise_for_status(response)
-    for entry in response.json()["Data"]["Files"]:
-        if entry["Type"] != "tree":
-            url = f"{repo}?Revision=master&FilePath={quote_plus(entry['Path'])}"
-            yield RemoteFile(entry["Path"], url, {}, entry["Size"], entry["Sha256"].lower())
+def find_files(args: argparse.Namespace, part: Part) -> dict[str, RemoteFile]:
+    """Returns a part's published files by name; raises UsageError where the repository lacks them.
 
-
-def find_files(args: argparse.Namespace, part: Part) -> list[RemoteFile]:
-    """Returns a part's published files; raises UsageError where the repository lacks them."""
+    Of a data set, ModelScope lists the first 200 files. Its addresses are those of its own client, modelscope 1.40.2
+    (modelscope_hub 0.5.1, `_legacy_api.py`).
+    """
     repo_id, repo_type = part.repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model"
-    if args.source == "modelscope":
-        owner, name = repo_id.split("/")
-        repo_id = f"{MODELSCOPE_OWNERS[owner]}/{name}"
+    published = {}
     try:
         _ = urlsplit(args.endpoint).port  # ValueError for one that is no number
-        published = {file.name: file for file in list_files(args, repo_id, repo_type)}
+        if args.source == "hub":
+            hub, timeout = HfApi(args.endpoint), constants.HF_HUB_DOWNLOAD_TIMEOUT
+            info = hub.repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=timeout)
+            for entry in info.siblings or []:
+                url = hf_hub_url(repo_id, entry.rfilename, repo_type=repo_type, revision=info.sha)
+                checksum = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                published[entry.rfilename] = RemoteFile(url, build_hf_headers(), entry.size, checksum)
+        else:
+            owner, name = repo_id.split("/")
+            repo_id = f"{MODELSCOPE_OWNERS[owner]}/{name}"
+            repo = f"{args.endpoint}/api/v1/{repo_type}s/{repo_id}/repo"
+            page = {"Revision": "master", "Recursive": "True", "PageNumber": 1, "PageSize": 200}
+            listing = "tree" if repo_type == "dataset" else "files"
+            response = get_session().get(f"{repo}/{listing}", params=page, **REQUEST)
+            hf_raise_for_status(response)
+            for entry in response.json()["Data"]["Files"]:
+                if entry["Type"] != "tree":
+                    url = f"{repo}?Revision=master&FilePath={quote_plus(entry['Path'])}"
+                    published[entry["Path"]] = RemoteFile(url, {}, entry["Size"], entry["Sha256"].lower())
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a login page, some other server's JSON
         raise UsageError(f"{args.endpoint} does not answer like a model hub: {ADVICE[args.source]}.") from error
     choices = [names.format(args.hidden_size or part.hidden_size).split() for names in part.choices]
@@ -135,7 +130,7 @@ def find_files(args: argparse.Namespace, part: Part) -> list[RemoteFile]:
     for name in names:
         if published[name].size is None or not published[name].checksum:
             raise UsageError(f"{args.endpoint} has no size or checksum for {name}: {ADVICE[args.source]}.")
-    return [published[name] for name in names]
+    return {name: published[name] for name in names}
 
 
 def fetch(file: RemoteFile, path: Path):
@@ -175,7 +170,7 @@ def fetch(file: RemoteFile, path: Path):
                 time.sleep(wait)
     if not file.is_at(part):
         part.unlink()
-        raise UsageError(f"{file.name} arrived damaged (wrong checksum) and was deleted: run this again.")
+        raise UsageError(f"{path.name} arrived damaged (wrong checksum) and was deleted: run this again.")
     os.replace(part, path)
 
 
@@ -200,29 +195,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace):
+def main(argv: list[str] | None = None):
     """Asks the site for all parts, fetches what is missing, and prints what to type next."""
-    print(f"Asking {args.endpoint} ...", flush=True)
-    files, missing = {}, {}
-    for name in args.parts:
-        part = PARTS[name]
-        folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
-        # Training looks for pretrain_data.parquet, whichever name it was published under.
-        files[name] = published = {folder / file.name.replace("_i2t.", "_data."): file for file in chosen}
-        for path, file in published.items():
-            is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
-            if is_trained_here or (path.exists() and not file.is_at(path)):
-                reason = f"{path} is your own, or another version of the published file"
-                cure = "move or delete it, or put the published files into another folder with --dest"
-                raise UsageError(f"{reason}: {cure}.")
-        wanted = {path: file for path, file in published.items() if not path.exists()}
-        size = human(sum(file.size for file in wanted.values()))
-        places = " + ".join(map(display_path, published))
-        print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})", flush=True)
-        missing |= wanted
-    for path, file in missing.items():
-        fetch(file, path)
-        print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
+    args, files, missing = parse_args(argv), {}, {}
+    try:
+        print(f"Asking {args.endpoint} ...", flush=True)
+        for name in args.parts:
+            part = PARTS[name]
+            folder, chosen = args.dest / part.folder.relative_to(paths.ROOT), find_files(args, part)
+            # Training looks for pretrain_data.parquet, whichever name it was published under.
+            files[name] = published = {folder / file.replace("_i2t.", "_data."): chosen[file] for file in chosen}
+            for path, file in published.items():
+                is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
+                if is_trained_here or (path.exists() and not file.is_at(path)):
+                    reason = f"{path} is your own, or another version of the published file"
+                    cure = "move or delete it, or put the published files into another folder with --dest"
+                    raise UsageError(f"{reason}: {cure}.")
+            wanted = {path: file for path, file in published.items() if not path.exists()}
+            size = human(sum(file.size for file in wanted.values()))
+            places = " + ".join(map(display_path, published))
+            print(f"  {name:<12} {places} ({f'{size} to fetch' if wanted else 'already here'})", flush=True)
+            missing |= wanted
+        for path, file in missing.items():
+            fetch(file, path)
+            print(f"  fetched   {display_path(path)} ({human(file.size)})", flush=True)
+    except (HTTPError, OSError) as error:
+        why, advice = str(error).rstrip("."), ADVICE[args.source]  # a full disk, or HF_HUB_OFFLINE
+        if isinstance(error, HfHubHTTPError):
+            url, status = str(error.response.url).split("?")[0], error.response.status_code
+            reason = "not there, or private" if status in (401, 403, 404) else "try again later"
+            why = f"{url} answers {status}: {reason}, or {advice}"
+        elif isinstance(error, HTTPError):
+            reason = str(error) or type(error).__name__
+            why = f"the connection to {args.endpoint} failed ({reason}): check the network, or {advice}"
+        raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
     print()
     stages = [stage for stage in STAGES if stage in args.parts]
     if args.dest != paths.ROOT and stages:
@@ -244,22 +250,6 @@ def run(args: argparse.Namespace):
                 tower, tokenizer = (next(iter(files[need])).parent for need in PARTS[part].needs)
                 command += ["--vision_model_path", tower, "--tokenizer_path", tokenizer]
             print(f"Talk to it:  {shlex.join(map(display_path, command))}")
-
-
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (HTTPError, OSError) as error:
-        why, advice = str(error).rstrip("."), ADVICE[args.source]  # a full disk, or HF_HUB_OFFLINE
-        if isinstance(error, HfHubHTTPError):
-            url, status = str(error.response.url).split("?")[0], error.response.status_code
-            reason = "not there, or private" if status in (401, 403, 404) else "try again later"
-            why = f"{url} answers {status}: {reason}, or {advice}"
-        elif isinstance(error, HTTPError):
-            reason = str(error) or type(error).__name__
-            why = f"the connection to {args.endpoint} failed ({reason}): check the network, or {advice}"
-        raise UsageError(f"{why}. Partial files stay: the same command resumes.") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.cli import ArgumentParser, file_path
 from common.errors import UsageError, run_script
@@ -37,18 +38,15 @@ from trainer.answering.assistant import LoadedModel, add_model_flags, find_model
 
 SHARE = Path(__file__).parent / "share"
 UNUSED_BYTE = "ÿ"  # how a byte-level BPE writes 0xFF, which is in no UTF-8 text
-DECODERS = {  # (use_moe, qk_norm) -> model type and class in transformers, shared experts
-    (False, False): ("llama", "LlamaForCausalLM", 0),
-    (False, True): ("qwen3", "Qwen3ForCausalLM", 0),
-    (True, False): ("qwen2_moe", "Qwen2MoeForCausalLM", 1),
-    (True, True): ("qwen3_moe", "Qwen3MoeForCausalLM", 0),
-}
+# By (use_moe, qk_norm): the model type in transformers. Only qwen2_moe has a shared expert, one.
+DECODERS = {(False, False): "llama", (False, True): "qwen3", (True, False): "qwen2_moe", (True, True): "qwen3_moe"}
 
 
 def check_exportable(trained: LoadedModel, to: str):
     """Raises UsageError if transformers or, for `to` "gguf", llama.cpp has no such model."""
     config, tower, kind, is_gguf = trained.config, trained.tower.kind, trained.config.projector, to == "gguf"
-    model_type, _, shared = DECODERS[config.use_moe, config.qk_norm]
+    model_type = DECODERS[config.use_moe, config.qk_norm]
+    shared = int(model_type == "qwen2_moe")
     has_other_shared = config.use_moe and config.n_shared_experts != shared
     refused = {
         "YaRN positions (inference_rope_scaling) are not exported: export without": config.inference_rope_scaling,
@@ -74,9 +72,8 @@ def chat_template(trained: LoadedModel) -> str:
     name = "chat_template_3v.jinja" if is_3v else "chat_template.jinja"
     goes_before_its = uses_template(trained.tokenizer) or (is_3v and "tools" in its)
     path = SHARE / ("chat_template_parts.jinja" if goes_before_its else name)
-    template = path.read_text(encoding="utf-8").rstrip()
+    template = path.read_text(encoding="utf-8").rstrip().replace("IMAGE", image_placeholder(trained.tokenizer))
     template = template.replace("SEPARATOR", "\\n" if "\n" in trained.prompt_form else "")
-    template = template.replace("IMAGE", image_placeholder(trained.tokenizer))
     if not goes_before_its:
         return template
     return its if its.startswith(template) else template + its  # from an export, it has them
@@ -85,11 +82,11 @@ def chat_template(trained: LoadedModel) -> str:
 def text_config(config: VLMConfig) -> dict:
     if config.llm:
         return config.llm | {"dtype": "float32"}
-    model_type, architecture, shared_experts = DECODERS[config.use_moe, config.qk_norm]
+    model_type = DECODERS[config.use_moe, config.qk_norm]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     names += ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")
     names += ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields = {"model_type": model_type, "architectures": [architecture]}
+    fields = {"model_type": model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
     fields |= {name: getattr(config, name) for name in names}
     fields |= {"hidden_act": "silu", "tie_word_embeddings": True, "dtype": "float32"}
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -98,7 +95,7 @@ def text_config(config: VLMConfig) -> dict:
         fields |= {"num_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
         fields |= {"norm_topk_prob": True, "moe_intermediate_size": config.intermediate_size}
         fields["router_aux_loss_coef"] = config.aux_loss_alpha
-    if shared_experts:
+    if model_type == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = config.intermediate_size
     return fields
 

@@ -27,6 +27,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from networkx.utils import UnionFind  # torch requires networkx
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, command, file_path, number
@@ -51,24 +52,9 @@ class Made:
     rows: int = 0  # taken, good or bad
     bad_rows: int = 0
     keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
-    linked: dict[int, int] = field(default_factory=dict)  # from a picture's hash to another's of the same row: `root`
+    linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
     left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
     held_out: int = 0  # rows
-
-    def add(self, names: list[str]):
-        """Counts a row by its pictures' names, which are their hashes, and links these pictures."""
-        hashes = [int(name[:16], 16) for name in names]
-        first, *others = sorted({root(self.linked, key) for key in hashes}) or [0]
-        self.linked.update(dict.fromkeys(others, first))
-        self.keys.append(hashes[0] if hashes else 0)
-
-
-def root(linked: dict[int, int], key: int) -> int:
-    """Returns the picture that stands for all that are linked with this one (union-find)."""
-    while key in linked:
-        linked[key] = linked.get(linked[key], linked[key])  # halves the way for the next time
-        key = linked[key]
-    return key
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
@@ -77,7 +63,8 @@ def held_out(made: Made, share: float) -> np.ndarray:
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
     through other rows, go together, so no held-out picture is trained on.
     """
-    roots = np.array([root(made.linked, key) for key in made.keys], dtype=np.uint64)
+    smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
+    roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
     wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
     most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
@@ -122,7 +109,10 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     made.bad_rows += 1
                 else:
                     names = row.pop("image")
-                    made.add(names)
+                    hashes = [int(name[:16], 16) for name in names]
+                    if len(hashes) > 1:
+                        made.linked.union(*hashes)
+                    made.keys.append(hashes[0] if hashes else 0)
                     image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
                 made.rows += 1
@@ -156,16 +146,6 @@ def write_dataset(args: argparse.Namespace) -> Made:
                     out.writelines(itertools.compress(rows, is_taken))
         (part / ROWS).unlink()
     return made
-
-
-def report(made: Made, folder: Path) -> list[str]:
-    sizes = [picture.stat().st_size for picture in (folder / IMAGES).iterdir()]
-    facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
-    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
-    if made.left_out:
-        share = f"{made.bad_rows:,} of {made.rows:,} rows ({check.percent(made.bad_rows, made.rows)})"
-        facts["left out"] = f"{share}, all listed in {LEFT_OUT} there"
-    return [display_path(folder), *(line for name in facts for line in check.fact(name, facts[name])), *reasons(made)]
 
 
 def reasons(made: Made) -> list[str]:
@@ -202,9 +182,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    add(
-        "--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of the shorter side that larger ones get"
-    )
+    what = "pixels of the shorter side that larger ones get"
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
@@ -224,12 +203,20 @@ def source_and_share(text: str) -> tuple[Path, float]:
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
-    print("\n".join(report(made, args.to)), end="\n\n", flush=True)
+    sizes = [picture.stat().st_size for picture in (args.to / IMAGES).iterdir()]
+    left_out = f"{made.bad_rows:,} of {made.rows:,} rows"
+    facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
+    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
+    if made.left_out:
+        share = check.percent(made.bad_rows, made.rows)
+        facts["left out"] = f"{left_out} ({share}), all listed in {LEFT_OUT} there"
+    lines = [line for name, value in facts.items() for line in check.fact(name, value)]
+    print(display_path(args.to), *lines, *reasons(made), sep="\n", end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     if made.bad_rows > made.rows // 100:
-        left_out = f"{made.bad_rows:,} of {made.rows:,} rows were left out, more than 1 % of the rows"
-        raise UsageError(f"{left_out}. The others are written; reasons: {display_path(args.to / LEFT_OUT)}")
+        others = f"The others are written; reasons: {display_path(args.to / LEFT_OUT)}"
+        raise UsageError(f"{left_out} were left out, more than 1 % of the rows. {others}")
 
 
 if __name__ == "__main__":

@@ -83,10 +83,9 @@ def read_model(path: Path) -> Model:
         record = read_record(path)
         hashes = record.get("files")
         if "exported_by" not in record or not isinstance(hashes, dict):
-            raise UsageError(
-                f"{display_path(path)} is nothing to publish: name a folder that scripts/export.py wrote (export an "
-                "old one again), or a .pth weight file (NAME_resume.pth is a training state, which is never published)"
-            )
+            cure = "name a folder that scripts/export.py wrote (export an old one again), or a .pth weight file"
+            state = "NAME_resume.pth is a training state, which is never published"
+            raise UsageError(f"{display_path(path)} is nothing to publish: {cure} ({state})")
         files, sidecar_path = {name: path / name for name in hashes}, path / TRAINING
         for name, file in files.items():
             # A name may lead out of the folder.
@@ -149,13 +148,13 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     )
     images = [] if args.no_samples else [image for image in page.descriptions(record) if image["data"] is not None]
     samples = [(f"{PICTURES}/{Path(image['name']).name}", image) for image in images]
-    template = (Path(__file__).parent / "share" / "model_card.md.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "share"), **blocks)
     environment.filters |= {"number": page.number, "text": as_text, "quote": shlex.quote}
     environment.filters["literal"] = partial(json.dumps, ensure_ascii=False)
     shown, llm = replace(record, sidecar=model.sidecar), model.sidecar["config"].get("llm")
     other = llm and f"another language model, a {llm['model_type']} (its own licence holds),"
-    text = environment.from_string(template).render(
+    text = environment.get_template("model_card.md.jinja").render(
         model=model,
         tower=tower,
         decoder=other or "a MiniMind decoder",

@@ -73,29 +73,17 @@ def grid_weights(scene: Scene, rng: np.random.Generator, stride: int) -> np.ndar
 
 def in_a_sentence(scene: Scene, rng: Random) -> Example:
     """Returns a conversation about a scene described as a sentence, or as a list of objects in random order."""
-    is_dialogue = rng.random() < 0.7
-    spoken = rng.choice(language.LANGUAGES)
+    is_dialogue, spoken = rng.random() < 0.7, rng.choice(language.LANGUAGES)
     if rng.random() < 0.3:
         shown = language.caption(scene.facts, spoken)
-        return language.conversation([scene.facts], [shown], rng, spoken, is_dialogue), []
-    lines = []
-    for thing in rng.sample(list(scene.facts), len(scene.facts)):
-        words = [spoken.say(f"{{{name}}}", thing) for name in vars(thing)]
-        rng.shuffle(words)
-        lines.append(", ".join(words))
-    return language.conversation([scene.facts], ["; ".join(lines) + "."], rng, spoken, is_dialogue), []
-
-
-def in_a_grid(scenes: Iterator[Scene], rng: Random, noise: np.random.Generator, stride: int) -> Example:
-    """Returns a conversation about the next scene or two, shown as grids."""
-    facts, grids, spoken = [], [], rng.choice(language.LANGUAGES)
-    for _ in range(2 if rng.random() < 0.06 else 1):
-        scene = next(scenes)
-        facts.append(scene.facts)
-        grids.append(grid_weights(scene, noise, stride))
-    shown = [IMAGE_CHARACTER * len(grid) for grid in grids]
-    is_dialogue = len(facts) == 1 and rng.random() < 0.4
-    return language.conversation(facts, shown, rng, spoken, is_dialogue), grids
+    else:
+        lines = []
+        for thing in rng.sample(list(scene.facts), len(scene.facts)):
+            words = [spoken.say(f"{{{name}}}", thing) for name in vars(thing)]
+            rng.shuffle(words)
+            lines.append(", ".join(words))
+        shown = "; ".join(lines) + "."
+    return language.conversation([scene.facts], [shown], rng, spoken, is_dialogue), []
 
 
 def embed(model: MiniMindForCausalLM, encoder: ChatEncoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -139,8 +127,14 @@ def training_losses(model: MiniMindForCausalLM, encoder: ChatEncoder) -> Iterato
             examples = [in_a_sentence(next(scenes), rng) for _ in range(batch_size)]
         else:
             coarse = rng.random() > 0.1 + (step / STEPS > COARSE_UNTIL)
-            stride, count = (2, batch_size) if coarse else (1, batch_size // 2)
-            examples = [in_a_grid(scenes, rng, noise, stride) for _ in range(count)]
+            stride, examples = 2 if coarse else 1, []
+            for _ in range(batch_size if coarse else batch_size // 2):
+                spoken = rng.choice(language.LANGUAGES)
+                seen = [next(scenes) for _ in range(2 if rng.random() < 0.06 else 1)]
+                grids, facts = [grid_weights(scene, noise, stride) for scene in seen], [scene.facts for scene in seen]
+                shown = [IMAGE_CHARACTER * len(grid) for grid in grids]
+                is_dialogue = len(seen) == 1 and rng.random() < 0.4
+                examples.append((language.conversation(facts, shown, rng, spoken, is_dialogue), grids))
         embedded, labels = embed(model, encoder, examples)
         learned = (labels.flatten() != -100).nonzero()[:, 0]
         yield model(inputs_embeds=embedded, labels=labels, learned_positions=learned).loss
@@ -190,10 +184,9 @@ def main():
 
     print(f"decoder of {model.num_parameters():,} parameters, {STEPS} steps")
     embeddings, *others = model.parameters()
-    groups = [  # embeddings move slowly, to stay distinct while the decoder learns to use them
-        {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0},
-        {"params": others, "factor": 1.0, "weight_decay": 0.05},
-    ]
+    # Embeddings move slowly, to stay distinct while the decoder learns to use them.
+    slow = {"params": [embeddings], "factor": 0.1, "weight_decay": 0.0}
+    groups = [slow, {"params": others, "factor": 1.0, "weight_decay": 0.05}]
     build_tower.train(groups, training_losses(model, encoder), STEPS, 2e-3, partial(save, model, encoder))
 
 

@@ -31,18 +31,14 @@ from common.paths import BUILTIN_MODEL_DIR
 from dataset.scenes.draw import JPEG_QUALITY, Scene, draw, heldout_scenes, patch_coverage, training_scene
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES
 
-CONFIG = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, patch_size=16, image_size=224
-)
+SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONFIG = CLIPVisionConfig(**SHAPE, patch_size=16, image_size=224)
 PROCESSOR = CLIPImageProcessorPil()
 TARGETS = ("object", *COLOURS, *SHAPES, *SIZES, *PLACES)
-GROUPS = {
-    attribute: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1)
-    for attribute, words in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}.items()
-}
+WORDS = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
+GROUPS = {name: slice(TARGETS.index(words[0]), TARGETS.index(words[-1]) + 1) for name, words in WORDS.items()}
 COVERED, EMPTY = 0.2, 0.01  # patches covered by a share between the two are ignored
 STEPS, BATCH_SIZE = 1500, 32  # each example a new scene
-SAVES = 10  # times a run
 SEED = 0  # of the initial weights and the texts
 OUT = BUILTIN_MODEL_DIR / "tower"
 
@@ -127,7 +123,7 @@ def train(groups: list[dict], losses: Iterable[Tensor], steps: int, peak: float,
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if done % max(1, steps // SAVES) == 0 or done == steps:
+        if done % max(1, steps // 10) == 0 or done == steps:
             print(f"step {done}, loss {loss.item():.4f}, held-out scenes: {json.dumps(save())}", flush=True)
 
 

@@ -84,13 +84,9 @@ def main():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=MAX_TOKEN_BYTES,
-        show_progress=sys.stderr.isatty(),
-    )
+    limits = {"vocab_size": VOCAB_SIZE, "max_token_length": MAX_TOKEN_BYTES, "special_tokens": SPECIAL_TOKENS}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(**limits, initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
     tokenizer.train_from_iterator((unwanted.sub("\n", text) for text in built_in_corpus()), trainer)
     config = BUILTIN_TOKENIZER_DIR / "tokenizer_config.json"  # special tokens and chat template are the same
     write_atomically(OUT / "tokenizer.json", lambda file: file.write(tokenizer.to_str(pretty=True).encode()))

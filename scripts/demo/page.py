@@ -69,11 +69,9 @@ class Uploads:
     def use(self, path: Path):
         """Deletes a file that a question used, unless another upload of it waits."""
         with self.lock:
-            self.waiting[str(path)] -= 1
-            if self.waiting[str(path)] <= 0:
-                del self.waiting[str(path)]
-                if self.folder in path.resolve().parents:  # the path comes from a browser
-                    path.unlink(missing_ok=True)
+            self.waiting -= Counter([str(path)])  # forgets a count of zero
+            if str(path) not in self.waiting and self.folder in path.resolve().parents:  # it comes from a browser
+                path.unlink(missing_ok=True)
 
     def enforce_bounds(self):
         """Deletes the oldest files beyond the bounds, leftovers of interrupted uploads included."""
@@ -98,7 +96,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers, path = Headers(scope=scope), scope["path"].rstrip("/")
-        answer, has_started = [], False
+        has_started = False
         if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.most_bytes:
             return await PlainTextResponse("", 413)(scope, receive, send)
         if self.is_local and headers.get("origin", "").lower() not in ("", f"http://{headers['host'].lower()}"):
@@ -107,10 +105,8 @@ class Guard:
         async def send_counted(message: dict):
             nonlocal has_started
             has_started = True
-            if path.endswith("/upload"):
-                answer.append(message.get("body", b""))
-                if message["type"] == "http.response.body" and not message.get("more_body"):
-                    self.uploads.add(b"".join(answer))  # before anybody can ask about them
+            if path.endswith("/upload") and message["type"] == "http.response.body":
+                self.uploads.add(message["body"])  # before anybody can ask about them
             await send(message)
 
         try:
@@ -142,12 +138,11 @@ class Turn:
 
 
 def joined(turns: list[Turn], name: str) -> list:
-    """Returns what the turns list under a name."""
     return [item for turn in turns for item in getattr(turn, name)]
 
 
-def stop_all(turns: list[Turn] | None):
-    for turn in turns or ():
+def stop_all(turns: list[Turn]):
+    for turn in turns:
         turn.stop.set()
 
 
@@ -167,11 +162,11 @@ class Handlers:
     def __init__(self, assistant: Assistant, sampling: dict, examples: list[Path], uploads: Uploads):
         self.assistant, self.sampling, self.examples, self.uploads = assistant, sampling, examples, uploads
 
-    def start(self, turns: list[Turn] | None, request: gr.Request) -> tuple[list[Turn], str, str]:
+    def start(self, turns: list[Turn], request: gr.Request) -> tuple[list[Turn], str, str]:
         """Empties the conversation; says which model it is with, and what its sidecar tells of its training."""
-        turns, texts, loaded = [] if turns is None else turns, TEXTS[language_of(request)], self.assistant.loaded
         stop_all(turns)
         turns.clear()
+        texts, loaded = TEXTS[language_of(request)], self.assistant.loaded
         sidecar = loaded.weights.sidecar
         data = Path(sidecar.get("arguments", {}).get("data_path") or texts["builtin"]).name
         training = "learned" if sidecar else "learned_unknown"
@@ -218,7 +213,7 @@ class Handlers:
 
     def stream(self, turns, question, files, temperature, top_p, length, request) -> Iterator[tuple[list[Turn], str]]:
         """Answers a question in at most `length` tokens; yields the turns and the page whenever it is drawn again."""
-        turns, texts = [] if turns is None else turns, TEXTS[language_of(request)]  # None: forgotten
+        texts = TEXTS[language_of(request)]
         draw = partial(TEMPLATE.render, turns=turns, texts=texts)
         stop_all(turns)  # the maps of the answer before
         turn = self.new_turn(turns, question, files, length, texts)
@@ -257,10 +252,10 @@ class Handlers:
             turn.stop, turn.look = threading.Event(), partial(self.assistant.look, *asked, ids)
         yield turns, draw()
 
-    def show_maps(self, turns: list[Turn] | None, request: gr.Request):
+    def show_maps(self, turns: list[Turn], request: gr.Request):
         """Adds its words' maps to the newest answer, unless it has none, or they were stopped or too slow."""
-        turn = turns[-1] if turns else Turn()
-        look, turn.look, end = turn.look, None, time.monotonic() + MAP_SECONDS
+        turn, end = turns[-1] if turns else Turn(), time.monotonic() + MAP_SECONDS
+        look, turn.look = turn.look, None
 
         def is_stopped() -> bool:
             return turn.stop.is_set() or CLOSING.is_set() or time.monotonic() > end
@@ -278,7 +273,7 @@ def build_page(handlers: Handlers, max_new_tokens: int) -> gr.Blocks:
     """Lays out the page and connects it with its handlers; the sliders start at their sampling settings."""
     gr.set_static_paths(handlers.examples[0].parent)  # or they would be copied among the uploads
     with gr.Blocks(title="MiniMind-V", analytics_enabled=False, delete_cache=(600, FORGOTTEN_AFTER)) as page:
-        turns = gr.State(time_to_live=FORGOTTEN_AFTER)
+        turns = gr.State([], time_to_live=FORGOTTEN_AFTER)
         gr.Markdown("# MiniMind-V")
         about, talk = gr.HTML(elem_id="about"), gr.HTML(elem_id="talk")
         kinds = {"file_types": ["image"], "file_count": "multiple", "sources": ["upload"]}

@@ -20,17 +20,16 @@ LOUD = 2.0**30  # times a norm's output, it leaves nothing of what is added to i
 # A token's dot product with the class token's state, divided by that state's square, is 1 for the class token and lower
 # for patches. The gate opens above CLASS_TOKEN_FROM; a tenth more or less outweighs any value of the projection.
 CLASS_TOKEN_FROM, STEEPNESS = 0.9, 2.0**12
-FEATURE_LAYERS = "clip.vision.feature_layer"
 
 
-def write(path: Path, kind: str, settings: dict, tensors: dict[str, torch.Tensor], quantization=None):
+def write(path: Path, kind: str, settings: dict, tensors: dict[str, torch.Tensor], quantization=None, layers=()):
     """Writes a file: each setting by the writer's method add_NAME; matrices quantized if asked for, others float32."""
     writer = gguf.GGUFWriter(path, kind)
     for setting, value in settings.items():
-        if setting == FEATURE_LAYERS:  # the writer has no method for it
-            writer.add_array(setting, value)
-        else:
-            getattr(writer, f"add_{setting}")(value)
+        getattr(writer, f"add_{setting}")(value)
+    if layers:  # whose outputs, one after another, are the projection's input; the writer has no method for them
+        # Without the last one's number, llama.cpp leaves the last layer out.
+        writer.add_array("clip.vision.feature_layer", layers)
     for name, tensor in tensors.items():
         array, quantized = tensor.float().contiguous().numpy(), quantization if tensor.ndim > 1 else None
         writer.add_tensor(name, array if quantized is None else gguf.quantize(array, quantized), raw_dtype=quantized)
@@ -86,13 +85,11 @@ def write_mmproj(trained: LoadedModel, path: Path, name: str):
     vision |= {"projection_dim": trained.config.hidden_size, "image_mean": list(trained.tower.mean)}
     vision |= {"image_std": list(trained.tower.std), "use_gelu": config.hidden_act != "quick_gelu"}
     settings |= {f"vision_{name}": value for name, value in vision.items()}
-    # The outputs of these layers, one after another, are the projection's input. Without the last one's number,
-    # llama.cpp leaves the last layer out.
-    settings[FEATURE_LAYERS] = layers
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers[-1])
     tower = {f"vision_tower.vision_model.{name}": tensor for name, tensor in tower.items()}
     tower = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tower.items()}
-    write(path, "clip", settings, tower | {f"mm.{name}": tensor for name, tensor in projection.items()})
+    tensors = tower | {f"mm.{name}": tensor for name, tensor in projection.items()}
+    write(path, "clip", settings, tensors, layers=layers)
 
 
 @torch.no_grad()

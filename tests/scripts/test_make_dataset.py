@@ -310,10 +310,7 @@ def test_the_same_pictures_are_held_out_in_any_order_and_under_any_name(many):
 
 def test_how_many_rows_are_held_out():
     def count(keys, share):
-        made = Made()
-        for key in keys:
-            made.add([f"{key:016x}"] if key else [])
-        return int(held_out(made, share).sum())
+        return int(held_out(Made(keys=keys), share).sum())
 
     assert [count(range(1, 1 + rows), 0.02) for rows in (1, 19, 20, 100, 1000)] == [0, 0, 1, 2, 20]
     assert count(range(1, 1001), 0) == 0

@@ -175,6 +175,7 @@ def test_pointing_at_a_word_shows_its_map(site, page):
 
 def set_length(page, tokens: int):
     """Sets the longest answer, and waits until the page has taken it: a question at once might go out before."""
+    page.get_by_label("Longest answer, tokens").first.wait_for()  # the settings have opened
     number, slider = page.get_by_label("Longest answer, tokens").all()
     number.fill(str(tokens))
     number.press("Tab")
@@ -339,7 +340,7 @@ def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
     sidecar = {"stage": "sft", "rows": 12345, "pictures": 678, "arguments": {"data_path": "/home/me/photos.jsonl"}}
     weights = SimpleNamespace(sidecar=sidecar, has_projection=True, path=Path("/home/me/out/mine.pth"))
     assistant = SimpleNamespace(loaded=SimpleNamespace(knows_only_scenes=False, weights=weights))
-    _, _, said = web_page.Handlers(assistant, {}, [], None).start(None, SimpleNamespace(headers={}))
+    _, _, said = web_page.Handlers(assistant, {}, [], None).start([], SimpleNamespace(headers={}))
     expected = "You talk to out/mine.pth. It was trained on 12,345 rows and 678 pictures of photos.jsonl (stage sft)."
     assert said == f'<p class="note">{expected}</p>'
     assert web_page.TEXTS["en"].keys() == web_page.TEXTS["zh"].keys()
