@@ -28,15 +28,9 @@ TRAINING_SCENES = 5000
 HELDOUT_SCENES = 200
 
 COLOUR_VALUES = {
-    "红色": (214, 40, 40),
-    "橙色": (244, 136, 22),
-    "黄色": (238, 214, 36),
-    "绿色": (46, 150, 66),
-    "蓝色": (44, 84, 206),
-    "紫色": (132, 54, 168),
-    "黑色": (28, 28, 30),
-    "灰色": (128, 128, 130),
-}
+    "红色": (214, 40, 40), "橙色": (244, 136, 22), "黄色": (238, 214, 36), "绿色": (46, 150, 66),
+    "蓝色": (44, 84, 206), "紫色": (132, 54, 168), "黑色": (28, 28, 30), "灰色": (128, 128, 130),
+}  # fmt: skip
 RADII = {"大": (15.0, 17.5), "小": (8.0, 10.0)}  # of the circle, in pixels; the other shapes are about as large
 CELL = PICTURE_SIZE / 3
 SUPERSAMPLING = 4
@@ -156,7 +150,7 @@ def draw_heldout(folder: Path, count: int) -> list[Path]:
     folder.mkdir(parents=True)
     paths = [folder / f"scene_{number}.jpg" for number in range(count)]
     for path, scene in zip(paths, heldout_scenes(), strict=False):
-        draw(scene).save(path, quality=92)
+        draw(scene).save(path, quality=JPEG_QUALITY)
     return paths
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import chain, cycle
 from random import Random
 
 COLOURS = ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色", "灰色")
@@ -35,9 +35,7 @@ class Language:
     separator: str  # between two of them
     captions_of_two: str  # the answer to a request for two images
     count: tuple[str, str, str, str]  # the question for the number of objects, and its answers
-    of_place: tuple[tuple[str, str], ...]  # questions with answers about the object there
-    of_shape: tuple[tuple[str, str], ...]  # ... of that shape
-    of_colour: tuple[tuple[str, str], ...]  # ... of that colour
+    about: tuple[tuple[str, str], ...]  # questions with answers about one object; the question says which
     presence: tuple[str, str, str]  # the question whether there is such an object, the answer yes and the answer no
 
     def say(self, template: str, thing: Facts) -> str:
@@ -58,14 +56,16 @@ CHINESE = Language(
     separator="，",
     captions_of_two="第一张{}第二张{}",
     count=("图中有几个物体？", "", "一个。", "两个。"),
-    of_place=(
+    about=(
         ("{place}有什么？", "一个{size}的{colour}{shape}。"),
         ("{place}的物体是什么颜色的？", "{colour}。"),
         ("{place}的物体是什么形状的？", "{shape}。"),
         ("{place}的物体是大的还是小的？", "{size}的。"),
+        ("{shape}是什么颜色的？", "{colour}。"),
+        ("{shape}在哪里？", "在{place}。"),
+        ("{colour}的物体是什么形状的？", "{shape}。"),
+        ("{colour}的物体在哪里？", "在{place}。"),
     ),
-    of_shape=(("{shape}是什么颜色的？", "{colour}。"), ("{shape}在哪里？", "在{place}。")),
-    of_colour=(("{colour}的物体是什么形状的？", "{shape}。"), ("{colour}的物体在哪里？", "在{place}。")),
     presence=("图中有{colour}的{shape}吗？", "有。", "没有。"),
 )
 _ENGLISH_WORDS = (
@@ -92,14 +92,13 @@ ENGLISH = Language(
     separator=", ",
     captions_of_two="First image: {} Second image: {}",
     count=("How many objects are there?", "", "There is one.", "There are two."),
-    of_place=(
+    about=(
         ("What is {place}?", "It is a {size} {colour} {shape}."),
         ("What color is the object {place}?", "It is {colour}."),
         ("What shape is the object {place}?", "It is a {shape}."),
         ("Is the object {place} large or small?", "It is {size}."),
-    ),
-    of_shape=(("What color is the {shape}?", "It is {colour}."), ("Where is the {shape}?", "It is {place}.")),
-    of_colour=(
+        ("What color is the {shape}?", "It is {colour}."),
+        ("Where is the {shape}?", "It is {place}."),
         ("What shape is the {colour} object?", "It is a {shape}."),
         ("Where is the {colour} object?", "It is {place}."),
     ),
@@ -118,12 +117,10 @@ def questions(objects: Sequence[Facts], rng: Random, language: Language = CHINES
     """Returns short questions about a scene with their answers, in random order; each has only one right answer."""
     asked = [(language.count[0], language.count[1 + len(objects)])]
     for thing in objects:
-        templates = language.of_place
-        if sum(other.shape == thing.shape for other in objects) == 1:
-            templates += language.of_shape
-        if sum(other.colour == thing.colour for other in objects) == 1:
-            templates += language.of_colour
-        asked += [(language.say(question, thing), language.say(answer, thing)) for question, answer in templates]
+        for question, answer in language.about:
+            text = language.say(question, thing)
+            if [language.say(question, other) for other in objects].count(text) == 1:  # no other object fits
+                asked.append((text, language.say(answer, thing)))
     # One question with the answer yes and one with no, which differs from the scene in one word.
     thing = rng.choice(objects)
     question, yes, no = language.presence
@@ -153,11 +150,7 @@ def conversation(
         pairs = questions(objects, rng, language)[: rng.randint(2, 4)] if is_dialogue else []
         if not is_dialogue or rng.random() < 0.25:
             pairs[:1] = [(rng.choice(language.requests), caption(objects, language))]
-    turns = [
-        {"role": role, "content": content}
-        for pair in pairs
-        for role, content in zip(("user", "assistant"), pair, strict=True)
-    ]
+    turns = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), chain(*pairs))]
     request = turns[0]["content"]
     turns[0]["content"] = f"{request}\n{image}" if rng.random() < 0.5 else f"{image}\n{request}"
     return turns
