@@ -1,14 +1,11 @@
 """Stage 0: teach a small vision tower your own pictures, by the words of their answers.
 
-    python trainer/train_tower.py --data_path my_data/train.jsonl --save_tower out/my_tower
     python trainer/train_tower.py --data_path my_data/train.jsonl --save_tower out/my_tower --minutes 3
 
-Stages 1 and 2 leave the tower frozen, and the built-in one has seen drawn shapes only. Here it learns from pictures and
-the words of their answers: labels, captions and answers to questions alike. A transformer needs many pictures for that,
-a convolutional network few. So for 30 % of the time a small one, the guide, learns to predict the words; then the
-tower learns to predict them too, and at each patch to give what the guide sees there (distillation, as in
-https://arxiv.org/abs/2012.12877): each patch's feature carries it in a form that a linear layer, the projection, can
-take up. Guide and heads are dropped at the end.
+Stages 1 and 2 leave the tower frozen, and the built-in one has seen drawn shapes only. A transformer needs many
+pictures to learn from, a convolutional network few. So for 30 % of the time a small one, the guide, learns to predict
+the words; then the tower learns to predict them too, and at each patch to give what the guide sees there (distillation,
+as in https://arxiv.org/abs/2012.12877). Guide and heads are dropped at the end.
 
 Writes a folder as transformers does, which --vision_model_path of the next stages names.
 """
@@ -43,17 +40,8 @@ from dataset.pictures import PictureFormat, random_views
 from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned
-from trainer.report.progress import clock
-from trainer.resume import (
-    PROGRESS,
-    RESUMES,
-    SECONDS,
-    TrainState,
-    check_same_run,
-    random_state,
-    read_state,
-    restore_random_state,
-)
+from trainer import resume
+from trainer.report.page import clock
 from trainer.stage import epochs_for
 from trainer.step import Counts, TrainContext, train_step
 from trainer.support.processes import Processes, cores, pick_dtype, stop_signals
@@ -72,7 +60,7 @@ BETAS, WEIGHT_DECAY, WARM_UP = (0.9, 0.98), 0.05, 0.05
 REPORTS, MEASURED = 5, 512  # lines with the held-out figure over the run, and pictures that it is measured on
 MOST_EPOCHS = 1 << 20  # more than anybody trains
 MADE_BY = {"tower_by": "trainer/train_tower.py"}
-STATE = PROGRESS | {"seconds": SECONDS, "guide": {"*": torch.Tensor}}
+STATE = resume.PROGRESS | {"seconds": resume.SECONDS, "guide": {"*": torch.Tensor}}
 
 
 def parse_arguments(argv=None) -> Namespace:
@@ -103,8 +91,8 @@ def parse_arguments(argv=None) -> Namespace:
 class Pictures(Dataset):
     """The pictures of a data file's rows of one picture, and what the answers of each one's rows say.
 
-    Of each picture `said` has the words: the tokens of its answers, and the answers (tuples of tokens). `may_flip`,
-    bool (pictures,), tells that none of them says left or right.
+    Of each picture `said` has the tokens of its answers, and the answers as tuples of them; `may_flip` is True where
+    none of them says left or right.
     """
 
     def __init__(self, data: VLMDataset, tokenizer):
@@ -208,7 +196,7 @@ class Learner(nn.Module):
 
 
 @dataclass
-class TowerState(TrainState):
+class TowerState(resume.TrainState):
     seconds: float = 0.0
 
     def done(self, args: Namespace) -> float:
@@ -247,14 +235,14 @@ def load_tower(args: Namespace) -> nn.Module:
 
 def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Pictures, Pictures, int]:
     """Loads the pictures to learn from, those held out, and the number of rows; UsageError for bad or too few ones."""
-    form, found = PictureFormat(**tower.settings.picture_settings), []
-    for path in filter(None, (args.data_path, args.eval_data)):
-        data = VLMDataset(path, args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form)
+    form = PictureFormat(**tower.settings.picture_settings)
+    how = args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form
+    found = [VLMDataset(path, *how) for path in (args.data_path, args.eval_data) if path]
+    for data in found:
         if len(data.bad_rows) > bad_rows_limit(data, None):
-            line, reason = data.bad_rows[0]
-            hint = f"python -m dataset.check {display_path(path)} lists all; --images_path names the pictures' folder"
-            raise UsageError(f"{display_path(path)}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")
-        found.append(data)
+            path, (line, reason) = display_path(data.data_path), data.bad_rows[0]
+            hint = f"python -m dataset.check {path} lists all; --images_path names the pictures' folder"
+            raise UsageError(f"{path}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")
     data, heldout = found if args.eval_data else hold_out(found[0])
     pictures, heldout = Pictures(data, tokenizer), heldout and Pictures(heldout, tokenizer)
     if len(pictures.rows) < args.batch_size:
@@ -289,9 +277,10 @@ def measure(learner: Learner, pictures: Pictures) -> str:
 
 def rate(args: Namespace, done: float) -> float:
     """Returns guide's or tower's learning rate: a linear warm-up, then a cosine decay to 1 % of the peak."""
-    is_guide = done < GUIDED
-    peak = GUIDE_RATE if is_guide else args.learning_rate
-    done = done / GUIDED if is_guide else (done - GUIDED) / (1 - GUIDED)
+    if done < GUIDED:
+        peak, done = GUIDE_RATE, done / GUIDED
+    else:
+        peak, done = args.learning_rate, (done - GUIDED) / (1 - GUIDED)
     if done < WARM_UP:
         return peak * (0.01 + 0.99 * done / WARM_UP)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP)))))
@@ -336,7 +325,7 @@ def take_steps(
             if is_due or stops:
                 save()
             if stops:
-                print(f"stopped after step {state.step:,}, which is saved: {RESUMES}", flush=True)
+                print(f"stopped after step {state.step:,}, which is saved: {resume.RESUMES}", flush=True)
                 raise Stopped(signals.asked)
 
 
@@ -371,20 +360,20 @@ def train(args: Namespace, processes: Processes) -> int:
     print("\n".join(f"  {name:<13} {value}" for name, value in header.items()), flush=True)
 
     path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
-    if (saved := read_state(path, STATE, args.from_resume, print)) is not None:
-        check_same_run(saved, fingerprint, len(lengths), path)
+    if (saved := resume.read_state(path, STATE, args.from_resume, print)) is not None:
+        resume.check_same_run(saved, fingerprint, len(lengths), path)
         load_learned(learner, saved, path)
         try:
             learner.guide.load_state_dict(saved["guide"])
         except RuntimeError as error:
             raise UsageError(f"{display_path(path)} is damaged: --from_resume 0 starts over ({error})") from error
         context.load_state_dict(saved)
-        restore_random_state(saved["random"], 0, device)
+        resume.restore_random_state(saved["random"], 0, device)
         state.load_state_dict(saved)
         print(f"  resumes       after step {state.step:,}", flush=True)
 
     def save():
-        saved = state.state_dict() | context.state_dict() | {"random": [random_state(device)]}
+        saved = state.state_dict() | context.state_dict() | {"random": [resume.random_state(device)]}
         saved["learned"] = {name: weight.detach() for name, weight in learner.named_parameters()}
         saved["guide"] = learner.guide.state_dict()  # with what its batch norms have seen
         saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}

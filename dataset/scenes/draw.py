@@ -5,7 +5,6 @@ Scenes, images and rows depend on an index alone, so the set is not stored: it i
 texts are in `language.py`, the grading of descriptions in `grading.py`.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.errors import UsageError
-from common.files import read_record, remove_leftovers, whole_folder
+from common.files import hash_of, read_record, remove_leftovers, whole_folder
 from common.paths import BUILTIN_DATASET_DIR
 from dataset.scenes import language
 from dataset.scenes.language import COLOURS, PLACES, SHAPES, SIZES, Facts
@@ -36,8 +35,7 @@ CELL = PICTURE_SIZE / 3
 SUPERSAMPLING = 4
 JPEG_QUALITY = 92
 # The code is the version: any change to it may change the set.
-_CODE = b"".join(Path(path).read_bytes() for path in (__file__, language.__file__))
-STAMP = {"drawn_by": hashlib.sha256(_CODE).hexdigest()}
+STAMP = {"drawn_by": " ".join(hash_of(Path(path)) for path in (__file__, language.__file__))}
 
 # Corner points around (0, 0), y downwards, about as large as the unit circle.
 OUTLINES = {
@@ -74,7 +72,6 @@ class Scene:
 
     @property
     def facts(self) -> tuple[Facts, ...]:
-        """Colour, shape, size and place of each object."""
         return tuple(thing.facts for thing in self.objects)
 
 

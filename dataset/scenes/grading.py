@@ -33,8 +33,6 @@ for _attribute, _spellings in _SPELLINGS.items():
     _words = sorted(_spellings, key=len, reverse=True)
     _alternatives = "|".join(rf"\b{word}\b" if word.isascii() else word for word in _words)
     _PATTERNS[_attribute] = re.compile(_alternatives, re.IGNORECASE)
-_CLAUSE_ENDS = re.compile(r"[，。；：、,.;:\n]+")
-ATTRIBUTES = tuple(_SPELLINGS)
 
 
 class Grade(NamedTuple):
@@ -64,7 +62,7 @@ def parse_caption(text: str) -> list[dict[str, str]]:
     A clause that only names what the previous object lacks is added to that object.
     """
     objects: list[dict[str, str]] = []
-    for clause in _CLAUSE_ENDS.split(text):
+    for clause in re.split(r"[，。；：、,.;:\n]+", text):
         found = {}
         for attribute, pattern in _PATTERNS.items():
             if match := pattern.search(clause):
@@ -85,7 +83,7 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
         for order in permutations(candidates, len(objects))
     )
     right += len(described) == len(objects)
-    total = 1 + len(ATTRIBUTES) * len(objects)
+    total = 1 + len(_SPELLINGS) * len(objects)
     return Grade(right, total, right == total)
 
 
