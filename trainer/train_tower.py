@@ -41,7 +41,7 @@ from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned
 from trainer import resume
-from trainer.report.page import clock
+from trainer.report.progress import clock
 from trainer.stage import epochs_for
 from trainer.step import Counts, TrainContext, train_step
 from trainer.support.processes import Processes, cores, pick_dtype, stop_signals
