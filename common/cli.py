@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import shlex
 import sys
 import textwrap
@@ -17,16 +16,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's line breaks, and appends a flag's default to its help where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_empty = action.default is None or action.default is False or action.default is argparse.SUPPRESS
-        is_complete = is_empty or not action.option_strings or "(default:" in action.help
-        return action.help if is_complete else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False and action.option_strings
+        return super()._get_help_string(action) if has_default and "(default:" not in action.help else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one."""
 
     def __init__(self, **settings):
-        super().__init__(**{"formatter_class": HelpFormatter} | settings)
+        super().__init__(formatter_class=HelpFormatter, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         # Before argparse looks for missing arguments: a mistyped flag may be why one is missing.
@@ -46,8 +44,7 @@ def file_path(text: str) -> Path:
     """Converts a command line's text to a path, ~ expanded; raises ArgumentTypeError if no file can have that path."""
     try:
         path = Path(text).expanduser()
-        os.path.lexists(path)  # raises for a NUL character
-        path.resolve().exists()  # raises for names that are too long, and links in a circle
+        path.resolve().exists()  # raises for a NUL character, names that are too long, and links in a circle
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody, or a circle
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise argparse.ArgumentTypeError(f"{text[:60]!r}: {reason}") from error

@@ -35,16 +35,13 @@ class SteadyStream:
         try:
             if self.error is None:
                 self.stream.write(text)
+                self.stream.flush()
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self.error = error
         return len(text)
 
     def flush(self):
-        try:
-            if self.error is None:
-                self.stream.flush()
-        except (OSError, ValueError) as error:
-            self.error = error
+        self.write("")
 
 
 def run_script(main: Callable[[], None], outlives_output: bool = False):
@@ -60,15 +57,7 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
     for name, stream in steady.items():
         setattr(sys, name, stream)
     try:
-        try:
-            main()
-        finally:
-            for name, stream in steady.items():
-                stream.flush()
-                if stream.error is not None:
-                    note = f"note: {name} could not be written ({stream.error}); the program went on"
-                    print(note, file=sys.stderr if name == "stdout" else sys.stdout)
-                    setattr(sys, name, None)  # its buffer holds what cannot be flushed
+        main()
     except UsageError as error:
         is_of_rank, rank = isinstance(error, RankError), os.environ.get("RANK", "")
         # Under torchrun every rank sees the same mistake; one per machine reports it.
@@ -87,3 +76,10 @@ def run_script(main: Callable[[], None], outlives_output: bool = False):
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    finally:
+        for name, stream in steady.items():
+            stream.flush()
+            if stream.error is not None:
+                note = f"note: {name} could not be written ({stream.error}); the program went on"
+                print(note, file=sys.stderr if name == "stdout" else sys.stdout)
+                setattr(sys, name, None)  # its buffer holds what cannot be flushed

@@ -78,12 +78,11 @@ def read_json(path: Path, schema):
     try:
         if path.exists() and not path.is_file():
             raise SchemaError("no regular file")
-        with open(path, "rb") as file:
-            content = file.read(LONGEST + 1)
+        if path.stat().st_size > LONGEST:
+            raise SchemaError(f"longer than {LONGEST:,} bytes")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise SchemaError(error.strerror or str(error)) from error
-    if len(content) > LONGEST:
-        raise SchemaError(f"longer than {LONGEST:,} bytes")
     return parse_json(content, schema)
