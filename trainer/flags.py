@@ -17,7 +17,7 @@ from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
 LOG_INTERVAL = 100
 LONGEST_NAME = 150  # bytes; a file's name may have 255, and others hang dates and endings on it
-COUNT, POSITIVE = number(int, 1), number(float, 1e-12)
+COUNT, POSITIVE, SWITCH = number(int, 1), number(float, 1e-12), {"type": int, "choices": (0, 1)}
 
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
@@ -37,23 +37,22 @@ def build_parser(stage: Stage, description: str) -> ArgumentParser:
 
 def add_model_flags(parser: ArgumentParser, stage: Stage):
     """Adds what is trained on what: model and files."""
-    add, default = parser.add_argument_group("model").add_argument, stage.defaults
+    group, default = parser.add_argument_group("model"), stage.defaults
+    add, start = group.add_argument, group.add_mutually_exclusive_group()
     what = "weights to start from: NAME of NAME_{hidden_size}.pth in --save_dir, a path to a .pth, or none"
-    add("--from_weight", help=f"{what} (default: {default['from_weight']})")
+    start.add_argument("--from_weight", help=f"{what} (default: {default['from_weight']})")
     what = "a causal language model of transformers with a chat template, in place of --from_weight"
-    add("--llm_path", type=file_path, metavar="FOLDER", help=what)
-    what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
-    add("--lora", type=COUNT, metavar="RANK", help=what)
+    start.add_argument("--llm_path", type=file_path, metavar="FOLDER", help=what)
+    add("--lora", type=COUNT, metavar="RANK", help="rank of adapters that learn in the decoder's place (needs peft)")
     what = "what of the decoder stays as it is: none; all; or all but its ends, the first and last layer"
     add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
     add("--num_hidden_layers", type=COUNT, help="layers of the decoder (default: what the weights say)")
-    add("--use_moe", type=int, choices=(0, 1), help="1: a decoder with experts (default: what the weights say)")
+    add("--use_moe", **SWITCH, help="1: a decoder with experts (default: what the weights say)")
     add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=COUNT, metavar="N", help=what)
-    what = "tokens a sample is cut at, its images' included"
-    add("--max_seq_len", type=number(int, 8), help=f"{what} (default: {default['max_seq_len']})")
+    add("--max_seq_len", type=number(int, 8), help=f"longest sample in tokens (default: {default['max_seq_len']})")
 
     add, data = parser.add_argument_group("files").add_argument, stage.data
     add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.parquet, else .jsonl)")
@@ -95,26 +94,21 @@ def add_run_flags(parser: ArgumentParser, stage: Stage):
     add("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
     add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder, which takes a minute (default: 1 on CUDA, but 0 with the built-in set)"
-    add("--compile", "--use_compile", type=int, choices=(0, 1), help=what)
-    what = "1: take whole optimizer steps as CUDA graphs; with a single process"
-    add("--capture", type=int, choices=(0, 1), help=f"{what} (default: 1 on CUDA)")
+    add("--compile", "--use_compile", **SWITCH, help=what)
+    add("--capture", **SWITCH, help="1: whole steps as CUDA graphs; with a single process (default: 1 on CUDA)")
     what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
-    add("--deterministic", type=int, choices=(0, 1), help=f"{what} (default: 1 on a CPU)")
-    what = "processes that decode images"
-    add("--num_workers", type=number(int, 0), help=f"{what} (default: one per core, two fewer on CUDA, at most 16)")
+    add("--deterministic", **SWITCH, help=f"{what} (default: 1 on a CPU)")
+    add("--num_workers", type=number(int, 0), help="processes that decode images (default: by cores, at most 16)")
 
     add = parser.add_argument_group("saving, resuming, logging").add_argument
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
-    what = "1: resume from the last checkpoint; 0: start over, the old files get a date"
-    add("--from_resume", type=int, choices=(0, 1), help=what)
+    add("--from_resume", **SWITCH, help="1: resume from the last checkpoint; 0: start over, the old files get a date")
     add("--log_interval", type=COUNT, help=f"optimizer steps between log lines (default: {LOG_INTERVAL})")
     add("--eval_interval", type=COUNT, help="optimizer steps between evaluations (default: a tenth of the run)")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    what = "log to SwanLab too (pip install swanlab; SWANLAB_MODE=offline works)"
-    add("--use_swanlab", action="store_true", help=what)
+    add("--use_swanlab", action="store_true", help="log to SwanLab too (pip install swanlab; SWANLAB_MODE=offline)")
     add("--wandb_project", default="MiniMind-V", help="the project at either")
-    what = "train even if the first loss suggests that weights and tokenizer do not belong together"
-    add("--ignore_high_loss", action="store_true", help=what)
+    add("--ignore_high_loss", action="store_true", help="train even if the first loss suggests a wrong tokenizer")
 
 
 def freeze_word(text: str) -> str:
@@ -153,12 +147,6 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
         if isinstance(value, Path):
             setattr(args, name, value.resolve())
     if args.llm_path is not None:
-        shape = ("from_weight", "hidden_size", "num_hidden_layers", "use_moe")
-        if named := [flag for flag in shape if getattr(args, flag) is not None]:
-            raise UsageError(
-                f"--llm_path starts from that language model: leave out --{named[0]} (stage 2 names stage 1's weights "
-                "by --from_weight alone)"
-            )
         check_language_model(args.llm_path)
     args.from_weight = os.path.expanduser(args.from_weight or stage.defaults["from_weight"])
     bundle, paths = choose(args, stage.data)

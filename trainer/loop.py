@@ -12,7 +12,7 @@ import torch
 
 from common.cli import command
 from common.errors import Stopped
-from common.paths import BUILTIN_DATASET_DIR, DATA_NAMES, DATASET_DIR, SAVE_DIR, display_path
+from common.paths import DATA_NAMES, DATASET_DIR, SAVE_DIR, display_path
 from dataset.features import compute_features
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.sampler import BatchSampler, load_in_workers, worker_errors
@@ -25,7 +25,7 @@ from trainer.setup import Run, open_features, round_frozen_weights
 from trainer.stage import epochs_for
 from trainer.step import TrainContext, count, train_step
 from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
-from trainer.support.processes import on_device, stop_signals
+from trainer.support.processes import on_device, ranks, stop_signals
 
 
 def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | None = None):
@@ -59,8 +59,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         context.load_state_dict(run.state)
         checkpoints.report_resume(state.step, total_steps)
         restore_random_state(run.state["random"], processes.rank, device)
-    if features is not None:  # those that are missing, split over ranks
-        compute_features(data, features, model.encode_images, device, *processes.local_share)
+    if features is not None:  # those that are missing, split over this machine's ranks
+        compute_features(data, features, model.encode_images, device, *ranks()[2:])
         processes.barrier(patient=True)
         data = data.changed(features=features)
     batches = load_batches(data, sampler, collate, device, args.num_workers)
@@ -79,7 +79,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 if state.step == 1:
                     check_first_loss(run, losses)
                     if processes.is_main:
-                        run.files.keep_reports_aside(args.from_resume == 0, run.log)
+                        run.files.keep_reports_aside(run.log)
                 progress.add(losses, is_bad, counts.samples, counts.tokens, data_seconds)
                 progress.report_if_due(state, epoch + 1, learning_rate)
                 watch.measure_if_due(progress, state.step, epoch + 1)
@@ -138,7 +138,7 @@ def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: 
     progress.log(f"done in {clock(time.perf_counter() - run.started)}: {display_path(run.files.weights)}")
     args, name = run.args, run.args.save_weight
     published = [DATASET_DIR / form.format(stage) for form in DATA_NAMES for stage in ("pretrain", "sft")]
-    is_own = args.data_path.parent != BUILTIN_DATASET_DIR and args.data_path not in published
+    is_own = not run.learns_scenes and args.data_path not in published
     images = None if args.images_path in (None, args.data_path.parent) else args.images_path
     heldout = None if args.eval_data == "none" else args.eval_data
     save_dir = None if args.save_dir == SAVE_DIR else args.save_dir

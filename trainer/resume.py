@@ -73,28 +73,23 @@ class RunFiles:
 
     def keep_aside(self, *endings: str) -> bool:
         """Renames an earlier run's files; returns whether there were any. Raises UsageError if that fails."""
-        paths = {ending: self.save_dir / f"{self.name}{ending}" for ending in endings}
-        earlier = {ending: path for ending, path in paths.items() if os.path.lexists(path)}
-        for ending, path in earlier.items():
-            try:
-                path.rename(f"{self.aside}{ending}")
-            except OSError as error:
-                raise UsageError(f"{display_path(path)} cannot be renamed: {error.strerror}") from error
+        earlier = [ending for ending in endings if os.path.lexists(self.save_dir / f"{self.name}{ending}")]
+        try:
+            for ending in earlier:
+                (self.save_dir / f"{self.name}{ending}").rename(f"{self.aside}{ending}")
+        except OSError as error:
+            raise UsageError(f"{display_path(error.filename)} cannot be renamed: {error.strerror}") from error
         return bool(earlier)
 
-    def keep_reports_aside(self, starts_over: bool, log: Callable[[str], None]):
-        """Renames an earlier run's reports; if --from_resume 0 leaves an unfinished run, its weights and state too."""
-        # Without that flag a run is finished, and its weights are renamed at the first save of this one.
-        was_stopped = starts_over and is_unfinished(self.state)
-        has_weights = self.weights.exists() or self.state.exists()
+    def keep_reports_aside(self, log: Callable[[str], None]):
+        """Renames an earlier run's reports, and if it is unfinished, as --from_resume 0 left it, weights and state."""
+        # Those of a finished run are renamed at the first save of this one.
+        was_stopped, has_weights = is_unfinished(self.state), self.weights.exists() or self.state.exists()
         if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
             log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")
 
     def lock(self, is_main: bool):
-        """Makes the folder, removes what killed runs left half written, and locks the run's name on the main rank.
-
-        Raises UsageError if the folder cannot be written to, or another process writes the same files now.
-        """
+        """Makes the folder, locks the run's name on the main rank; UsageError if it is in use or not writable."""
         try:
             with files.scratch_folder(self.save_dir):  # it can be written to
                 # A killed run's workers may hold the lock for 5 seconds more.
@@ -147,16 +142,16 @@ class Checkpoints:
     """
 
     def __init__(self, run, model: MiniMindVLM, companions: dict, data: VLMDataset, settings: dict):
-        self.run, self.model, self.data, self.settings, config = run, model, data, settings, run.config
-        self.rows = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}
-        self.rows["prompt_form"] = usual_form(data, run.tokenizer)
+        self.run, self.model, self.data, self.settings = run, model, data, settings
+        config, tower = run.config, model.vision_encoder
+        self.about = {"rows": len(data), "pictures": len(np.unique(data.shown_pictures))}  # in the sidecar
+        self.about |= {"prompt_form": usual_form(data, run.tokenizer), "tower_sha256": tower_weights_sha256(tower)}
         self.picture_keys = data.picture_keys if run.processes.is_main else None  # reads all pictures
         if run.state is not None:
             weight_io.load_learned(model, run.state, run.files.state)
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
-        self.tower_sha256 = tower_sha256(model.vision_encoder)
-        self.tower_weights = tower_weights_sha256(model.vision_encoder)
+        self.tower_sha256 = tower_sha256(tower)
         content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()
         self.fingerprint = {  # what must not change on resume: samples and model depend on it
             "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, "
@@ -184,8 +179,7 @@ class Checkpoints:
     def _weight_files(self, step: int) -> dict:
         run = self.run
         made_by = (run.stage.name, run.args.assets, run.tokenizer_sha256, self.settings, run.stage.title)
-        sidecar = weight_io.describe(run.config, *made_by) | {"step": step} | self.rows
-        sidecar["tower_sha256"] = self.tower_weights
+        sidecar = weight_io.describe(run.config, *made_by) | {"step": step} | self.about
         return weight_io.weight_files(run.files.weights, self.model, self.frozen, sidecar)
 
     def save(self, parts: list, is_last: bool):
@@ -241,11 +235,10 @@ class Checkpoints:
         changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
         changed = f"; changed: {', '.join(changed)}" if changed else ""
         run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")
-        if not run.processes.is_main:
-            return  # it would read all pictures
         pictures = run.state.get("pictures", torch.empty(0)).numpy()  # old checkpoints lack it
-        is_comparable = pictures.shape == data.picture_keys.shape  # a parquet with other pictures is other data
-        if is_comparable and len(changed := np.flatnonzero(pictures != data.picture_keys)):
+        # A parquet with other pictures is other data.
+        is_comparable = self.picture_keys is not None and pictures.shape == self.picture_keys.shape
+        if is_comparable and len(changed := np.flatnonzero(pictures != self.picture_keys)):
             run.log(
                 f"warning: {len(changed):,} of the {len(pictures):,} pictures changed since this run was saved, the "
                 f"first is {data.picture_source(changed[0])[1]}: the run continues with their new content; restore "

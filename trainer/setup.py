@@ -51,11 +51,13 @@ class Run:
         # None for random ones. Their tensors go into the model.
         self.weights = weights = find_starting_weights(args, self.log, self.tokenizer)
         if weights is not None:
+            weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
             check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, self.tokenizer)
         self.tower = read_tower(args.vision_model_path)
         self.config = config = model_config(args, weights, self.tower, self.tokenizer)  # the model's shape
-        name = weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe)
-        self.files = RunFiles(args.save_dir, name)
+        self.files = RunFiles(
+            args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe)
+        )
         # Not with experts, whose routing breaks the graph, nor with another language model.
         self.compiles = bool(args.compile) and not config.use_moe and config.llm is None
         if args.compile and not self.compiles:
@@ -93,15 +95,13 @@ def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None
     save_dir = BUILTIN.weights_dir if is_builtin and args.from_weight == "llm" else args.save_dir
     hidden_size = args.hidden_size or (BUILTIN_HIDDEN_SIZE if is_builtin else None)
     path = find_weights(save_dir, args.from_weight, hidden_size, args.use_moe, is_builtin, log)
-    weights = weight_io.read_weights(path)
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
-    return weights
+    return weight_io.read_weights(path)
 
 
 def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     """Returns the model's shape, of the weights or else of the flags; UsageError if invalid or contradictory."""
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
-    projector = {"projector": args.projector, "pixel_shuffle": args.pixel_shuffle}
+    projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
     projector = {flag: value for flag, value in projector.items() if value is not None}
     try:
         if weights is None:
@@ -140,12 +140,8 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
             f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
             "and text rows give it no gradient. Use rows with pictures, or train the decoder too (--freeze_llm none)"
         )
-    return (data, None) if args.eval_data == "none" else split(run, data)
-
-
-def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
-    """Returns training and evaluation rows; reports which are left out, and which are in both."""
-    args = run.args
+    if args.eval_data == "none":
+        return data, None
     if args.eval_data is None:
         training, heldout = hold_out(data)
         both = 0 if heldout is None else len(showing_the_same(training, heldout))
@@ -167,8 +163,7 @@ def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
 
 def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
     args, more = run.args, {}
-    is_varied = args.empty_think_ratio is not None or args.add_system_ratio is not None
-    if is_varied and path == args.data_path:
+    if path == args.data_path and (args.empty_think_ratio, args.add_system_ratio) != (None, None):
         if not has_image_pad(run.tokenizer):
             raise UsageError("--empty_think_ratio and --add_system_ratio are for minimind-3v's prompt form")
         keeps = 1.0 if args.empty_think_ratio is None else args.empty_think_ratio
@@ -180,20 +175,20 @@ def open_data(run: Run, path: Path, images_path: Path | None) -> VLMDataset:
 
 def report_bad_rows(run: Run, data: VLMDataset):
     """Logs the unusable rows, lists them in {name}.bad_rows.txt; raises UsageError if there are too many."""
-    args, path, bad, is_main = run.args, run.files.bad_rows, data.bad_rows, run.processes.is_main
-    if is_main and run.state is None and run.files.weights.is_file():
-        run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
+    args, path, bad = run.args, run.files.bad_rows, data.bad_rows
     title = f"{data.data_path}: {len(bad)} of {data.row_count} rows cannot be learned from"
     if any(row.reason.startswith("no such picture") for row in bad):
         title += f" (pictures are looked for in {display_path(data.images_path)})"
     report = [title, *(f"  {'row' if data.is_parquet else 'line'} {row.line}: {row.reason}" for row in bad)]
-    try:
-        if is_main and bad:
-            path.write_text("\n".join(report) + "\n", encoding="utf-8")
-        elif is_main:
+    if run.processes.is_main:
+        if run.state is None and run.files.weights.is_file():
+            run.files.keep_aside(BAD_ROWS)  # it belongs to those weights
+        try:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
+            if bad:
+                path.write_text("\n".join(report) + "\n", encoding="utf-8")
+        except OSError as error:
+            run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
     if len(bad) > SHOWN_BAD_ROWS:
         report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
     limit = bad_rows_limit(data, args.max_bad_rows)

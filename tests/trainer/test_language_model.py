@@ -234,8 +234,10 @@ def test_what_the_export_cannot_express_is_refused(world, tmp_path):
     exported = world.run(ROOT / "scripts/export.py", "--save_dir", out, "--weight", "pretrain_vlm")
     exported.refused("a granite is not exported", "logits would differ")
     assert not list(out.glob("*-hf*"))
+    refused = world.run(SFT, *files, "--llm_path", folder, "--hidden_size", 64)
+    refused.refused("--hidden_size 64 contradicts", "llm, which has 32: leave it out")
     refused = world.run(SFT, *files, "--llm_path", folder, "--from_weight", "pretrain_vlm")
-    refused.refused("--llm_path starts from that language model: leave out --from_weight")
+    assert "--from_weight: not allowed with argument --llm_path" in refused.err
 
 
 def test_its_weights_may_have_the_name_that_a_run_starts_from(world, tmp_path):
