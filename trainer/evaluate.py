@@ -87,34 +87,14 @@ class Evaluator:
             batches += [places[start : start + self.batch_size] for start in range(0, len(places), self.batch_size)]
         return batches
 
+    @torch.no_grad()
     def measure(self) -> HeldOut:
         """Measures once; all ranks take part, and each gets the result."""
-        started, was_training = time.perf_counter(), self.model.training
+        started, was_training, device = time.perf_counter(), self.model.training, self.processes.device
+        by_group = np.zeros((GROUPS, 5))  # summed losses with own, shuffled and no images, units, rows
         self.model.eval()
-        try:
-            sums = self._sums_of_groups()
-        finally:
-            self.model.train(was_training)
-        by_group = np.reshape(self.processes.sum(*sums.flatten()), sums.shape)
-        *sums, units, samples = by_group.sum(0).tolist()
-        losses, error = [total / units if units else None for total in sums], None
-        if self.shown < 2:  # no row has another image
-            losses[1] = None
-        if not self.partners:
-            losses[2] = None
-        measured = by_group[by_group[:, 3] > 0]
-        if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
-            deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
-            error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
-        gaps = [None if loss is None else loss - losses[0] for loss in losses[1:]]
-        return HeldOut(*losses, error, int(samples), int(units), time.perf_counter() - started, *gaps)
-
-    @torch.no_grad()
-    def _sums_of_groups(self) -> np.ndarray:
-        """Returns (groups, 5): summed losses with own, shuffled and no images, units, rows."""
-        sums, device = np.zeros((GROUPS, 5)), self.processes.device
         for part in self.bar(self.batches(), "held-out loss"):
-            of_group = sums[self.groups[part[0]]]
+            of_group = by_group[self.groups[part[0]]]
             partners = {self.partners[place] for place in part if place in self.partners}
             self._load(sorted({*part, *partners} - self.samples.keys()))
             part = [place for place in part if self.samples[place] is not None]
@@ -135,7 +115,20 @@ class Evaluator:
             of_group[3:] += batch["units"], len(part)  # the units are the same in all three ways
             if self.data.picture_count > CACHED_PICTURES:
                 self.samples.clear()
-        return sums
+        self.model.train(was_training)
+        by_group = np.reshape(self.processes.sum(*by_group.flatten()), by_group.shape)
+        *sums, units, samples = by_group.sum(0).tolist()
+        losses, error = [total / units if units else None for total in sums], None
+        if self.shown < 2:  # no row has another image
+            losses[1] = None
+        if not self.partners:
+            losses[2] = None
+        measured = by_group[by_group[:, 3] > 0]
+        if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
+            deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
+            error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
+        gaps = [None if loss is None else loss - losses[0] for loss in losses[1:]]
+        return HeldOut(*losses, error, int(samples), int(units), time.perf_counter() - started, *gaps)
 
     def _load(self, places: list[int]):
         """Reads the rows at these places, with their images' features in place of the pixels."""
@@ -158,10 +151,10 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
 
     Asks only rows whose first answer has at most `longest` tokens, of about `most` rows on each rank. Returns the
     number asked, the shares right with their own images and with those of other rows, and what always giving a
-    question's most frequent answer makes; {} if nothing is asked, and on ranks other than the main one.
+    question's most frequent answer makes; {} if nothing is asked.
     """
-    data, model, right, expected = evaluator.data, evaluator.model, [0, 0], Counter()
-    batches, seen = evaluator.batches(), 0
+    data, model, right, expected = evaluator.data, evaluator.model, Counter(), Counter()
+    batches, seen, ways = evaluator.batches(), 0, ("exact_match", "exact_shuffled")
     # Not in their order: short rows come first in each group.
     for number in evaluator.bar(np.random.default_rng(0).permutation(len(batches)), "short answers"):
         if seen >= most:
@@ -179,16 +172,15 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
                 others = np.resize(other["pixel_values"], row["pixel_values"].shape)  # as many of them as it has
                 asked.append((row, row | {"pixel_values": torch.from_numpy(others)}, text))
                 expected[tuple(row["input_ids"][:begin].tolist()), text] += 1
-        for way in range(2) if asked else ():
-            prompts = row_prompts([of_row[way] for of_row in asked], model.config.pad_token_id)
+        for place, way in enumerate(ways) if asked else ():
+            prompts = row_prompts([of_row[place] for of_row in asked], model.config.pad_token_id)
             answers = generate_answers(model, tokenizer, prompts, longest)
             right[way] += sum(answer.strip() == text for answer, (*_, text) in zip(answers, asked, strict=True))
     of_ranks = evaluator.processes.gather((right, expected))
-    expected = sum((of_rank for _, of_rank in of_ranks), Counter())
+    right, expected = (sum(counters, Counter()) for counters in zip(*of_ranks, strict=True))
     if not (asked := expected.total()):
         return {}
     frequent = {question: count for (question, _), count in reversed(expected.most_common())}  # of each, the highest
-    frequent = sum(count for count in frequent.values() if count > 1)  # an answer given once was not to be foreseen
-    counts = [*np.sum([of_rank for of_rank, _ in of_ranks], axis=0), frequent]
-    names = ("exact_match", "exact_shuffled", "exact_frequent")
-    return {"short_answers": asked} | {name: float(count / asked) for name, count in zip(names, counts, strict=True)}
+    # An answer given once was not to be foreseen.
+    right["exact_frequent"] = sum(count for count in frequent.values() if count > 1)
+    return {"short_answers": asked} | {way: right[way] / asked for way in (*ways, "exact_frequent")}

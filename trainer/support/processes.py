@@ -39,14 +39,10 @@ class Processes(contextlib.AbstractContextManager):
     device: torch.device  # where this rank computes
     host_group: dist.ProcessGroup | None = None  # for numbers on the host: agreeing on one never syncs a GPU
     setup_group: dist.ProcessGroup | None = None  # the same with a longer timeout
-    local_share: tuple[int, int] = (0, 1)  # this rank, and the number of ranks, on this machine
 
     @classmethod
     def start(cls, device: str | None, timeout_minutes: float = 10) -> "Processes":
-        """Joins the other ranks if torchrun started this one; `device` is as typed, or None for the best available.
-
-        Raises UsageError if the device is missing, RankError if the ranks cannot find each other in time.
-        """
+        """Joins torchrun's other ranks, if any; UsageError if the device is missing, RankError if they do not meet."""
         rank, world_size, *local_share = ranks()
         device = pick_device(device, *local_share)
         if device.type == "cuda":
@@ -70,7 +66,7 @@ class Processes(contextlib.AbstractContextManager):
                 f"({first_line(error)}): one of them may have ended (see its error above), or the port is taken or out "
                 "of reach: give torchrun another --master_port"
             ) from error
-        return cls(rank, world_size, device, *groups, tuple(local_share))
+        return cls(rank, world_size, device, *groups)
 
     @property
     def is_main(self) -> bool:
@@ -114,13 +110,13 @@ class Processes(contextlib.AbstractContextManager):
         return total.tolist()
 
     def gather(self, value) -> list:
-        """Returns every rank's value, in rank order, on the main rank; [] on the others."""
+        """Returns every rank's value, in rank order."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size if self.is_main else None
+        values = [None] * self.world_size
         with others_may_be_gone():
-            dist.gather_object(value, values, dst=0, group=self.host_group)
-        return values or []
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
 
 
 @contextlib.contextmanager
@@ -244,15 +240,14 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
 @contextlib.contextmanager
 def stop_signals(speaks: bool) -> Iterator[SimpleNamespace]:
     """Keeps Ctrl-C, SIGTERM or a closed terminal in `asked`: the step is finished and saved; a second one exits."""
-    signals, asked_at = SimpleNamespace(asked=None), 0.0
+    signals = SimpleNamespace(asked=None, time=0.0)
 
     def note(number: int, frame):
-        nonlocal asked_at
         now, is_first = time.monotonic(), signals.asked is None
         if is_first:
-            signals.asked, asked_at = number, now
+            signals.asked, signals.time = number, now
             message = f"\n{signal.Signals(number).name}: finishing this step and saving (again: exit immediately)\n"
-        elif now - asked_at > SAME_SECONDS:
+        elif now - signals.time > SAME_SECONDS:
             message = "exited immediately; what was saved before is kept\n"
         else:
             return
