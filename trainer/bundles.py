@@ -11,7 +11,6 @@ from common.cli import file_path
 from common.errors import UsageError
 from common.paths import display_path, place_of
 from model import weights as weight_io
-from model.model_vlm import PROMPT_FORMS
 from model.vision_tower import TowerError, TowerSettings, read_tower_settings
 
 PARTIAL = r"((\.[0-9a-f]{12})?\.part)?$"  # the end of a file that is still being downloaded
@@ -37,7 +36,6 @@ class Bundle:
     recipes: dict[str, dict] = field(default_factory=dict)  # what differs from a stage's defaults, by stage and flag
     # Defaults of sampling, by flag; top_k 0 samples from all tokens.
     sampling: dict = field(default_factory=lambda: {"temperature": 0.65, "top_p": 0.85, "top_k": 0})
-    prompt_form: str = PROMPT_FORMS[0]  # unless the weights' sidecar says another
 
     @property
     def folders(self) -> dict[str, Path]:

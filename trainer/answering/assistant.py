@@ -21,7 +21,7 @@ from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
 from common.schema import read_json
 from dataset.chat import check_tokenizer, encoder_for, load_tokenizer, tokenizer_hash
 from dataset.pictures import PICTURE_FORMATS, PictureError, PictureFormat, load_picture
-from dataset.prompts import prompt_batch, with_images
+from dataset.prompts import DEFAULT_FORM, prompt_batch, with_images
 from model import weights as weight_io
 from model.answers import generate, quantize, word_maps
 from model.language_model import build
@@ -101,7 +101,7 @@ class LoadedModel:
     @property
     def prompt_form(self) -> str:
         """Image position in most training rows."""
-        return self.weights.sidecar.get("prompt_form", bundle_of(self.weights).prompt_form)
+        return self.weights.sidecar.get("prompt_form", DEFAULT_FORM)
 
     @property
     def knows_only_scenes(self) -> bool:
