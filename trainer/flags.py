@@ -43,7 +43,8 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     start.add_argument("--from_weight", help=f"{what} (default: {default['from_weight']})")
     what = "a causal language model of transformers with a chat template, in place of --from_weight"
     start.add_argument("--llm_path", type=file_path, metavar="FOLDER", help=what)
-    add("--lora", type=COUNT, metavar="RANK", help="rank of adapters that learn in the decoder's place (needs peft)")
+    what = "adapters of this rank learn in the decoder, in place of its matrices (needs peft)"
+    add("--lora", type=COUNT, metavar="RANK", help=what)
     what = "what of the decoder stays as it is: none; all; or all but its ends, the first and last layer"
     add("--freeze_llm", type=freeze_word, choices=("none", "ends", "all"), default=default["freeze_llm"], help=what)
     add("--hidden_size", type=number(int, 8), help="width of the decoder (default: what the weights say)")
@@ -52,7 +53,8 @@ def add_model_flags(parser: ArgumentParser, stage: Stage):
     add("--projector", choices=PROJECTORS, help="kind of projection (default: what the weights say, else linear)")
     what = "an image takes 1/N² as many tokens, each of N x N patches (default: what the weights say, else 1)"
     add("--pixel_shuffle", type=COUNT, metavar="N", help=what)
-    add("--max_seq_len", type=number(int, 8), help=f"longest sample in tokens (default: {default['max_seq_len']})")
+    what = "tokens a sample is cut at, its images' included"
+    add("--max_seq_len", type=number(int, 8), help=f"{what} (default: {default['max_seq_len']})")
 
     add, data = parser.add_argument_group("files").add_argument, stage.data
     add("--data_path", type=file_path, help=f"jsonl or parquet (default: dataset/{data}_data.parquet, else .jsonl)")
@@ -95,10 +97,11 @@ def add_run_flags(parser: ArgumentParser, stage: Stage):
     add("--timeout_minutes", type=POSITIVE, default=10, help="a rank that does not answer for this long ends the run")
     what = "1: compile tower and decoder, which takes a minute (default: 1 on CUDA, but 0 with the built-in set)"
     add("--compile", "--use_compile", **SWITCH, help=what)
-    add("--capture", **SWITCH, help="1: whole steps as CUDA graphs; with a single process (default: 1 on CUDA)")
+    add("--capture", **SWITCH, help="1: take whole steps as CUDA graphs, in a single process (default: 1 on CUDA)")
     what = "1: only algorithms that give the same bits in every run; slower on CUDA, and not compiled there"
     add("--deterministic", **SWITCH, help=f"{what} (default: 1 on a CPU)")
-    add("--num_workers", type=number(int, 0), help="processes that decode images (default: by cores, at most 16)")
+    what = "processes that decode images (default: one per core, two fewer on CUDA, at most 16)"
+    add("--num_workers", type=number(int, 0), help=what)
 
     add = parser.add_argument_group("saving, resuming, logging").add_argument
     add("--save_interval", type=COUNT, default=100, help="optimizer steps between checkpoints")
@@ -108,7 +111,8 @@ def add_run_flags(parser: ArgumentParser, stage: Stage):
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
     add("--use_swanlab", action="store_true", help="log to SwanLab too (pip install swanlab; SWANLAB_MODE=offline)")
     add("--wandb_project", default="MiniMind-V", help="the project at either")
-    add("--ignore_high_loss", action="store_true", help="train even if the first loss suggests a wrong tokenizer")
+    what = "train even if the first loss suggests that weights and tokenizer do not belong together"
+    add("--ignore_high_loss", action="store_true", help=what)
 
 
 def freeze_word(text: str) -> str:

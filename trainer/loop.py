@@ -79,7 +79,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
                 if state.step == 1:
                     check_first_loss(run, losses)
                     if processes.is_main:
-                        run.files.keep_reports_aside(run.log)
+                        run.files.keep_reports_aside(args.from_resume == 0, run.log)
                 progress.add(losses, is_bad, counts.samples, counts.tokens, data_seconds)
                 progress.report_if_due(state, epoch + 1, learning_rate)
                 watch.measure_if_due(progress, state.step, epoch + 1)

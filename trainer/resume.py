@@ -81,10 +81,11 @@ class RunFiles:
             raise UsageError(f"{display_path(error.filename)} cannot be renamed: {error.strerror}") from error
         return bool(earlier)
 
-    def keep_reports_aside(self, log: Callable[[str], None]):
-        """Renames an earlier run's reports, and if it is unfinished, as --from_resume 0 left it, weights and state."""
-        # Those of a finished run are renamed at the first save of this one.
-        was_stopped, has_weights = is_unfinished(self.state), self.weights.exists() or self.state.exists()
+    def keep_reports_aside(self, starts_over: bool, log: Callable[[str], None]):
+        """Renames an earlier run's reports; if --from_resume 0 leaves an unfinished run, its weights and state too."""
+        # Without that flag a run is finished, and its weights are renamed at the first save of this one.
+        was_stopped = starts_over and is_unfinished(self.state)
+        has_weights = self.weights.exists() or self.state.exists()
         if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
             log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")
 
