@@ -116,9 +116,9 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """
     own_data, is_path = args.data_path is not None, Path(args.from_weight).suffix == ".pth"
     candidates = weight_io.matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
-    downloaded = [path for path in candidates if not is_builtin(path)]
+    downloaded = [path for path in candidates if args.llm_path is None and not is_builtin(path)]
     bundle = MINIMIND2 if args.llm_path is None else LANGUAGE_MODEL
-    if downloaded and bundle is MINIMIND2:  # their tensors are read only if their sidecar names no generation
+    if downloaded:  # their tensors are read only if their sidecar names no generation
         assets = weight_io.read_sidecar_or_empty(downloaded[0]).get("assets")
         bundle = BUNDLES.get(assets) or bundle_of(weight_io.read_weights(downloaded[0]))
     files = needed_files(bundle, args, data)
@@ -134,8 +134,7 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     decisive = candidates[0] if candidates and (own_data or is_path) else None
     takes_builtin = may_be_builtin and (is_builtin(decisive) if decisive else not (present or unknown or is_path))
     if not takes_builtin:
-        weights_decide = args.llm_path is None and (own_data or is_path or bundle is LANGUAGE_MODEL)
-        decisive = downloaded[0] if downloaded and weights_decide else None
+        decisive = downloaded[0] if downloaded else None
 
     chosen = recorded_folders(weight_io.read_sidecar_or_empty(decisive), decisive) if decisive else {}
     chosen = {flag: folder for flag, folder in chosen.items() if folder.is_dir()}
@@ -222,7 +221,7 @@ def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
 
 def is_builtin(path: Path) -> bool:
     """Tells whether weights are the built-in language model, or were trained from it."""
-    return path.parent == BUILTIN.weights_dir or weight_io.read_sidecar_or_empty(path).get("assets") == BUILTIN.name
+    return weight_io.read_sidecar_or_empty(path).get("assets") == BUILTIN.name
 
 
 def find_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin=None, log=print) -> Path:
