@@ -1,5 +1,6 @@
-"""Weight files: plain state dicts in half precision, without the tower, as the original's.
+"""Weight files: plain state dicts in half precision, without the tower, as the original's; and transformers' folders.
 
+A MiniMind decoder is a Llama, with experts a Qwen2-MoE; one with norms per head is a Qwen3, with experts a Qwen3-MoE.
 The JSON beside a file, its "sidecar", describes it. A file without one is the original's: tensors tell its shape.
 """
 
@@ -23,7 +24,6 @@ from common.paths import ROOT, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
 from model.model_vlm import MINIMIND_3V, PROMPT_FORMS, MiniMindVLM, VLMConfig, config_fields
 from model.projectors import PROJECTORS
-from model.transformers_names import from_transformers
 from model.vision_tower import tower_weights_sha256
 
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
@@ -62,6 +62,11 @@ EXPORTED_CONFIG["projector_hidden_act?"] = frozenset({"linear", "gelu", None})
 NAME = re.compile(r"(.+)_(\d+)(_moe)?")  # of a weight file, see `weight_name`
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 LORA_SCALE = 2  # of an adapter's product: peft's lora_alpha by the rank
+# Names in transformers' LLaVA and LFM2-VL: the beginnings, a tensor of the tower, and the projectors' layers.
+DECODER, PROJECTOR, TOWER = "language_model.", "multi_modal_projector.", "vision_tower."
+PATCHES = "embeddings.patch_embedding.weight"
+LLAVA_LAYERS = {"linear_1": "vision_proj.vision_proj.0", "linear_2": "vision_proj.vision_proj.2"}
+LFM2_LAYERS = {"layer_norm": "vision_proj.mlp.0", "linear_1": "vision_proj.mlp.1", "linear_2": "vision_proj.mlp.3"}
 
 
 @dataclass
@@ -136,26 +141,22 @@ def read_weights(path: Path) -> Weights:
         ) from error
     shown = config if config.llm else config_of(tensors, path)  # another language model has its own names
     for key in SHAPE_KEYS + (EXPERT_KEYS if shown.use_moe else ()):
-        claimed, actual = getattr(config, key), getattr(shown, key)
-        if claimed != actual:
-            raise UsageError(
-                f"{display_path(sidecar_path)} says {key} {claimed}, but {path.name} has {actual}: they do not belong "
-                "together"
-            )
+        if (claimed := getattr(config, key)) != (actual := getattr(shown, key)):
+            found = f"{display_path(sidecar_path)} says {key} {claimed}, but {path.name} has {actual}"
+            raise UsageError(f"{found}: they do not belong together")
     return Weights(path, tensors, config, sidecar)
 
 
 def read_folder(folder: Path) -> Weights:
     """Reads a transformers folder (config.json and its weights); raises UsageError if missing or unreadable."""
-    config_path = folder / "config.json"
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    if not config_path.is_file() or not files:
+    if not (folder / "config.json").is_file() or not files:
         raise UsageError(
             f"--load_from {folder}: `model` means the weight files in --save_dir; anything else must be a "
             "transformers folder with config.json and model.safetensors or pytorch_model.bin"
         )
     try:
-        config = read_json(config_path, EXPORTED_CONFIG)
+        config = read_json(folder / "config.json", EXPORTED_CONFIG)
         tensors = load_safetensors(files[0]) if files[0].suffix == ".safetensors" else load_tensors(files[0])
         if config.get("model_type") in EXPORTED:  # by scripts/export.py
             tensors = from_transformers(tensors, config.get("projector_hidden_act"))
@@ -217,12 +218,11 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         raise UsageError(f"{display_path(path)} is no MiniMind weight file: {reason}") from error
 
 
-def check_shape_flags(weights: Weights, hidden_size, num_hidden_layers, use_moe):
+def check_shape_flags(weights: Weights, args):
     """Raises UsageError if a flag contradicts the file."""
-    flags = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "use_moe": use_moe}
-    for flag, value in flags.items():
-        actual = getattr(weights.config, flag)
-        if value is not None and value != actual:
+    for flag in ("hidden_size", "num_hidden_layers", "use_moe"):
+        value, actual = getattr(args, flag), getattr(weights.config, flag)
+        if value not in (None, actual):
             raise UsageError(
                 f"--{flag} {int(value)} contradicts {display_path(weights.path)}, which has {int(actual)}: leave it out"
             )
@@ -328,3 +328,65 @@ def describe(config: VLMConfig, stage: str, assets: str, tokenizer_sha256: str, 
         "git_commit": commit,
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a decoder's tensors to those of LlamaForCausalLM, or of Qwen2MoeForCausalLM where it has shared experts.
+
+    Qwen3's have the same names as ours, and another language model's are its own. A tied head is left out. Qwen2-MoE
+    weighs its shared expert by the sigmoid of a gate: a gate of zeros makes that one half, and a doubled down
+    projection makes it whole again, exactly.
+    """
+    renamed, shares_an_expert = {}, any(".shared_experts." in name for name in tensors)
+    head, embedding = (tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    is_tied = None not in (head, embedding) and torch.equal(head, embedding)
+    for name, tensor in tensors.items():
+        if name.startswith("vision_proj.") or (name == "lm_head.weight" and is_tied):
+            continue
+        name = name.replace("mlp.shared_experts.0.", "mlp.shared_expert.")
+        renamed[name] = tensor * 2 if name.endswith("mlp.shared_expert.down_proj.weight") else tensor
+        if shares_an_expert and name.endswith("mlp.gate.weight"):
+            renamed[name.replace("mlp.gate.", "mlp.shared_expert_gate.")] = torch.zeros_like(tensor[:1])
+    return renamed
+
+
+def to_vision_language(tensors: dict[str, torch.Tensor], tower: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a model's tensors, and its tower's (without `vision_model.`), to the class that has its projector.
+
+    LLaVA's projector is Linear, activation, Linear: a single linear layer is followed by the identity. LFM2-VL's has a
+    LayerNorm before the first, and its tower takes patches as vectors (row, column, channel).
+    """
+    renamed = to_transformers(tensors)
+    if "vision_proj.mlp.0.weight" in tensors:
+        layers, base = LFM2_LAYERS, "model."
+        tower = tower | {PATCHES: tower[PATCHES].permute(0, 2, 3, 1).flatten(1)}
+        names = {name: f"{base}{DECODER}{name.removeprefix(base)}" for name in renamed if name != "lm_head.weight"}
+        renamed = {names.get(name, name): tensor for name, tensor in renamed.items()}
+    else:
+        layers, base = LLAVA_LAYERS, ""
+        renamed = {f"{DECODER}{name}": tensor for name, tensor in renamed.items()}
+        bias = tensors["vision_proj.vision_proj.0.bias"]
+        identity = {"weight": torch.eye(len(bias)).to(bias), "bias": torch.zeros_like(bias)}
+        tensors = {f"vision_proj.vision_proj.2.{part}": tensor for part, tensor in identity.items()} | tensors
+    for layer, ours in layers.items():
+        renamed |= {f"{base}{PROJECTOR}{layer}.{part}": tensors[f"{ours}.{part}"] for part in ("weight", "bias")}
+    return renamed | {f"{base}{TOWER}vision_model.{name}": tensor for name, tensor in tower.items()}
+
+
+def from_transformers(tensors: dict[str, torch.Tensor], projector_act: str | None) -> dict[str, torch.Tensor]:
+    """Renames the tensors of an exported folder back to this project's; the tower's are left out.
+
+    LLaVA's activation between the projector's two layers is `projector_act`: "linear" means there is one layer.
+    """
+    is_lfm2 = any(name.startswith(f"model.{DECODER}") for name in tensors)
+    layers, renamed = LFM2_LAYERS if is_lfm2 else LLAVA_LAYERS, {}
+    for name, tensor in tensors.items():
+        if PROJECTOR in name:
+            layer, part = name.split(".")[-2:]
+            if layer in layers and (layer, projector_act) != ("linear_2", "linear"):
+                renamed[f"{layers[layer]}.{part}"] = tensor
+        elif TOWER not in name and "mlp.shared_expert_gate." not in name:
+            name = name.replace(f"model.{DECODER}", "model.").removeprefix(DECODER)
+            name = name.replace("mlp.shared_expert.", "mlp.shared_experts.0.")
+            renamed[name] = tensor / 2 if name.endswith("mlp.shared_experts.0.down_proj.weight") else tensor
+    return renamed

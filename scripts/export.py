@@ -31,9 +31,8 @@ from dataset.chat import IMAGE_CHARACTER, IMAGE_TAG, SYSTEM_PROMPT, has_image_pa
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS
-from model.transformers_names import to_transformers, to_vision_language
 from model.vision_tower import read_tower_weights
-from model.weights import TRAINING
+from model.weights import TRAINING, to_transformers, to_vision_language
 from trainer.answering.assistant import LoadedModel, add_model_flags, find_model
 
 SHARE = Path(__file__).parent / "share"

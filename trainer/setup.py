@@ -51,7 +51,7 @@ class Run:
         # None for random ones. Their tensors go into the model.
         self.weights = weights = find_starting_weights(args, self.log, self.tokenizer)
         if weights is not None:
-            weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
+            weight_io.check_shape_flags(weights, args)
             check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, self.tokenizer)
         self.tower = read_tower(args.vision_model_path)
         self.config = config = model_config(args, weights, self.tower, self.tokenizer)  # the model's shape

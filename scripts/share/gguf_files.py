@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from model.projectors import PROJECTORS
-from model.transformers_names import to_transformers
 from model.vision_tower import load_vision_tower, read_tower_weights
+from model.weights import to_transformers
 from trainer.answering.assistant import LoadedModel
 
 GELU_SCALE = 2.0**12  # |x| times this is beyond llama.cpp's half-precision GELU table, where its GELU is exact

@@ -134,7 +134,7 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
             save_dir = BUILTIN.weights_dir  # the built-in language model if no other was downloaded
         name = os.path.expanduser(args.weight)
         weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
-    weight_io.check_shape_flags(weights, args.hidden_size, args.num_hidden_layers, args.use_moe)
+    weight_io.check_shape_flags(weights, args)
     folder, bundle = weights.path.parent, bundle_of(weights)
     folders = bundle.folders
     for flag, recorded in recorded_folders(weights.sidecar, weights.path).items():
