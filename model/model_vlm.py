@@ -1,7 +1,6 @@
 """MiniMind-V: a frozen vision tower, a projection, and the MiniMind decoder.
 
-An image is a run of placeholder tokens in the text (196 with the published tower); their embeddings are replaced by the
-tower's projected patch features.
+An image is a run of placeholder tokens in the text; their embeddings are replaced by the tower's projected features.
 """
 
 import copy
@@ -54,38 +53,33 @@ class VLMConfig(MiniMindConfig):
             self.head_dim = getattr(its, "head_dim", None) or self.hidden_size // getattr(its, "num_attention_heads", 1)
         if self.projector not in PROJECTORS:
             raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
-        PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)  # raises where they do not fit
-
-    @property
-    def image_tokens(self) -> int:
-        """Placeholders per image in the text."""
-        return PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
+        # Placeholders per image in the text.
+        self.image_tokens = PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
 
 
 def config_fields(config: VLMConfig) -> dict:
     """Returns everything that makes this configuration: `VLMConfig(**config_fields(config))` is the same."""
-    fields = {name: getattr(config, name) for name in VLMConfig.defaults()}
-    return fields if config.llm else {name: value for name, value in fields.items() if name != "llm"}
+    return {name: getattr(config, name) for name in VLMConfig.defaults() if name != "llm" or config.llm}
 
 
 def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: bool = False) -> VLMConfig:
     """Returns the configuration with the tower's width and number of patches.
 
-    With `from_tensors`, it was read from a weight file's tensors, and vision_hidden_size is the projection's input
-    width: N^2 times the tower's width means a pixel shuffle of N before it. A norm_mlp is then minimind-3v's, for a
-    tower with 64 patches. Raises ValueError if the patches do not fit the projection.
+    With `from_tensors`, it was read from a weight file's tensors: vision_hidden_size is then the projection's input
+    width (N^2 times the tower's means a pixel shuffle of N before it), and a norm_mlp is minimind-3v's, for a tower
+    with 64 patches. Raises ValueError if the patches do not fit the projection.
     """
     config, factor = copy.deepcopy(config), math.isqrt(config.vision_hidden_size // tower.hidden_size)
-    is_3v = config.projector == "norm_mlp"
-    if from_tensors and is_3v and tower.patches != config.vision_patches:
+    if from_tensors and config.projector == "norm_mlp" and tower.patches != config.vision_patches:
         raise ValueError(
             f"the projection is minimind-3v's, for the {config.vision_patches} patches of a SigLIP ViT-B/32 at 256 "
             f"pixels, and this tower has {tower.patches}: name that one with --vision_model_path"
         )
-    if from_tensors and not is_3v and config.vision_hidden_size == tower.hidden_size * factor**2:
+    takes_shuffle = from_tensors and PROJECTORS[config.projector].takes_pixel_shuffle
+    if takes_shuffle and config.vision_hidden_size == tower.hidden_size * factor**2:
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
-    PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)  # raises where they do not fit
+    config.image_tokens = PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)
     return config
 
 

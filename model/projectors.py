@@ -13,7 +13,7 @@ PROJECTORS: dict[str, type["Projector"]] = {}
 
 
 class Projector(nn.Module):
-    """A projection (images, patches, width) to (images, tokens, hidden_size), with its properties."""
+    """A projection of (images, patches, width) to (images, tokens, hidden_size)."""
 
     is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
     takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token

@@ -32,8 +32,6 @@ class TowerKind:
     settings: dict = field(default_factory=dict)  # schema of the keys of config.json that it needs beyond `TOWER`
     overrides: dict = field(default_factory=dict)  # values of its configuration, whatever config.json says
     arguments: dict = field(default_factory=dict)  # further arguments of `model`
-    # Parts of the names of tensors that are not loaded, as the features do not need them.
-    unused: tuple[str, ...] = ("pooler.", "classifier.", "head.")
 
 
 RATE, SIZE, COUNT, SIDE = Range(float, 0, 1), Range(int, 1, 1 << 16), Range(int, 1, 1 << 10), Range(int, 1, 1 << 12)
@@ -52,6 +50,7 @@ TOWERS = {
     "DINOv2 with registers": TowerKind(transformers.Dinov2WithRegistersModel, *IMAGENET, crops=True, **DINO),
     "DINOv3": TowerKind(transformers.DINOv3ViTModel, *IMAGENET, crops=False, **DINO),
 }
+HEADS = ("pooler.", "classifier.", "head.")  # in names of tensors that are not loaded: the features do not need them
 TOWER = {  # only these keys of a config.json are used
     **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size")},
     **{f"{name}?": COUNT for name in ("num_hidden_layers", "num_attention_heads")},
@@ -116,17 +115,16 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     try:
         whole = read_json(path / name, {"vision_config?": (dict, None)})
         content = whole.get("vision_config") or whole
-        check(content, {"model_type?": str})
+        check(content, {"model_type?": str, "num_patches?": SIZE, "patch_size?": SIDE})
         model_type = content.get("model_type", "clip").removesuffix("_vision_model")
         if model_type == "siglip2":  # a SigLIP, whose patches are counted, and are vectors
-            check(content, {"num_patches?": SIZE, "patch_size?": SIDE})
             side = math.isqrt(content.get("num_patches", 256)) * content.get("patch_size", 16)
             model_type, content = "siglip", content | {"image_size": side}
-        kinds = {tower.model.config_class.model_type: kind for kind, tower in TOWERS.items()}
-        kind = kinds.get(model_type) or kinds.get(f"{model_type}_vision_model")
-        if kind is None:
+        types = {kind: tower.model.config_class.model_type for kind, tower in TOWERS.items()}
+        kinds = {name.removesuffix("_vision_model"): kind for kind, name in types.items()}
+        if model_type not in kinds:
             raise unreadable(path, f"it is a {model_type:.40}, none of {', '.join(TOWERS)}")
-        tower = TOWERS[kind]
+        tower = TOWERS[kinds[model_type]]
         schema = TOWER | tower.settings
         check(content, schema)
         known = {key: value for key, value in content.items() if f"{key}?" in schema and value is not None}
@@ -151,7 +149,7 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
         raise unreadable(path, "its patches are larger than its images")
     pictures = {"size": size, "resample": int(preprocessor.get("resample", Image.Resampling.BICUBIC))}
     pictures |= {"crop": crop, "shortest_edge": shortest}
-    return TowerSettings(kind, config, mean, std, config.hidden_size, pictures)
+    return TowerSettings(kinds[model_type], config, mean, std, config.hidden_size, pictures)
 
 
 def load_vision_tower(path: str | Path) -> torch.nn.Module:
@@ -162,7 +160,7 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     """
     settings = read_tower_settings(path)
     kind, config = TOWERS[settings.kind], settings.config
-    tensors = read_tower_weights(Path(path), kind.unused)
+    tensors = read_tower_weights(Path(path))
     with torch.device("meta"), no_init_weights():  # costs no memory, whatever sizes the configuration names
         wanted = kind.model(config, **kind.arguments).state_dict()
     ours = {name.removeprefix("vision_model."): name for name in wanted}
@@ -190,7 +188,7 @@ def load_vision_tower(path: str | Path) -> torch.nn.Module:
     return tower.requires_grad_(False).eval()
 
 
-def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -> dict[str, torch.Tensor]:
+def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
     """Reads a folder's vision tensors, by their names without `vision_model.`, but no text half; raises TowerError."""
     file, pickled = path / "model.safetensors", path / "pytorch_model.bin"
     if not (file.is_file() or pickled.is_file()):
@@ -201,7 +199,7 @@ def read_tower_weights(path: Path, unused: tuple[str, ...] = TowerKind.unused) -
         names = [name for name in checkpoint.keys() if not name.endswith("position_ids")]  # they only count
         of_tower = re.compile(r"(model\.)?(vision_tower\.)?vision_model\.")  # also in a LLaVA
         names = [name for name in names if of_tower.match(name)] or names
-        tensors = {name: read(name) for name in names if not any(f".{part}" in f".{name}" for part in unused)}
+        tensors = {name: read(name) for name in names if not any(f".{part}" in f".{name}" for part in HEADS)}
     except (OSError, RuntimeError, ValueError, LookupError, SafetensorError, UsageError) as error:
         raise unreadable(path, (str(error) or repr(error)).splitlines()[0].partition(". Delete")[0]) from error
     for name, tensor in tensors.items():
@@ -239,10 +237,7 @@ def pixel_constants(tower: torch.nn.Module, pixels: torch.Tensor) -> tuple:
 
 
 def normalise(pixels: torch.Tensor, weights: torch.Tensor | None, mean: torch.Tensor, std: torch.Tensor):
-    """Enlarges uint8 images where they are small, and normalises them, to float32.
-
-    `weights` of `bicubic_weights` enlarge squares to the bytes that Pillow's `resize` gives, as two matrix products.
-    """
+    """Normalises uint8 images to float32, enlarged to the bytes of Pillow's `resize` by `bicubic_weights` if given."""
     pixels = pixels.float()
     if weights is not None:
         with torch.autocast(pixels.device.type, enabled=False):
