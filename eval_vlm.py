@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -36,11 +35,10 @@ from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, print
 from dataset.formats import PICTURE_SUFFIXES, is_picture, quiet_libraries
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
-from dataset.prompts import prompt_batch, with_images
+from dataset.prompts import with_images
 from dataset.scenes.draw import draw_builtin_dataset, draw_heldout, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
-from model.answers import generate_answers
 from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, find_model, find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import verdict
@@ -89,126 +87,103 @@ def utf8_text(text: str) -> str:
     return text.encode().decode().replace("\\n", "\n")
 
 
-class Chat:
-    """Asks a model, and prints what it answers."""
+def answer(assistant: Assistant, args: argparse.Namespace, conversation: list[dict], pictures: list) -> str:
+    """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
+    tokenizer, started = assistant.tokenizer, time.perf_counter()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = assistant.loaded.sampling(args)
+    [ids] = assistant.answers([conversation], [pictures], args.max_new_tokens, **sampling, streamer=streamer)
+    rate = len(ids) / (time.perf_counter() - started)
+    print(f"    {len(ids)} tokens, {rate:.0f} tokens/s\n" if args.show_speed else "", flush=True)
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
-    def __init__(self, args: argparse.Namespace, processes: Processes):
-        loaded, self.args = find_model(args), args
-        self.settings = {"max_new_tokens": args.max_new_tokens} | loaded.sampling(args)
-        torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
-        self.assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
-        parameters = sum(parameter.numel() for parameter in self.assistant.model.parameters())
-        weights, tower, tokenizer = map(display_path, (loaded.weights.path, loaded.tower_path, loaded.tokenizer_path))
-        processes.log(
-            f"{weights}: {parameters / 1e6:.3f} M parameters, {loaded.config.num_hidden_layers} layers; "
-            f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
-        )
-        if loaded.knows_only_scenes and not args.eval_data:
-            processes.log("These weights know only the drawn shapes of the built-in set: photos mean nothing to them.")
-        elif loaded.tower_path == BUILTIN_TOWER_DIR and loaded.weights.has_projection:
-            seen = "has seen drawn shapes only: trainer/train_tower.py makes one that has seen your pictures"
-            processes.log(f"The tower of these weights {seen}.")
-        if not loaded.weights.has_projection:
-            untrained = "the projection is untrained, so it cannot see the pictures yet."
-            processes.log(f"These weights are a language model's: {untrained}")
 
-    def answer(self, conversation: list[dict], pictures: list[torch.Tensor]) -> str:
-        """Prints the next turn of a conversation as it is generated, then its speed; returns it."""
-        tokenizer, started = self.assistant.tokenizer, time.perf_counter()
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [ids] = self.assistant.answers([conversation], [pictures], **self.settings, streamer=streamer)
-        rate = len(ids) / (time.perf_counter() - started)
-        print(f"    {len(ids)} tokens, {rate:.0f} tokens/s\n" if self.args.show_speed else "", flush=True)
-        return tokenizer.decode(ids, skip_special_tokens=True)
+def ask(assistant: Assistant, args: argparse.Namespace):
+    """Prints the answer to a question about the pictures of --image."""
+    question = args.prompt or DESCRIBE
+    turn = assistant.turn(question, len(args.image), max_new_tokens=args.max_new_tokens)
+    try:
+        pictures = list(map(assistant.load_picture, args.image))
+    except PictureError as error:
+        raise UsageError(str(error)) from error
+    print(f"{', '.join(map(printable, args.image))}: {question}")
+    answer(assistant, args, [turn], pictures)
 
-    def ask(self, question: str, paths: list[Path]):
-        """Prints the answer to a question about pictures."""
-        turn = self.assistant.turn(question, len(paths), max_new_tokens=self.args.max_new_tokens)
-        try:
-            pictures = list(map(self.assistant.load_picture, paths))
-        except PictureError as error:
-            raise UsageError(str(error)) from error
-        print(f"{', '.join(map(printable, paths))}: {question}")
-        self.answer([turn], pictures)
 
-    def describe_folder(self):
-        """Describes every picture of --image_dir; the built-in set's own folder is drawn, and its scenes are graded."""
-        args, assistant, only_scenes = self.args, self.assistant, self.assistant.loaded.knows_only_scenes
-        folder = args.image_dir or EVAL_IMAGES_DIR
-        if only_scenes and not args.image_dir and not folder.is_dir():
-            draw_heldout(folder, DRAWN_EVAL_IMAGES)
-        files = sorted(path for path in folder.glob("[!.]*") if not path.is_dir())
-        paths = [path for path in files if is_picture(path.name) and path.is_file()]
-        endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
-        others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
-        others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
-        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-            raise UsageError(f"{display_path(folder)} cannot be read: permission denied")
-        if not paths:
-            known = " ".join(sorted(PICTURE_SUFFIXES))
-            raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
-        if endings:
-            print(f"{display_path(folder)}: {printable(others)}\n")
-        prompts, unreadable = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE], 0
-        prompts = [args.prompt] if args.prompt else prompts
-        turns = [assistant.turn(prompt, 1, max_new_tokens=args.max_new_tokens) for prompt in prompts]
-        for start in range(0, len(paths), args.batch_size):
-            questions, conversations, pictures = [], [], []
-            for path in paths[start : start + args.batch_size]:
-                try:
-                    picture = assistant.load_picture(path)
-                except PictureError as error:
-                    print(f"{printable(path.name)}: skipped: {error}\n")
-                    unreadable += 1
-                    continue
-                questions += [f"{printable(path.name)}: {prompt}" for prompt in prompts]
-                conversations += [[turn] for turn in turns]
-                pictures += [[picture]] * len(turns)
-            if pictures:
-                started = time.perf_counter()
-                answers = assistant.answers(conversations, pictures, **self.settings)
-                for question, ids in zip(questions, answers, strict=True):
-                    print(f"{question}\n{assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
-                tokens = sum(map(len, answers))
-                total = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
-                print(f"    {len(answers)} answer(s) at once: {total}\n" if args.show_speed else "", flush=True)
-        if only_scenes and not args.image_dir:
-            started, rows = time.perf_counter(), scene_table(assistant)
-            scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place"
-            print(f"{scenes} never trained on ({time.perf_counter() - started:.0f} s):")
-            print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
-            for name, row in rows.items():
-                print(f"  {name:<34}{row.attributes:>12.1%}{row.captions:>16.1%}")
-        if unreadable:
-            raise UsageError(f"{unreadable} picture(s) could not be read")
+def describe_folder(assistant: Assistant, args: argparse.Namespace):
+    """Describes every picture of --image_dir; without it, a model of the built-in set gets drawn scenes, graded."""
+    only_scenes, folder = assistant.loaded.knows_only_scenes, args.image_dir or EVAL_IMAGES_DIR
+    if only_scenes and not args.image_dir and not folder.is_dir():
+        draw_heldout(folder, DRAWN_EVAL_IMAGES)
+    files = sorted(path for path in folder.glob("[!.]*") if not path.is_dir())
+    paths = [path for path in files if is_picture(path.name) and path.is_file()]
+    endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
+    others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
+    others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
+    if not paths:
+        known = " ".join(sorted(PICTURE_SUFFIXES))
+        raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")
+    if endings:
+        print(f"{display_path(folder)}: {printable(others)}\n")
+    prompts, unreadable = [language.requests[0] for language in LANGUAGES] if only_scenes else [DESCRIBE], 0
+    prompts = [args.prompt] if args.prompt else prompts
+    turns = [assistant.turn(prompt, 1, max_new_tokens=args.max_new_tokens) for prompt in prompts]
+    for start in range(0, len(paths), args.batch_size):
+        asked, pictures = [], []
+        for path in paths[start : start + args.batch_size]:
+            try:
+                pictures += [[assistant.load_picture(path)]] * len(prompts)
+                asked += [f"{printable(path.name)}: {prompt}" for prompt in prompts]
+            except PictureError as error:
+                print(f"{printable(path.name)}: skipped: {error}\n")
+                unreadable += 1
+        if asked:
+            started, conversations = time.perf_counter(), [[turn] for turn in turns] * (len(asked) // len(turns))
+            sampling = assistant.loaded.sampling(args)
+            answers = assistant.answers(conversations, pictures, args.max_new_tokens, **sampling)
+            for question, ids in zip(asked, answers, strict=True):
+                print(f"{question}\n{assistant.tokenizer.decode(ids, skip_special_tokens=True)}\n")
+            tokens = sum(map(len, answers))
+            total = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
+            print(f"    {len(answers)} answer(s) at once: {total}\n" if args.show_speed else "", flush=True)
+    if only_scenes and not args.image_dir:
+        started, rows = time.perf_counter(), scene_table(assistant)
+        scenes = f"{len(heldout_scenes())} held-out scenes, combinations of colour, shape and place"
+        print(f"{scenes} never trained on ({time.perf_counter() - started:.0f} s):")
+        print(f"  {'':<34}{'attributes':>12}{'whole captions':>16}")
+        for name, row in rows.items():
+            print(f"  {name:<34}{row.attributes:>12.1%}{row.captions:>16.1%}")
+    if unreadable:
+        raise UsageError(f"{unreadable} picture(s) could not be read")
 
-    def talk(self):
-        """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end a conversation
-        print(CHAT_HELP)
-        turns, pictures, added = [], [], []
-        while (line := input("you> ").strip()) and line != "/quit":
-            if line == "/new":
-                turns, pictures, added = [], [], []
-            if re.match(r"/\w*(\s|$)", line):  # a command, not a path
-                print("    a new conversation" if line == "/new" else CHAT_HELP)
-                continue
-            try:  # a line that is refused changes nothing
-                question, paths = find_pictures(line)
-                asked = [*added, *map(self.assistant.load_picture, paths)]
-                turn = self.assistant.turn(question or "?", len(asked), turns, self.args.max_new_tokens)
-            except (ValueError, UsageError) as error:
-                print(f"    not added, and nothing asked: {printable(error)}")
-                continue
-            if paths:
-                print(f"    with {', '.join(map(printable, paths))}")
-            if not question:
-                added = asked
-                print(f"    {len(added)} picture(s) added: ask about them")
-                continue
-            turns, pictures, added = [*turns, turn], [*pictures, *asked], []
-            turns.append({"role": "assistant", "content": self.answer(turns, pictures)})
+
+def chat(assistant: Assistant, args: argparse.Namespace):
+    """Chats at the terminal until /quit, an empty line or the end of the input."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end a conversation
+    print(CHAT_HELP)
+    turns, pictures, added = [], [], []
+    while (line := input("you> ").strip()) and line != "/quit":
+        if line == "/new":
+            turns, pictures, added = [], [], []
+        if re.match(r"/\w*(\s|$)", line):  # a command, not a path
+            print("    a new conversation" if line == "/new" else CHAT_HELP)
+            continue
+        try:  # a line that is refused changes nothing
+            question, paths = find_pictures(line)
+            asked = [*added, *map(assistant.load_picture, paths)]
+            turn = assistant.turn(question or "?", len(asked), turns, args.max_new_tokens)
+        except (ValueError, UsageError) as error:
+            print(f"    not added, and nothing asked: {printable(error)}")
+            continue
+        if paths:
+            print(f"    with {', '.join(map(printable, paths))}")
+        if not question:
+            added = asked
+            print(f"    {len(added)} picture(s) added: ask about them")
+            continue
+        turns, pictures, added = [*turns, turn], [*pictures, *asked], []
+        turns.append({"role": "assistant", "content": answer(assistant, args, turns, pictures)})
 
 
 def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processes):
@@ -248,11 +223,11 @@ def scene_table(assistant: Assistant) -> dict[str, Score]:
     pictures = [[assistant.load_picture(path)] for path in paths]
     rows, half = {}, len(pictures) // 2
     for name, language in zip(("Chinese", "English"), LANGUAGES, strict=True):
-        question, texts = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
+        question, ids = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
         for start in range(0, len(pictures), SCENES_AT_ONCE):
             part = pictures[start : start + SCENES_AT_ONCE]
-            inputs = prompt_batch(assistant.encoder, [question] * len(part), part)
-            texts += generate_answers(assistant.model, assistant.tokenizer, inputs, 64)
+            ids += assistant.answers([question] * len(part), part, max_new_tokens=64)
+        texts = assistant.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rows[f"{name}: right pictures"] = score(texts, facts)
         # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
         rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)
@@ -266,16 +241,32 @@ def main():
         quiet_libraries(processes.is_main)
         if processes.world_size > 1 and not args.eval_data:
             raise UsageError("several processes share the work of --eval_data only: leave torchrun out")
-        chat = Chat(args, processes)
+        loaded = find_model(args)
+        torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
+        assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
+        parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
+        weights, tower, tokenizer = map(display_path, (loaded.weights.path, loaded.tower_path, loaded.tokenizer_path))
+        processes.log(
+            f"{weights}: {parameters / 1e6:.3f} M parameters, {loaded.config.num_hidden_layers} layers; "
+            f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
+        )
+        if loaded.knows_only_scenes and not args.eval_data:
+            processes.log("These weights know only the drawn shapes of the built-in set: photos mean nothing to them.")
+        elif loaded.tower_path == BUILTIN_TOWER_DIR and loaded.weights.has_projection:
+            seen = "has seen drawn shapes only: trainer/train_tower.py makes one that has seen your pictures"
+            processes.log(f"The tower of these weights {seen}.")
+        if not loaded.weights.has_projection:
+            untrained = "the projection is untrained, so it cannot see the pictures yet."
+            processes.log(f"These weights are a language model's: {untrained}")
         if args.eval_data:
-            evaluate(chat.assistant, args, processes)
+            evaluate(assistant, args, processes)
         elif args.chat:
             with contextlib.suppress(EOFError):
-                chat.talk()
+                chat(assistant, args)
         elif args.image:
-            chat.ask(args.prompt or DESCRIBE, args.image)
+            ask(assistant, args)
         else:
-            chat.describe_folder()
+            describe_folder(assistant, args)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
 from model.model_vlm import ImageInputs, MiniMindVLM, VLMConfig
 from model.weights import LLM, LORA_SCALE, Weights
 
-VISION_SETTINGS = ("image_token_id", "image_tokens", "vision_hidden_size", "vision_patches", "projector")
-VISION_SETTINGS += ("pixel_shuffle", "eos_token_id", "pad_token_id", "use_moe")
+VISION_SETTINGS = {*VLMConfig.__annotations__, "image_tokens", "eos_token_id", "pad_token_id", "use_moe"} - {"llm"}
 
 
 class LanguageModel:
@@ -62,10 +61,7 @@ def check_language_model(folder: Path):
 
 
 def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
-    """Reads another language model's folder, of `check_language_model`; its embedding gets rows for all `tokens`.
-
-    `ids` are the VLMConfig's image_token_id, eos_token_id and pad_token_id. Raises UsageError if it cannot be used.
-    """
+    """Reads another language model, its embedding enlarged to `tokens`; `ids` are VLMConfig's. Raises UsageError."""
     try:
         how = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
         model, loading = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)
@@ -84,10 +80,7 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
 
 
 def add_lora(model: nn.Module, rank: int):
-    """Freezes the decoder and adds trainable low-rank adapters to the matrices of its blocks.
-
-    See https://arxiv.org/abs/2106.09685. `weight_files` merges them. Raises UsageError if peft is not installed.
-    """
+    """Freezes the decoder and adds low-rank adapters, https://arxiv.org/abs/2106.09685; `weight_files` merges them."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:

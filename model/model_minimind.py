@@ -346,9 +346,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 `logits` is then (N, V). A label of -100 at such a position is ignored.
             reduction: "mean" over the learned tokens, plus the experts' balancing loss; or "sum", without it.
 
-        Returns:
-            A new output: `loss` (cross-entropy, 0 if nothing is learned; None without labels), `aux_loss` (the
-            experts' balancing loss, mean over samples; None without experts), `logits`, and the cache.
+        Returns a new output: `loss` (cross-entropy, 0 if nothing is learned; None without labels), `aux_loss` (the
+        experts' balancing loss, mean over samples; None without experts), `logits`, and the cache.
         """
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:

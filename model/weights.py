@@ -374,10 +374,7 @@ def to_vision_language(tensors: dict[str, torch.Tensor], tower: dict[str, torch.
 
 
 def from_transformers(tensors: dict[str, torch.Tensor], projector_act: str | None) -> dict[str, torch.Tensor]:
-    """Renames the tensors of an exported folder back to this project's; the tower's are left out.
-
-    LLaVA's activation between the projector's two layers is `projector_act`: "linear" means there is one layer.
-    """
+    """Renames an exported folder's tensors back, without the tower's; a `projector_act` of "linear" means one layer."""
     is_lfm2 = any(name.startswith(f"model.{DECODER}") for name in tensors)
     layers, renamed = LFM2_LAYERS if is_lfm2 else LLAVA_LAYERS, {}
     for name, tensor in tensors.items():

@@ -74,7 +74,7 @@ def add_model_flags(parser: argparse.ArgumentParser, runs: bool = False):
 
 
 def add_generation_flags(group, max_new_tokens: int):
-    """Adds the flags of sampling, which default to the weights' recipe: see `LoadedModel.sampling`."""
+    """Adds the flags of sampling, which default to the weights' recipe."""
     add = group.add_argument
     add("--open_thinking", type=int, choices=(0, 1), default=0, help="1: think before the answer (minimind-3v)")
     add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, help="longest answer in tokens")
@@ -127,25 +127,22 @@ def find_model(args: argparse.Namespace) -> LoadedModel:
     if args.load_from != "model":
         weights = weight_io.read_folder(Path(args.load_from).expanduser())
     else:
-        save_dir = args.save_dir or SAVE_DIR
-        downloads = (bundle for bundle in BUNDLES.values() if bundle is not BUILTIN)
-        is_downloaded = any(bundle.folders["vision_model_path"].exists() for bundle in downloads)
-        if args.weight == "llm" and not weight_io.matching_weights(save_dir, "llm") and not is_downloaded:
+        save_dir, name = args.save_dir or SAVE_DIR, os.path.expanduser(args.weight)
+        towers = (bundle.folders["vision_model_path"] for bundle in BUNDLES.values() if bundle is not BUILTIN)
+        has_downloads = weight_io.matching_weights(save_dir, name) or any(tower.exists() for tower in towers)
+        if name == "llm" and not has_downloads:
             save_dir = BUILTIN.weights_dir  # the built-in language model if no other was downloaded
-        name = os.path.expanduser(args.weight)
         weights = weight_io.read_weights(find_weights(save_dir, name, args.hidden_size, args.use_moe))
     weight_io.check_shape_flags(weights, args)
     folder, bundle = weights.path.parent, bundle_of(weights)
-    folders = bundle.folders
-    for flag, recorded in recorded_folders(weights.sidecar, weights.path).items():
-        if recorded.is_dir() or bundle is not BUILTIN:
-            folders[flag] = recorded
+    recorded = recorded_folders(weights.sidecar, weights.path)
+    folders = bundle.folders | {flag: it for flag, it in recorded.items() if it.is_dir() or bundle is not BUILTIN}
     if args.load_from != "model" and (folder / "tokenizer.json").is_file():
         folders["tokenizer_path"] = folder
     if args.load_from != "model" and read_json(folder / "config.json", weight_io.EXPORTED_CONFIG).get("vision_config"):
         folders["vision_model_path"] = folder
-    tokenizer_path = args.tokenizer_path.resolve() if args.tokenizer_path else folders["tokenizer_path"]
-    tower_path = args.vision_model_path.resolve() if args.vision_model_path else folders["vision_model_path"]
+    folders |= {flag: typed.resolve() for flag in folders if (typed := getattr(args, flag))}
+    tokenizer_path, tower_path = folders["tokenizer_path"], folders["vision_model_path"]
     tokenizer = load_tokenizer(tokenizer_path)
     check_tokenizer(weights, tokenizer_hash(tokenizer), tokenizer_path, tokenizer)
     tower = read_tower(tower_path)
@@ -190,20 +187,12 @@ class Assistant:
         return turn
 
     @torch.inference_mode()
-    def answers(
-        self,
-        conversations: list[list[dict]],
-        pictures: list[list[torch.Tensor]],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        **settings,
-    ) -> list[torch.Tensor]:
+    def answers(self, conversations, pictures, max_new_tokens: int, temperature=0.0, top_p=1.0, top_k=0, **settings):
         """Returns the token ids of each conversation's next turn, up to its end token; all in one batch.
 
-        Temperature 0 takes the likeliest token, others draw from the likeliest: of the share `top_p`, and `top_k` of
-        them (0: all). `settings` are for transformers' `generate`: a streamer, stopping criteria.
+        `conversations` are lists of messages, `pictures` the tensors of each. Temperature 0 takes the likeliest token,
+        others draw from the likeliest: of the share `top_p`, and `top_k` of them (0: all). `settings` are for
+        transformers' `generate`: a streamer, stopping criteria.
         """
         if temperature > 0:
             settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -262,12 +251,11 @@ def find_pictures(line: str) -> tuple[str, list[Path]]:
     words = [word.strip("'\"“”").rstrip(".:!?…") for word in WORD.findall(rest)]
     missing = []
     for word in filter(LOOKS_LIKE_PATH.match, words):
-        reasons = [not_a_file(path) for path in spellings(word)]
-        # Of several reasons, the longest knows of something there.
-        why = "no picture's ending" if None in reasons else max(reasons, key=len)
+        reasons = [not_a_file(path) or "no picture's ending" for path in spellings(word)]
         if re.match(r"(?!file:)\w+://", word):
-            why = "an address: download the file and name it here"
-        missing.append(f"{word}: {why}")
+            reasons = ["an address: download the file and name it here"]
+        # Of several reasons, the longest knows of something there.
+        missing.append(f"{word}: {max(reasons, key=len)}")
     if missing:
         raise ValueError("; ".join(missing))
     if not paths:
