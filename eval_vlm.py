@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -120,6 +121,8 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
     endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
     others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UsageError(f"{display_path(folder)} cannot be read: permission denied")
     if not paths:
         known = " ".join(sorted(PICTURE_SUFFIXES))
         raise UsageError(f"no pictures ({known}) in {display_path(folder)}: name some with --image; {others}")

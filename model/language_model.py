@@ -16,7 +16,9 @@ from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
 from model.model_vlm import ImageInputs, MiniMindVLM, VLMConfig
 from model.weights import LLM, LORA_SCALE, Weights
 
-VISION_SETTINGS = {*VLMConfig.__annotations__, "image_tokens", "eos_token_id", "pad_token_id", "use_moe"} - {"llm"}
+VISION_SETTINGS = sorted(
+    {*VLMConfig.__annotations__, "image_tokens", "eos_token_id", "pad_token_id", "use_moe"} - {"llm"}
+)
 
 
 class LanguageModel:

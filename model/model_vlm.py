@@ -53,8 +53,12 @@ class VLMConfig(MiniMindConfig):
             self.head_dim = getattr(its, "head_dim", None) or self.hidden_size // getattr(its, "num_attention_heads", 1)
         if self.projector not in PROJECTORS:
             raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
-        # Placeholders per image in the text.
-        self.image_tokens = PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
+        _ = self.image_tokens  # raises where projection and patches do not fit
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders per image in the text."""
+        return PROJECTORS[self.projector].tokens(self.vision_patches, self.pixel_shuffle)
 
 
 def config_fields(config: VLMConfig) -> dict:
@@ -79,7 +83,7 @@ def fit_config_to_tower(config: VLMConfig, tower: TowerSettings, from_tensors: b
     if takes_shuffle and config.vision_hidden_size == tower.hidden_size * factor**2:
         config.pixel_shuffle = factor
     config.vision_hidden_size, config.vision_patches = tower.hidden_size, tower.patches
-    config.image_tokens = PROJECTORS[config.projector].tokens(config.vision_patches, config.pixel_shuffle)
+    _ = config.image_tokens  # raises where they do not fit
     return config
 
 
