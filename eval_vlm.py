@@ -162,7 +162,8 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
 
 def chat(assistant: Assistant, args: argparse.Namespace):
     """Chats at the terminal until /quit, an empty line or the end of the input."""
-    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end a conversation
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end a conversation
     print(CHAT_HELP)
     turns, pictures, added = [], [], []
     while (line := input("you> ").strip()) and line != "/quit":

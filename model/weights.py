@@ -29,7 +29,8 @@ from model.vision_tower import tower_weights_sha256
 CONFIG_ERRORS = (ValueError, ArithmeticError, StrictDataclassError)  # what VLMConfig raises on impossible settings
 ORIGINAL_HEADS = 8  # of all models without per-head norms: their tensors do not show the number
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "intermediate_size", "use_moe")
-SHAPE_KEYS += ("qk_norm", "n_routed_experts", "n_shared_experts")
+SHAPE_KEYS += ("qk_norm",)
+EXPERT_KEYS = ("n_routed_experts", "n_shared_experts")
 EARLIER_3V_WIDTH = 4 * 768  # the projection of earlier minimind-3v takes four of the tower's patches at once
 EXPORTED = ("llava", "lfm2_vl", "llama", "qwen2_moe", "qwen3", "qwen3_moe")
 TRAINING = "training.json"  # in an exported folder: the sidecar of the exported weights
@@ -139,7 +140,7 @@ def read_weights(path: Path) -> Weights:
             "weights are the original project's (their shape is then read from the tensors), else restore it."
         ) from error
     shown = config if config.llm else config_of(tensors, path)  # another language model has its own names
-    for key in SHAPE_KEYS:
+    for key in SHAPE_KEYS + (EXPERT_KEYS if shown.use_moe else ()):
         if (claimed := getattr(config, key)) != (actual := getattr(shown, key)):
             found = f"{display_path(sidecar_path)} says {key} {claimed}, but {path.name} has {actual}"
             raise UsageError(f"{found}: they do not belong together")
