@@ -55,9 +55,8 @@ class Run:
             check_tokenizer(weights, self.tokenizer_sha256, args.tokenizer_path, self.tokenizer)
         self.tower = read_tower(args.vision_model_path)
         self.config = config = model_config(args, weights, self.tower, self.tokenizer)  # the model's shape
-        self.files = RunFiles(
-            args.save_dir, weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe)
-        )
+        name = weight_io.weight_name(args.save_weight, config.hidden_size, config.use_moe)
+        self.files = RunFiles(args.save_dir, name)
         # Not with experts, whose routing breaks the graph, nor with another language model.
         self.compiles = bool(args.compile) and not config.use_moe and config.llm is None
         if args.compile and not self.compiles:
