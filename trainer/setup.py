@@ -139,8 +139,12 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
             f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
             "and text rows give it no gradient. Use rows with pictures, or train the decoder too (--freeze_llm none)"
         )
-    if args.eval_data == "none":
-        return data, None
+    return (data, None) if args.eval_data == "none" else split(run, data)
+
+
+def split(run: Run, data: VLMDataset) -> tuple[VLMDataset, VLMDataset | None]:
+    """Returns training and evaluation rows; reports which are left out, and which are in both."""
+    args = run.args
     if args.eval_data is None:
         training, heldout = hold_out(data)
         both = 0 if heldout is None else len(showing_the_same(training, heldout))
