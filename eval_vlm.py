@@ -36,10 +36,11 @@ from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, print
 from dataset.formats import PICTURE_SUFFIXES, is_picture, quiet_libraries
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
-from dataset.prompts import with_images
+from dataset.prompts import prompt_batch, with_images
 from dataset.scenes.draw import draw_builtin_dataset, draw_heldout, heldout_scenes
 from dataset.scenes.grading import Score, chance, score
 from dataset.scenes.language import DESCRIBE, LANGUAGES
+from model.answers import generate_answers
 from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, find_model, find_pictures
 from trainer.evaluate import SHORT_ANSWER, Evaluator, exact_match
 from trainer.report.page import verdict
@@ -112,7 +113,7 @@ def ask(assistant: Assistant, args: argparse.Namespace):
 
 
 def describe_folder(assistant: Assistant, args: argparse.Namespace):
-    """Describes every picture of --image_dir; without it, a model of the built-in set gets drawn scenes, graded."""
+    """Describes the pictures of --image_dir or dataset/eval_images; grades a model that knows only drawn scenes."""
     only_scenes, folder = assistant.loaded.knows_only_scenes, args.image_dir or EVAL_IMAGES_DIR
     if only_scenes and not args.image_dir and not folder.is_dir():
         draw_heldout(folder, DRAWN_EVAL_IMAGES)
@@ -161,7 +162,7 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
 
 
 def chat(assistant: Assistant, args: argparse.Namespace):
-    """Chats at the terminal until /quit, an empty line or the end of the input."""
+    """Chats at the terminal until /quit or an empty line; raises EOFError at the end of the input."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end a conversation
     print(CHAT_HELP)
@@ -226,11 +227,11 @@ def scene_table(assistant: Assistant) -> dict[str, Score]:
     pictures = [[assistant.load_picture(path)] for path in paths]
     rows, half = {}, len(pictures) // 2
     for name, language in zip(("Chinese", "English"), LANGUAGES, strict=True):
-        question, ids = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
+        question, texts = [{"role": "user", "content": with_images(language.requests[0], 1)}], []
         for start in range(0, len(pictures), SCENES_AT_ONCE):
             part = pictures[start : start + SCENES_AT_ONCE]
-            ids += assistant.answers([question] * len(part), part, max_new_tokens=64)
-        texts = assistant.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            inputs = prompt_batch(assistant.encoder, [question] * len(part), part)
+            texts += generate_answers(assistant.model, assistant.tokenizer, inputs, 64)
         rows[f"{name}: right pictures"] = score(texts, facts)
         # Each scene gets the description of another's picture: half the set away, so that none keeps its own.
         rows[f"{name}: shuffled images"] = score(texts[half:] + texts[:half], facts)

@@ -35,13 +35,16 @@ class SteadyStream:
         try:
             if self.error is None:
                 self.stream.write(text)
-                self.stream.flush()
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self.error = error
         return len(text)
 
     def flush(self):
-        self.write("")
+        try:
+            if self.error is None:
+                self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = error
 
 
 def run_script(main: Callable[[], None], outlives_output: bool = False):

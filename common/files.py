@@ -7,8 +7,10 @@ import os
 import pickle
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types 
 SCRATCH, TEMPORARY, MARK, MARKED, ALIVE = ".minimind-v-", ".tmp", "mark", b"a temporary folder of MiniMind-V\n", "lock"
 REPLACED = "replaced"
 RECORD = "complete.json"  # in a folder that was written as a whole: by what, and every file with its hash
+# What torch.load raises on files that are cut off, garbled, or no weight files at all (the fuzz tests show it).
+LOADING_ERRORS = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError),
+    *(AttributeError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError),
+)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]):
@@ -208,7 +215,7 @@ def load_file(path: Path) -> dict:
                 if damaged := archive.testzip():
                     raise ValueError(f"it is damaged: {damaged} in it does not fit its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a dozen kinds: the file may be cut off, garbled, or no weight file at all
+    except LOADING_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"

@@ -94,7 +94,7 @@ class ChatEncoder:
                 if isinstance(piece, str):
                     # What is beside an image is tokenised as beside its placeholder, which is taken off again.
                     left, right = self.beside * (before == IMAGE), self.beside * (after == IMAGE)
-                    backend = self.backends[isinstance(before, str)]
+                    backend = self.backends[isinstance(before, str)]  # a text after a text goes on from it
                     found = backend.encode(left + piece + right, add_special_tokens=False).ids
                     ids += found[len(left) : len(found) - len(right)]
                 elif piece == IMAGE:

@@ -28,7 +28,7 @@ from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR,
 from dataset.chat import has_image_pad, load_tokenizer
 from dataset.formats import hash_63, quiet_libraries
 from dataset.forms import RIGHT_FORM
-from dataset.lm_dataset import VLMDataset, bad_rows_limit, text_of
+from dataset.lm_dataset import VLMDataset, bad_rows_limit
 from dataset.pictures import PictureError, load_picture
 from model.model_vlm import MINIMIND_3V, VLMConfig
 
@@ -96,9 +96,11 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
         is_emoji = category == "So" and character != "\ufffd"  # half a character, where a row is cut
         return unicodedata.name(character, "").split(" ")[0].lower() if category[0] == "L" else "emoji" * is_emoji
 
-    rows = map(text_of, data.read_rows(data.row_indices[:BATCH].tolist()))
-    answers = [row["input_ids"][row["labels"] != -100] for row in rows]
-    text, runs, found = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True)), defaultdict(list), []
+    answers, runs, found = [], defaultdict(list), []
+    for row in data.read_rows(data.row_indices[:BATCH].tolist()):
+        spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
+        answers += [row["input_ids"][start:end] for start, end in spans]
+    text = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True))
     for script, run in itertools.groupby(text, script_of):
         runs[script].append("".join(run))
     for script, texts in runs.items():

@@ -112,7 +112,8 @@ def read_asked(row: dict) -> tuple[list, object]:
         raise RowError("no picture is named")
     if not isinstance(question, str):
         raise RowError("the question is no text")
-    options = [f"{letter}. {row[name]}" for letter in "ABCDEF" for name in (letter, letter.lower()) if row.get(name)]
+    letters = filter(None, (field(row, (letter, letter.lower())) for letter in "ABCDEF"))
+    options = [f"{letter.upper()}. {row[letter]}" for letter in letters if row[letter]]
     asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
     answer = json.dumps(answer) if isinstance(answer, (bool, int, float)) else answer
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], images
@@ -217,7 +218,8 @@ def parse_conversation(turns: list) -> list[dict]:
         if role == "tool":
             role, content, marks = "user", f"<tool_response>\n{content}\n</tool_response>", {"tool": True}
             if parsed and parsed[-1]["role"] == "user" and "tool" in parsed[-1]:  # several tools after each other
-                content = f"{parsed.pop()['content']}\n{content}"
+                before = parsed.pop()
+                content = f"{before['content']}\n{content}"
         elif role == "system" and (functions := parse_json(turn.get("functions"), f"turn {number}: functions is ")):
             if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
                 raise RowError(f"turn {number}: functions is no list of objects")

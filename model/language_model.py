@@ -63,7 +63,10 @@ def check_language_model(folder: Path):
 
 
 def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
-    """Reads another language model, its embedding enlarged to `tokens`; `ids` are VLMConfig's. Raises UsageError."""
+    """Reads another language model's folder, of `check_language_model`; its embedding gets rows for all `tokens`.
+
+    `ids` are the VLMConfig's image_token_id, eos_token_id and pad_token_id. Raises UsageError if it cannot be used.
+    """
     try:
         how = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
         model, loading = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)

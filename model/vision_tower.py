@@ -115,9 +115,10 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
     try:
         whole = read_json(path / name, {"vision_config?": (dict, None)})
         content = whole.get("vision_config") or whole
-        check(content, {"model_type?": str, "num_patches?": SIZE, "patch_size?": SIDE})
+        check(content, {"model_type?": str})
         model_type = content.get("model_type", "clip").removesuffix("_vision_model")
         if model_type == "siglip2":  # a SigLIP, whose patches are counted, and are vectors
+            check(content, {"num_patches?": SIZE, "patch_size?": SIDE})
             side = math.isqrt(content.get("num_patches", 256)) * content.get("patch_size", 16)
             model_type, content = "siglip", content | {"image_size": side}
         types = {kind: tower.model.config_class.model_type for kind, tower in TOWERS.items()}

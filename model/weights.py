@@ -1,7 +1,8 @@
 """Weight files: plain state dicts in half precision, without the tower, as the original's; and transformers' folders.
 
-A MiniMind decoder is a Llama, with experts a Qwen2-MoE; one with norms per head is a Qwen3, with experts a Qwen3-MoE.
 The JSON beside a file, its "sidecar", describes it. A file without one is the original's: tensors tell its shape.
+
+In transformers a MiniMind decoder is a Llama, with experts a Qwen2-MoE; with norms per head a Qwen3 or Qwen3-MoE.
 """
 
 import datetime

@@ -86,6 +86,8 @@ class RemoteFile:
     checksum: str | None
 
     def is_at(self, path: Path) -> bool:
+        if path.stat().st_size != self.size:
+            return False
         if len(self.checksum) == 64:
             return hash_of(path) == self.checksum
         return hashlib.sha1(b"blob %d\0" % self.size + path.read_bytes()).hexdigest() == self.checksum

@@ -111,8 +111,8 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """Returns the generation, and the paths that no flag names, by flag; `data` is `Stage.data`.
 
     Without --data_path, downloaded files are used, or the built-in model and set if there are none. With it,
-    --from_weight names the model, and its sidecar the tower and tokenizer. Raises UsageError if some of what is needed
-    is missing (it says how to get it), or the weights cannot be read.
+    --from_weight names the model. The starting weights' sidecar names tower and tokenizer. Raises UsageError if some of
+    what is needed is missing (it says how to get it), or the weights cannot be read.
     """
     own_data, is_path = args.data_path is not None, Path(args.from_weight).suffix == ".pth"
     candidates = weight_io.matching_weights(Path(args.save_dir), args.from_weight, args.hidden_size, args.use_moe)
@@ -221,7 +221,7 @@ def recorded_folders(sidecar: dict, path: Path) -> dict[str, Path]:
 
 def is_builtin(path: Path) -> bool:
     """Tells whether weights are the built-in language model, or were trained from it."""
-    return weight_io.read_sidecar_or_empty(path).get("assets") == BUILTIN.name
+    return path.parent == BUILTIN.weights_dir or weight_io.read_sidecar_or_empty(path).get("assets") == BUILTIN.name
 
 
 def find_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None, builtin=None, log=print) -> Path:

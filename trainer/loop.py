@@ -60,7 +60,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
         checkpoints.report_resume(state.step, total_steps)
         restore_random_state(run.state["random"], processes.rank, device)
     if features is not None:  # those that are missing, split over this machine's ranks
-        compute_features(data, features, model.encode_images, device, *ranks()[2:])
+        _, _, *local_share = ranks()
+        compute_features(data, features, model.encode_images, device, *local_share)
         processes.barrier(patient=True)
         data = data.changed(features=features)
     batches = load_batches(data, sampler, collate, device, args.num_workers)

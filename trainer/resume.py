@@ -90,7 +90,10 @@ class RunFiles:
             log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")
 
     def lock(self, is_main: bool):
-        """Makes the folder, locks the run's name on the main rank; UsageError if it is in use or not writable."""
+        """Makes the folder, removes what killed runs left half written, and locks the run's name on the main rank.
+
+        Raises UsageError if the folder cannot be written to, or another process writes the same files now.
+        """
         try:
             with files.scratch_folder(self.save_dir):  # it can be written to
                 # A killed run's workers may hold the lock for 5 seconds more.
@@ -237,7 +240,7 @@ class Checkpoints:
         changed = f"; changed: {', '.join(changed)}" if changed else ""
         run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")
         pictures = run.state.get("pictures", torch.empty(0)).numpy()  # old checkpoints lack it
-        # A parquet with other pictures is other data.
+        # Only the main rank has read the pictures. A parquet with other pictures is other data.
         is_comparable = self.picture_keys is not None and pictures.shape == self.picture_keys.shape
         if is_comparable and len(changed := np.flatnonzero(pictures != self.picture_keys)):
             run.log(

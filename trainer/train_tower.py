@@ -2,10 +2,11 @@
 
     python trainer/train_tower.py --data_path my_data/train.jsonl --save_tower out/my_tower --minutes 3
 
-Stages 1 and 2 leave the tower frozen, and the built-in one has seen drawn shapes only. A transformer needs many
-pictures to learn from, a convolutional network few. So for 30 % of the time a small one, the guide, learns to predict
-the words; then the tower learns to predict them too, and at each patch to give what the guide sees there (distillation,
-as in https://arxiv.org/abs/2012.12877). Guide and heads are dropped at the end.
+Stages 1 and 2 leave the tower frozen, and the built-in one has seen drawn shapes only. Here it learns the words of the
+pictures' labels, captions or answers to questions. A transformer needs many pictures for that, a convolutional network
+few. So for 30 % of the time a small one, the guide, learns to predict the words; then the tower learns to predict them
+too, and at each patch to give what the guide sees there (distillation, as in https://arxiv.org/abs/2012.12877). Guide
+and heads are dropped at the end.
 
 Writes a folder as transformers does, which --vision_model_path of the next stages names.
 """

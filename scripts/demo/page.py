@@ -206,8 +206,8 @@ class Handlers:
                 return Turn(error=text.format(name=file.name, reason=error.reason))
         try:
             message = self.assistant.turn(question, len(pictures), joined(turns, "messages"), length)
-        except UsageError:
-            return Turn(error=texts["too_long"])
+        except UsageError as error:  # the chat template refuses a turn, or there are too many tokens
+            return Turn(error=str(error) if error.__cause__ else texts["too_long"])
         images = [data_url(Image.fromarray(picture.permute(1, 2, 0).numpy()), "jpeg") for picture in pictures]
         return Turn(question, messages=[message], pictures=pictures, images=images)
 

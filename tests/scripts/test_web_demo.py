@@ -20,6 +20,7 @@ from test_export import random_weights
 from tiny_models import save_tower
 
 import eval_vlm
+from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 
 pytest.importorskip("gradio", reason="no gradio: pip install -r scripts/requirements-demo.txt")
@@ -333,6 +334,14 @@ def test_uploads_are_bounded_and_nothing_else_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(web_page, "MOST_BYTES", 25)
     uploads.enforce_bounds()
     assert [file.exists() for file in files] == [False, False, False, True, True, False]
+
+
+def test_a_question_that_the_chat_template_refuses_is_not_called_too_long():
+    def turn(*_):
+        raise UsageError("the template changes a turn") from ValueError()
+
+    handlers = web_page.Handlers(SimpleNamespace(turn=turn), {}, [], None)
+    assert handlers.new_turn([], "Go on", [], 8, web_page.TEXTS["en"]).error == "the template changes a turn"
 
 
 def test_the_page_says_which_model_it_is_and_what_it_was_trained_on(page):
