@@ -175,7 +175,7 @@ class TemplateEncoder(ChatEncoder):
         # Around a user's text: from the last special token before it, and what follows.
         self.user_marks = "".join(self.splits.split(before)[-2:]), between + lead
 
-    @functools.cache  # noqa: B019 (an encoder is used to the end)
+    @functools.cache  # noqa: B019 (an encoder lives as long as its process)
     def skeleton(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
         """Returns what stands around the texts of turns of these roles, after an empty text before the first.
 

@@ -59,7 +59,8 @@ def check_language_model(folder: Path):
         if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(f"{config['model_type']:.40} is no causal language model of transformers")
     except (OSError, ValueError) as error:
-        raise UsageError(f"--llm_path {display_path(folder)} is no language model: config.json: {error}") from error
+        reason = "config.json is missing" if isinstance(error, FileNotFoundError) else f"config.json: {error}"
+        raise UsageError(f"--llm_path {display_path(folder)} is no folder of a language model: {reason}") from error
 
 
 def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:

@@ -96,7 +96,7 @@ class RemoteFile:
 def find_files(args: argparse.Namespace, part: Part) -> dict[str, RemoteFile]:
     """Returns a part's published files by name; raises UsageError where the repository lacks them.
 
-    Of a data set, ModelScope lists the first 200 files. Its addresses are those of its own client, modelscope 1.40.2
+    For a data set, ModelScope lists the first 200 files. Its addresses are those of its own client, modelscope 1.40.2
     (modelscope_hub 0.5.1, `_legacy_api.py`).
     """
     repo_id, repo_type = part.repo_id, "dataset" if part.folder == paths.DATASET_DIR else "model"

@@ -181,7 +181,7 @@ def needed_files(bundle: Bundle, args, data: str) -> dict[str, tuple[str, Path, 
         if path.suffix != ".parquet":
             files["images_path"] = ("pictures", paths.DATASET_DIR / f"{data}_images", command)
     if args.from_weight == "llm" and args.llm_path is None:
-        # Weights of another language model are there: they made the bundle, which names no size.
+        # Another language model's bundle has no sizes: it is chosen by weights that exist, or by --llm_path.
         size, save_dir = args.hidden_size or next(iter(bundle.layers), None), Path(args.save_dir)
         # Any size is accepted here: find_weights reports a missing size.
         path = next(iter(weight_io.matching_weights(save_dir, "llm")), save_dir / f"llm_{size}.pth")

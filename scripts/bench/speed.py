@@ -270,7 +270,7 @@ def measure_gpu(args: Namespace, line: str) -> dict:
     stage, batch_size, way = GPU_LINES[line]
     args, device, seconds = settings_of(args, stage, batch_size), torch.device(args.device), 0.0
     if way == "plain":
-        args.num_workers = 2  # each keeps two batches of 154 MB ready
+        args.num_workers = 2  # more are no help here: each keeps two batches of 154 MB ready
         fed, take = plain_loop(args)
     else:
         seconds, steps = timed(device, Steps, args, way)

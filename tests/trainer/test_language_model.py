@@ -207,6 +207,8 @@ def test_what_is_no_language_model_is_refused(world, tmp_path):
     world.run(PRETRAIN, *files).refused("the tokenizer", "chat template")
     (folder / "tokenizer.json").unlink()
     world.run(PRETRAIN, *files).refused("no tokenizer in")
+    (folder / "config.json").unlink()
+    world.run(PRETRAIN, *files).refused("--llm_path", "no folder of a language model: config.json is missing")
 
 
 @pytest.mark.parametrize(
