@@ -47,6 +47,10 @@ class SteadyStream:
             self.error = error
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_script(main: Callable[[], None], outlives_output: bool = False):
     """Runs `main`; turns the user's mistakes, signals and Ctrl-C into a message and an exit status.
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from filelock import FileLock
 
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 from common.paths import display_path, printable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that weights may have
@@ -216,7 +216,7 @@ def load_file(path: Path) -> dict:
                     raise ValueError(f"it is damaged: {damaged} in it does not fit its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"
         message = f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."

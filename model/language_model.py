@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 from common.paths import display_path
 from common.schema import read_json
 from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
@@ -80,8 +80,7 @@ def read_language_model(folder: Path, tokens: int, **ids: int) -> Weights:
         if tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(tokens, mean_resizing=False)
     except Exception as error:  # whatever transformers raises on a folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--llm_path {display_path(folder)} cannot be used: {reason}") from error
+        raise UsageError(f"--llm_path {display_path(folder)} cannot be used: {first_line(error)}") from error
     return Weights(folder, model.state_dict(), VLMConfig(llm=model.config.to_dict(), **ids), {})
 
 

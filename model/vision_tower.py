@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.utils import constants
 
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 from common.files import FLOATS, load_tensors, sha256_of
 from common.schema import Range, check, read_json
 
@@ -202,7 +202,7 @@ def read_tower_weights(path: Path) -> dict[str, torch.Tensor]:
         names = [name for name in names if of_tower.match(name)] or names
         tensors = {name: read(name) for name in names if not any(f".{part}" in f".{name}" for part in HEADS)}
     except (OSError, RuntimeError, ValueError, LookupError, SafetensorError, UsageError) as error:
-        raise unreadable(path, (str(error) or repr(error)).splitlines()[0].partition(". Delete")[0]) from error
+        raise unreadable(path, first_line(error).partition(". Delete")[0]) from error
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or not tensor.isfinite().all():
             raise unreadable(path, f"{name} holds something else than finite numbers")

@@ -30,7 +30,7 @@ import transformers
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, file_path, number
-from common.errors import UsageError, run_script
+from common.errors import UsageError, first_line, run_script
 from common.files import write_atomically
 from dataset.formats import quiet_libraries
 from scripts.bench import speed
@@ -140,7 +140,7 @@ def measure(what: str, args: Namespace) -> dict[str, dict]:
         try:
             rows[line].append(alone(function, args, line))
         except (RuntimeError, OSError, ValueError, UsageError) as error:  # a crash, too little memory: RuntimeError
-            table[line] = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+            table[line] = {"failed": first_line(error)}
     for line in lines:
         if line not in table:
             table[line] = {name: median_low(row[name] for row in rows[line]) for name in rows[line][0]}

@@ -13,11 +13,11 @@ from torch import nn
 from torch._dynamo import mark_dynamic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 from model.model_vlm import MiniMindVLM
 from model.vision_tower import normalise, pixel_constants
 from trainer.step import TrainContext
-from trainer.support.processes import first_line, tensors_of
+from trainer.support.processes import tensors_of
 
 # Batches are padded to a multiple of this when compiled: kernels for odd sizes are slower.
 LENGTH_MULTIPLE = 8

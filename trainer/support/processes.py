@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common.errors import RankError, UsageError
+from common.errors import RankError, UsageError, first_line
 from common.paths import printable
 from dataset.sampler import SIGNALS
 
@@ -132,10 +132,6 @@ def others_may_be_gone():
             f"another process of this run has ended or does not answer ({first_line(error)}), so this one ends too; "
             "what was saved is kept: the same command with --from_resume 1 resumes from there"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def ranks() -> tuple[int, int, int, int]:
