@@ -175,12 +175,16 @@ def test_pointing_at_a_word_shows_its_map(site, page):
 
 
 def set_length(page, tokens: int):
-    """Sets the longest answer, and waits until the page has taken it: a question at once might go out before."""
-    page.get_by_label("Longest answer, tokens").first.wait_for()  # the settings have opened
-    number, slider = page.get_by_label("Longest answer, tokens").all()
-    number.fill(str(tokens))
-    number.press("Tab")
-    page.wait_for_function("([slider, tokens]) => slider.value == tokens", arg=[slider.element_handle(), tokens])
+    """Sets the longest answer. Settings that open set their initial values once more: typed before that, it is lost."""
+    label = page.get_by_label("Longest answer, tokens")
+    number, slider = label.and_(page.locator("[type=number]")), label.and_(page.locator("[type=range]"))
+    for _ in range(100):
+        number.fill(str(tokens))
+        number.press("Tab")
+        page.wait_for_timeout(200)
+        if number.input_value() == slider.input_value() == str(tokens):
+            return
+    pytest.fail(f"the page does not take a length of {tokens}")
 
 
 def test_an_answer_can_be_stopped(site, page):
