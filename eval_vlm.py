@@ -55,7 +55,7 @@ CHAT_HELP = """Type a question, with the paths of its pictures in it or in a lin
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, imports=True)
     add_model_flags(parser, runs=True)
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib
 import shlex
 import sys
 import textwrap
@@ -21,10 +22,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one."""
+    """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one.
 
-    def __init__(self, **settings):
+    With `imports`, it has the flag --import, which is obeyed before other flags are read.
+    """
+
+    def __init__(self, imports: bool = False, **settings):
         super().__init__(formatter_class=HelpFormatter, **settings)
+        self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for parser in (self, self.first) if imports else ():
+            what = "your file with another projector, tower or form of rows (tests/changes has examples)"
+            parser.add_argument("--import", dest="imported", type=file_path, metavar="FILE.py", help=what)
 
     def parse_known_args(self, args=None, namespace=None):
         # Before argparse looks for missing arguments: a mistyped flag may be why one is missing.
@@ -34,6 +42,11 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             like = difflib.get_close_matches(unknown[0], known, n=1)
             self.error(f"unknown: {' '.join(unknown)}" + (f" (did you mean {like[0]}?)" if like else ""))
+        if file := getattr(self.first.parse_known_args(args)[0], "imported", None):
+            if not file.is_file():
+                self.error(f"argument --import: no such file: {file}")
+            sys.path.insert(0, str(file.resolve().parent))
+            importlib.import_module(file.stem)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

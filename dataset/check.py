@@ -28,7 +28,7 @@ from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR,
 from dataset.chat import has_image_pad, load_tokenizer
 from dataset.formats import hash_63, quiet_libraries
 from dataset.forms import RIGHT_FORM
-from dataset.lm_dataset import VLMDataset, bad_rows_limit
+from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, load_picture
 from model.model_vlm import MINIMIND_3V, VLMConfig
 
@@ -41,7 +41,7 @@ IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_pa
 
 
 def parse_arguments(argv=None):
-    parser = ArgumentParser(prog="python -m dataset.check", description=__doc__)
+    parser = ArgumentParser(prog="python -m dataset.check", description=__doc__, imports=True)
     add, tokenizers = parser.add_argument, ", ".join(map(display_path, TOKENIZERS))
     add("data_path", metavar="FILE", type=file_path, help="jsonl or parquet")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures")
@@ -63,11 +63,11 @@ def overview(data: VLMDataset) -> dict[str, str]:
     lengths, cut_tokens = data.lengths, data.column("cut_tokens")
     if len(data):
         total, learned = lengths.sum(), data.column("learned_tokens")[data.row_indices].sum()
-        images = percent(data.picture_count * data.image_tokens, total)
+        images = percent(data.image_count * data.image_tokens, total)
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
         files = counted(len(np.unique(data.shown_pictures)), "file")
         half, most = np.percentile(lengths, (50, 95))
-        facts["pictures"] = f"{data.picture_count:,} of {files}; pictures by row: {', '.join(by_row)}"
+        facts["pictures"] = f"{data.image_count:,} of {files}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
     lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
@@ -178,7 +178,7 @@ def main(argv=None):
     print("\n".join(report), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)
-    bad, limit = len(data.bad_rows), bad_rows_limit(data, args.max_bad_rows)
+    bad, limit = len(data.bad_rows), data.bad_rows_limit(args.max_bad_rows)
     if bad <= limit and len(data):
         left_out = f", {bad:,} left out" if bad else ""
         print(f"\nTraining would start with this file: {counted(len(data), 'usable row')}{left_out}.")

@@ -1,4 +1,4 @@
-"""The training data: rows of a jsonl or parquet file to tensors, samples to a batch, and which rows are held out."""
+"""The training data: rows of a jsonl or parquet file to tensors, and samples to a batch."""
 
 import copy
 import functools
@@ -82,8 +82,8 @@ class VLMDataset(Dataset):
             for place in np.flatnonzero(missing):
                 refused.setdefault(int(rows[place]), missing[place])
         self.row_indices = np.delete(np.arange(len(self.rows)), list(refused))  # of each sample among all rows
-        kinds = Counter(refused.values())
-        self.tool_rows, self.row_count = kinds[TOOL_CALLS], len(self.rows) - kinds[BLANK_LINE]
+        counts = Counter(refused.values())
+        self.tool_rows, self.row_count = counts[TOOL_CALLS], len(self.rows) - counts[BLANK_LINE]
         bad = sorted(item for item in refused.items() if item[1] not in (BLANK_LINE, TOOL_CALLS))
         self.bad_rows = [BadRow(index + 1, reason) for index, reason in bad]
 
@@ -141,6 +141,10 @@ class VLMDataset(Dataset):
         texts = {name: sample[name][is_text] for name in ("input_ids", "labels")}
         return sample | texts | {"image_starts": sample["image_starts"][:0]}
 
+    def bad_rows_limit(self, max_bad_rows: int | None) -> int:
+        """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
+        return self.row_count // 100 if max_bad_rows is None else max_bad_rows
+
     def column(self, name: str) -> np.ndarray:
         """Returns (rows,) a column's values, of all rows."""
         return self.rows.data.column(name).to_numpy()
@@ -166,7 +170,7 @@ class VLMDataset(Dataset):
         return pc.list_value_length(self.rows.data.column("image_starts")).to_numpy()[self.row_indices]
 
     @property
-    def picture_count(self) -> int:
+    def image_count(self) -> int:
         return int(self.image_counts.sum())
 
     @property
@@ -175,7 +179,7 @@ class VLMDataset(Dataset):
         learned, cut = (self.column(name)[self.row_indices] for name in ("learned_tokens", "cut_tokens"))
         cut = f"; {(cut > 0).sum():,} rows are cut at max_seq_len" if cut.any() else ""
         learned = f"{learned.sum():,} learned tokens, longest row {self.lengths.max()} tokens{cut}"
-        return f"{len(self):,} rows, {self.picture_count:,} pictures, {learned}"
+        return f"{len(self):,} rows, {len(np.unique(self.shown_pictures)):,} pictures, {learned}"
 
     @property
     def rules(self) -> dict[str, str]:
@@ -292,49 +296,3 @@ class VLMCollator:
                 batch[name] = torch.cat(images)
         learned_positions = (batch["labels"].flatten() != -100).nonzero()[:, 0]
         return batch | {"learned_positions": learned_positions, "units": len(learned_positions)}
-
-
-def bad_rows_limit(data: VLMDataset, max_bad_rows: int | None) -> int:
-    """Returns how many bad rows are tolerated: --max_bad_rows, else 1 % of all rows."""
-    return data.row_count // 100 if max_bad_rows is None else max_bad_rows
-
-
-def hold_out(data: VLMDataset, share: float = 0.01, most: int = 512) -> tuple[VLMDataset, VLMDataset | None]:
-    """Splits off the rows whose first image has the smallest hash, so that rows of one image stay together.
-
-    The order of rows does not matter. If any have images, only those are held out, at least one from three images on.
-    Training rows that show a held-out image beside others are left out, unless they are more than a fifth of all.
-    Returns training rows, and held-out rows (`share` of all, at most about `most`) or None.
-    """
-    candidates = data.row_indices[data.image_counts > 0] if data.picture_count else data.row_indices
-    hashes = data.column("picture_hash")[candidates]
-    images = len(np.unique(hashes)) if data.picture_count else 0
-    share_of_all = int(share * len(data))
-    wanted = min(most, max(share_of_all, int(images >= 3)))
-    if wanted == 0 or wanted >= len(candidates):
-        return data, None
-    order = np.argsort(hashes, kind="stable")
-    count = int(np.searchsorted(hashes[order], hashes[order[wanted - 1]], side="right"))
-    if count > (2 * wanted if share_of_all else len(candidates) // 2):  # so many rows show this image
-        count = wanted
-    taken = np.sort(candidates[order[:count]])
-    training = data.changed(row_indices=np.setdiff1d(data.row_indices, taken))
-    held_out = data.changed(row_indices=taken)
-    leaking = showing_the_same(training, held_out)
-    if len(leaking) <= len(data) // 5:
-        training = data.changed(row_indices=np.setdiff1d(training.row_indices, leaking))
-    return training, held_out
-
-
-def showing_the_same(data: VLMDataset, held_out: VLMDataset) -> np.ndarray:
-    """Returns the indices of rows in `data` that show an image of `held_out`, from the same file."""
-    row_of_image = np.repeat(data.row_indices, data.image_counts)
-    return np.unique(row_of_image[np.isin(data.shown_pictures, held_out.shown_pictures)])
-
-
-def rows_in_both(data: VLMDataset, heldout: VLMDataset) -> int:
-    """Counts held-out rows that are also training rows: with the same image (by bytes or name) and tokens."""
-    own, others = (rows.column("picture_hash")[rows.row_indices] for rows in (data, heldout))
-    measured = heldout.read_rows(heldout.row_indices[np.isin(others, own)].tolist())
-    learned = {tuple(row["input_ids"]) for row in data.read_rows(data.row_indices[np.isin(own, others)].tolist())}
-    return sum(tuple(row["input_ids"]) in learned for row in measured)

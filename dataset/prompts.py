@@ -27,9 +27,10 @@ def with_images(prompt: str, images: int, form: str = DEFAULT_FORM) -> str:
 
 
 def usual_form(data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the most common form among a VLMDataset's rows of one image; the default if over half as common.
+    """Returns the most common form of a VLMDataset's rows with one image.
 
-    A model answers worse when asked in a form it was not trained on. Looks at 256 rows, evenly spaced.
+    It is the default form if that is at least half as common as another: a model answers worse when asked in a form it
+    was not trained on. Looks at 256 rows, evenly spaced.
     """
     places = np.flatnonzero(data.image_counts == 1)
     places = places[np.linspace(0, len(places) - 1, min(len(places), 256)).astype(int)]

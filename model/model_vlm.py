@@ -36,7 +36,7 @@ class VLMConfig(MiniMindConfig):
 
     model_type = "minimind-v"
     image_token_id: int = 34  # the placeholder: `@` in the published tokenizer; 12 in minimind-3v's
-    vision_hidden_size: int = 768  # of the tower's features for an image; a tower's own win
+    vision_hidden_size: int = 768  # width of the tower's features; taken from the tower's own files where one is loaded
     vision_patches: int = 196
     projector: str = "linear"  # a name of PROJECTORS: "linear" as published, "norm_mlp" in minimind-3v
     pixel_shuffle: int = 1  # N x N neighbouring patches become one token, N^2 times as wide
@@ -52,7 +52,8 @@ class VLMConfig(MiniMindConfig):
         if llm:
             self.head_dim = getattr(its, "head_dim", None) or self.hidden_size // getattr(its, "num_attention_heads", 1)
         if self.projector not in PROJECTORS:
-            raise ValueError(f"no projector {self.projector!r}, choose from {', '.join(PROJECTORS)}")
+            known = ", ".join(PROJECTORS)
+            raise ValueError(f"no projector {self.projector!r} among {known}: --import names the file that adds one")
         _ = self.image_tokens  # raises where projection and patches do not fit
 
     @property

@@ -17,7 +17,8 @@ class Projector(nn.Module):
 
     is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
     takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
-    weights: tuple[str, ...] = ()  # its tensors in a weight file; the last dimension of the first is the input width
+    # Tensors that tell it in a weight file without a sidecar; the last dimension of the first is the input width.
+    identified_by: tuple[str, ...] = ()
     exported_as: str | None = None  # transformers' form with an equal projector: a name of FORMS in scripts/export.py
     llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA
 
@@ -33,11 +34,6 @@ class Projector(nn.Module):
         if pixel_shuffle != 1 and (pixel_shuffle < 1 or side**2 != patches or side % pixel_shuffle):
             raise ValueError(f"pixel_shuffle {pixel_shuffle} does not divide the tower's {patches} patches as a grid")
         return patches // pixel_shuffle**2
-
-    @classmethod
-    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        """Returns the input width in a weight file's tensors (`vision_proj.*`); None if they are of another kind."""
-        return tensors[cls.weights[0]].shape[-1] if cls.weights and tensors.keys() >= set(cls.weights) else None
 
 
 def register(name: str):
@@ -55,12 +51,12 @@ class VisionProj(Projector):
     """One linear layer with bias, as published, after `pixel_shuffle` x `pixel_shuffle` patches became one."""
 
     takes_pixel_shuffle, exported_as, llava_activation = True, "LLaVA", "linear"
-    weights = ("vision_proj.vision_proj.0.weight",)
+    identified_by = ("vision_proj.vision_proj.0.weight",)
 
-    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
-        super().__init__(ve_hidden_size, hidden_size, pixel_shuffle)
+    def __init__(self, width: int = 768, hidden_size: int = 512, pixel_shuffle: int = 1):
+        super().__init__(width, hidden_size, pixel_shuffle)
         self.pixel_shuffle = pixel_shuffle
-        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size * pixel_shuffle**2, hidden_size))
+        self.vision_proj = nn.Sequential(nn.Linear(width * pixel_shuffle**2, hidden_size))
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         if self.pixel_shuffle > 1:  # each square of neighbouring patches becomes one, https://arxiv.org/abs/1609.05158
@@ -75,7 +71,7 @@ class MLP(VisionProj):
     """Two linear layers with a GELU between them."""
 
     llava_activation = "gelu"
-    weights = (*VisionProj.weights, "vision_proj.vision_proj.2.weight")
+    identified_by = (*VisionProj.identified_by, "vision_proj.vision_proj.2.weight")
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)
@@ -86,7 +82,7 @@ class MLP(VisionProj):
 class NormMLP(Projector):
     """minimind-3v's: a LayerNorm before the MLP, under its names."""
 
-    weights, exported_as = ("vision_proj.mlp.0.weight",), "LFM2-VL"
+    identified_by, exported_as = ("vision_proj.mlp.0.weight",), "LFM2-VL"
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)

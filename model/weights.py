@@ -209,10 +209,11 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}
-        widths = {name: width for name, kind in PROJECTORS.items() if (width := kind.read_width(tensors))}
-        if widths:  # an mlp has the tensors of a linear projection too: the kind with the most, or the first of these
-            name = max(widths, key=lambda name: len(PROJECTORS[name].weights))
-            shape |= {"projector": name, "vision_hidden_size": widths[name]}
+        # An mlp has the tensors of a linear projection too: the kind with the most, or the first of these.
+        kinds = {name: kind.identified_by for name, kind in PROJECTORS.items() if kind.identified_by}
+        if fitting := [name for name, tensors_of_it in kinds.items() if tensors.keys() >= {*tensors_of_it}]:
+            name = max(fitting, key=lambda name: len(kinds[name]))
+            shape |= {"projector": name, "vision_hidden_size": tensors[kinds[name][0]].shape[-1]}
         return VLMConfig(**shape | (known or {}))
     except (LookupError, *CONFIG_ERRORS) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error

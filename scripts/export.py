@@ -256,7 +256,7 @@ def write_pictures(trained: LoadedModel, pictures: list[Path], folder: Path) -> 
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, imports=True)
     add_model_flags(parser)
     add = parser.add_argument_group("the export").add_argument
     add("--to", choices=("transformers", "gguf"), default="transformers", help="gguf: for llama.cpp and Ollama")

@@ -37,7 +37,7 @@ from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
 from dataset.chat import RowError
 from scripts.data.sources import KNOWN, make_row, read_source
-from trainer.stage import epochs_for
+from trainer.bundles import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
 
@@ -175,7 +175,7 @@ def commands(folder: Path, made: Made) -> str:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}")
+    parser = ArgumentParser(description=f"{__doc__}\n{KNOWN}", imports=True)
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", type=file_path, help="files or folders to convert into one data set")
     add("--mix", metavar="SOURCE=SHARE", nargs="+", type=source_and_share, help="take a share of a source, from 0 to 1")

@@ -129,7 +129,7 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     has_tower = model.sees_images and model.sidecar.get("assets") != "built-in"
     tower = TOWER_NAME if has_tower and is_published else None
     task = "image-text-to-text" if model.sees_images else "text-generation"
-    last = record.evaluations[-1] if record.evaluations else {}
+    last = record.evaluations[-1] if record.evaluations and page.measured(record.evaluations[-1]) == page.LOSS else {}
     held_out = f"{page.number(last.get('samples'))} held-out samples"
     results = [  # the last held-out losses, nats per token
         EvalResult(task, "held-out", held_out, "loss", last[key], metric_name=name)

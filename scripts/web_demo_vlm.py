@@ -31,7 +31,7 @@ EXAMPLES = 6
 
 
 def parse_arguments(argv=None) -> Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, imports=True)
     add_model_flags(parser, runs=True)
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on your network in")

@@ -1,6 +1,7 @@
 """Model generations, and which of them a command uses; a new one is one more record in BUNDLES."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ BUILTIN = Bundle(
     tokenizer=paths.BUILTIN_TOKENIZER_DIR,
     layers={paths.BUILTIN_HIDDEN_SIZE: 4},
     weights_dir=paths.BUILTIN_MODEL_DIR,
-    recipes={
+    recipes={  # for the built-in set; `epochs_for` has the epochs for data of one's own
         "pretrain": {"epochs": 1, "batch_size": 16, "learning_rate": 4e-3, "log_interval": 20, "compile": 0},
         "sft": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "log_interval": 50, "compile": 0},
     },
@@ -90,6 +91,12 @@ LANGUAGE_MODEL = Bundle(  # of transformers, named by --llm_path, which has its 
     recipes={"pretrain": {"learning_rate": 1e-3}, "sft": {"learning_rate": 2e-5}},
 )
 BUNDLES = {bundle.name: bundle for bundle in (BUILTIN, MINIMIND2, MINIMIND_3V, LANGUAGE_MODEL)}
+
+
+def epochs_for(stage: str, rows: int) -> int | None:
+    """Returns the epochs in which the built-in model sees enough of a user's rows; None for a stage without a rule."""
+    enough = {"pretrain": 10_000, "sft": 25_000}.get(stage)
+    return enough and max(1, min(60, math.ceil(enough / max(1, rows))))
 
 
 def bundle_of(weights: weight_io.Weights) -> Bundle:
@@ -144,6 +151,8 @@ def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         chosen["tokenizer_path"] = args.llm_path
     if takes_builtin:
         folder = paths.BUILTIN_DATASET_DIR
+        if not own_data and data not in BUILTIN.recipes:
+            raise UsageError("the built-in set has no data for this stage: name yours with --data_path")
         if not own_data:
             chosen |= {"data_path": folder / f"{data}.jsonl", "images_path": folder / "images"}
         if not own_data and args.eval_data is None:  # evaluates on held-out scenes
@@ -174,7 +183,8 @@ def needed_files(bundle: Bundle, args, data: str) -> dict[str, tuple[str, Path, 
         "tokenizer_path": ("tokenizer", tokenizer, bundle.command("tokenizer")),
     }
     if args.data_path is None:
-        command = f"python scripts/download.py {data}"
+        is_published = data in BUILTIN.recipes  # the other generations' data sets are called as the stages are
+        command = f"python scripts/download.py {data}" if is_published else bundle.command(data)
         names = [paths.DATASET_DIR / name.format(data) for name in paths.DATA_NAMES]  # parquet, the newer form, first
         path = next(filter(Path.is_file, names), paths.DATASET_DIR / f"{data}_data.jsonl")
         files["data_path"] = ("data", path, command)

@@ -26,7 +26,7 @@ GROUPS, FEWEST_GROUPS = 32, 8
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss per unit (nats per learned token) over held-out rows; None where there is nothing to measure."""
+    """Mean loss, or a stage's other metric, per unit of held-out rows; None where there is nothing to measure."""
 
     loss: float | None  # with the right images
     loss_shuffled: float | None  # with the images of another row
@@ -38,6 +38,8 @@ class HeldOut:
     seconds: float
     gap_shuffled: float | None  # the grounding gap: how much the loss rises with the images of other rows
     gap_blind: float | None  # how much it rises without images
+    metric: str = "loss"  # what is measured
+    unit: str = "nats per token"  # of it
 
     def as_dict(self) -> dict:
         """Returns the figures for metrics and wandb."""
@@ -47,7 +49,7 @@ class HeldOut:
         figures = (self.loss, self.loss_shuffled, self.loss_blind, self.gap_shuffled)
         loss, shuffled, blind, gap = ("-" if value is None else f"{value:.4f}" for value in figures)
         gap += "" if self.gap_error is None else f" ± {self.gap_error:.4f}"
-        return f"held out: loss {loss}  shuffled images {shuffled}  no images {blind}  grounding gap {gap}"
+        return f"held out: {self.metric} {loss}  shuffled images {shuffled}  no images {blind}  grounding gap {gap}"
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Evaluator:
     processes: Processes  # they share the rows
     dtype: torch.dtype  # of matrix products
     batch_size: int  # rows per rank and forward pass
+    metric: str = HeldOut.metric  # what `loss` is called in reports, where that is another metric
+    unit: str = HeldOut.unit
 
     def __post_init__(self):
         first = self.data.first_pictures
@@ -113,7 +117,7 @@ class Evaluator:
                         loss, *_ = self.loss(self.model, tensors)
                     of_group[way] += float(loss)
             of_group[3:] += batch["units"], len(part)  # the units are the same in all three ways
-            if self.data.picture_count > CACHED_PICTURES:
+            if self.data.image_count > CACHED_PICTURES:
                 self.samples.clear()
         self.model.train(was_training)
         by_group = np.reshape(self.processes.sum(*by_group.flatten()), by_group.shape)
@@ -127,8 +131,10 @@ class Evaluator:
         if losses[1] is not None and len(measured) >= FEWEST_GROUPS:  # of a ratio of sums over groups
             deviations = measured[:, 1] - measured[:, 0] - (losses[1] - losses[0]) * measured[:, 3]
             error = float(np.sqrt((deviations**2).sum() * len(measured) / (len(measured) - 1)) / units)
-        gaps = [None if loss is None else loss - losses[0] for loss in losses[1:]]
-        return HeldOut(*losses, error, int(samples), int(units), time.perf_counter() - started, *gaps)
+        shuffled, blind = (None if loss is None else loss - losses[0] for loss in losses[1:])
+        gaps = {"gap_shuffled": shuffled, "gap_blind": blind, "gap_error": error}
+        sizes = {"samples": int(samples), "tokens": int(units), "seconds": time.perf_counter() - started}
+        return HeldOut(*losses, **gaps, **sizes, metric=self.metric, unit=self.unit)
 
     def _load(self, places: list[int]):
         """Reads the rows at these places, with their images' features in place of the pixels."""

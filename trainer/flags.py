@@ -22,13 +22,15 @@ COUNT, POSITIVE, SWITCH = number(int, 1), number(float, 1e-12), {"type": int, "c
 
 def build_parser(stage: Stage, description: str) -> ArgumentParser:
     """Returns the parser of a training script. Flags a recipe may set have no default in it: see `parse_arguments`."""
-    epilog = "Nothing downloaded and no path given: the small built-in set is used, with settings of its own."
+    epilog = ""
+    if stage.data in BUILTIN.recipes:
+        epilog = "Nothing downloaded and no path given: the small built-in set is used, with settings of its own."
     for bundle in BUNDLES.values():
         if bundle is not BUILTIN and (recipe := bundle.recipes.get(stage.name)):
             settings = ", ".join(f"{flag} {value:g}" for flag, value in recipe.items())
             start = "With --llm_path" if bundle is LANGUAGE_MODEL else f"From {bundle.name}'s weights"
             epilog += f"\n{start} the defaults are: {settings}."
-    parser = ArgumentParser(description=description, epilog=epilog)
+    parser = ArgumentParser(description=description, epilog=epilog, imports=True)
     add_model_flags(parser, stage)
     add_run_flags(parser, stage)
     stage.add_flags(parser.add_argument)

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,12 +18,11 @@ from dataset.features import compute_features
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.model_vlm import MiniMindVLM
-from trainer.bundles import BUILTIN
+from trainer.bundles import BUILTIN, epochs_for
 from trainer.report.progress import Progress, check_first_loss, clock
 from trainer.report.watcher import Watch, print_header
 from trainer.resume import RESUMES, Checkpoints, TrainState, restore_random_state
 from trainer.setup import Run, open_features, round_frozen_weights
-from trainer.stage import epochs_for
 from trainer.step import TrainContext, count, train_step
 from trainer.support.fast_steps import LENGTH_MULTIPLE, CapturedStep, compile_or_not
 from trainer.support.processes import on_device, ranks, stop_signals
@@ -34,8 +34,10 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     state = TrainState()
     if run.state is not None:
         state.load_state_dict(run.state)
-    share = processes.rank, processes.world_size, (state.epoch, state.sample)
-    sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share)
+    share, start = (processes.rank, processes.world_size), (state.epoch, state.sample)
+    sampler = BatchSampler(
+        data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share, start
+    )
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
     settings = run.settings | {"eval_interval": eval_interval}
@@ -45,11 +47,11 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     round_frozen_weights(model, run.dtype)
     model.to(device).train()
     companions = {name: it.to(device) if isinstance(it, torch.nn.Module) else it for name, it in companions.items()}
-    loss = partial(stage.loss, **companions)
+    loss, metric = (partial(it, **companions) for it in (stage.loss, stage.metric or stage.loss))
     collate = stage.collator(run.config.pad_token_id, LENGTH_MULTIPLE if run.compiles else 1)
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
-    how = model, loss, collate, processes, run.dtype, args.batch_size
-    evaluator = None if heldout is None else stage.evaluator(heldout, *how)
+    how = metric, collate, processes, run.dtype, args.batch_size
+    evaluator = None if heldout is None else stage.evaluator(heldout, model, *how)
     watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
     features = open_features(run, data, checkpoints.tower_sha256)
     steps = f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)"
@@ -147,13 +149,14 @@ def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: 
         flags = {"weight": name, "save_dir": save_dir}
         if is_own and heldout:
             flags |= {"eval_data": heldout, "images_path": args.eval_images_path or images}
-        elif is_own and not data.is_parquet and data.picture_count:
+        elif is_own and not data.is_parquet and data.image_count:
             flags["image_dir"] = data.picture_source(data.first_pictures.max())[0].parent
     else:
-        sft = name.replace("pretrain", "sft") if "pretrain" in name else f"{name}_sft"
-        flags = {"from_weight": name, "save_weight": sft, "save_dir": save_dir}
+        stage, following = run.stage.name, Path(run.stage.following).stem.removeprefix("train_").removesuffix("_vlm")
+        following_name = name.replace(stage, following) if stage in name else f"{name}_{following}"
+        flags = {"from_weight": name, "save_weight": following_name, "save_dir": save_dir}
         if is_own:
             flags |= {"data_path": args.data_path, "images_path": images, "eval_data": heldout}
             flags["eval_images_path"] = args.eval_images_path
-            flags["epochs"] = epochs_for("sft", len(data)) if run.bundle is BUILTIN else None
+            flags["epochs"] = epochs_for(following, len(data)) if run.bundle is BUILTIN else None
     progress.log(f"next: {command(run.stage.following, flags)}")

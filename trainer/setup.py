@@ -14,7 +14,8 @@ from dataset.chat import check_tokenizer, encoder_for, has_image_pad, image_toke
 from dataset.features import FeatureFolder
 from dataset.formats import quiet_libraries
 from dataset.forms import RIGHT_FORM
-from dataset.lm_dataset import VLMDataset, bad_rows_limit, hold_out, rows_in_both, showing_the_same
+from dataset.holdout import hold_out, rows_in_both, showing_the_same
+from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureFormat
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
@@ -31,7 +32,7 @@ SHOWN_BAD_ROWS = 20
 
 
 class Run:
-    """Everything a run needs, found and checked (UsageError if something is missing or unfit); it does not change."""
+    """Everything a run needs, found and checked; UsageError if something is missing or unfit."""
 
     def __init__(self, stage: Stage, args, processes: Processes):
         self.started = time.perf_counter()
@@ -48,7 +49,7 @@ class Run:
                 draw_builtin_dataset()
         self.tokenizer = load_tokenizer(args.tokenizer_path)
         self.tokenizer_sha256 = tokenizer_hash(self.tokenizer)
-        # None for random ones. Their tensors go into the model.
+        # None: the model starts from random weights. `load_model` moves their tensors into the model.
         self.weights = weights = find_starting_weights(args, self.log, self.tokenizer)
         if weights is not None:
             weight_io.check_shape_flags(weights, args)
@@ -134,7 +135,7 @@ def load_data(run: Run) -> tuple[VLMDataset, VLMDataset | None]:
         run.log(f"{kind}: {rule}")
     if len(data) == 0:
         raise UsageError(f"{data.data_path} has no usable rows")
-    if data.picture_count == 0 and args.freeze_llm == "all":
+    if data.image_count == 0 and args.freeze_llm == "all":
         raise UsageError(
             f"no row of {display_path(args.data_path)} has a picture: --freeze_llm all trains only the projection, "
             "and text rows give it no gradient. Use rows with pictures, or train the decoder too (--freeze_llm none)"
@@ -194,7 +195,7 @@ def report_bad_rows(run: Run, data: VLMDataset):
             run.log(f"warning: {display_path(path)} cannot be written: {error.strerror}")
     if len(bad) > SHOWN_BAD_ROWS:
         report[SHOWN_BAD_ROWS + 1 :] = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more, all in {display_path(path)}"]
-    limit = bad_rows_limit(data, args.max_bad_rows)
+    limit = data.bad_rows_limit(args.max_bad_rows)
     if len(bad) <= limit:
         if bad:
             run.log("\n".join([*report, "They are left out."]))
@@ -246,7 +247,7 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
 def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
     """Opens the cache of the tower's features if it is used; UsageError if --cache_vision names a full disk."""
     flag = run.args.cache_vision
-    if flag == "off" or data.picture_count == 0 or (flag is None and run.device.type == "cuda"):
+    if flag == "off" or data.image_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
     folder = flag or run.files.save_dir / "vision_features"
     # Another tower, dtype or picture format gives other features.

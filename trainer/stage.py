@@ -10,9 +10,7 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from trainer.evaluate import Evaluator
-from trainer.support.fast_steps import round_up
 
-ROWS_SHOWN, MOST_EPOCHS = {"pretrain": 10_000, "sft": 25_000}, 60
 MODEL_INPUTS = ("input_ids", "labels", "image_starts", "learned_positions")
 
 
@@ -49,6 +47,12 @@ def pad_answers(batch: dict, batch_size: int) -> dict | None:
     }
 
 
+def round_up(number: int, parts: int) -> int:
+    """Rounds up to one of `parts` sizes between two powers of two, multiples of 8."""
+    multiple = max(8, 2 ** (number.bit_length() - 1) // parts)
+    return -(-number // multiple) * multiple
+
+
 def frozen_copy(model):
     """Returns a copy of the model that does not learn; it shares the tower."""
     tower = model.vision_encoder
@@ -60,11 +64,6 @@ def cosine_learning_rate(args, done: float, step: int) -> float:
     return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def epochs_for(stage: str, rows: int) -> int:
-    """Returns the epochs for a user's rows and the built-in model, so that a stage sees ROWS_SHOWN rows in all."""
-    return max(1, min(MOST_EPOCHS, math.ceil(ROWS_SHOWN[stage] / max(1, rows))))
-
-
 @dataclass(frozen=True, eq=False)
 class Stage:
     """What makes a stage."""
@@ -72,7 +71,9 @@ class Stage:
     name: str  # in the sidecar of its weights
     title: str  # what it is called
     story: str  # what it does, in a line
-    defaults: dict  # the published settings, by flag; trainer/bundles.py has where a model needs others
+    # The published settings: all of from_weight, save_weight, freeze_llm, epochs, batch_size, learning_rate and
+    # max_seq_len. trainer/bundles.py has where a model needs others.
+    defaults: dict
     data: str  # its data's name: dataset/{data}_data.jsonl, and dataset/builtin/{data}.jsonl of the built-in set
     following: str  # the script that comes next
     # A data file to samples, called as `VLMDataset` is: a `VLMDataset` or a subclass.
@@ -85,6 +86,9 @@ class Stage:
     # (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen models such as
     # a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside the same ones.
     companions: Callable = lambda args, model: {}
+    # What held-out rows are measured by, called as `loss` is; None: the loss. Where it is not in nats per token, the
+    # evaluator says in what: `partial(Evaluator, metric="...", unit="...")`.
+    metric: Callable | None = None
     # Measures held-out rows. Takes what `Evaluator` takes (`loss` has the companions), has its attributes `data` and
     # `skipped`, and a method `measure`; what that returns has `as_dict()` and is printed as a line.
     evaluator: Callable = Evaluator

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.model_vlm import MiniMindVLM
 from trainer.support.processes import Processes, others_may_be_gone, tensors_of
 
 
@@ -25,7 +24,7 @@ class Counts:
 class StageLoss(nn.Module):
     """A stage's loss as a module, for DistributedDataParallel: every batch reaches every trainable parameter."""
 
-    def __init__(self, model: MiniMindVLM, loss: Callable, forward_model: Callable):
+    def __init__(self, model: nn.Module, loss: Callable, forward_model: Callable):
         super().__init__()
         self.model, self.stage_loss = model, loss
         object.__setattr__(self, "forward_model", forward_model)  # not a submodule: its parameters are the model's

@@ -39,8 +39,8 @@ STAGE = Stage(
 )
 
 
-def main(stage: Stage = STAGE):
-    args = parse_arguments(stage, __doc__)
+def main(stage: Stage = STAGE, description: str = __doc__):
+    args = parse_arguments(stage, description)
     with Processes.start(args.device, args.timeout_minutes) as processes:
         run = Run(stage, args, processes)  # tokenizer, starting weights, the files that will be written
         data, heldout = load_data(run)  # captions as token ids: training rows, evaluation rows

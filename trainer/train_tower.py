@@ -36,14 +36,15 @@ from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomical
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
 from dataset.chat import load_tokenizer
 from dataset.formats import quiet_libraries
-from dataset.lm_dataset import PictureError, VLMDataset, bad_rows_limit, hold_out, text_of
+from dataset.holdout import hold_out
+from dataset.lm_dataset import PictureError, VLMDataset, text_of
 from dataset.pictures import PictureFormat, random_views
 from dataset.sampler import BatchSampler, load_in_workers, worker_errors
 from model.vision_tower import TowerError, encode_images, load_vision_tower, normalise
 from model.weights import load_learned
 from trainer import resume
+from trainer.bundles import epochs_for
 from trainer.report.progress import clock
-from trainer.stage import epochs_for
 from trainer.step import Counts, TrainContext, train_step
 from trainer.support.processes import Processes, cores, pick_dtype, stop_signals
 
@@ -65,7 +66,7 @@ STATE = resume.PROGRESS | {"seconds": resume.SECONDS, "guide": {"*": torch.Tenso
 
 
 def parse_arguments(argv=None) -> Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, imports=True)
     add = parser.add_argument
     add("--data_path", type=file_path, required=True, help="jsonl or parquet, as for the next stages")
     add("--images_path", type=file_path, help="folder of the jsonl's pictures (default: the jsonl's own)")
@@ -240,7 +241,7 @@ def load_pictures(args: Namespace, tower: nn.Module, tokenizer) -> tuple[Picture
     how = args.images_path, tokenizer, MOST_TOKENS, tower.settings.patches, form
     found = [VLMDataset(path, *how) for path in (args.data_path, args.eval_data) if path]
     for data in found:
-        if len(data.bad_rows) > bad_rows_limit(data, None):
+        if len(data.bad_rows) > data.bad_rows_limit(None):
             path, (line, reason) = display_path(data.data_path), data.bad_rows[0]
             hint = f"python -m dataset.check {path} lists all; --images_path names the pictures' folder"
             raise UsageError(f"{path}: {len(data.bad_rows)} rows are bad, line {line}: {reason}. {hint}")

@@ -1,21 +1,22 @@
 """Other families of towers: DINOv2 and DINOv3 of the table, and ViT, which the line `TOWERS["ViT"] = ...` adds.
 
-The folder's own files say the rest: here pictures for DINO are resized to 72 pixels at their shortest edge and cropped
-to 56, though the model was trained on 518.
+A file with that line is all that another family takes; the folder's own files say the rest. Here pictures for DINO are
+resized to 72 pixels at their shortest edge and cropped to 56, though the model was trained on 518.
+
+    python trainer/train_pretrain_vlm.py --import my_towers.py --vision_model_path vit-base-patch16-224
 """
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import EVAL, PRETRAIN, ROOT
+from tiny import EVAL, PRETRAIN
 from transformers import AutoModel, BitImageProcessorPil, ViTModel
 
 from dataset.pictures import PictureFormat, load_picture
 from model.vision_tower import TOWERS, TowerKind, encode_images, load_vision_tower
 
 pytest_plugins = ["tiny"]
-IMPORTED = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/changes')!r}); import test_dinov2"
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 518}
 SHAPE |= {"intermediate_size": 64, "num_register_tokens": 4}
 CROPPED = {"size": {"shortest_edge": 72}, "crop_size": {"height": 56, "width": 56}}
@@ -46,12 +47,21 @@ def test_a_tower_is_trained_with(world, kind, tmp_path):
     tower, picture, out = tmp_path / "tower", world.images / "0.jpg", world.copy_of_out(tmp_path / "out")
     save(tower, FOLDERS[kind])
     check_features(tower, picture)
-    hook = IMPORTED if kind == "ViT" else ""
-    files = [*world.files("pretrain", out), "--vision_model_path", tower, "--from_weight", "llm", "--batch_size", 9]
-    assert "3 of 9 samples" in world.run(PRETRAIN, *files, "--epochs", 1, hook=hook).passed().out
-    assert "3 to go" in world.run(PRETRAIN, *files, "--epochs", 2, "--from_resume", 1, hook=hook).passed().out
+    own = ["--import", __file__] if kind == "ViT" else []
+    files = [
+        *own,
+        *world.files("pretrain", out),
+        "--vision_model_path",
+        tower,
+        "--from_weight",
+        "llm",
+        "--batch_size",
+        9,
+    ]
+    assert "3 of 9 samples" in world.run(PRETRAIN, *files, "--epochs", 1).passed().out
+    assert "3 to go" in world.run(PRETRAIN, *files, "--epochs", 2, "--from_resume", 1).passed().out
     asked = ["--weight", "pretrain_vlm", "--image", picture, "--vision_model_path", tower]
-    world.run(EVAL, *world.eval_files(out), *asked, hook=hook).passed()
+    world.run(EVAL, *own, *world.eval_files(out), *asked).passed()
 
 
 @pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters", "ViT"])

@@ -89,7 +89,8 @@ STAGE = dataclasses.replace(
     collator=PairCollator,
     loss=dpo_loss,
     companions=lambda args, model: {"reference": frozen_copy(model), "beta": args.beta},
-    evaluator=lambda data, model, loss, *how: Evaluator(data, model, partial(misordered, **loss.keywords), *how),
+    metric=misordered,
+    evaluator=partial(Evaluator, metric="share of misordered pairs", unit=""),
     pad=None,
 )
 
@@ -99,9 +100,11 @@ def test_pairs_are_learned_resumed_measured_talked_to_and_exported(world, tmp_pa
     out, metrics = world.copy_of_out(tmp_path / "out"), tmp_path / "out/dpo_vlm_32.metrics.jsonl"
     command = [__file__, *world.files("sft", out), "--data_path", pairs, "--eval_data", pairs, "--batch_size", 4]
     command += ["--learning_rate", 1e-3, "--log_interval", 1, "--from_weight"]
-    world.run(*command, "llm", "--epochs", 1).passed()
+    done = world.run(*command, "llm", "--epochs", 1).passed().out
+    assert "held out: share of misordered pairs 0." in done and "at the images" not in done
     torch.save(language_model(steps=21), tmp_path / "other.pth")
     world.run(*command, tmp_path / "other.pth", "--from_resume", 1).refused("other reference (")
+    world.run(__file__, "--from_weight", "llm").refused("the built-in set has no data for this stage")
     assert "3 to go" in world.run(*command, "llm", "--epochs", 2, "--from_resume", 1).passed().out
     losses, wrong = ([row[key] for row in read_jsonl(metrics) if key in row] for key in ("loss", "eval"))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.6
@@ -112,4 +115,4 @@ def test_pairs_are_learned_resumed_measured_talked_to_and_exported(world, tmp_pa
 
 
 if __name__ == "__main__":
-    run_script(partial(sft.main, STAGE), outlives_output=True)
+    run_script(partial(sft.main, STAGE, __doc__), outlives_output=True)

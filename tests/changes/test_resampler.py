@@ -1,10 +1,10 @@
 """Another projection, added from outside: a resampler, whose 64 learned queries attend to the patches.
 
-This file is all it takes: importing it puts the class into the table. It is trained, resumed, talked to and refused by
-the export like the others:
+Without its test, this file is all it takes. It is trained, resumed and talked to like the others, but not exported:
 
-    python -c "import my_resampler, runpy; runpy.run_path('trainer/train_pretrain_vlm.py', run_name='__main__')" \
-        --projector resampler
+    python trainer/train_pretrain_vlm.py --import my_resampler.py --projector resampler
+    python trainer/train_sft_vlm.py --import my_resampler.py
+    python eval_vlm.py --import my_resampler.py
 """
 
 import torch
@@ -20,6 +20,7 @@ QUERIES = 64
 @register("resampler")
 class Resampler(Projector):
     is_grid = False  # queries have no position in the image, so there are no word maps
+    identified_by = ("vision_proj.features.weight", "vision_proj.queries")
 
     def __init__(self, width: int, hidden_size: int, pixel_shuffle: int = 1):
         super().__init__(width, hidden_size, pixel_shuffle)
@@ -36,22 +37,18 @@ class Resampler(Projector):
         super().tokens(patches, pixel_shuffle)  # raises for a pixel shuffle
         return QUERIES
 
-    @classmethod
-    def read_width(cls, tensors: dict[str, torch.Tensor]) -> int | None:
-        return tensors["vision_proj.features.weight"].shape[1] if "vision_proj.queries" in tensors else None
-
 
 def test_a_resampler_is_trained_resumed_evaluated_and_refused_by_the_export(world, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
-    imported = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/changes')!r}); import test_resampler"
+    own = ["--import", __file__]
     flags = ["--batch_size", 9, "--save_interval", 1, "--learning_rate", 1e-3, "--epochs"]
-    first = [PRETRAIN, *world.files("pretrain", out), "--projector", "resampler", *flags]
-    done = world.run(*first, 1, hook=imported).passed()
+    first = [PRETRAIN, *world.files("pretrain", out), "--projector", "resampler", *own, *flags]
+    done = world.run(*first, 1).passed()
     assert "resampler projection, 64 tokens an image" in done.out
-    assert "3 to go" in world.run(*first, 2, "--from_resume", 1, hook=imported).passed().out
-    world.run(SFT, *world.files("sft", out), *flags, 1, hook=imported).passed()
+    assert "3 to go" in world.run(*first, 2, "--from_resume", 1).passed().out
+    world.run(SFT, *world.files("sft", out), *own, *flags, 1).passed()
     asked = ["--weight", "sft_vlm", "--image", world.images / "0.jpg"]
-    world.run(EVAL, *world.eval_files(out), *asked, hook=imported).passed()
+    world.run(EVAL, *world.eval_files(out), *own, *asked).passed()
     exported = [ROOT / "scripts/export.py", "--weight", "sft_vlm", "--save_dir", out, "--folder", tmp_path / "exported"]
-    world.run(*exported, hook=imported).refused("a resampler projection is not exported")
-    world.run(EVAL, *world.eval_files(out), *asked).refused("no projector 'resampler'")
+    world.run(*exported, *own).refused("a resampler projection is not exported")
+    world.run(EVAL, *world.eval_files(out), *asked).refused("no projector 'resampler'", "--import names the file")

@@ -44,4 +44,4 @@ def test_the_learning_rate_rises_and_a_run_resumes_on_it(world, tmp_path):
 
 
 if __name__ == "__main__":
-    run_script(partial(sft.main, STAGE), outlives_output=True)
+    run_script(partial(sft.main, STAGE, __doc__), outlives_output=True)

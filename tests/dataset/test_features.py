@@ -137,7 +137,7 @@ def test_samples_come_with_the_features_of_their_images(data, tmp_path, ranks):
     encoder = Encoder()
     for rank in range(ranks):
         kept = computed(data, tmp_path, encoder, rank=rank, ranks=ranks)
-    assert encoder.images == len(np.unique(data.shown_pictures)) == 10 < len(data.shown_pictures) == data.picture_count
+    assert encoder.images == len(np.unique(data.shown_pictures)) == 10 < len(data.shown_pictures) == data.image_count
     data.features = kept
     for index, means in enumerate(expected):
         sample = data[index]

@@ -4,7 +4,8 @@ import pytest
 from tiny import pretrain_row, write_jsonl
 
 from dataset.chat import load_tokenizer
-from dataset.lm_dataset import VLMDataset, hold_out
+from dataset.holdout import hold_out
+from dataset.lm_dataset import VLMDataset
 
 pytest_plugins = ["tiny"]
 
@@ -45,7 +46,7 @@ def test_one_percent_is_held_out_in_any_order(world, tokenizer, tmp_path):
     assert (len(data), len(held_out)) == (396, 4)
     assert not answers(data, tokenizer) & answers(held_out, tokenizer)
     assert len(answers(data, tokenizer) | answers(held_out, tokenizer)) == 400
-    assert data.picture_count == 396
+    assert data.image_count == 396
     other, again = held_out_of(world, tokenizer, tmp_path, rows[::-1], "reversed.jsonl")
     assert answers(again, tokenizer) == answers(held_out, tokenizer)
 

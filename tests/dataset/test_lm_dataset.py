@@ -102,7 +102,7 @@ def encodings(monkeypatch):
 def test_a_sample(folder, tokenizer):
     data = build(folder, SAMPLES, tokenizer)
     chats = ChatEncoder(tokenizer, 196).encode([value["conversations"] for value in SAMPLES])
-    assert (len(data), data.row_count, data.bad_rows, data.picture_count) == (3, 3, [], 4)
+    assert (len(data), data.row_count, data.bad_rows, data.image_count) == (3, 3, [], 4)
     for sample, chat, shades in zip(data, chats, ([50], [], [150, 100, 50]), strict=True):
         length = len(chat.input_ids)
         labels = torch.full((length,), -100)
@@ -414,7 +414,7 @@ def test_a_missing_folder_of_pictures_is_named(folder, tokenizer):
 
 def test_nothing_but_blank_lines(folder, tokenizer):
     data = build(folder, [b"", b"  "], tokenizer)
-    assert (len(data), data.row_count, data.bad_rows, data.picture_count) == (0, 0, [], 0)
+    assert (len(data), data.row_count, data.bad_rows, data.image_count) == (0, 0, [], 0)
 
 
 @pytest.mark.parametrize("inner", ["[1] data", "wh?t", "st*r", ".hidden", "100% {x}"])

@@ -25,7 +25,8 @@ from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
 from dataset.chat import ChatEncoder, load_tokenizer
 from dataset.features import FeatureFolder, compute_features
-from dataset.lm_dataset import VLMDataset, hold_out, rows_in_both
+from dataset.holdout import hold_out, rows_in_both
+from dataset.lm_dataset import VLMDataset
 from dataset.pictures import is_blank
 from scripts.data.sources import read_source
 from trainer.setup import split
@@ -180,7 +181,7 @@ def test_each_picture_is_kept_once_and_read_from_every_row(written, tmp_path):
     shown = [0, 1, 2, 0, 1, 0, 0]
     data = written([(said(ASKED, f"第{row}张。"), picture(number)) for row, number in enumerate(shown)])
     assert data.shown_pictures.tolist() == shown
-    assert (data.picture_count, len(set(data.picture_keys.tolist()))) == (7, 3)
+    assert (data.image_count, len(set(data.picture_keys.tolist()))) == (7, 3)
     assert data.image_files["content"] == [picture(number) for number in range(3)]
     expected = means(data)
     assert all(expected[row] == expected[shown.index(number)] for row, number in enumerate(shown))
@@ -229,7 +230,7 @@ def test_a_picture_in_several_rows_is_encoded_once(tmp_path, tokenizer):
         features = FeatureFolder(tmp_path, "tower", (4, 2))
         features.make_room(data.picture_keys)
         compute_features(data, features, encode, torch.device("cpu"))
-    assert sum(encoded) == counts["pictures"] - 1 < data.picture_count / 3  # not the black one
+    assert sum(encoded) == counts["pictures"] - 1 < data.image_count / 3  # not the black one
     expected = means(data)
     data.features = features
     for sample, of_pixels in zip(data, expected, strict=True):

@@ -21,9 +21,9 @@ from model.vision_tower import bicubic_weights, normalise
 from scripts.bench import speed
 from trainer import flags
 from trainer.setup import freeze
-from trainer.stage import answer_loss, pad_answers
+from trainer.stage import answer_loss, pad_answers, round_up
 from trainer.step import Counts, TrainContext, train_step
-from trainer.support.fast_steps import CapturedStep, round_up
+from trainer.support.fast_steps import CapturedStep
 from trainer.support.processes import Processes
 from trainer.train_pretrain_vlm import STAGE
 

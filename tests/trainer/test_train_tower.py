@@ -12,7 +12,7 @@ from tiny import EVAL, PRETRAIN, ROOT, SFT, read_jsonl, write_jsonl
 from common.files import read_record
 from dataset.pictures import random_views
 from model.vision_tower import load_vision_tower
-from trainer.stage import epochs_for
+from trainer.bundles import epochs_for
 from trainer.train_tower import Words
 
 pytest_plugins = ["tiny"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.errors import UsageError
+from trainer import train_sft_vlm as sft
 from trainer.report.progress import check_first_loss
 
 HIGH, LOW = torch.tensor([139.0, 10.0]), torch.tensor([13.0, 10.0])
@@ -14,6 +15,7 @@ HIGH, LOW = torch.tensor([139.0, 10.0]), torch.tensor([13.0, 10.0])
 
 def starts_from(sidecar: dict) -> SimpleNamespace:
     return SimpleNamespace(
+        stage=sft.STAGE,
         config=SimpleNamespace(vocab_size=6400),
         weights=SimpleNamespace(sidecar=sidecar, path=Path("llm_32.pth")),
         args=SimpleNamespace(tokenizer_path="tokenizer", ignore_high_loss=False),

@@ -19,9 +19,11 @@ from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOWER_DIR, display_path
 from common.schema import SchemaError, parse_json, read_json
 from dataset.pictures import PictureError, load_picture
 from model.weights import PLAIN, SIDECAR
+from trainer.evaluate import HeldOut
 from trainer.report.progress import clock, reports_until
 from trainer.resume import COUNT, RunFiles
 
+LOSS = HeldOut.metric, HeldOut.unit
 MOST_IMAGES, MOST_STRETCHES = 8, 6
 OVERFITTED = 1.05  # ratio of the last held-out loss to the lowest
 FAR_ABOVE = 1.0  # nats per token between the held-out loss and the training loss
@@ -172,14 +174,20 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * step, max(0, 1 - power)) for i in range(first, last + 1)]
 
 
+def measured(figures: dict) -> tuple[str, str]:
+    """Returns the metric of an evaluation and its unit; metrics of earlier versions name neither."""
+    return str(figures.get("metric", LOSS[0])), str(figures.get("unit", LOSS[1]))
+
+
 def verdict(figures: dict, sidecar: dict) -> list[str]:
     """Says whether a model looks at its images, by `HeldOut.as_dict` and `exact_match`, and what would help.
 
     A gap, or a difference in short answers, counts from twice its standard error on. Where no short answers were asked
-    for, as for captions, the gap must be more than SMALL of the loss. Without images of other rows, nothing is said.
+    for, as for captions, the gap must be more than SMALL of the loss. Without images of other rows, or of a stage with
+    another metric, nothing is said.
     """
     gap, error, asked = figures.get("gap_shuffled"), figures.get("gap_error", 0), figures.get("short_answers")
-    if gap is None:
+    if gap is None or measured(figures) != LOSS:
         return []
     if error is None:
         found = "Too few pictures are held out to tell whether it looks at them"
@@ -219,14 +227,14 @@ def judgement(record: Record) -> list[str]:
     if not losses:
         return ["Nothing was held out, so the loss on new images was not measured."]
     (first, _), (last, _), (best, step) = losses[0], losses[-1], min(losses)
-    sentences = verdict(record.evaluations[-1], record.sidecar)
+    sentences, (metric, unit) = verdict(record.evaluations[-1], record.sidecar), measured(record.evaluations[-1])
     if last > OVERFITTED * best:
-        lowest = f"The held-out loss was lowest at step {step:,} ({best:.3f}) and has risen since"
+        lowest = f"The held-out {metric} was lowest at step {step:,} ({best:.3f}) and has risen since"
         sentences.append(f"{lowest}: the model overfits. Use fewer epochs or more data.")
     elif last < first:
-        sentences.append(f"The held-out loss {'fell to the end' if last == best else 'has levelled off'}.")
+        sentences.append(f"The held-out {metric} {'fell to the end' if last == best else 'has levelled off'}.")
     trained = last_of(record.training, "loss")
-    if trained is not None and last > trained + FAR_ABOVE:
+    if trained is not None and (metric, unit) == LOSS and last > trained + FAR_ABOVE:
         sentences.append("The held-out loss is far above the training loss: use more data, or data of the same kind.")
     return sentences
 
@@ -269,11 +277,14 @@ def write_report(out_dir: Path, name: str) -> Path:
     """Writes {out_dir}/{name}.report.html and returns its path; raises UsageError without metrics, or if it fails."""
     record = read_record(out_dir, name)
     rows, held_out, sidecar = record.training, record.evaluations, record.sidecar
-    losses = {"training": points(rows, "loss"), "held out": points(held_out, "loss")}
+    metric, unit = measured(held_out[-1] if held_out else {})
+    losses = {"Loss": {"training": points(rows, "loss")}}
+    losses.setdefault(metric.capitalize(), {})["held out"] = points(held_out, "loss")  # beside it if it is the loss too
+    units = {"Loss": "", metric.capitalize(): unit}
+    charts = {title: line_chart(units[title], curves, may_be_log=True) for title, curves in losses.items()}
     gaps = {"shuffled images": points(held_out, "gap_shuffled"), "no images": points(held_out, "gap_blind")}
-    charts = {
-        "Loss": line_chart("nats per token", losses, may_be_log=True),
-        "Grounding gap": line_chart("nats per token", gaps),
+    charts |= {
+        "Grounding gap": line_chart(unit, gaps),
         "Learning rate": line_chart("", {"learning rate": points(rows, "learning_rate")}),
         "Speed": line_chart("samples/s", {"speed": points(rows, "samples_per_second")}),
     }
@@ -288,7 +299,9 @@ def write_report(out_dir: Path, name: str) -> Path:
     page = environment.get_template("page.html").render(
         record=record,
         facts=filter(None, facts),
-        outcome="Training" if loss is None else "Held-out",
+        outcome="Training loss" if loss is None else f"Held-out {metric}",
+        metric=metric,
+        unit=unit,
         loss=last_of(rows, "loss") if loss is None else loss,
         gap=last_of(held_out, "gap_shuffled"),
         last_step=max(row["step"] for row in rows + held_out),

@@ -15,6 +15,7 @@ from common.errors import UsageError
 from common.files import write_atomically
 from common.paths import display_path
 from trainer.setup import Run
+from trainer.stage import answer_loss
 
 TRACKERS = {"wandb": "dir", "swanlab": "log_dir"}  # packages with the same functions: their argument for the folder
 BAD_STEPS_IN_A_ROW = 10
@@ -149,7 +150,8 @@ class Progress:
             self.has_failed = True
         part, figures = ("eval", record["eval"]) if "eval" in record else ("train", record)
         for tracker in self.trackers.values():
-            named = {f"{part}/{name}": value for name, value in figures.items() if name != "step"}
+            numbers = {name: value for name, value in figures.items() if not isinstance(value, str)}
+            named = {f"{part}/{name}": value for name, value in numbers.items() if name != "step"}
             tracker.log(named, step=record["step"])
 
     def close(self):
@@ -193,7 +195,7 @@ def check_first_loss(run: Run, losses: torch.Tensor):
     loss_sum, learned = losses.tolist()
     uniform = math.log(run.config.vocab_size)
     is_known = run.weights is None or "tokenizer_sha256" in run.weights.sidecar  # which was compared
-    if is_known or not learned or loss_sum / learned < uniform:
+    if is_known or run.stage.loss is not answer_loss or not learned or loss_sum / learned < uniform:
         return
     message = (
         f"the first loss is {loss_sum / learned:.2f}, no better than guessing (ln {run.config.vocab_size} = "

@@ -11,6 +11,7 @@ from PIL import Image
 from common.errors import UsageError
 from common.files import read_record, write_atomically
 from common.paths import BUILTIN_TOWER_DIR, display_path
+from dataset.chat import encoder_for
 from dataset.features import FeatureFolder
 from dataset.lm_dataset import PictureError, VLMDataset
 from dataset.prompts import first_answer, row_prompts
@@ -51,11 +52,13 @@ class Watch:
         pictures, rows = np.unique(shown.first_pictures, return_index=True)
         rows = shown.__getitems__(np.sort(rows[pictures >= 0])[: 4 * IMAGES].tolist())  # some may be broken
         self.rows = [row for row in rows if not isinstance(row, PictureError)][:IMAGES]
+        begin, end_of_question = encoder_for(tokenizer, shown.image_tokens).user_marks
         for number, row in enumerate(self.rows):
+            row = shown.without_images(row)
             start, end = first_answer(row["labels"])
-            prompt = tokenizer.decode(row["input_ids"][:start], skip_special_tokens=True)
+            prompt = tokenizer.decode(row["input_ids"][:start])
             reference = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
-            question = prompt.split("user\n")[-1].removesuffix("assistant\n").replace("@" * shown.image_tokens, "")
+            question, *_ = prompt.rpartition(begin)[2].partition(end_of_question.rstrip())
             sample = {"picture": f"{number}.jpg", "prompt": question.strip(), "reference": reference.strip()}
             self.samples.append(sample)
 

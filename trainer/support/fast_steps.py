@@ -221,9 +221,3 @@ class CapturedStep:
         current.wait_stream(self.stream)
         self.pool = (graph.pool(),)
         return graph
-
-
-def round_up(number: int, parts: int) -> int:
-    """Rounds up to one of `parts` sizes between two powers of two, multiples of 8."""
-    multiple = max(8, 2 ** (number.bit_length() - 1) // parts)
-    return -(-number // multiple) * multiple
