@@ -33,7 +33,7 @@ from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, run_script
 from common.files import write_atomically
 from common.paths import BUILTIN_TOWER_DIR, EVAL_IMAGES_DIR, display_path, printable
-from dataset.formats import PICTURE_SUFFIXES, is_picture, quiet_libraries
+from dataset.file_kinds import PICTURE_SUFFIXES, is_picture, quiet_libraries
 from dataset.lm_dataset import VLMCollator, VLMDataset
 from dataset.pictures import HEIC_CURE, PictureError
 from dataset.prompts import prompt_batch, with_images

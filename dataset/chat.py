@@ -147,10 +147,11 @@ class ChatEncoder:
 class TemplateEncoder(ChatEncoder):
     """Turns conversations into token ids as a tokenizer's chat template renders them.
 
-    The template is rendered with a mark in place of each turn's text, which tells what stands around the texts. The
-    same must come out as when it renders the conversation itself. Learned is each answer, with the special token that
-    ends it. A prompt ends where the template's own does, if an answer follows that, else where the answer begins.
-    The tokenizer has `image_placeholder` among its tokens. Raises ValueError if its template cannot be used.
+    The template is rendered once with a mark in place of each turn's text: what stands between the marks stands around
+    the texts. Each conversation is rendered by the template too, and must come out the same. Learned is each answer,
+    with the special token that ends it. A prompt ends where the template's own prompt does, or where the answer begins
+    if the template's own prompt is not what precedes an answer. The tokenizer has `image_placeholder` among its tokens.
+    Raises ValueError if its template cannot be used.
     """
 
     is_3v, beside = False, ""
@@ -177,9 +178,10 @@ class TemplateEncoder(ChatEncoder):
 
     @functools.cache  # noqa: B019 (an encoder lives as long as its process)
     def skeleton(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Returns what stands around the texts of turns of these roles, after an empty text before the first.
+        """Returns (lead, after) of each text, where turns have these roles; the first is an empty text before them all.
 
-        For each: blanks that the model writes itself, as the template's own prompt ends before them; what follows it.
+        `lead`: blanks before an answer that the model writes itself, as the template's own prompt ends before them.
+        `after`: what the template puts behind the text.
         """
         turns = [{"role": role, "content": SLOT.format(number)} for number, role in enumerate(roles)]
         whole = self.render(turns)

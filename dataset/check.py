@@ -26,18 +26,18 @@ from common.cli import ArgumentParser, file_path, number
 from common.errors import run_script
 from common.paths import BUILTIN_TOKENIZER_DIR, TOKENIZER_3V_DIR, TOKENIZER_DIR, display_path, place_of
 from dataset.chat import has_image_pad, load_tokenizer
-from dataset.formats import hash_63, quiet_libraries
-from dataset.forms import RIGHT_FORM
+from dataset.file_kinds import hash_63, quiet_libraries
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, load_picture
-from model.model_vlm import MINIMIND_3V, VLMConfig
+from dataset.row_forms import EXAMPLE_ROW
+from model.model_vlm import CONFIG_3V, VLMConfig
 
 WIDTH = 80  # characters of a line
 SHOWN_LINES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 MANY_TOKENS, LEAST_SHARE = 1.5, 0.01  # a character; of all characters (the built-in tokenizer: English 0.37)
 TOKENIZERS = (place_of(TOKENIZER_DIR), place_of(TOKENIZER_3V_DIR), BUILTIN_TOKENIZER_DIR)
-IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, MINIMIND_3V["vision_patches"]
+IMAGE_TOKENS, IMAGE_TOKENS_3V = VLMConfig().image_tokens, CONFIG_3V["vision_patches"]
 
 
 def parse_arguments(argv=None):
@@ -186,7 +186,7 @@ def main(argv=None):
     allowed = f"{limit:,} (1 % of the rows)" if args.max_bad_rows is None else f"--max_bad_rows {limit}"
     why = f"{counted(bad, 'bad row')}, more than {allowed}" if bad > limit else "there are no usable rows"
     if bad and not data.is_parquet:
-        print(f"\nA good line looks like this:\n  {RIGHT_FORM}")
+        print(f"\nA good line looks like this:\n  {EXAMPLE_ROW}")
     print(f"\nTraining would refuse this file: {why}.")
     sys.exit(1)
 

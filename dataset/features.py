@@ -21,7 +21,7 @@ from xxhash import xxh3_128
 
 from common.errors import UsageError
 from common.files import scratch_folder
-from dataset.formats import hash_63
+from dataset.file_kinds import hash_63
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureError, load_picture
 
@@ -133,7 +133,7 @@ def compute_features(
         torch.set_num_threads(threads)
 
 
-def tower_sha256(tower: torch.nn.Module) -> str:
+def tower_key(tower: torch.nn.Module) -> str:
     """Returns the SHA-256 (hex) of a tower's tensors and configuration."""
     digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in sorted([*tower.state_dict().items(), *tower.named_buffers()]):

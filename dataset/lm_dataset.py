@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UsageError
-from dataset import formats
-from dataset.forms import TOOL_CALLS
+from dataset import file_kinds
 from dataset.parquet import BAR_DELAY, load_parquet
 from dataset.pictures import CLIP_FORMAT, PictureError, PictureFormat, load_picture, preprocess_image
+from dataset.row_forms import TOOL_CALLS
 from dataset.rows import BLANK_LINE, KINDS, BadRow, Variation, tokenise_rows
 
 
@@ -37,7 +37,7 @@ class VLMDataset(Dataset):
     (images,), True where features are missing: zeros, with pixels supplied. It raises `PictureError` if an image cannot
     be decoded. Unusable rows are not samples; see `bad_rows`.
 
-    The file is a jsonl of rows in a form of `dataset.forms`, whose pictures are in `images_path` (by default its own
+    The file is a jsonl of rows in a form of `dataset.row_forms`, with pictures in `images_path` (by default its own
     folder), or a parquet (`conversations`, `image_bytes`). An image takes `image_tokens` placeholders in the text.
     Tokenised rows are cached in `cache_dir`, by default that of the `datasets` library. Raises UsageError if a file or
     folder is missing, unreadable or empty.
@@ -60,11 +60,11 @@ class VLMDataset(Dataset):
         self.is_parquet = self.data_path.suffix.lower() == ".parquet"
         self.features = None  # a dataset.features.FeatureFolder
         self.leaves_small = False  # on a GPU: `encode_images` enlarges a batch of small squares of one size
-        with formats.reading(self.data_path):
+        with file_kinds.reading(self.data_path):
             if self.is_parquet:
                 raw, self.image_files = load_parquet(self.data_path, cache_dir)
             else:
-                raw = formats.load_lines(self.data_path, cache_dir)
+                raw = file_kinds.load_lines(self.data_path, cache_dir)
             self.rows = tokenise_rows(raw, tokenizer, max_length, image_tokens, variation)
         reasons = self.rows.data.column("reason")
         refused = {row: reasons[row].as_py() for row in pc.indices_nonzero(pc.not_equal(reasons, "")).to_pylist()}
@@ -77,7 +77,8 @@ class VLMDataset(Dataset):
                 raise UsageError(f"{self.data_path} names pictures, but their folder is missing: {self.images_path}")
             # Missing pictures are not cached with the tokens: they come and go.
             names = tqdm(self.picture_names.to_pylist(), "looking for pictures", unit=" pictures", delay=BAR_DELAY)
-            missing = np.array([formats.why_missing(self.images_path, name) for name in names], dtype=object)[numbers]
+            why = [file_kinds.why_missing(self.images_path, name) for name in names]
+            missing = np.array(why, dtype=object)[numbers]
             rows = np.repeat(np.arange(len(self.rows)), pc.list_value_length(by_row).to_numpy())
             for place in np.flatnonzero(missing):
                 refused.setdefault(int(rows[place]), missing[place])
@@ -239,7 +240,7 @@ class VLMDataset(Dataset):
 
         def hash_of(number: int) -> int:
             try:
-                return formats.hash_63(self.picture_source(number)[0].read_bytes())
+                return file_kinds.hash_63(self.picture_source(number)[0].read_bytes())
             except (OSError, MemoryError):
                 return 0
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from common.errors import UsageError
 from common.files import flush, lock_of, scratch_folder
 from common.paths import display_path
-from dataset import formats, forms
-from dataset.formats import CHANGED, check_file, content_key, hash_63
+from dataset import file_kinds, row_forms
+from dataset.file_kinds import CHANGED, check_file, content_key, hash_63
 from dataset.pictures import is_blank
 
 VERSION = 1  # part of the cache's key: raise it when the same file must be imported differently
@@ -40,7 +40,7 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
     """Returns a file's rows (ROWS) and distinct pictures (PICTURES), memory-mapped; the first call imports the file.
 
     The cache lies in `cache_dir`, by default that of `datasets`. Raises UsageError for a file that is missing, empty,
-    without its columns or changed meanwhile, and what `formats.reading` explains.
+    without its columns or changed meanwhile, and what `file_kinds.reading` explains.
     """
     check_file(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minimind-v" / f"{content_key(path)}-{VERSION}"
@@ -59,11 +59,11 @@ def import_file(path: Path, folder: Path):
     """Writes a file's cache folder, whole or not at all."""
     with pq.ParquetFile(path, memory_map=True) as file:
         names = file.schema_arrow.names
-        formats.check_names(path, names)
+        file_kinds.check_names(path, names)
         column = "image" if "image" in names and "image_bytes" not in names else "image_bytes"
         if not {"conversations", column} <= set(names):
-            is_known = forms.form_of_row(dict.fromkeys(names)) is not None
-            hint = f". Convert it with:\n  {formats.command(path)}" if is_known else ""
+            is_known = row_forms.form_of_row(dict.fromkeys(names)) is not None
+            hint = f". Convert it with:\n  {file_kinds.command(path)}" if is_known else ""
             raise UsageError(f"{path} needs the columns conversations and image_bytes (or image), it has {names}{hint}")
         if file.metadata.num_rows == 0:
             raise UsageError(f"{path} has no rows")
@@ -74,7 +74,7 @@ def import_file(path: Path, folder: Path):
             try:
                 write_tables(file, column, part)
             except TypeError as error:
-                cure = f"Convert base64 text or file names with:\n  {formats.command(path)}"
+                cure = f"Convert base64 text or file names with:\n  {file_kinds.command(path)}"
                 raise UsageError(f"{path}: {column} must be a picture's bytes or a list of them. {cure}") from error
             if not folder.name.startswith(content_key(path)):
                 raise UsageError(f"{path} {CHANGED}")

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dataset import formats
+from dataset import file_kinds
 from dataset.chat import IMAGE_TAG, SYSTEM_PROMPTS, ChatEncoder, RowError, encoder_for, tokenizer_hash
-from dataset.forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_json, parse_picture_names, read_row
+from dataset.row_forms import FORMS, TOOL_CALLS, check_images, form_of_row, parse_json, parse_picture_names, read_row
 
 # Part of the token cache's key: raise it when the same row must give other tokens than before.
 ENCODING_VERSION = 9
@@ -73,7 +73,7 @@ def tokenise_rows(
     key = raw._fingerprint, tokenizer_hash(tokenizer), max_length, image_tokens, ENCODING_VERSION, forms, variation
     encoder = encoder_for(tokenizer, image_tokens)
     processes = min(os.cpu_count() or 1, 1 + len(raw) // ROWS_PER_PROCESS)
-    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else formats.without_bars():
+    with contextlib.nullcontext() if len(raw) >= ROWS_PER_PROCESS else file_kinds.without_bars():
         return raw.map(
             tokenise_batch,
             # A spawned process that unpickles FORMS imports those from outside.
@@ -135,14 +135,14 @@ def parse_line(line: str) -> dict:
         raise RowError("not a JSON object")
     turns, images = read_row(row)
     names = parse_picture_names(images)
-    if any(formats.BASE64.fullmatch(name.rpartition(",")[2]) for name in names):  # also a data: URL
-        raise RowError(f"its picture is base64 text; convert it with: {formats.command('FILE')}")
+    if any(file_kinds.BASE64.fullmatch(name.rpartition(",")[2]) for name in names):  # also a data: URL
+        raise RowError(f"its picture is base64 text; convert it with: {file_kinds.command('FILE')}")
     hint = ""
     if isinstance(images, str) and len(names) > 1:
-        in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {formats.command("FILE")} writes it'
+        in_a_list = f'a name with a comma goes in a list, ["a, b.jpg"], as {file_kinds.command("FILE")} writes it'
         hint = f" (commas divide names; {in_a_list})"
     tag_added = check_images(turns, len(names), hint)
-    picture_hash = formats.hash_63(names[0].encode() if names else line.encode())
+    picture_hash = file_kinds.hash_63(names[0].encode() if names else line.encode())
     form = form_of_row(row)
     kinds = [form] * (form != "conversations") + ["no <image>"] * tag_added
     return {"turns": turns, "pictures": names, "picture_hash": picture_hash, "kinds": kinds}
@@ -151,12 +151,12 @@ def parse_line(line: str) -> dict:
 def parse_parquet_row(conversations: str | None, pictures: list | None, picture_hash: int, is_blank: bool) -> dict:
     turns, inside = read_row({"conversations": conversations})
     if inside:
-        raise RowError(f"its turns name pictures; convert it with: {formats.command('FILE')}")
+        raise RowError(f"its turns name pictures; convert it with: {file_kinds.command('FILE')}")
     if pictures is None:
         raise RowError("the parquet holds a picture's path only, not its bytes (write it from opened pictures)")
     text_only = is_blank and not any(IMAGE_TAG in turn["content"] for turn in turns)
     pictures = [] if text_only else pictures
     kinds = ["no <image>"] * check_images(turns, len(pictures)) + ["text only"] * text_only
     if not pictures:
-        picture_hash = formats.hash_63(json.dumps(turns).encode())
+        picture_hash = file_kinds.hash_63(json.dumps(turns).encode())
     return {"turns": turns, "picture_numbers": pictures, "picture_hash": picture_hash, "kinds": kinds}

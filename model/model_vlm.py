@@ -15,7 +15,7 @@ from model.projectors import PROJECTORS
 from model.vision_tower import TowerError, TowerSettings, encode_images, load_vision_tower
 
 # Settings that minimind-3v's tensors do not show. Its per-head norms, which no older model has, identify it.
-MINIMIND_3V = {
+CONFIG_3V = {
     "rms_norm_eps": 1e-6,
     "yarn_attention_factor": 1.0,
     "num_experts_per_tok": 1,
@@ -28,7 +28,7 @@ MINIMIND_3V = {
 # Image positions in a prompt; the first is the default.
 PROMPT_FORMS = ("{prompt}\n<image>", "{prompt}<image>", "<image>{prompt}", "<image>\n{prompt}")
 # Settings that another language model's configuration has too, with what is taken where it has none.
-LANGUAGE_MODEL = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": None, "max_position_embeddings": 2048}
+SHARED_SETTINGS = {"hidden_size": None, "num_hidden_layers": None, "vocab_size": None, "max_position_embeddings": 2048}
 
 
 class VLMConfig(MiniMindConfig):
@@ -46,7 +46,7 @@ class VLMConfig(MiniMindConfig):
         llm = settings.get("llm")
         if llm:
             its = AutoConfig.for_model(**llm)  # which knows its own names for these
-            shape = {name: getattr(its, name, default) for name, default in LANGUAGE_MODEL.items()}
+            shape = {name: getattr(its, name, default) for name, default in SHARED_SETTINGS.items()}
             settings |= shape | {"num_attention_heads": 1, "num_key_value_heads": 1}
         super().__init__(**settings)
         if llm:

@@ -22,7 +22,11 @@ from common.schema import Range, check, read_json
 
 @dataclass(frozen=True)
 class TowerKind:
-    """What the program must know of a family of towers."""
+    """What the program must know of a family of towers.
+
+    To be compiled, its `model` has its blocks in one ModuleList and its patches in a Conv2d of its "embeddings";
+    otherwise it runs as it is.
+    """
 
     model: type  # transformers' class; its configuration's model_type is the one in config.json
     mean: tuple[float, ...]  # what pixels are normalised by, where the preprocessor file does not say

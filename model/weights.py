@@ -23,7 +23,7 @@ from common.errors import UsageError
 from common.files import FLOATS, load_tensors
 from common.paths import ROOT, WEIGHT_NAMES, display_path
 from common.schema import Range, SchemaError, check, read_json
-from model.model_vlm import MINIMIND_3V, PROMPT_FORMS, MiniMindVLM, VLMConfig, config_fields
+from model.model_vlm import CONFIG_3V, PROMPT_FORMS, MiniMindVLM, VLMConfig, config_fields
 from model.projectors import PROJECTORS
 from model.vision_tower import tower_weights_sha256
 
@@ -205,7 +205,7 @@ def config_of(tensors: dict[str, torch.Tensor], path: Path, known: dict | None =
             "qk_norm": head_norm is not None,
         }
         if head_norm is not None:
-            shape |= MINIMIND_3V
+            shape |= CONFIG_3V
         if router is not None:
             shared = {name.split(".")[5] for name in tensors if f"{block}mlp.shared_experts." in name}
             shape |= {"n_routed_experts": router.shape[0], "n_shared_experts": len(shared)}

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, file_path, number
 from common.errors import UsageError, first_line, run_script
 from common.files import write_atomically
-from dataset.formats import quiet_libraries
+from dataset.file_kinds import quiet_libraries
 from scripts.bench import speed
 from trainer.setup import be_deterministic
 from trainer.support.processes import cores, pick_device

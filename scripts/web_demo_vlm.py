@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, number
 from common.errors import Stopped, UsageError, run_script
 from common.paths import EXAMPLE_PHOTO
-from dataset.formats import quiet_libraries
+from dataset.file_kinds import quiet_libraries
 from dataset.scenes.draw import draw_heldout
 from trainer.answering.assistant import Assistant, add_generation_flags, add_model_flags, find_model
 from trainer.support.processes import Processes, stop_signals

@@ -19,7 +19,7 @@ import torch
 from tiny import EVAL, PRETRAIN, SFT, World, read_jsonl
 from tiny_models import save_siglip, save_tokenizer_3v
 
-from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
+from model.model_vlm import CONFIG_3V, MiniMindVLM, VLMConfig
 
 LEARNS = ["--learning_rate", "1e-3", "--log_interval", "1", "--epochs", "2", "--batch_size", "4"]
 EXPERTS = ["--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "2", "--use_moe", "1"]
@@ -41,7 +41,7 @@ RUNS = {  # stage, ranks, flags
 def write_3v(folder: Path) -> list[str]:
     """Writes a small minimind-3v with its tower and tokenizer; returns the flags that name them."""
     torch.manual_seed(0)
-    shape = MINIMIND_3V | {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
+    shape = CONFIG_3V | {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
     model = MiniMindVLM(VLMConfig(**shape, num_hidden_layers=2, hidden_size=32, vision_hidden_size=32))
     folder.mkdir()
     torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, folder / "llm_3v.pth")

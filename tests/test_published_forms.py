@@ -20,7 +20,7 @@ from tiny_models import save_siglip, save_tokenizer_3v, save_tower
 
 from common.paths import BUILTIN_TOKENIZER_DIR, ROOT
 from dataset.chat import ChatEncoder, load_tokenizer
-from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
+from model.model_vlm import CONFIG_3V, MiniMindVLM, VLMConfig
 from model.weights import Weights, read_weights
 from scripts.web_demo_vlm import parse_arguments
 from trainer import bundles
@@ -30,7 +30,7 @@ pytest_plugins = ["tiny"]
 CHECK, EXPORT = ROOT / "dataset" / "check.py", ROOT / "scripts" / "export.py"
 USER = ROOT / "tests" / "scripts" / "transformers_user.py"
 WIDTH, ROWS, BATCH, STEPS = 64, 14, 5, 3
-SHAPE_3V = MINIMIND_3V | {
+SHAPE_3V = CONFIG_3V | {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "qk_norm": True, "n_shared_experts": 0},
     "intermediate_size": 64 * math.ceil(WIDTH * math.pi / 64),
 }
@@ -192,7 +192,7 @@ def test_in_their_default_places_the_files_need_no_flags(published, monkeypatch)
     start = {"from_weight": str(weights / "llm_64.pth"), "save_dir": "out", "hidden_size": None, "use_moe": None}
     start["save_weight"] = "sft_vlm"
     start |= {"data_path": Path("rows.parquet"), "images_path": None, "eval_data": None, "llm_path": None}
-    _, chosen = bundles.choose(argparse.Namespace(**start, tokenizer_path=None, vision_model_path=None), "sft")
+    _, chosen = bundles.choose_bundle(argparse.Namespace(**start, tokenizer_path=None, vision_model_path=None), "sft")
     for tower, tokenizer in (
         (trained.tower_path, trained.tokenizer_path),
         (chosen["vision_model_path"], chosen["tokenizer_path"]),

@@ -114,7 +114,7 @@ def read_tower(folder: Path) -> TowerSettings:
         raise TowerError(f"{error}. `{bundle.command('tower')}` downloads the published one") from error
 
 
-def choose(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
+def choose_bundle(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     """Returns the generation, and the paths that no flag names, by flag; `data` is `Stage.data`.
 
     Without --data_path, downloaded files are used, or the built-in model and set if there are none. With it,

@@ -11,7 +11,7 @@ from common.paths import SAVE_DIR, TOKENIZER_DIR, TOWER_DIR, display_path
 from model.language_model import check_language_model
 from model.projectors import PROJECTORS
 from model.vision_tower import TOWERS
-from trainer.bundles import BUILTIN, BUNDLES, LANGUAGE_MODEL, choose
+from trainer.bundles import BUILTIN, BUNDLES, LANGUAGE_MODEL, choose_bundle
 from trainer.stage import Stage
 from trainer.support.processes import cores, pick_device, pick_dtype, ranks
 
@@ -155,7 +155,7 @@ def parse_arguments(stage: Stage, description: str, argv: list[str] | None = Non
     if args.llm_path is not None:
         check_language_model(args.llm_path)
     args.from_weight = os.path.expanduser(args.from_weight or stage.defaults["from_weight"])
-    bundle, paths = choose(args, stage.data)
+    bundle, paths = choose_bundle(args, stage.data)
     args.assets = bundle.name
     _, world_size, *local_share = ranks()
     device = pick_device(args.device, *local_share)

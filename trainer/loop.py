@@ -53,7 +53,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     how = metric, collate, processes, run.dtype, args.batch_size
     evaluator = None if heldout is None else stage.evaluator(heldout, model, *how)
     watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
-    features = open_features(run, data, checkpoints.tower_sha256)
+    features = open_features(run, data, checkpoints.tower_key)
     steps = f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)"
     print_header(watch, data, features, steps, is_compiled)
     torch.manual_seed(args.seed + processes.rank)  # for dropout

@@ -18,7 +18,7 @@ from common import files
 from common.errors import RankError, UsageError
 from common.paths import display_path
 from common.schema import Range, SchemaError, check
-from dataset.features import tower_sha256
+from dataset.features import tower_key
 from dataset.lm_dataset import VLMDataset
 from dataset.prompts import usual_form
 from model import weights as weight_io
@@ -26,7 +26,7 @@ from model.model_vlm import MiniMindVLM
 from model.vision_tower import tower_weights_sha256
 
 RESUMES = "the same command with --from_resume 1 resumes from there"
-MAY_CHANGE = ("epochs", "learning_rate", "batch_size", "accumulation_steps", "grad_clip", "dtype", "device")
+UNREPORTED = ("from_resume", "eval_interval")  # settings that always differ, and that follow from others
 COUNT, SECONDS = Range(int, 0, 1 << 53), Range(float, 0, 1e12)
 # Checkpoints are files from outside too. This is in those of every stage:
 PROGRESS = {
@@ -155,7 +155,7 @@ class Checkpoints:
             weight_io.load_learned(model, run.state, run.files.state)
         named = model.state_dict(keep_vars=True).items()
         self.frozen = weight_io.in_half_precision({name: weight for name, weight in named if not weight.requires_grad})
-        self.tower_sha256 = tower_sha256(tower)
+        self.tower_key = tower_key(tower)
         content = hashlib.sha256(data.content_sha256.encode() + data.left_out.tobytes()).hexdigest()
         self.fingerprint = {  # what must not change on resume: samples and model depend on it
             "model": f"hidden_size {config.hidden_size}, {config.num_hidden_layers} layers, "
@@ -165,7 +165,7 @@ class Checkpoints:
             "seed": str(run.args.seed),
             "tokenizer": run.tokenizer_sha256[:12],
             "data": f"{len(data):,} rows, {content[:12]}",
-            "vision tower": self.tower_sha256[:12],
+            "vision tower": self.tower_key[:12],
             "frozen weights": files.sha256_of(self.frozen)[:12] if self.frozen else "none",
         }
         for name, companion in companions.items():
@@ -235,8 +235,9 @@ class Checkpoints:
         """Logs where the run continues, which settings changed since it was saved, and how many pictures changed."""
         run, data = self.run, self.data
         before = run.state["arguments"] | {"processes": str(run.state["processes"])}
-        now = {name: str(run.settings[name]) for name in MAY_CHANGE} | {"processes": str(run.processes.world_size)}
-        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+        now = {name: str(value) for name, value in self.settings.items() if name in before and name not in UNREPORTED}
+        now |= {"processes": str(run.processes.world_size)}
+        changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]
         changed = f"; changed: {', '.join(changed)}" if changed else ""
         run.log(f"  resumes      after step {step:,}, {total_steps - step:,} to go{changed}")
         pictures = run.state.get("pictures", torch.empty(0)).numpy()  # old checkpoints lack it

@@ -12,11 +12,11 @@ from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
 from dataset.chat import check_tokenizer, encoder_for, has_image_pad, image_token_id, load_tokenizer, tokenizer_hash
 from dataset.features import FeatureFolder
-from dataset.formats import quiet_libraries
-from dataset.forms import RIGHT_FORM
+from dataset.file_kinds import quiet_libraries
 from dataset.holdout import hold_out, rows_in_both, showing_the_same
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import PictureFormat
+from dataset.row_forms import EXAMPLE_ROW
 from dataset.rows import Variation
 from dataset.scenes.draw import draw_builtin_dataset
 from model import weights as weight_io
@@ -201,7 +201,7 @@ def report_bad_rows(run: Run, data: VLMDataset):
             run.log("\n".join([*report, "They are left out."]))
         return
     if not data.is_parquet:
-        report.append(f"A good line looks like this:\n  {RIGHT_FORM}")
+        report.append(f"A good line looks like this:\n  {EXAMPLE_ROW}")
     cut = data.column("cut_tokens")[data.left_out]
     if cut.any():
         report.append(f"{(cut > 0).sum()} of them are cut by --max_seq_len {args.max_seq_len}; {cut.max()} fits all.")
@@ -244,14 +244,14 @@ def round_frozen_weights(model: MiniMindVLM, dtype: torch.dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def open_features(run: Run, data: VLMDataset, tower_sha256: str) -> FeatureFolder | None:
+def open_features(run: Run, data: VLMDataset, tower_key: str) -> FeatureFolder | None:
     """Opens the cache of the tower's features if it is used; UsageError if --cache_vision names a full disk."""
     flag = run.args.cache_vision
     if flag == "off" or data.image_count == 0 or (flag is None and run.device.type == "cuda"):
         return None
     folder = flag or run.files.save_dir / "vision_features"
     # Another tower, dtype or picture format gives other features.
-    made_by = hashlib.sha256(f"{tower_sha256} {run.dtype} {data.picture_format}".encode()).hexdigest()
+    made_by = hashlib.sha256(f"{tower_key} {run.dtype} {data.picture_format}".encode()).hexdigest()
     features = FeatureFolder(folder, made_by, (run.tower.patches, run.tower.hidden_size))
     try:
         needed = features.make_room(data.picture_keys)

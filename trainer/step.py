@@ -76,7 +76,9 @@ def train_step(
     loss_sum = torch.zeros(1, device=device)
     # Every rank needs a backward pass, in which gradients are summed.
     micro_batches = [batch for batch in micro_batches if batch["units"]] or micro_batches[-1:]
-    if not micro_batches[-1]["units"] and counts.units == 0:  # no step: even a zero gradient would move AdamW's weights
+    # No step: even a zero gradient would move AdamW's weights. (A captured step's counts are a tensor, which is not
+    # compared here: its batch has units.)
+    if not micro_batches[-1]["units"] and counts.units == 0:
         return torch.zeros(2, device=device), torch.zeros((), dtype=torch.bool, device=device)
     for batch in micro_batches:
         # DistributedDataParallel sums gradients over ranks: once, in the last backward pass of a step.

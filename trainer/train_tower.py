@@ -35,7 +35,7 @@ from common.errors import Stopped, UsageError, run_script
 from common.files import refuse_to_lose, sha256_of, whole_folder, write_atomically
 from common.paths import BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR, display_path
 from dataset.chat import load_tokenizer
-from dataset.formats import quiet_libraries
+from dataset.file_kinds import quiet_libraries
 from dataset.holdout import hold_out
 from dataset.lm_dataset import PictureError, VLMDataset, text_of
 from dataset.pictures import PictureFormat, random_views

@@ -26,9 +26,9 @@ from PIL import Image
 from common.errors import UsageError
 from common.files import not_a_file
 from common.paths import display_path, printable
-from dataset import formats, forms, pictures
+from dataset import file_kinds, pictures, row_forms
 from dataset.chat import IMAGE_TAG, RowError
-from dataset.forms import TOOL_CALLS, check_images, parse_picture_names
+from dataset.row_forms import TOOL_CALLS, check_images, parse_picture_names
 
 IMAGE_FOLDERS = ("images", "Images", "image", "pictures", "photos")  # looked into beside a source
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
@@ -60,7 +60,7 @@ def read_source(path: Path) -> Rows:
     """Yields a source's rows; raises UsageError if it is of no known form, or cannot be read on."""
     name = display_path(path)
     try:
-        form = formats.form_of_file(path)
+        form = file_kinds.kind_of_file(path)
         if form is None:
             is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
             found = "empty." if is_empty else "of no known form."
@@ -78,7 +78,7 @@ def read_source(path: Path) -> Rows:
 
 
 def read_folder(path: Path) -> Rows:
-    for folder, images, texts in formats.pictures_and_texts(path):
+    for folder, images, texts in file_kinds.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in images:
             picture, text = str(inside / name), texts.get(Path(name).stem)
@@ -102,7 +102,7 @@ def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, images, _ in formats.pictures_and_texts(path):
+    for folder, images, _ in file_kinds.pictures_and_texts(path):
         for name in images:
             place, label = str((folder / name).relative_to(path)), folder.name
             if folder == path or label in IMAGE_FOLDERS:
@@ -114,7 +114,7 @@ def read_classes(path: Path) -> Rows:
 
 
 def read_shards(path: Path) -> Rows:
-    files = formats.data_files(path)
+    files = file_kinds.data_files(path)
     if len({split[0] for file in files if (split := re.match("train|val|test", file.name))}) > 1:
         raise UsageError(f"{display_path(path)} holds several splits. Name the files of the one to train on")
     for file in files:
@@ -123,10 +123,10 @@ def read_shards(path: Path) -> Rows:
 
 def read_table(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter, names = formats.table_header(file.readline())
+        delimiter, names = file_kinds.table_header(file.readline())
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
         first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
-        formats.check_names(path, names)
+        file_kinds.check_names(path, names)
         csv.field_size_limit(LONGEST_ROW)
         quoting = csv.QUOTE_NONE if is_flickr else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True, quoting=quoting)
@@ -134,7 +134,7 @@ def read_table(path: Path) -> Rows:
         try:
             for fields in reader:
                 if len(fields) == len(names):
-                    fields[0] = formats.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
+                    fields[0] = file_kinds.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
                     yield f"line {line}", dict(zip(names, fields, strict=True))
                 elif fields:  # not a blank line
                     yield f"line {line}", RowError(f"{len(fields)} fields, but the first line has {len(names)}")
@@ -186,7 +186,7 @@ def read_object(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{display_path(path)}: {BROKEN} ({error})") from error
     lists = [value for value in whole.values() if isinstance(value, list)]
-    rows = [whole] if forms.form_of_row(whole) or len(lists) != 1 else lists[0]
+    rows = [whole] if row_forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
         rows = []
@@ -203,7 +203,7 @@ def read_tar(path: Path) -> Rows:
     with tarfile.open(path, mode="r|*") as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
-            images = [content for name, content in files if formats.is_picture(name)]
+            images = [content for name, content in files if file_kinds.is_picture(name)]
             texts = [content for name, content in files if name.endswith(".txt")]
             objects = [content for name, content in files if name.endswith(".json")]
             row = parsed(objects[0]) if objects else {}
@@ -211,10 +211,10 @@ def read_tar(path: Path) -> Rows:
                 row = RowError("a picture without a text" if images else "a text without a picture")
             elif len(texts) > 1 or len(objects) > 1:
                 row = RowError("several texts of one name up to the first dot")
-            elif texts and isinstance(row, dict) and forms.field(row, ("conversations", "messages")) is None:
+            elif texts and isinstance(row, dict) and row_forms.field(row, ("conversations", "messages")) is None:
                 row = captioned(images, texts[0])
             elif isinstance(row, dict):
-                row = {name: row[name] for name in row if name not in forms.PICTURE_FIELDS} | {"image": images}
+                row = {name: row[name] for name in row if name not in row_forms.PICTURE_FIELDS} | {"image": images}
             yield key, row
 
 
@@ -223,14 +223,14 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         archive.members.clear()  # it would keep all of them
         path = PurePosixPath(member.name)
         key, name = path.name.partition(".")[0], path.name.lower()
-        if member.isfile() and key and (formats.is_picture(name) or name.endswith((".txt", ".json"))):
+        if member.isfile() and key and (file_kinds.is_picture(name) or name.endswith((".txt", ".json"))):
             yield str(path.parent / key), name, archive.extractfile(member).read()
 
 
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
-        formats.check_names(path, schema.names)
+        file_kinds.check_names(path, schema.names)
         try:
             features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         except DAMAGED as error:
@@ -265,16 +265,16 @@ def numbered(batches: Iterable[pa.Table | pa.RecordBatch], features: dict) -> Ro
 
 
 READERS = {
-    formats.FOLDER: read_folder,
-    formats.CLASSES: read_classes,
-    formats.SHARDS: read_shards,
-    formats.TABLE: read_table,
-    formats.LINES: read_lines,
-    formats.LIST: read_list,
-    formats.OBJECT: read_object,
-    formats.TAR: read_tar,
-    formats.PARQUET: read_parquet,
-    formats.SAVED: read_saved,
+    file_kinds.FOLDER: read_folder,
+    file_kinds.CLASSES: read_classes,
+    file_kinds.SHARDS: read_shards,
+    file_kinds.TABLE: read_table,
+    file_kinds.LINES: read_lines,
+    file_kinds.LIST: read_list,
+    file_kinds.OBJECT: read_object,
+    file_kinds.TAR: read_tar,
+    file_kinds.PARQUET: read_parquet,
+    file_kinds.SAVED: read_saved,
 }
 
 
@@ -288,25 +288,25 @@ def make_row(row: dict | RowError, images_path: Path, question: str | None, size
         return row
     names, contents = [], {}
     try:
-        named, form = forms.field(row, forms.PICTURE_FIELDS), forms.form_of_row(row)
-        if named and form != forms.NUMBERED:
+        named, form = row_forms.field(row, row_forms.PICTURE_FIELDS), row_forms.form_of_row(row)
+        if named and form != row_forms.NUMBERED:
             row = row | {named: as_pictures(row[named], images_path)}
-        if question and form in forms.QUESTIONS:
+        if question and form in row_forms.QUESTIONS:
             row = row | {"question": question}
-        turns, images = forms.read_row(row)
+        turns, images = row_forms.read_row(row)
         if any("tool" in turn for turn in turns):
             raise RowError(TOOL_CALLS)
         images = as_pictures(images, images_path)
         has_tag = any(IMAGE_TAG in turn["content"] for turn in turns)
         if len(images) == 1 and not has_tag and isinstance(images[0], bytes) and pictures.is_blank(images[0]):
             return {"image": [], "conversations": turns}
-        forms.images_first(turns, len(images))
+        row_forms.images_first(turns, len(images))
         check_images(turns, len(images))
         for picture in images:
             name, content = "in the row", picture
             if isinstance(picture, str):
                 [name] = parse_picture_names([picture])
-                if reason := formats.why_missing(images_path, name):
+                if reason := file_kinds.why_missing(images_path, name):
                     raise RowError(reason)
                 with pictures.decoding(name):
                     content = (images_path / name).read_bytes()
@@ -361,7 +361,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
             raise RowError("the picture is neither a name nor a file's bytes")
         if isinstance(picture, str) and picture.startswith(("http:", "https:")):
             raise RowError("a picture on the web is not fetched: download it, and name its file")
-        if isinstance(picture, str) and (picture.startswith("data:") or formats.BASE64.fullmatch(picture)):
+        if isinstance(picture, str) and (picture.startswith("data:") or file_kinds.BASE64.fullmatch(picture)):
             try:
                 picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
             except binascii.Error as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tiny import EVAL, SFT, read_jsonl, write_jsonl
 
-from dataset.forms import register
+from dataset.row_forms import register
 
 pytest_plugins = ["tiny"]
 

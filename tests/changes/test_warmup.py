@@ -41,6 +41,9 @@ def test_the_learning_rate_rises_and_a_run_resumes_on_it(world, tmp_path):
         assert rates[0] == pytest.approx(0.25e-3) and rates[0] < rates[1] and rates[-1] == pytest.approx(1e-4)
     assert "--warmup_steps" in world.run(__file__, "--help").passed().out
     assert "3 to go" in done.out
+    resumed = ["--from_resume", 1, "--warmup_steps", 5, "--epochs", 3]
+    done = world.run(__file__, *world.files("sft", out), *flags, *resumed).passed()
+    assert "changed: epochs 2 -> 3, warmup_steps 4 -> 5\n" in done.out
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from common.errors import UsageError
 from common.paths import ROOT
 from dataset.chat import SYSTEM_PROMPT, ChatEncoder, RowError, load_tokenizer
-from dataset.forms import check_images, parse_conversation, parse_picture_names, read_row
 from dataset.prompts import prompt_batch, with_images
+from dataset.row_forms import check_images, parse_conversation, parse_picture_names, read_row
 from dataset.rows import tokenise_batch
 
 LOSS_MASK = ROOT / "tests" / "data" / "loss_mask.json"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset.chat import ChatEncoder, image_token_id, load_tokenizer, with_thinking
-from dataset.forms import parse_conversation
+from dataset.row_forms import parse_conversation
 
 IMAGE_ID, PATCHES = 12, 64
 EMPTY = "<think>\n\n</think>\n\n"

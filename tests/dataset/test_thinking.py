@@ -10,8 +10,8 @@ from tiny_models import save_siglip, save_tokenizer_3v, tiny_vlm
 from transformers import AutoTokenizer
 
 from dataset.chat import SYSTEM_PROMPTS, ChatEncoder, RowError, load_tokenizer
-from dataset.forms import TOOL_CALLS, parse_conversation, read_row
 from dataset.lm_dataset import VLMDataset
+from dataset.row_forms import TOOL_CALLS, parse_conversation, read_row
 from dataset.rows import Variation
 
 pytest_plugins = ["tiny"]

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.errors import RankError, UsageError
-from dataset import formats
+from dataset import file_kinds
 from dataset.sampler import load_in_workers, worker_errors
 
 
@@ -89,5 +89,5 @@ def test_errors_of_the_training_itself_are_not_taken_for_a_workers():
 def test_a_killed_process_that_tokenises_is_said(tmp_path):
     died = "One of the subprocesses has abruptly died during map operation."
     with pytest.raises(UsageError, match=r"tokenises .*rows.jsonl was killed, most likely because memory"):
-        with formats.reading(tmp_path / "rows.jsonl"):
+        with file_kinds.reading(tmp_path / "rows.jsonl"):
             raise RuntimeError(died)

@@ -15,7 +15,7 @@ from common import paths
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from dataset.chat import load_tokenizer
-from dataset.forms import RIGHT_FORM
+from dataset.row_forms import EXAMPLE_ROW
 from model.weights import read_weights
 from trainer import bundles
 from trainer.bundles import BUNDLES, MINIMIND2, MINIMIND_3V, TOWER_WEIGHTS, find_weights
@@ -166,7 +166,7 @@ def test_bad_rows_are_listed_then_refused_or_left_out(world, out, tmp_path):
     for limit in ([], ["--max_bad_rows", 6]):
         message = refused(world, out, *flags, *limit)
         assert "7 of 107 rows cannot be learned from" in message
-        assert "--max_bad_rows" in message and RIGHT_FORM in message
+        assert "--max_bad_rows" in message and EXAMPLE_ROW in message
         for line, reason in expected.items():
             assert f"line {line}: {reason}" in message
     result = world.run(PRETRAIN, *world.files("pretrain", out), *flags, "--max_bad_rows", 7).passed()
@@ -222,7 +222,7 @@ def test_devices_that_are_not_there(monkeypatch):
 def test_only_long_runs_compile(stage, kind, compiles, monkeypatch):
     """On a GPU, compiling takes as long as all of the built-in set."""
     monkeypatch.setattr("trainer.flags.pick_device", lambda *args: torch.device("cuda", 0))
-    monkeypatch.setattr("trainer.flags.choose", lambda args, data: (BUNDLES[kind], {}))
+    monkeypatch.setattr("trainer.flags.choose_bundle", lambda args, data: (BUNDLES[kind], {}))
     assert parse_arguments(stage, "", ["--dtype", "float32"]).compile == compiles
 
 
@@ -254,7 +254,7 @@ class Place:
         args = dict.fromkeys((*names, "hidden_size", "num_hidden_layers", "use_moe", "llm_path"))
         args["save_weight"] = f"{stage}_vlm"
         args = argparse.Namespace(**args | {"from_weight": from_weight, "save_dir": self.root / "out"} | flags)
-        bundle, chosen = bundles.choose(args, stage)
+        bundle, chosen = bundles.choose_bundle(args, stage)
         missing = {name: value for name, value in chosen.items() if getattr(args, name) is None}
         return argparse.Namespace(**vars(args) | missing, assets=bundle.name)
 

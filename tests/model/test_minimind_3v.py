@@ -9,7 +9,7 @@ from tiny_models import save_siglip
 
 from common.errors import UsageError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward
-from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig, fit_config_to_tower
+from model.model_vlm import CONFIG_3V, MiniMindVLM, VLMConfig, fit_config_to_tower
 from model.projectors import PROJECTORS
 from model.weights import config_of, load_into, read_weights
 
@@ -24,7 +24,7 @@ def model_3v(hidden_size=64, tower=None, **shape) -> MiniMindVLM:
     """Makes a model of that generation with the weights behind the recorded figures."""
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "n_shared_experts": 0} | shape
     width = {"hidden_size": hidden_size, "intermediate_size": width_of_3v(hidden_size), "qk_norm": True}
-    model = MiniMindVLM(VLMConfig(**MINIMIND_3V | width | shape), vision_model_path=tower).eval()
+    model = MiniMindVLM(VLMConfig(**CONFIG_3V | width | shape), vision_model_path=tower).eval()
     plain_model.fill_decoder(model)
     return model
 
@@ -70,7 +70,7 @@ def test_equals_plain_mathematics(shape):
 
 
 def test_the_attention_factor_of_yarn_is_one():
-    assert VLMConfig(**MINIMIND_3V, inference_rope_scaling=True).yarn_attention_factor == 1
+    assert VLMConfig(**CONFIG_3V, inference_rope_scaling=True).yarn_attention_factor == 1
     assert VLMConfig(inference_rope_scaling=True).yarn_attention_factor == pytest.approx(0.1 * math.log(16) + 1)
 
 
@@ -108,7 +108,7 @@ def test_the_projection_is_plain_mathematics():
 def test_the_published_shape_is_read_from_its_97_tensors(tmp_path):
     with torch.device("meta"):
         shape = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-        made = MiniMindVLM(VLMConfig(**MINIMIND_3V, **shape, hidden_size=768, intermediate_size=2432, qk_norm=True))
+        made = MiniMindVLM(VLMConfig(**CONFIG_3V, **shape, hidden_size=768, intermediate_size=2432, qk_norm=True))
     tensors = made.state_dict()
     assert len(tensors) == 97
     assert {name: tuple(tensors[f"vision_proj.mlp.{name}"].shape) for name in ("0.weight", "1.weight", "3.bias")} == {
@@ -117,7 +117,7 @@ def test_the_published_shape_is_read_from_its_97_tensors(tmp_path):
     projection = sum(parameter.numel() for parameter in made.vision_proj.parameters())
     assert (round((count - projection) / 1e6, 2), round(projection / 1e6, 3)) == (63.91, 1.183)
     config = config_of(tensors, tmp_path / "llm_768.pth")
-    expected = shape | MINIMIND_3V | {"hidden_size": 768, "head_dim": 96, "intermediate_size": 2432, "qk_norm": True}
+    expected = shape | CONFIG_3V | {"hidden_size": 768, "head_dim": 96, "intermediate_size": 2432, "qk_norm": True}
     assert {name: getattr(config, name) for name in expected} == expected
     # The name is the older generation's too, whose tensors say otherwise.
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from dataset.chat import IMAGE_PAD, ChatEncoder, load_tokenizer
 from dataset.pictures import PictureFormat, load_picture
 from dataset.prompts import prompt_batch
 from model.answers import generate
-from model.model_vlm import MINIMIND_3V, MiniMindVLM, VLMConfig
+from model.model_vlm import CONFIG_3V, MiniMindVLM, VLMConfig
 from scripts import export
 from trainer.answering.assistant import find_model
 
@@ -35,7 +35,7 @@ def save_3v(root, **shape) -> tuple[MiniMindVLM, list[str]]:
     """Writes weights of minimind-3v's form with tower and tokenizer; returns the model and the flags that name them."""
     tower = save_siglip(root / "tower", 64, intermediate_size=160)
     torch.manual_seed(0)
-    model = MiniMindVLM(VLMConfig(**MINIMIND_3V | SHAPE | shape), vision_model_path=tower).eval()
+    model = MiniMindVLM(VLMConfig(**CONFIG_3V | SHAPE | shape), vision_model_path=tower).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         parameter.data = parameter.data.half().float()

@@ -17,7 +17,7 @@ from tiny import read_jsonl, turn, write_jsonl
 from common.errors import UsageError
 from common.files import RECORD
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset import formats
+from dataset import file_kinds
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset
 from scripts.make_dataset import LARGEST_SIZE, Made, held_out, main, parse_arguments, write_dataset
@@ -446,13 +446,13 @@ def test_a_source_with_the_name_of_a_part_is_no_temporary_folder(pictures, run):
 @pytest.mark.parametrize(
     ("text", "form"),
     [
-        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', formats.LINES),
-        ('{"images": [{"path": "a.png"}], "messages": []}', formats.LINES),
-        ('{"half\n{"image": "a.png", "caption": "y"}', formats.LINES),
-        ('{"image": "a.png",\n "caption": "y"}', formats.OBJECT),
-        (json.dumps(coco() | {"licenses": ["long"] * 9000}), formats.OBJECT),
+        ('{"info": "x", "image": "a.png", "caption": "y"}\n{"image": "b.png"', file_kinds.LINES),
+        ('{"images": [{"path": "a.png"}], "messages": []}', file_kinds.LINES),
+        ('{"half\n{"image": "a.png", "caption": "y"}', file_kinds.LINES),
+        ('{"image": "a.png",\n "caption": "y"}', file_kinds.OBJECT),
+        (json.dumps(coco() | {"licenses": ["long"] * 9000}), file_kinds.OBJECT),
     ],
 )
 def test_one_object_is_told_from_an_object_a_line(tmp_path, text, form):
     (tmp_path / "rows.json").write_text(text)
-    assert formats.form_of_file(tmp_path / "rows.json") == form
+    assert file_kinds.kind_of_file(tmp_path / "rows.json") == form

@@ -18,12 +18,12 @@ from tiny import turn
 
 from common.errors import UsageError
 from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset import formats, parquet
+from dataset import file_kinds, parquet
 from dataset.chat import load_tokenizer
-from dataset.formats import load_lines
-from dataset.forms import RIGHT_FORM
+from dataset.file_kinds import load_lines
 from dataset.lm_dataset import VLMDataset
 from dataset.parquet import load_parquet
+from dataset.row_forms import EXAMPLE_ROW
 from dataset.scenes.language import DESCRIBE
 
 TURNS = [turn("user", "<image>\nWhat?"), turn("assistant", "A cat.")]
@@ -104,7 +104,7 @@ def test_a_row_of_no_form_or_a_broken_one_is_told_so(folder, tokenizer, row, rea
 
 def test_the_right_form_that_errors_show_is_right(folder, tokenizer):
     shutil.copy(folder / "photos" / "a.png", folder / "photos" / "a.jpg")
-    data = of_rows(folder, tokenizer, json.loads(RIGHT_FORM))
+    data = of_rows(folder, tokenizer, json.loads(EXAMPLE_ROW))
     assert (len(data), data.bad_rows, data.rules) == (1, [], {})
 
 
@@ -228,12 +228,12 @@ def test_a_correction_in_place_is_seen_wherever_it_is_though_size_and_time_stay(
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_what_is_read_of_a_file_that_changes_meanwhile_is_not_kept(folder, tokenizer, monkeypatch, form):
     rows = pa.table({"conversations": [json.dumps(TURNS)], "image_bytes": [(folder / "photos/a.png").read_bytes()]})
-    path, key = folder / f"rows.{form}", formats.content_key
+    path, key = folder / f"rows.{form}", file_kinds.content_key
     path.write_text(json.dumps({"image": "a.png", "conversations": TURNS}), encoding="utf-8")
     if form == "parquet":
         pq.write_table(rows, path)
     times = iter(["before", "after"])
-    for module in (formats, parquet):
+    for module in (file_kinds, parquet):
         monkeypatch.setattr(module, "content_key", lambda path: f"{next(times)}{key(path)}")
     with pytest.raises(UsageError, match="changed while it was read: start again when it is complete"):
         opened(folder, tokenizer, path.name)

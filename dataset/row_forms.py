@@ -42,7 +42,10 @@ FORMS: dict[str, Form] = {}
 
 
 def register(name: str, fits: Callable[[dict], object], example: dict):
-    """Returns a decorator that puts a function into the table as `Form.read`; later forms are tried first."""
+    """Returns a decorator that puts a function into the table as `Form.read`.
+
+    Forms are tried from the last to the first: of several decorators of a function, the top one first.
+    """
 
     def put(read: Callable) -> Callable:
         FORMS.pop(name, None)
@@ -196,7 +199,7 @@ def read_part(part, images: list) -> str:
     return IMAGE_TAG
 
 
-RIGHT_FORM = json.dumps(FORMS["conversations"].example)
+EXAMPLE_ROW = json.dumps(FORMS["conversations"].example)
 
 
 def parse_conversation(turns: list) -> list[dict]:

@@ -23,8 +23,8 @@ from xxhash import xxh3_128
 from common.errors import UsageError
 from common.files import fail, not_a_file
 from common.paths import display_path, printable
-from dataset.forms import form_of_row
 from dataset.pictures import PICTURE_FORMATS
+from dataset.row_forms import form_of_row
 
 FOLDER, SAVED = "a folder of pictures with a .txt beside each", "a folder that datasets saved"
 TABLE, LIST, TAR = "a table", "one JSON list", "a tar"
@@ -40,7 +40,7 @@ SHARD_ENDINGS = (".parquet", ".tar", ".tar.gz", ".tgz", ".jsonl", ".csv", ".tsv"
 CHANGED = "changed while it was read: start again when it is complete"
 
 
-def form_of_file(path: Path) -> str | None:
+def kind_of_file(path: Path) -> str | None:
     """Names the kind of a file or folder by its content, not its name; None for an unknown one."""
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -102,7 +102,7 @@ def data_files(folder: Path) -> list[Path]:
     for ending in SHARD_ENDINGS:
         found = [path for path in files if path.name.endswith(ending)]
         if ending == ".txt":
-            found = [path for path in found if form_of_file(path) == TABLE]
+            found = [path for path in found if kind_of_file(path) == TABLE]
         if found:
             return found
     return []
@@ -130,7 +130,7 @@ def check_file(path: Path):
         raise UsageError(f"no such data file: {path}")
     if reason is None or path.is_dir():
         try:
-            form = form_of_file(path)
+            form = kind_of_file(path)
         except OSError as error:
             reason = error.strerror
     refused = {
