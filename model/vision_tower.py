@@ -24,8 +24,7 @@ from common.schema import Range, check, read_json
 class TowerKind:
     """What the program must know of a family of towers.
 
-    To be compiled, its `model` has its blocks in one ModuleList and its patches in a Conv2d of its "embeddings";
-    otherwise it runs as it is.
+    If it has its blocks in one ModuleList and a Conv2d in its "embeddings", it can be compiled; others run as they are.
     """
 
     model: type  # transformers' class; its configuration's model_type is the one in config.json

@@ -34,10 +34,8 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     state = TrainState()
     if run.state is not None:
         state.load_state_dict(run.state)
-    share, start = (processes.rank, processes.world_size), (state.epoch, state.sample)
-    sampler = BatchSampler(
-        data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *share, start
-    )
+    place = processes.rank, processes.world_size, (state.epoch, state.sample)
+    sampler = BatchSampler(data.lengths, args.batch_size, args.accumulation_steps, args.epochs, args.seed, *place)
     total_steps = state.step + len(sampler) // args.accumulation_steps
     eval_interval = args.eval_interval or math.ceil(total_steps / 10)
     settings = run.settings | {"eval_interval": eval_interval}

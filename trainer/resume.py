@@ -89,10 +89,11 @@ class RunFiles:
         if self.keep_aside(*REPORTED, *(SAVED if was_stopped else ())) or has_weights:
             log(f"kept the {'unfinished' if was_stopped else 'earlier'} run as {display_path(self.aside)}")
 
-    def lock(self, is_main: bool):
+    def lock(self, is_main: bool, flags: tuple[str, ...] = ("--save_weight", "--save_dir")):
         """Makes the folder, removes what killed runs left half written, and locks the run's name on the main rank.
 
-        Raises UsageError if the folder cannot be written to, or another process writes the same files now.
+        `flags` name other files or another folder. Raises UsageError if the folder cannot be written to, or another
+        process writes the same files now.
         """
         try:
             with files.scratch_folder(self.save_dir):  # it can be written to
@@ -101,10 +102,10 @@ class RunFiles:
         except Timeout as error:
             raise RankError(
                 f"another process is training {self.name} in {display_path(self.save_dir)}: wait for it, or give this "
-                "run another --save_weight or --save_dir"
+                f"run another {' or '.join(flags)}"
             ) from error
         except OSError as error:
-            raise UsageError(f"--save_dir {self.save_dir} cannot be written to: {error.strerror}") from error
+            raise UsageError(f"{flags[-1]} {self.save_dir} cannot be written to: {error.strerror}") from error
 
 
 def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:

@@ -333,6 +333,8 @@ def take_steps(
 
 def train(args: Namespace, processes: Processes) -> int:
     """Trains a tower and writes it; returns the number of rows. Raises Stopped on SIGINT or SIGTERM, after saving."""
+    files = resume.RunFiles(args.save_tower.parent, args.save_tower.name)
+    files.lock(is_main=True, flags=("--save_tower",))
     refuse_to_lose(args.save_tower, MADE_BY, overwrite=True, flag="--save_tower")
     torch.manual_seed(args.seed)
     tokenizer, tower, device = load_tokenizer(BUILTIN_TOKENIZER_DIR), load_tower(args), processes.device
@@ -361,8 +363,7 @@ def train(args: Namespace, processes: Processes) -> int:
     print("stage 0: the tower learns your pictures by the words of their answers")
     print("\n".join(f"  {name:<13} {value}" for name, value in header.items()), flush=True)
 
-    path = args.save_tower.with_name(f"{args.save_tower.name}_resume.pth")
-    if (saved := resume.read_state(path, STATE, args.from_resume, print)) is not None:
+    if (saved := resume.read_state(path := files.state, STATE, args.from_resume, print)) is not None:
         resume.check_same_run(saved, fingerprint, len(lengths), path)
         load_learned(learner, saved, path)
         try:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny import EVAL, PRETRAIN, ROOT, SFT, read_jsonl, write_jsonl
 
-from common.files import read_record
+from common.files import lock_of, read_record
 from dataset.pictures import random_views
 from model.vision_tower import load_vision_tower
 from trainer.bundles import epochs_for
@@ -94,6 +94,11 @@ def test_a_picture_that_cannot_be_read_is_named(world, photos, tmp_path):
         (tmp_path / path.name).write_bytes(b"no picture" if path.name == "3.png" else path.read_bytes())
     said = train(world, tmp_path, tmp_path / "tower").passed().out
     assert said.count("skipped, it cannot be read: 3.png") == 1
+
+
+def test_a_tower_that_another_process_writes_is_refused(world, photos, tmp_path):
+    with lock_of(tmp_path / "tower").acquire(timeout=0):
+        train(world, photos, tmp_path / "tower").refused("another process is training tower", "another --save_tower")
 
 
 def test_a_damaged_checkpoint_is_refused(world, photos, trained, tmp_path):
