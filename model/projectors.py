@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 PROJECTORS: dict[str, type["Projector"]] = {}
 
@@ -60,9 +59,9 @@ class VisionProj(Projector):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         if self.pixel_shuffle > 1:  # each square of neighbouring patches becomes one, https://arxiv.org/abs/1609.05158
-            side = math.isqrt(image_features.shape[1])
-            grid = image_features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            image_features = F.pixel_unshuffle(grid, self.pixel_shuffle).flatten(2).transpose(1, 2)
+            side, n = math.isqrt(image_features.shape[1]) // self.pixel_shuffle, self.pixel_shuffle
+            grid = image_features.unflatten(1, (side, n, side, n)).permute(0, 1, 3, 5, 2, 4)
+            image_features = grid.flatten(3).flatten(1, 2)  # F.pixel_unshuffle leaves no images as they are
         return self.vision_proj(image_features)
 
 

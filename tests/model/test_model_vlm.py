@@ -3,11 +3,13 @@
 import plain_model
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import AT, IMAGE, IMAGES, PROMPTS, batch, pictures, prompt, save_tower, tiny_vlm
 
 from model.model_vlm import MiniMindVLM, VLMConfig, find_image_starts
+from model.projectors import PROJECTORS
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +237,15 @@ def test_the_projection_alone_can_train():
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("vision_proj.")
     assert all(parameter.grad.abs().max() > 0 for parameter in model.vision_proj.parameters())
+
+
+@pytest.mark.parametrize("images", [0, 3])
+@pytest.mark.parametrize(("name", "factor"), [("linear", 1), ("linear", 2), ("mlp", 7), ("norm_mlp", 1)])
+def test_any_number_of_images_is_projected(name, factor, images):
+    projector = PROJECTORS[name](8, 16, factor)
+    features = torch.randn(images, 196, 8)
+    projected = projector(features)
+    assert projected.shape == (images, 196 // factor**2, 16)
+    if images and factor > 1:
+        grid = F.pixel_unshuffle(features.view(images, 14, 14, 8).permute(0, 3, 1, 2), factor)
+        assert torch.equal(projected, projector.vision_proj(grid.flatten(2).transpose(1, 2)))

@@ -84,6 +84,8 @@ def test_another_projection(world, run, projector, shuffle):
     (out / "pretrain_vlm_32.json").unlink()
     run(SFT)
     assert losses(out, "sft_vlm") == with_sidecar
+    rows = ["--eval_data", world.root / "sft.jsonl", "--images_path", world.images, "--max_seq_len", 2000]
+    assert " no images " in world.run(EVAL, *world.eval_files(out), *rows, "--short_answer", 0).passed().out
     image = ["--image", world.images / "0.jpg", "--temperature", 0]
     said = [world.run(EVAL, *world.eval_files(out), *image).passed().out]
     (out / "sft_vlm_32.json").unlink()
