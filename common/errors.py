@@ -47,6 +47,16 @@ class SteadyStream:
             self.error = error
 
 
+def report_interrupt(kind: type, error: BaseException, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = report_interrupt  # Ctrl-C while a script still imports, which takes seconds
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -129,6 +129,8 @@ def refuse_to_lose(folder: Path, made_by: dict, overwrite: bool, flag: str):
     """Raises UsageError if a folder exists and may not be replaced."""
     if not os.path.lexists(folder):
         return
+    if not folder.is_dir():
+        raise UsageError(f"{display_path(folder)} is no folder{f': name another with {flag}' if flag else ''}")
     if not overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
     record = read_record(folder)
@@ -216,11 +218,14 @@ def load_file(path: Path) -> dict:
                     raise ValueError(f"it is damaged: {damaged} in it does not fit its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+        reason, cure = first_line(error), ". Delete it, and copy or train it again."
+        if isinstance(error, OSError):  # the file may be in order
+            reason, cure = error.strerror or error, ""
+        elif "PytorchStreamReader" in reason:
+            reason = "it is cut off"
+        elif isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"
-        message = f"{display_path(path)} cannot be read: {reason}. Delete it, and copy or train it again."
-        raise UsageError(message) from error
+        raise UsageError(f"{display_path(path)} cannot be read: {reason}{cure}") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """A run's files: checkpoints of weights, sidecar and training state, from which it resumes bit-identically."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -191,7 +192,8 @@ class Checkpoints:
         """Writes what the parts' `state_dict` return, weights and sidecar, all or none; all ranks call it.
 
         Raises UsageError if nothing was learned yet, the weights are not finite, or the run's last save cannot be
-        written (the disk is full); other failed saves are logged and keep the previous files.
+        written (the disk is full), but for the weights alone where these can; other failed saves are logged and keep
+        the previous files.
         """
         run, args, largest = self.run, self.run.args, torch.finfo(torch.float16).max
         learned = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -226,6 +228,10 @@ class Checkpoints:
                 self.earlier = ()  # they are this run's now
             except UsageError as error:
                 failure = error
+                with contextlib.suppress(UsageError):
+                    if is_last:  # the weights alone are smaller
+                        files.write_together(self._weight_files(state["step"]), rename)
+                        failure = UsageError(f"{error}; the weights of step {state['step']} alone were written")
         run.processes.barrier()
         if failure is not None:
             if is_last:

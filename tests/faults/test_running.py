@@ -104,6 +104,8 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback(world, tmp_path):
     hook = "import trainer.setup\ndef interrupt(*a): raise KeyboardInterrupt\ntrainer.setup.load_data = interrupt"
     stopped = run(world, out, hook=hook)
     assert (stopped.code, stopped.err) == (130, "interrupted\n")
+    command = [sys.executable, "-c", "import common.errors; raise KeyboardInterrupt"]  # while a script still imports
+    assert subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True).stderr == "interrupted\n"
 
 
 FULL_DISK = """
@@ -140,6 +142,14 @@ def test_a_failed_last_save_is_an_error_and_keeps_the_one_before(world, tmp_path
     after = {path.name: path.read_bytes() for path in out.glob("sft_vlm_32*") if path.is_file()}
     assert {name for name in before if before[name] != after[name]} == {"sft_vlm_32.metrics.jsonl"}
     run(world, out, "--from_resume", 1).passed()
+
+
+def test_a_failed_last_save_writes_the_weights_alone_where_these_fit(world, tmp_path, undisturbed):
+    out = world.copy_of_out(tmp_path / "out")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))"
+    failed = run(world, out, hook=limit)
+    failed.refused("_resume.pth cannot be written: File too large; the weights of step", "alone were written")
+    assert_same_weights(out, undisturbed)
 
 
 @pytest.mark.parametrize("cache", ["off", "features"], ids=["while training", "while encoding"])
