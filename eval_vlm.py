@@ -79,8 +79,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--show_speed", type=int, choices=(0, 1), default=1, help="0: no tokens/s after an answer")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of the sampling")
     args = parser.parse_args(argv)
-    if args.json and not args.eval_data:
-        parser.error("argument --json: needs --eval_data")
+    for flag in ("json", "images_path"):
+        if getattr(args, flag) and not args.eval_data:
+            parser.error(f"argument --{flag}: needs --eval_data")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: there is no folder {args.json.parent}")
     return args
 
 
@@ -117,12 +120,15 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
     only_scenes, folder = assistant.loaded.knows_only_scenes, args.image_dir or EVAL_IMAGES_DIR
     if only_scenes and not args.image_dir and not folder.is_dir():
         draw_heldout(folder, DRAWN_EVAL_IMAGES)
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise UsageError(f"{display_path(folder)} {what}: --image_dir names a folder of pictures, --image pictures")
     files = sorted(path for path in folder.glob("[!.]*") if not path.is_dir())
     paths = [path for path in files if is_picture(path.name) and path.is_file()]
     endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
     others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+    if not os.access(folder, os.R_OK | os.X_OK):
         raise UsageError(f"{display_path(folder)} cannot be read: permission denied")
     if not paths:
         known = " ".join(sorted(PICTURE_SUFFIXES))
@@ -212,7 +218,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     result |= {"data": str(args.eval_data), "bad_rows": len(data.bad_rows), "left_out": len(data) - held_out.samples}
     print(f"{held_out.samples:,} rows with {held_out.tokens:,} learned tokens, in {held_out.seconds:.0f} s")
     print(f"{held_out} (perplexity {result['perplexity']:.3f})")
-    print("\n".join(verdict(result, assistant.loaded.weights.sidecar)))
+    for sentence in verdict(result, assistant.loaded.weights.sidecar):
+        processes.log(sentence)
     if data.bad_rows:
         print(f"left out: {len(data.bad_rows)} rows that cannot be used (python -m dataset.check says which)")
     if args.json:
@@ -248,10 +255,9 @@ def main():
         loaded = find_model(args)
         torch.manual_seed(args.seed)  # of the sampling, and of a projection that the weights lack
         assistant = Assistant(loaded, processes.device, args.dtype, args.compile, args.open_thinking)
-        parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
         weights, tower, tokenizer = map(display_path, (loaded.weights.path, loaded.tower_path, loaded.tokenizer_path))
         processes.log(
-            f"{weights}: {parameters / 1e6:.3f} M parameters, {loaded.config.num_hidden_layers} layers; "
+            f"{weights}: {assistant.parameters / 1e6:.3f} M parameters, {loaded.config.num_hidden_layers} layers; "
             f"tower {tower}, tokenizer {tokenizer}, {processes.device}"
         )
         if loaded.knows_only_scenes and not args.eval_data:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from common.paths import display_path, printable
+from common.paths import ROOT, printable, typed_path
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -84,13 +84,23 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
 
 def temperature(text: str) -> float:
     """Converts a command line's text to 0 or a temperature that logits can be divided by without an overflow."""
-    return float(text) and number(float, 1e-3)(text)
+    try:
+        return float(text) and number(float, 1e-3)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or 0") from error
 
 
 def command(script: str, flags: dict[str, object]) -> str:
-    """Returns the command that runs a script with these flags, without those that are None, a line for each few."""
-    words = [f"--{name} {shlex.quote(display_path(str(value)))}" for name, value in flags.items() if value is not None]
+    """Returns the command that runs a script with these flags in the current folder, a line for each few.
+
+    Flags that are None are left out; one that is True has no value.
+    """
+    words = [f"python {shlex.quote(typed_path(ROOT / script))}"]
+    for name, value in flags.items():
+        if value is not None:
+            text = typed_path(value) if isinstance(value, Path) else str(value)
+            words.append(f"--{name}" if value is True else f"--{name} {shlex.quote(printable(text))}")
     # Each flag stays beside its value: only the spaces between flags may break.
-    text = " ".join(word.replace(" ", "\0") for word in [f"python {script}", *words])
+    text = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(text, 74, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")

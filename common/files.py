@@ -234,7 +234,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
-        raise UsageError(f"{display_path(path)} is no weight file: a plain dict of tensors is expected")
+        hint = ": it is the state of a run, whose weights are in the .pth beside it" if "learned" in tensors else ""
+        raise UsageError(f"{display_path(path)} is no weight file{hint or ': a plain dict of tensors is expected'}")
     return tensors
 
 

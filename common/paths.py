@@ -40,6 +40,11 @@ def display_path(path: str | Path) -> str:
     return printable(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
+def typed_path(path: Path) -> str:
+    """Returns the path as one would type it in the current folder: relative where it lies inside."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def printable(text: str | Path) -> str:
     """Returns a text with what a terminal would obey (escape codes) or cannot show written as backslash codes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

@@ -70,9 +70,9 @@ class ChatEncoder:
         is_alone = self.is_3v or all(encoding.ids.count(self.image_token_id) == 3 for encoding in encodings)
         if None in (self.begin_id, self.end_id, self.pad_id) or not is_alone:
             raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path} is not of MiniMind's form: it needs begin, end and padding "
-                f"tokens, and `@` as a token of its own that is part of no other, or a special token {IMAGE_PAD}; nor "
-                "has it a chat template, as another language model needs"
+                f"the tokenizer {tokenizer.name_or_path} has no chat template, which other language models need, nor "
+                "MiniMind's form: begin, end and padding tokens, and `@` as a token of its own that is part of no "
+                f"other, or a special token {IMAGE_PAD}"
             )
 
     def __setstate__(self, state: dict):

@@ -266,9 +266,10 @@ def load_learned(model: MiniMindVLM, state: dict, path: Path):
             expected |= {(number, part): tensor for part, tensor in moments.items()}
     moments = {(number, part): saved[number][part] for number in saved for part in saved[number]}
     if problems := mismatches(expected, learned | moments):
-        raise UsageError(
-            f"{display_path(path)} belongs to another run: {problems[0]}. Leave --from_resume out, or repeat its flags"
-        )
+        flags = {flag: state["arguments"].get(flag, "None") for flag in ("freeze_llm", "lora", "projector")}
+        its = " ".join(f"--{flag} {value}" for flag, value in flags.items() if value != "None")
+        what = f"{display_path(path)} belongs to another run: {problems[0]}"
+        raise UsageError(f"{what}. Repeat that run's flags{its and f' ({its})'}, or start over with --from_resume 0")
     model.load_state_dict(model.state_dict() | learned)
 
 

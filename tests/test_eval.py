@@ -166,7 +166,7 @@ def test_missing_published_weights_are_named_with_their_download(tmp_path, monke
         bundles.find_weights(tmp_path, "my_photos")
     for there in ("photos_512.pth", "photos_512_resume.pth", "scenes_768_moe.pth"):
         (tmp_path / there).touch()
-    with pytest.raises(UsageError, match=r"\(there: photos_512.pth, scenes_768_moe.pth\)\.$"):
+    with pytest.raises(UsageError, match=r"\(there: photos_512.pth, scenes_768_moe.pth\)\. Did you mean photos\?$"):
         bundles.find_weights(tmp_path, "my_photos")
 
 
@@ -262,7 +262,7 @@ def test_every_picture_that_can_be_read_is_described_and_the_rest_is_named(world
 
 def test_missing_pictures_are_refused(world, out, tmp_path):
     files = world.eval_files(out)
-    world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("no pictures", "nowhere", "--image")
+    world.run(EVAL, *files, "--image_dir", tmp_path / "nowhere").refused("nowhere does not exist", "--image")
     world.run(EVAL, *files, "--image_dir", tmp_path).refused("no pictures (", ".jpg")
     world.run(EVAL, *files, "--image", "nowhere.jpg").refused("nowhere.jpg: no such file")
 

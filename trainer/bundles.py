@@ -1,6 +1,7 @@
 """Model generations, and which of them a command uses; a new one is one more record in BUNDLES."""
 
 import argparse
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -143,8 +144,8 @@ def choose_bundle(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     if not takes_builtin:
         decisive = downloaded[0] if downloaded else None
 
-    chosen = recorded_folders(weight_io.read_sidecar_or_empty(decisive), decisive) if decisive else {}
-    chosen = {flag: folder for flag, folder in chosen.items() if folder.is_dir()}
+    recorded = recorded_folders(weight_io.read_sidecar_or_empty(decisive), decisive) if decisive else {}
+    chosen = {flag: folder for flag, folder in recorded.items() if folder.is_dir()}
     if own_data and args.data_path.suffix != ".parquet":
         chosen["images_path"] = args.data_path.parent
     if args.llm_path is not None:
@@ -162,15 +163,18 @@ def choose_bundle(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
     for flag, (what, path, command) in files.items():
         marks = [path / mark for mark in MARKS.get(flag, ())] or [path]
         if flag not in (*typed, *chosen) and not any(mark.exists() for mark in marks):
+            path = recorded.get(flag, path) if bundle is LANGUAGE_MODEL else path  # it has a tokenizer of its own
             missing.append(f"  {what}: {display_path(path)} ({command})")
     if missing:
+        named = {flag: getattr(args, flag) for flag in typed}
+        missing += [f"  --{flag}: {display_path(path)}" for flag, path in named.items() if not path.exists()]
         others = (f"{display_path(path)} (unexpected name)" for path in unknown if path not in expected)
         found = ", ".join([*present, *(f"--{flag}" for flag in typed), *others]) or "nothing"
         raise UsageError(
             "\n".join(["some files are missing:", *missing]) + "\nDownload them, or name your own with --data_path, "
-            "--images_path, --vision_model_path, --tokenizer_path. (With none of these files and none of these flags, "
-            "the small built-in set is used. With --data_path of your own and nothing downloaded, the built-in "
-            f"language model and tokenizer are, also beside your own tower. Found: {found}.)"
+            f"--images_path, --vision_model_path, --tokenizer_path. Found: {found}. (With none of these files and "
+            "flags, training uses the small built-in set; with --data_path of your own, and if you like a tower, but "
+            "nothing downloaded, the built-in language model and tokenizer.)"
         )
     return bundle, {flag: path for flag, (_, path, _) in files.items() if flag != "from_weight"} | chosen
 
@@ -250,9 +254,12 @@ def find_weights(save_dir: Path, name: str, hidden_size=None, use_moe=None, buil
             problem += "data with --data_path, or its path with --from_weight."
         else:
             wanted = weight_io.weight_name(name, hidden_size, use_moe) if hidden_size else f"{name}_*"
-            others = weight_io.matching_weights(save_dir, name) or weight_io.list_weights(save_dir)
-            found = ", ".join(path.name for path in others) or "no weights"
-            problem = f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {found})."
+            others, stem = weight_io.list_weights(save_dir), Path(name).name.partition(".")[0]
+            like = difflib.get_close_matches(stem, {known for known, *_ in others.values()}, n=1)
+            found = [path.name for path in weight_io.matching_weights(save_dir, name) or others]
+            there = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if found[8:] else "") or "no weights"
+            problem = f"no weight file {wanted}.pth in {display_path(save_dir)} (there: {there})."
+            problem += f" Did you mean {like[0]}?" if like and like[0] != name else ""
         script = paths.ROOT / "trainer" / f"train_{name}.py"  # a stage's script is called after the weights it writes
         ways = [f"train it first: python {display_path(script)}"] if script.is_file() else []
         bundle = next((it for it in BUNDLES.values() if it.weights_dir == save_dir.absolute()), MINIMIND2)

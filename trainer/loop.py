@@ -148,7 +148,11 @@ def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: 
         if is_own and heldout:
             flags |= {"eval_data": heldout, "images_path": args.eval_images_path or images}
         elif is_own and not data.is_parquet and data.image_count:
+            question = watch.samples[0]["prompt"].replace("\n", "\\n") if watch.samples else ""
             flags["image_dir"] = data.picture_source(data.first_pictures.max())[0].parent
+            flags["prompt"] = question or None
+        elif is_own:
+            flags["chat"] = True
     else:
         stage, following = run.stage.name, Path(run.stage.following).stem.removeprefix("train_").removesuffix("_vlm")
         following_name = name.replace(stage, following) if stage in name else f"{name}_{following}"

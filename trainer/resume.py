@@ -263,8 +263,8 @@ def check_same_run(state: dict, fingerprint: dict[str, str], rows: int, path: Pa
     for name, value in fingerprint.items():
         if (saved := state["fingerprint"].get(name)) != value:
             raise UsageError(
-                f"{display_path(path)} was saved with another {name} ({saved}; now {value}): repeat that run's flags, "
-                "or start over with --from_resume 0"
+                f"{display_path(path)} differs from this run in its {name} ({saved}; now {value}): repeat that run's "
+                "flags, or start over with --from_resume 0"
             )
     step, epoch, sample, epochs = state["step"], state["epoch"], state["sample"], state["arguments"].get("epochs", "")
     is_place = sample < rows and epochs.isdecimal() and (epoch, sample) <= (int(epochs), 0)

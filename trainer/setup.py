@@ -121,8 +121,8 @@ def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
             source = display_path(weights.path)
             raise UsageError(f"--{flag} {value} contradicts {source}, which has {actual}: leave it out")
     config.image_token_id = image_token_id(tokenizer)
-    if args.max_seq_len > config.max_position_embeddings:
-        raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {config.max_position_embeddings} positions")
+    if args.max_seq_len > (most := config.max_position_embeddings):
+        raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has {most} positions; use --max_seq_len {most}")
     return config
 
 

@@ -385,6 +385,8 @@ def train(args: Namespace, processes: Processes) -> int:
     place = state.epoch, state.sample
     sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed, start=place)
     take_steps(args, context, sampler, pictures, heldout, state, save)
+    if files.keep_aside(""):  # models that were trained with it still need it
+        print(f"kept the earlier tower as {display_path(files.aside)}")
     write_tower(args, tower)
     path.unlink(missing_ok=True)
     return rows

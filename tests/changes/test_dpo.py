@@ -103,7 +103,7 @@ def test_pairs_are_learned_resumed_measured_talked_to_and_exported(world, tmp_pa
     done = world.run(*command, "llm", "--epochs", 1).passed().out
     assert "held out: share of misordered pairs 0." in done and "at the images" not in done
     torch.save(language_model(steps=21), tmp_path / "other.pth")
-    world.run(*command, tmp_path / "other.pth", "--from_resume", 1).refused("other reference (")
+    world.run(*command, tmp_path / "other.pth", "--from_resume", 1).refused("differs from this run in its reference (")
     world.run(__file__, "--from_weight", "llm").refused("the built-in set has no data for this stage")
     assert "3 to go" in world.run(*command, "llm", "--epochs", 2, "--from_resume", 1).passed().out
     losses, wrong = ([row[key] for row in read_jsonl(metrics) if key in row] for key in ("loss", "eval"))

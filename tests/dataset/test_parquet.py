@@ -439,7 +439,7 @@ def test_a_run_on_the_published_form_says_its_rules_and_resumes_bit_identically(
     files = pa.array([file + b"other" for file in table["image_bytes"].to_pylist()])
     pq.write_table(table.set_column(1, "image_bytes", files), tmp_path / "other.parquet")
     flags += ["--data_path", tmp_path / "other.parquet", "--from_resume", 1]
-    world.run(SFT, *world.files("sft", out), *flags).refused("sft_vlm_32_resume.pth was saved with another data")
+    world.run(SFT, *world.files("sft", out), *flags).refused("sft_vlm_32_resume.pth differs from this run in its data")
 
 
 KILLED_IN_STEP_9 = """

@@ -13,7 +13,7 @@ from tiny import PRETRAIN, ROOT, SECONDS, SFT, free_port, read_jsonl, write_json
 
 from common.errors import RankError
 from common.files import MARK, SCRATCH, TEMPORARY, lock_of, scratch_folder
-from trainer.support.processes import Processes
+from trainer.support.processes import Processes, wrap_line
 
 pytest_plugins = ["tiny"]
 
@@ -394,3 +394,14 @@ def test_if_every_picture_is_broken_nothing_is_saved_and_it_is_an_error(world, t
     assert not list(out.glob("pretrain_vlm_32*.pth"))
     assert result.out.count("skipped a sample, its picture cannot be read: ") <= 20
     assert len(set((out / "pretrain_vlm_32.bad_rows.txt").read_text().splitlines())) == 12  # each picture once
+
+
+def test_lines_are_wrapped_for_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert wrap_line("") == "" and wrap_line("a short line") == "a short line"
+    assert wrap_line("  starts from  out/llm_32.pth (a language model)") == (
+        "  starts from  out/llm_32.pth (a\n               language model)"
+    )
+    assert wrap_line("a sentence of rather more than forty characters") == (
+        "a sentence of rather more than forty\ncharacters"
+    )

@@ -140,7 +140,7 @@ def test_a_third_stage_is_a_script_with_its_own_stage(world, run, tmp_path):
     script.write_text(THIRD_STAGE.format(root=str(ROOT)))
     printed, _ = run(script, "--epochs", 1)
     assert printed.startswith("stage 3, polishing")
-    assert "\nnext: python eval_vlm.py --weight polished \\\n    --save_dir " in printed
+    assert f"\nnext: python {EVAL} --weight polished" in printed
     sidecar = json.loads((out / "polished_32.json").read_text(encoding="utf-8"))
     assert (sidecar["stage"], sidecar["title"]) == ("polish", "Polishing")
     run(SFT, "--from_weight", "sft_vlm", "--save_weight", "other")

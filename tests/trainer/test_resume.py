@@ -283,11 +283,11 @@ def test_a_state_of_another_run_is_refused_with_both_values(world, in_one_go, tm
     rows = read_jsonl(world.root / "sft.jsonl")
     rows[7]["conversations"][1]["content"] = rows[7]["conversations"][1]["content"].replace("蓝", "红")
     for flags, said in (
-        (["--seed", 5], "other seed (42; now 5)"),
-        (["--max_seq_len", 900], "other max_seq_len (1536; now 900)"),
-        (["--data_path", world.root / "pretrain.jsonl"], "other data (25 rows, "),
-        (["--data_path", write_jsonl(tmp_path / "one_word.jsonl", rows)], "other data (25 rows, "),
-        (["--freeze_llm", 1], "another run"),
+        (["--seed", 5], "its seed (42; now 5)"),
+        (["--max_seq_len", 900], "its max_seq_len (1536; now 900)"),
+        (["--data_path", world.root / "pretrain.jsonl"], "its data (25 rows, "),
+        (["--data_path", write_jsonl(tmp_path / "one_word.jsonl", rows)], "its data (25 rows, "),
+        (["--freeze_llm", 1], "Repeat that run's flags (--freeze_llm none)"),
     ):
         message = BASE.run(world, out, "--from_resume", 1, *flags)
         message.refused("sft_vlm_32_resume.pth ", said, "--from_resume")
@@ -321,11 +321,11 @@ def test_a_state_is_refused_with_another_frozen_model(world, save_dir, tmp_path)
     torch.save(language_model(num_hidden_layers=3), tmp_path / "deeper.pth")
     torch.save(language_model(steps=21), tmp_path / "other.pth")
     for weights, said in (
-        ("deeper.pth", "another model (hidden_size 32, 2 layers, 8 and 2 heads"),
-        ("other.pth", "another frozen weights ("),
+        ("deeper.pth", "model (hidden_size 32, 2 layers, 8 and 2 heads"),
+        ("other.pth", "frozen weights ("),
     ):
         again = way.run(world, out, "--from_resume", 1, "--from_weight", tmp_path / weights)
-        again.refused("pretrain_vlm_32_resume.pth was saved with", said, "; now ")
+        again.refused("pretrain_vlm_32_resume.pth differs from this run in its", said, "; now ")
 
 
 def changed(state: dict, place: str, value) -> dict:

@@ -82,7 +82,7 @@ def test_a_run_that_was_ended_resumes_bit_identically(world, photos, trained, tm
     ended = train(world, photos, folder, hook=KILLED.format(step=step, signal=how))
     assert ended.code == (-signal.SIGKILL if how == "SIGKILL" else 128 + signal.SIGTERM)
     train(world, photos, folder).refused("belongs to a run that did not finish", "--from_resume 1")
-    train(world, photos, folder, "--from_resume", 1, "--seed", 7).refused("saved with another seed")
+    train(world, photos, folder, "--from_resume", 1, "--seed", 7).refused("differs from this run in its seed")
     resumed = train(world, photos, folder, "--from_resume", 1).passed()
     assert "resumes       after step " in resumed.out
     expected = tensors(trained[1])
@@ -166,7 +166,7 @@ def test_every_command_names_the_next_until_the_answers_are_counted(world, photo
     said = trained[0].out
     for script, more in ((PRETRAIN, ["--epochs", 1]), (SFT, ["--epochs", 1]), (EVAL, [])):
         command = shlex.split(said[said.index("next: ") :].replace("\\\n", " "))[1:]
-        assert command[:2] == ["python", str(script.relative_to(ROOT))]
+        assert command[:2] == ["python", str(script)]
         flags = ["--num_workers", 0, "--device", "cpu"] if script != EVAL else ["--device", "cpu"]
         said = world.run(script, *command[2:], *more, *flags, "--save_dir", out).passed().out
         if script != EVAL:

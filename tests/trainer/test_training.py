@@ -126,7 +126,7 @@ def test_the_header_describes_the_run(pretrained, fine_tuned_by_two):
     for part in (
         "stage 1, pretraining",
         "llm_32.pth (a language model: the projection starts untrained)",
-        f"{PRETRAIN_ROWS} rows, {PRETRAIN_ROWS} pictures",
+        f"{PRETRAIN_ROWS} rows, 12 pictures",
         f"hidden_size 32, 2 layers: {total / 1e6:.3f} M parameters, {learned / 1e6:.3f} M learn",
         "epochs 2, batch_size 8, learning_rate 0.0004",
         "max_seq_len 640, freeze_llm all",
@@ -175,7 +175,9 @@ def test_what_comes_next_starts_from_these_weights(world, pretrained, tmp_path):
     out = world.copy_of_out(tmp_path / "out")
     flags = ["--save_weight", "mine", "--epochs", 1, "--batch_size", PRETRAIN_ROWS]
     said = world.run(PRETRAIN, *world.files("pretrain", out), *flags).passed().out
-    assert "\nnext: python trainer/train_sft_vlm.py --from_weight mine --save_weight mine_sft" in said
+    said = " ".join(said.replace("\\", "").split())
+    assert f"next: python {SFT} --from_weight mine --save_weight mine_sft" in said  # from another folder
+    assert "--data_path pretrain.jsonl --images_path images" in said
 
 
 def test_the_learning_rate_falls_to_a_tenth(pretrained, fine_tuned):

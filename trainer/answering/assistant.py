@@ -163,7 +163,9 @@ class Assistant:
         if thinks and not self.encoder.can_think:
             raise UsageError("--open_thinking: the prompt form of these weights has no think block")
         self.picture_format = PictureFormat(**loaded.tower.picture_settings)
-        self.model = in_precision(loaded.load_model().to(device), dtype)
+        model = loaded.load_model()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # int8 matrices are none
+        self.model = in_precision(model.to(device), dtype)
 
     def load_picture(self, source: Path | bytes) -> torch.Tensor:
         """Returns a picture's file as the tower takes it, uint8 (3, size, size); raises PictureError."""

@@ -199,7 +199,8 @@ def verdict(figures: dict, sidecar: dict) -> list[str]:
         right, shuffled = figures["exact_match"], figures["exact_shuffled"]
         deviation = math.sqrt((right * (1 - right) + shuffled * (1 - shuffled)) / asked)
         found = "It looks at the images" if right - shuffled > 2 * deviation else HARDLY
-    sentence = f"{found}: those of other rows raise the loss by {gap:.3f} nats per token"
+    change = f"{'raise' if gap > 0 else 'lower'} the loss by {abs(gap):.3f} nats per token"
+    sentence = f"{found}: those of other rows {change}"
     sentence += f" (standard error {error:.3f})" if figures.get("gap_error") is not None else ""
     if asked:
         sentence += (

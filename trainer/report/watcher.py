@@ -151,8 +151,9 @@ def print_header(watch: Watch, data: VLMDataset, features: FeatureFolder | None,
     if args.data_path.suffix == ".parquet" and args.data_path.with_suffix(".jsonl").exists():
         rows += " (the jsonl beside it is not read)"
     if evaluator is None:
-        few = "" if args.eval_data == "none" else " (fewer than three pictures)"
-        held_out = f"nothing{few}: no loss is measured, and the pictures described at the end were trained on"
+        few = f" (fewer than {'three pictures' if data.image_count else '100 rows'})"
+        held_out = f"nothing{'' if args.eval_data == 'none' else few}: no loss is measured"
+        held_out += ", and the pictures described at the end were trained on" if watch.rows else ""
     else:
         held_out = f"{len(evaluator.data):,} rows of {display_path(evaluator.data.data_path)}"
         held_out += f", measured every {watch.interval} steps"

@@ -5,8 +5,10 @@ import datetime
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -78,9 +80,9 @@ class Processes(contextlib.AbstractContextManager):
             dist.destroy_process_group()
 
     def log(self, message: str = ""):
-        """Prints a line, on the main rank; above a progress bar if there is one."""
+        """Prints a message, on the main rank, above a progress bar if there is one; wraps its lines in a terminal."""
         if self.is_main:
-            tqdm.write(message)
+            tqdm.write("\n".join(map(wrap_line, message.split("\n"))) if sys.stdout.isatty() else message)
             sys.stdout.flush()
 
     def barrier(self, patient: bool = False):
@@ -117,6 +119,13 @@ class Processes(contextlib.AbstractContextManager):
         with others_may_be_gone():
             dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+
+def wrap_line(line: str) -> str:
+    """Wraps a line between words for the terminal; what follows a name and spaces stays in its column."""
+    how = {"width": shutil.get_terminal_size().columns, "break_long_words": False, "break_on_hyphens": False}
+    column = len(re.match(r"(  \S+( \S+)* +(?= ))?\s*", line)[0])
+    return textwrap.fill(line, subsequent_indent=" " * column, **how)
 
 
 @contextlib.contextmanager
