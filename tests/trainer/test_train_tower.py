@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -89,11 +90,15 @@ def test_a_run_that_was_ended_resumes_bit_identically(world, photos, trained, tm
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(folder).items())
 
 
-def test_a_picture_that_cannot_be_read_is_named(world, photos, tmp_path):
+def test_a_picture_that_cannot_be_read_is_named_and_an_earlier_tower_kept(world, photos, trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path / "tower")
     for path in photos.glob("*"):
         (tmp_path / path.name).write_bytes(b"no picture" if path.name == "3.png" else path.read_bytes())
     said = train(world, tmp_path, tmp_path / "tower").passed().out
     assert said.count("skipped, it cannot be read: 3.png") == 1
+    [kept] = tmp_path.glob("tower.20*")
+    assert f"kept the earlier tower as {kept}\n" in said and tensors(kept).keys() == tensors(trained[1]).keys()
+    assert all(torch.equal(tensor, tensors(trained[1])[name]) for name, tensor in tensors(kept).items())
 
 
 def test_a_tower_that_another_process_writes_is_refused(world, photos, tmp_path):
