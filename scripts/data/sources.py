@@ -73,8 +73,11 @@ def read_source(path: Path) -> Rows:
             yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
-        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
+        cure = "It is cut off or damaged: copy or download it again"
+        raise UsageError(f"{name} cannot be read: {str(error).rstrip('.')}. {cure}") from error
 
 
 def read_folder(path: Path) -> Rows:
@@ -200,7 +203,7 @@ def read_object(path: Path) -> Rows:
 
 def read_tar(path: Path) -> Rows:
     """Reads a WebDataset: a row is neighbouring files of one name up to the first dot, pictures with JSON or text."""
-    with tarfile.open(path, mode="r|*") as archive:
+    with tarfile.open(path, mode="r|*", tarinfo=Member) as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
             images = [content for name, content in files if file_kinds.is_picture(name)]
@@ -216,6 +219,16 @@ def read_tar(path: Path) -> Rows:
             elif isinstance(row, dict):
                 row = {name: row[name] for name in row if name not in row_forms.PICTURE_FIELDS} | {"image": images}
             yield key, row
+
+
+class Member(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, archive):
+        """Reads a file's header; raises ReadError where a cut-off tar ends, which tarfile itself takes for the end."""
+        try:
+            return super().fromtarfile(archive)  # EOFHeaderError: the block of zeros that ends every complete tar
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError("unexpected end of data") from error
 
 
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:

@@ -1,5 +1,6 @@
 """Sources read row by row: what is damaged is named with its place, and nothing is read ahead of its use."""
 
+import gzip
 import io
 import json
 import shutil
@@ -136,9 +137,22 @@ def test_a_tar_s_rows_and_damage(tmp_path):
         ("d/7", "bad: its .txt is not UTF-8"),
         ("d/8", {"image": [b"8"], "caption": "text"}),
     ]
-    path.write_bytes(path.read_bytes()[: 512 * 3 + 100])  # within the second file
-    with pytest.raises(UsageError, match="a.tar cannot be read: unexpected end of data"):
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+@pytest.mark.parametrize("end", [512 * 3 + 1, 512 * 4, 512 * 4 + 100])  # in a content, between two files, in a header
+def test_a_tar_that_was_cut_off_is_refused(tmp_path, packed, end):
+    path = tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("1.txt", b"1"), ("2.jpg", b"two"), ("2.txt", b"2")])
+    whole = path.read_bytes()
+    path.write_bytes(packed(whole[: 512 * 9]))  # one block of zeros is enough
+    assert len(read(path)) == 2
+    path.write_bytes(packed(whole[:end]))
+    with pytest.raises(UsageError, match="a.tar cannot be read: unexpected end of data. .*copy or download it again"):
         read(path)
+    (tmp_path / "shards").mkdir()
+    path.rename(tmp_path / "shards" / "a.tar")
+    with pytest.raises(UsageError, match="a.tar cannot be read"):
+        read(tmp_path / "shards")
 
 
 def test_tarfile_does_not_keep_what_was_read(tmp_path, monkeypatch):
