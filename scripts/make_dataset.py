@@ -197,7 +197,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def source_and_share(text: str) -> tuple[Path, float]:
     source, _, share = text.rpartition("=")
+    if not source or not share:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks its share or its source: write a.jsonl=0.3, for example")
     return file_path(source), number(float, 0, 1)(share)
+
+
+source_and_share.__name__ = "SOURCE=SHARE"  # for argparse's "invalid ... value"
 
 
 def main(argv=None):

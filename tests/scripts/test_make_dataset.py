@@ -423,6 +423,10 @@ def test_flags_that_make_no_sense(pictures, capsys):
         (source, "--heldout", 2): "--heldout: 2: must be from 0 to 0.5",
         (source, "--heldout", "nan"): "--heldout: nan: must be from 0 to 0.5",
         (): "required: SOURCE",
+        ("--mix", "a.jsonl", "b=0.3"): "--mix: 'a.jsonl' lacks its share or its source: write a.jsonl=0.3",
+        ("--mix", "b="): "--mix: 'b=' lacks",
+        ("--mix", "=0.3"): "--mix: '=0.3' lacks",
+        ("--mix", "b=c"): "--mix: invalid SOURCE=SHARE value: 'b=c'",
     }.items():
         with pytest.raises(SystemExit, match="2"):
             parse_arguments([*map(str, flags), *to])
