@@ -1,5 +1,6 @@
 """Kinds of data files, by their content; what is wrong with one that training does not take; the lines of a jsonl."""
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -13,6 +14,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import datasets
 import pyarrow as pa
@@ -55,7 +57,7 @@ def kind_of_file(path: Path) -> str | None:
         head = file.read(1 << 16)
     if head.startswith(b"PAR1"):
         return PARQUET
-    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    text = head.decode(encoding_of(head), "replace")
     first, newline, rest = text.lstrip().partition("\n")
     if first.startswith("["):
         return LIST
@@ -70,6 +72,17 @@ def kind_of_file(path: Path) -> str | None:
     if table_header(text):
         return TABLE
     return TAR if tarfile.is_tarfile(path) else None
+
+
+def encoding_of(content: bytes) -> str:
+    """Names a text's encoding: UTF-16 if a byte order mark says so, as in Excel's "Unicode text"; else UTF-8."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def open_text(path: Path, **how) -> TextIO:
+    with open(path, "rb") as file:
+        encoding = encoding_of(file.read(2))
+    return open(path, encoding=encoding, **how)
 
 
 def table_header(text: str) -> tuple[str, list[str] | None] | None:

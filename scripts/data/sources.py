@@ -52,7 +52,8 @@ KNOWN = """A source is one of these, recognised by its content:
     image, and conversations (LLaVA, ShareGPT, MiniCPM), messages (OpenAI), texts
     (FineVision), query and response (ms-swift), question and answer, caption, label
   a WebDataset tar, a parquet file, a folder of either, a folder that datasets saved
-Text is UTF-8. Pictures are looked for beside the source and in its images/."""
+Text is UTF-8, or UTF-16 with a byte order mark. Pictures are looked for beside
+the source and in its images/."""
 Rows = Iterator[tuple[str, dict | RowError]]
 
 
@@ -65,9 +66,8 @@ def read_source(path: Path) -> Rows:
             is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
             found = "empty." if is_empty else "of no known form."
             if path.is_file() and not is_empty:
-                with open(path, "rb") as file:
-                    line = file.readline(80).decode("utf-8-sig", "replace").strip()
-                found += f" Its first line is\n  {printable(line)}"
+                with file_kinds.open_text(path, errors="replace") as file:
+                    found += f" Its first line is\n  {printable(file.readline(80).strip())}"
             raise UsageError(f"{name} is {found}\n{KNOWN}")
         for place, row in READERS[form](path):
             yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
@@ -98,7 +98,7 @@ def read_folder(path: Path) -> Rows:
 
 def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return {"image": images, "caption": text.decode("utf-8-sig").strip()}
+        return {"image": images, "caption": text.decode(file_kinds.encoding_of(text)).strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
@@ -125,7 +125,7 @@ def read_shards(path: Path) -> Rows:
 
 
 def read_table(path: Path) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with file_kinds.open_text(path, newline="") as file:
         delimiter, names = file_kinds.table_header(file.readline())
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
         first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
@@ -147,15 +147,16 @@ def read_table(path: Path) -> Rows:
 
 
 def read_lines(path: Path) -> Rows:
-    with open(path, "rb") as file:
+    # Only the line that is not UTF-8 is a bad row: its bytes stay as they are.
+    with file_kinds.open_text(path, newline="\n", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", parsed(line.strip())
+                yield f"line {number}", parsed(line.strip().encode("utf-8", "surrogateescape"))
 
 
 def parsed(text: bytes) -> object:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text)
     except UnicodeDecodeError:
         return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -165,7 +166,7 @@ def parsed(text: bytes) -> object:
 def read_list(path: Path) -> Rows:
     """Decodes a JSON list object by object, as much of the file at a time as that takes."""
     decoder, number = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8-sig") as file:
+    with file_kinds.open_text(path) as file:
         at = (text := file.read(CHUNK)).index("[") + 1
         while not text.startswith("]", at := BETWEEN_ROWS.match(text, at).end()):
             try:
@@ -183,7 +184,8 @@ def read_list(path: Path) -> Rows:
 
 def read_object(path: Path) -> Rows:
     """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
-    text = path.read_text(encoding="utf-8-sig")
+    with file_kinds.open_text(path) as file:
+        text = file.read()
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:

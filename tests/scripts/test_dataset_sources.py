@@ -17,6 +17,8 @@ from dataset.chat import RowError
 from scripts.data import sources as dataset_sources
 from scripts.data.sources import read_source
 
+DOG = {"image": "a.jpg", "caption": "狗"}
+
 
 @pytest.fixture
 def source(tmp_path):
@@ -72,6 +74,24 @@ def test_text_in_another_encoding_is_refused_or_a_bad_row(source, tmp_path, form
         text = '[{"image": "a.jpg", "caption": "狗"}]' if form == "list" else "image,caption\na.jpg,ok\nb.jpg,狗"
         with pytest.raises(UsageError, match="source is not UTF-8 .*: save it as UTF-8"):
             source(text.encode("gbk"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "image\tcaption\r\na.jpg\t狗\r\n",
+        json.dumps(DOG, ensure_ascii=False),
+        json.dumps([DOG]),
+        json.dumps(DOG, indent=1),
+    ],
+)
+def test_utf_16_is_read_where_its_mark_says_so(source, tmp_path, row):
+    """Excel's "Unicode text" and PowerShell's > write it."""
+    assert [read for _, read in source(row.encode("utf-16"))] == [DOG]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("狗", encoding="utf-16")
+    (tmp_path / "source").unlink()
+    assert read(tmp_path) == [("a.png", {"image": ["a.png"], "caption": "狗"})]
 
 
 def test_lines_that_are_no_rows(source):
@@ -247,7 +267,7 @@ def test_a_parquet_is_read_in_small_batches(tmp_path, monkeypatch):
             "Its first line is\n  file,width\n.* a table .* whose first line is image,caption or image,label",
         ),
         (b"\x89PNG\r\n\x1a\n", "source is of no known form"),
-        ("image,caption\na.jpg,b\n".encode("utf-16"), "Text is UTF-8"),
+        ("Bild\n".encode("utf-16"), "Its first line is\n  Bild\n.*Text is UTF-8"),
         (b"PK\x03\x04" + b"\0" * 100, "of no known form"),
     ],
 )
