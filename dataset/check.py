@@ -14,6 +14,7 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def overview(data: VLMDataset) -> dict[str, str]:
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
         files = counted(len(np.unique(data.shown_pictures)), "file")
         half, most = np.percentile(lengths, (50, 95))
-        facts["pictures"] = f"{data.image_count:,} of {files}; pictures by row: {', '.join(by_row)}"
+        shown = counted(data.image_count, "time")
+        facts["pictures"] = f"{files}, shown {shown}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
     lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
@@ -115,6 +117,11 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
 def places(data: VLMDataset, lines: list) -> str:
     place = ("row" if data.is_parquet else "line") + ("" if len(lines) == 1 else "s")
     return f"{place} {', '.join(map(str, lines[:SHOWN_LINES]))}{', ...' if len(lines) > SHOWN_LINES else ''}"
+
+
+def first_of(reasons: Sequence[str]) -> str:
+    """Returns the first of several reasons of a kind, and says so if the others differ from it."""
+    return reasons[0] + (" (the first; others differ)" if len(set(reasons)) > 1 else "")
 
 
 def kind_of(reason: str) -> str:
@@ -174,7 +181,8 @@ def main(argv=None):
         kinds[kind_of(row.reason)].append(row)
     report += ["", "bad rows"] if kinds else []
     for rows in sorted(kinds.values(), key=len, reverse=True):
-        report += fact(counted(len(rows), "row"), rows[0].reason) + fact("", places(data, [row.line for row in rows]))
+        report += fact(counted(len(rows), "row"), first_of([row.reason for row in rows]))
+        report += fact("", places(data, [row.line for row in rows]))
     print("\n".join(report), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)

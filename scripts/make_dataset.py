@@ -53,7 +53,7 @@ class Made:
     bad_rows: int = 0
     keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
     linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
-    left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
+    left_out: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # by kind: each row's place and reason
     held_out: int = 0  # rows
 
 
@@ -105,7 +105,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                 if isinstance(row, RowError):
                     place, reason = printable(place), printable(row)
                     left_out.write(f"{place}: {reason}\n")
-                    made.left_out.setdefault(check.kind_of(reason), (reason, []))[1].append(place)
+                    made.left_out.setdefault(check.kind_of(reason), []).append((place, reason))
                     made.bad_rows += 1
                 else:
                     names = row.pop("image")
@@ -119,7 +119,9 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                 bar.update()
     if not made.keys:
         sources = ", ".join(display_path(source) for source, _ in args.sources)
-        raise UsageError("\n".join([f"{sources}: none of {made.rows:,} rows can be used", *reasons(made)]))
+        raise UsageError(
+            "\n".join([f"{sources}: none of {check.counted(made.rows, 'row')} can be used", *reasons(made)])
+        )
     if not made.left_out:
         (part / LEFT_OUT).unlink()
     return made
@@ -150,10 +152,11 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 def reasons(made: Made) -> list[str]:
     lines = []
-    for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
-        lines += check.fact(check.counted(len(places), "row"), reason)
-        lines += check.fact("", ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(places) > SHOWN_PLACES else ""))
-        if reason.startswith(("no such picture", "the picture's path leaves")):
+    for rows in sorted(made.left_out.values(), key=len, reverse=True):
+        places, why = zip(*rows, strict=True)
+        lines += check.fact(check.counted(len(rows), "row"), check.first_of(why))
+        lines += check.fact("", ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(rows) > SHOWN_PLACES else ""))
+        if why[0].startswith(("no such picture", "the picture's path leaves")):
             lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
     return lines
 
@@ -221,7 +224,7 @@ def main(argv=None):
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
     if made.bad_rows > made.rows // 100:
         others = f"The others are written; reasons: {display_path(args.to / LEFT_OUT)}"
-        raise UsageError(f"{left_out} were left out, more than 1 % of the rows. {others}")
+        raise UsageError(f"more than 1 % of the rows were left out: {left_out}. {others}")
 
 
 if __name__ == "__main__":

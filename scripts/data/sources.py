@@ -140,7 +140,7 @@ def read_table(path: Path) -> Rows:
                     fields[0] = file_kinds.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
                     yield f"line {line}", dict(zip(names, fields, strict=True))
                 elif fields:  # not a blank line
-                    yield f"line {line}", RowError(f"{len(fields)} fields, but the first line has {len(names)}")
+                    yield f"line {line}", RowError(f"the first line has {len(names)} fields, this one {len(fields)}")
                 line = first + reader.line_num
         except csv.Error as error:  # where the row ends, nothing tells
             raise UsageError(f"{display_path(path)}, line {line}: a quote is wrong or not closed ({error})") from error

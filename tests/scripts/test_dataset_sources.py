@@ -48,7 +48,7 @@ def test_a_table_keeps_its_places_and_names_its_bad_rows(source):
     table = b'\xef\xbb\xbfimage,caption\r\na.jpg,"one\r\ntwo, ""three"""\r\n\r\nb.jpg\r\nc.jpg, "four"\r\ne.jpg,five'
     assert source(table) == [
         ("line 2", {"image": "a.jpg", "caption": 'one\r\ntwo, "three"'}),
-        ("line 5", "bad: 1 fields, but the first line has 2"),
+        ("line 5", "bad: the first line has 2 fields, this one 1"),
         ("line 6", {"image": "c.jpg", "caption": "four"}),
         ("line 7", {"image": "e.jpg", "caption": "five"}),
     ]

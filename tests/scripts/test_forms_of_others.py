@@ -152,7 +152,7 @@ def test_a_source_gives_these_rows(tmp_path, name):
 def test_a_wrong_row_of_flickr30k_is_left_out_and_a_question_of_the_user_s_is_asked(tmp_path):
     write(tmp_path, {"results.csv": FLICKR30K})
     made, folder = make(tmp_path, tmp_path / "results.csv", "--question", "Seen?")
-    assert made.left_out["* fields, but the first line has *"][1] == ["line 3"]
+    assert [place for place, _ in made.left_out["the first line has * fields, this one *"]] == ["line 3"]
     assert contents(folder / "train.jsonl") == [
         ("Seen?\n<image>", 'A "big" cat, asleep .'),
         ("Seen?\n<image>", "A hen ."),

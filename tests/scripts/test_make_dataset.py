@@ -331,10 +331,13 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     report = " ".join(printed.split())
     assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3, 0.00 MB" in report
     assert "left out 5 of 200 rows (2.5 %), all listed in left_out.txt there 3 rows no such" in report
-    assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
+    assert (
+        "3 rows no such picture: gone0.png (the first; others differ) line 196, line 197, line 198 (--images_path names"
+        in report
+    )
     assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
     assert "Training would start with this file: 195 usable rows." in printed
-    assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in error
+    assert "more than 1 % of the rows were left out: 5 of 200 rows. The others are written" in error
     assert len((folder / "left_out.txt").read_text().splitlines()) == 5
     assert all(len(line) <= 80 for line in printed.splitlines() if str(folder) not in line)
 
@@ -381,7 +384,7 @@ def test_no_source_or_caption_is_a_pipe_and_shards_are_read(pictures, tokenizer)
     draw(folder / "last.png", 9)
     os.mkfifo(folder / "last.txt")
     made, _ = make(folder)
-    assert (len(made.keys), [reason for reason, _ in made.left_out.values()]) == (
+    assert (len(made.keys), [reason for [(_, reason)] in made.left_out.values()]) == (
         3,
         ["its .txt cannot be read: it is a pipe, not a file"],
     )
