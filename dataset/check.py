@@ -90,8 +90,8 @@ def overview(data: VLMDataset) -> dict[str, str]:
     return facts
 
 
-def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
-    """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
+def about_answers(data: VLMDataset, tokenizer) -> dict[str, str]:
+    """Says of the first rows' answers if all are numbers, and which scripts' characters the tokenizer takes apart."""
 
     def script_of(character: str) -> str:  # "" for spaces, digits and the like
         category = unicodedata.category(character)
@@ -102,7 +102,10 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
     for row in data.read_rows(data.row_indices[:BATCH].tolist()):
         spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
         answers += [row["input_ids"][start:end] for start, end in spans]
-    text = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True))
+    answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    are_numbers = answers and all(re.fullmatch(r"[\d.-]+", answer.strip()) for answer in answers)
+    facts = {"answers": "only numbers: if they stand for classes, name the classes instead"} if are_numbers else {}
+    text = " ".join(answers)
     for script, run in itertools.groupby(text, script_of):
         runs[script].append("".join(run))
     for script, texts in runs.items():
@@ -111,7 +114,7 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
         if script and share > MANY_TOKENS and size > LEAST_SHARE * len(text):
             found.append(f"{script} takes {share:.1f} tokens a character")
     what = "(English 0.4, Chinese 0.8): longer answers, slower learning"
-    return {"words": f"{', '.join(found)} {what}"} if found else {}
+    return facts | ({"words": f"{', '.join(found)} {what}"} if found else {})
 
 
 def places(data: VLMDataset, lines: list) -> str:
@@ -174,7 +177,7 @@ def main(argv=None):
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     images_path = args.images_path and args.images_path.resolve()
     data = VLMDataset(args.data_path.resolve(), images_path, tokenizer, args.max_seq_len, image_tokens)
-    facts = {"tokenizer": display_path(path.resolve())} | overview(data) | long_words(data, tokenizer)
+    facts = {"tokenizer": display_path(path.resolve())} | overview(data) | about_answers(data, tokenizer)
     report = [display_path(data.data_path), *(line for name in facts for line in fact(name, facts[name]))]
     kinds = defaultdict(list)
     for row in data.bad_rows:

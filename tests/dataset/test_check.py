@@ -286,3 +286,9 @@ def test_scripts_that_the_tokenizer_takes_apart_are_named(check):
     assert 1.5 < float(found[1]) < 3 and float(found[2]) == 4
     assert "(English 0.4, Chinese 0.8): longer answers, slower learning" in report
     assert "a character" not in words(check([both]).passed().out)
+
+
+def test_answers_that_are_only_numbers_are_noticed(check):
+    noticed = "answers only numbers: if they stand for classes, name the classes instead"
+    assert noticed in words(check([row("0"), row("1"), row("0.5")]).passed().out)
+    assert noticed not in words(check([row("0"), row("1"), row("2 dogs")]).passed().out)
