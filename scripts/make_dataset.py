@@ -43,7 +43,7 @@ from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
-LEAST_ROWS, SHOWN_PLACES = 20, 5  # from so many on at least one is held out; of a reason
+LEAST_ROWS, LEAST_PICTURES, SHOWN_PLACES = 20, 3, 5  # from so many on, some are held out; of so many; of a reason
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 
@@ -58,19 +58,22 @@ class Made:
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
-    """Returns which rows to hold out, bool (rows,): at least one of 20, unless `share` is 0; never more than half.
+    """Returns which rows to hold out, bool (rows,): at least 2 of 20 and 3 of 30, unless `share` is 0; at most half.
 
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
-    through other rows, go together, so no held-out picture is trained on.
+    through other rows, go together, so no held-out picture is trained on. Up to a fifth of the rows may go for the
+    least number of different pictures: one alone has no other to be exchanged for, so its grounding is not measured.
     """
     smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
     roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
-    wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
+    least = min(LEAST_PICTURES, len(roots) // 10) if share > 0 and len(roots) >= LEAST_ROWS else 0
+    wanted = max(int(share * len(roots)), least)
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
-    most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
+    smallest_sets = min(np.sort(sizes)[:least].sum(), len(roots) // 5)
+    most = min(max(2 * wanted, sizes.min(initial=len(roots)), smallest_sets), len(roots) // 2)
     taken, rows = [], 0
     for group, size in zip(groups, sizes, strict=True):
-        if rows < wanted and rows + size <= most:
+        if (rows < wanted or len(taken) < least) and rows + size <= most:
             taken.append(group)
             rows += size
     return np.isin(roots, np.array(taken, dtype=np.uint64))

@@ -312,11 +312,12 @@ def test_how_many_rows_are_held_out():
     def count(keys, share):
         return int(held_out(Made(keys=keys), share).sum())
 
-    assert [count(range(1, 1 + rows), 0.02) for rows in (1, 19, 20, 100, 1000)] == [0, 0, 1, 2, 20]
+    assert [count(range(1, 1 + rows), 0.02) for rows in (1, 19, 20, 30, 100, 1000)] == [0, 0, 2, 3, 3, 20]
     assert count(range(1, 1001), 0) == 0
     assert count([5] * 100, 0.02) == 0  # all of them are about one picture
-    assert count([1] * 5 + [2] * 5 + [3] * 5 + [4] * 5, 0.02) == 5  # at least one of twenty, with its picture's others
-    assert count([0] * 90 + list(range(1, 11)), 0.02) == 2 and count([0] * 100, 0.02) == 0
+    assert count([1] * 5 + [2] * 5 + [3] * 5 + [4] * 5, 0.02) == 5  # one of four, with all of its rows
+    assert count([number // 5 + 1 for number in range(100)], 0.02) == 15  # of three pictures
+    assert count([0] * 90 + list(range(1, 11)), 0.02) == 3 and count([0] * 100, 0.02) == 0
 
 
 def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
