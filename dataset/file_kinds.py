@@ -47,7 +47,7 @@ def kind_of_file(path: Path) -> str | None:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return SAVED
-        found = [(Path(name).stem, texts) for _, names, texts in pictures_and_texts(path) for name in names]
+        found = [(Path(name).stem, texts) for _, names, texts, _ in pictures_and_texts(path) for name in names]
         if any(stem in texts for stem, texts in found):
             return FOLDER
         if data_files(path):
@@ -100,13 +100,15 @@ def table_header(text: str) -> tuple[str, list[str] | None] | None:
     return None
 
 
-def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
-    """Yields each folder inside, its pictures' names, and its texts' names by stem; skips hidden ones."""
+def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str], list[str]]]:
+    """Yields each folder inside, its pictures' names, its texts' names by stem, and others; skips hidden ones."""
     for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
-        yield Path(where), [name for name in names if is_picture(name)], texts
+        images = [name for name in names if is_picture(name)]
+        read = {*images, *texts.values()}
+        yield Path(where), images, texts, [name for name in names if name not in read]
 
 
 def data_files(folder: Path) -> list[Path]:

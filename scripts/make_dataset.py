@@ -36,7 +36,7 @@ from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
 from dataset.chat import RowError
-from scripts.data.sources import KNOWN, make_row, read_source
+from scripts.data.sources import KNOWN, make_row, not_read, read_source
 from trainer.bundles import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
@@ -221,6 +221,9 @@ def main(argv=None):
     if made.left_out:
         share = check.percent(made.bad_rows, made.rows)
         facts["left out"] = f"{left_out} ({share}), all listed in {LEFT_OUT} there"
+    others = [f"{counts} in {display_path(source)}" for source, _ in args.sources if (counts := not_read(source))]
+    if others:
+        facts["not read"] = f"other files: {'; '.join(others)}. To read one, name it as a source of its own"
     lines = [line for name, value in facts.items() for line in check.fact(name, value)]
     print(display_path(args.to), *lines, *reasons(made), sep="\n", end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])

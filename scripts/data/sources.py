@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -80,8 +81,19 @@ def read_source(path: Path) -> Rows:
         raise UsageError(f"{name} cannot be read: {str(error).rstrip('.')}. {cure}") from error
 
 
+def not_read(path: Path) -> str:
+    """Counts the files of a folder that are of another form than what is read of it: "2 .csv, 1 .tar"; else ""."""
+    form, counts = file_kinds.kind_of_file(path), Counter()
+    if form in (file_kinds.FOLDER, file_kinds.CLASSES, file_kinds.SHARDS):
+        shards = set(file_kinds.data_files(path)) if form == file_kinds.SHARDS else ()
+        for folder, _, texts, others in file_kinds.pictures_and_texts(path):
+            others += () if form == file_kinds.FOLDER else texts.values()
+            counts.update(Path(name).suffix.lower() or name for name in others if folder / name not in shards)
+    return ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
+
+
 def read_folder(path: Path) -> Rows:
-    for folder, images, texts in file_kinds.pictures_and_texts(path):
+    for folder, images, texts, _ in file_kinds.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in images:
             picture, text = str(inside / name), texts.get(Path(name).stem)
@@ -105,7 +117,7 @@ def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, images, _ in file_kinds.pictures_and_texts(path):
+    for folder, images, *_ in file_kinds.pictures_and_texts(path):
         for name in images:
             place, label = str((folder / name).relative_to(path)), folder.name
             if folder == path or label in IMAGE_FOLDERS:

@@ -368,6 +368,21 @@ def test_what_is_there_is_not_overwritten(pictures):
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.data", "made"}
 
 
+def test_files_of_another_form_in_a_folder_are_named(pictures, run):
+    folder = as_folder(pictures)
+    for name in ("a.csv", "b.csv", "sub/c.tar", ".hidden.csv", "LICENSE"):
+        (folder / name).write_text("image,caption\n", encoding="utf-8")
+    printed, error = run(folder, "--to", "made")
+    expected = f"not read other files: 2 .csv, 1 LICENSE, 1 .tar in {folder}. To read one, name it"
+    assert error == "" and expected.replace(" ", "") in "".join(printed.split())  # a long path is broken over lines
+    for path in folder.rglob("*.txt"):
+        path.unlink()
+    as_table(pictures, ["image", "caption"]).rename(folder / "a.csv")
+    (folder / "b.csv").unlink()
+    printed, error = run(folder, "--to", "made", "--overwrite")  # the table is read
+    assert error == "" and "other files: 1 LICENSE, 1 .tar in" in " ".join(printed.split())
+
+
 def test_a_source_that_breaks_off_leaves_nothing(pictures):
     source = as_list(pictures, llava())
     source.write_bytes(source.read_bytes()[:-20])
