@@ -31,7 +31,9 @@ from common.errors import UsageError, run_script
 from common.files import RECORD, hash_of, read_record
 from common.paths import TOWER_DIR, display_path, printable
 from dataset.chat import IMAGE_TAG
+from dataset.check import counted
 from dataset.prompts import DEFAULT_FORM
+from dataset.row_forms import CHINESE
 from dataset.scenes.language import DESCRIBE
 from model.model_vlm import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
@@ -63,7 +65,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
     what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
     add("--license", type=str.lower, required=True, help=what)
-    add("--language", default="zh", help="language codes for the card, as zh or zh,en")
+    what = "language codes for the card, as zh or zh,en (default: zh if the run's samples are in Chinese, else none)"
+    add("--language", help=what)
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
@@ -138,7 +141,7 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     ]
     metadata = ModelCardData(
         license=args.license,
-        language=args.language.split(","),
+        language=args.language.split(",") if args.language else None,
         pipeline_tag=task,
         library_name=None if model.kind == "weights" else model.kind,
         base_model=tower,
@@ -211,6 +214,9 @@ def main(argv: list[str] | None = None):
             raise UsageError(f"{again}, so its record is of another model: export it again")
     except UsageError as error:  # the card says less then
         record, missing = page.Record(folder, model.name, [], []), [str(error)]
+    is_named = args.language is not None
+    if not is_named and any(CHINESE.match(sample["reference"]) for sample in record.samples):
+        args.language = "zh"
     made = card_files(model, record, args)
     files = model.files | made
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
@@ -222,8 +228,11 @@ def main(argv: list[str] | None = None):
             print(f"left out: {printable(path.name)}")
     for line in missing:
         print(f"the card says less: {line}")
+    if not is_named:
+        print(f"the card's language: {args.language or 'none'} (--language names others)")
     if samples := len(made) - 1:
-        print(f"{samples} images of the run's data go with the card: may you publish them? --no_samples omits them")
+        images = counted(samples, "image")
+        print(f"with the card: {images} of the run's data. May you publish them? --no_samples omits them")
     if not args.dry_run:
         upload(files, args)
         return
