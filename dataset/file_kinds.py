@@ -1,6 +1,5 @@
 """Kinds of data files, by their content; what is wrong with one that training does not take; the lines of a jsonl."""
 
-import codecs
 import contextlib
 import csv
 import errno
@@ -53,11 +52,10 @@ def kind_of_file(path: Path) -> str | None:
         if data_files(path):
             return SHARDS
         return CLASSES if found else None
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    if head.startswith(b"PAR1"):
+    with open_text(path, errors="replace") as file:
+        text = file.read(1 << 16)
+    if text.startswith("PAR1"):
         return PARQUET
-    text = head.decode(encoding_of(head), "replace")
     first, newline, rest = text.lstrip().partition("\n")
     if first.startswith("["):
         return LIST
@@ -74,14 +72,10 @@ def kind_of_file(path: Path) -> str | None:
     return TAR if tarfile.is_tarfile(path) else None
 
 
-def encoding_of(content: bytes) -> str:
-    """Names a text's encoding: UTF-16 if a byte order mark says so, as in Excel's "Unicode text"; else UTF-8."""
-    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
 def open_text(path: Path, **how) -> TextIO:
+    """Opens a text in UTF-8, or in UTF-16 where its byte order mark says so, as in Excel's "Unicode text"."""
     with open(path, "rb") as file:
-        encoding = encoding_of(file.read(2))
+        encoding = json.detect_encoding(file.read(4))
     return open(path, encoding=encoding, **how)
 
 
@@ -101,14 +95,12 @@ def table_header(text: str) -> tuple[str, list[str] | None] | None:
 
 
 def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str], list[str]]]:
-    """Yields each folder inside, its pictures' names, its texts' names by stem, and others; skips hidden ones."""
+    """Yields each folder inside, its pictures' names, its texts' names by stem, and all names; skips hidden ones."""
     for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
-        images = [name for name in names if is_picture(name)]
-        read = {*images, *texts.values()}
-        yield Path(where), images, texts, [name for name in names if name not in read]
+        yield Path(where), [name for name in names if is_picture(name)], texts, names
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -116,9 +108,7 @@ def data_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for ending in SHARD_ENDINGS:
         found = [path for path in files if path.name.endswith(ending)]
-        if ending == ".txt":
-            found = [path for path in found if kind_of_file(path) == TABLE]
-        if found:
+        if found := [path for path in found if ending != ".txt" or kind_of_file(path) == TABLE]:
             return found
     return []
 

@@ -40,7 +40,8 @@ BATCH = 32  # rows with their pictures' bytes
 PROGRAMS = "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot whatsapp telegram signal from at"
 BY_CAMERA = {*PROGRAMS.split(), "图片", "微信图片"}
 BROKEN = "broken JSON, or the file is cut off"
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
+DAMAGED = (EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+DAMAGED += (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
 NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
@@ -76,7 +77,7 @@ def read_source(path: Path) -> Rows:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
+    except DAMAGED as error:
         cure = "It is cut off or damaged: copy or download it again"
         raise UsageError(f"{name} cannot be read: {str(error).rstrip('.')}. {cure}") from error
 
@@ -86,8 +87,8 @@ def not_read(path: Path) -> str:
     form, counts = file_kinds.kind_of_file(path), Counter()
     if form in (file_kinds.FOLDER, file_kinds.CLASSES, file_kinds.SHARDS):
         shards = set(file_kinds.data_files(path)) if form == file_kinds.SHARDS else ()
-        for folder, _, texts, others in file_kinds.pictures_and_texts(path):
-            others += () if form == file_kinds.FOLDER else texts.values()
+        for folder, images, texts, names in file_kinds.pictures_and_texts(path):
+            others = sorted(set(names).difference(images, texts.values() if form == file_kinds.FOLDER else ()))
             counts.update(Path(name).suffix.lower() or name for name in others if folder / name not in shards)
     return ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
 
@@ -110,7 +111,7 @@ def read_folder(path: Path) -> Rows:
 
 def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return {"image": images, "caption": text.decode(file_kinds.encoding_of(text)).strip()}
+        return {"image": images, "caption": text.decode(json.detect_encoding(text)).strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
@@ -206,11 +207,8 @@ def read_object(path: Path) -> Rows:
     rows = [whole] if row_forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
-        rows = []
-        for row in whole["annotations"]:
-            if isinstance(row, dict):
-                row = {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-            rows.append(row)
+        captions = [row if isinstance(row, dict) else {} for row in whole["annotations"]]
+        rows = [{"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")} for row in captions]
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
@@ -258,19 +256,13 @@ def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
         file_kinds.check_names(path, schema.names)
-        try:
-            features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
-        except DAMAGED as error:
-            raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         yield from numbered(file.iter_batches(batch_size=BATCH), features)
 
 
 def read_saved(path: Path) -> Rows:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except DAMAGED as error:
-        raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:
             names = " or ".join(display_path(path / name) for name in saved)
