@@ -14,7 +14,6 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from dataset.row_forms import EXAMPLE_ROW
 from model.model_vlm import CONFIG_3V, VLMConfig
 
 WIDTH = 80  # characters of a line
-SHOWN_LINES, SHOWN_PICTURES = 8, 20
+SHOWN_PLACES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 MANY_TOKENS, LEAST_SHARE = 1.5, 0.01  # a character; of all characters (the built-in tokenizer: English 0.37)
 TOKENIZERS = (place_of(TOKENIZER_DIR), place_of(TOKENIZER_3V_DIR), BUILTIN_TOKENIZER_DIR)
@@ -68,8 +67,7 @@ def overview(data: VLMDataset) -> dict[str, str]:
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
         files = counted(len(np.unique(data.shown_pictures)), "file")
         half, most = np.percentile(lengths, (50, 95))
-        shown = counted(data.image_count, "time")
-        facts["pictures"] = f"{files}, shown {shown}; pictures by row: {', '.join(by_row)}"
+        facts["pictures"] = f"{files}, shown {counted(data.image_count, 'time')}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
     lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
@@ -86,7 +84,7 @@ def overview(data: VLMDataset) -> dict[str, str]:
             content = row["input_ids"], row["pictures"], row["picture_numbers"]
             original = first.setdefault(hash_63(repr(content).encode()), row["line"])
             copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
-    facts["duplicates"] = f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
+    facts["duplicates"] = f"{counted(len(copies), 'row')} seen before: {places(copies, data)}" if copies else "none"
     return facts
 
 
@@ -117,14 +115,24 @@ def about_answers(data: VLMDataset, tokenizer) -> dict[str, str]:
     return facts | ({"words": f"{', '.join(found)} {what}"} if found else {})
 
 
-def places(data: VLMDataset, lines: list) -> str:
-    place = ("row" if data.is_parquet else "line") + ("" if len(lines) == 1 else "s")
-    return f"{place} {', '.join(map(str, lines[:SHOWN_LINES]))}{', ...' if len(lines) > SHOWN_LINES else ''}"
+def places(shown: list | tuple, data: VLMDataset | None) -> str:
+    """Lists the first places, which are texts, or the numbers of lines or rows of a data set."""
+    first = ", ".join(map(str, shown[:SHOWN_PLACES])) + (", ..." if len(shown) > SHOWN_PLACES else "")
+    if data is None:
+        return first
+    return f"{'row' if data.is_parquet else 'line'}{'' if len(shown) == 1 else 's'} {first}"
 
 
-def first_of(reasons: Sequence[str]) -> str:
-    """Returns the first of several reasons of a kind, and says so if the others differ from it."""
-    return reasons[0] + (" (the first; others differ)" if len(set(reasons)) > 1 else "")
+def by_reason(rows: list[tuple[int | str, str]], data: VLMDataset | None = None) -> list[str]:
+    """Formats the places and reasons of bad rows: each kind with its first reason, the most frequent kind first."""
+    kinds, lines = defaultdict(list), []
+    for row in rows:
+        kinds[kind_of(row[1])].append(row)
+    for kind in sorted(kinds.values(), key=len, reverse=True):
+        shown, reasons = zip(*kind, strict=True)
+        lines += fact(counted(len(kind), "row"), reasons[0] + " (the first; others differ)" * (len(set(reasons)) > 1))
+        lines += fact("", places(shown, data))
+    return lines
 
 
 def kind_of(reason: str) -> str:
@@ -151,7 +159,7 @@ def broken_pictures(data: VLMDataset) -> list[str]:
     skipped = counted(len(np.unique(lines[np.isin(shown, list(errors))])), "row")
     report = [f"broken pictures: {len(errors):,} of {len(pictures):,}; training skips {skipped}"]
     for picture, error in itertools.islice(errors.items(), SHOWN_PICTURES):
-        report += fact("", f"{error} ({places(data, np.unique(lines[shown == picture]).tolist())})")
+        report += fact("", f"{error} ({places(np.unique(lines[shown == picture]).tolist(), data)})")
     return report + fact("", "...") * (len(errors) > SHOWN_PICTURES)
 
 
@@ -179,13 +187,7 @@ def main(argv=None):
     data = VLMDataset(args.data_path.resolve(), images_path, tokenizer, args.max_seq_len, image_tokens)
     facts = {"tokenizer": display_path(path.resolve())} | overview(data) | about_answers(data, tokenizer)
     report = [display_path(data.data_path), *(line for name in facts for line in fact(name, facts[name]))]
-    kinds = defaultdict(list)
-    for row in data.bad_rows:
-        kinds[kind_of(row.reason)].append(row)
-    report += ["", "bad rows"] if kinds else []
-    for rows in sorted(kinds.values(), key=len, reverse=True):
-        report += fact(counted(len(rows), "row"), first_of([row.reason for row in rows]))
-        report += fact("", places(data, [row.line for row in rows]))
+    report += ["", "bad rows", *by_reason(data.bad_rows, data)] if data.bad_rows else []
     print("\n".join(report), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)

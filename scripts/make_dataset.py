@@ -43,17 +43,15 @@ from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
-LEAST_ROWS, LEAST_PICTURES, SHOWN_PLACES = 20, 3, 5  # from so many on, some are held out; of so many; of a reason
+LEAST_ROWS, LEAST_PICTURES = 20, 3  # from so many rows on, some are held out; of so many pictures
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 
 @dataclass
 class Made:
-    rows: int = 0  # taken, good or bad
-    bad_rows: int = 0
-    keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
+    keys: array = field(default_factory=lambda: array("Q"))  # of each good row: its first picture's hash, 0: none
     linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
-    left_out: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # by kind: each row's place and reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # each bad row's place and reason
     held_out: int = 0  # rows
 
 
@@ -97,7 +95,6 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     convert = partial(make_row, question=args.question, size=args.size, folder=part / IMAGES)
     with (
         open(part / ROWS, "w", encoding="utf-8") as rows,
-        open(part / LEFT_OUT, "w", encoding="utf-8") as left_out,
         tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
@@ -106,10 +103,7 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
             places, originals, folders = zip(*batch, strict=True)
             for place, row in zip(places, pool.map(convert, originals, folders), strict=True):
                 if isinstance(row, RowError):
-                    place, reason = printable(place), printable(row)
-                    left_out.write(f"{place}: {reason}\n")
-                    made.left_out.setdefault(check.kind_of(reason), []).append((place, reason))
-                    made.bad_rows += 1
+                    made.left_out.append((printable(place), printable(row)))
                 else:
                     names = row.pop("image")
                     hashes = [int(name[:16], 16) for name in names]
@@ -118,15 +112,14 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     made.keys.append(hashes[0] if hashes else 0)
                     image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
-                made.rows += 1
                 bar.update()
     if not made.keys:
-        sources = ", ".join(display_path(source) for source, _ in args.sources)
-        raise UsageError(
-            "\n".join([f"{sources}: none of {check.counted(made.rows, 'row')} can be used", *reasons(made)])
-        )
-    if not made.left_out:
-        (part / LEFT_OUT).unlink()
+        sources, rows = ", ".join(display_path(source) for source, _ in args.sources), len(made.left_out)
+        none = f"{sources}: none of {check.counted(rows, 'row')} can be used"
+        raise UsageError("\n".join([none, *reasons(made)]))
+    if made.left_out:
+        lines = [f"{place}: {reason}\n" for place, reason in made.left_out]
+        (part / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
     return made
 
 
@@ -154,14 +147,9 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 
 def reasons(made: Made) -> list[str]:
-    lines = []
-    for rows in sorted(made.left_out.values(), key=len, reverse=True):
-        places, why = zip(*rows, strict=True)
-        lines += check.fact(check.counted(len(rows), "row"), check.first_of(why))
-        lines += check.fact("", ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(rows) > SHOWN_PLACES else ""))
-        if why[0].startswith(("no such picture", "the picture's path leaves")):
-            lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
-    return lines
+    is_misplaced = any(why.startswith(("no such picture", "the picture's path leaves")) for _, why in made.left_out)
+    hint = "(--images_path names the folder of the pictures; by default it is the source's)"
+    return check.by_reason(made.left_out) + (check.fact("", hint) if is_misplaced else [])
 
 
 def commands(folder: Path, made: Made) -> str:
@@ -208,19 +196,16 @@ def source_and_share(text: str) -> tuple[Path, float]:
     return file_path(source), number(float, 0, 1)(share)
 
 
-source_and_share.__name__ = "SOURCE=SHARE"  # for argparse's "invalid ... value"
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
     sizes = [picture.stat().st_size for picture in (args.to / IMAGES).iterdir()]
-    left_out = f"{made.bad_rows:,} of {made.rows:,} rows"
+    bad, rows = len(made.left_out), len(made.keys) + len(made.left_out)
+    left_out = f"{bad:,} of {rows:,} rows"
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
     facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
-    if made.left_out:
-        share = check.percent(made.bad_rows, made.rows)
-        facts["left out"] = f"{left_out} ({share}), all listed in {LEFT_OUT} there"
+    if bad:
+        facts["left out"] = f"{left_out} ({check.percent(bad, rows)}), all listed in {LEFT_OUT} there"
     others = [f"{counts} in {display_path(source)}" for source, _ in args.sources if (counts := not_read(source))]
     if others:
         facts["not read"] = f"other files: {'; '.join(others)}. To read one, name it as a source of its own"
@@ -228,7 +213,7 @@ def main(argv=None):
     print(display_path(args.to), *lines, *reasons(made), sep="\n", end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
-    if made.bad_rows > made.rows // 100:
+    if bad > rows // 100:
         others = f"The others are written; reasons: {display_path(args.to / LEFT_OUT)}"
         raise UsageError(f"more than 1 % of the rows were left out: {left_out}. {others}")
 

@@ -65,8 +65,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
     what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
     add("--license", type=str.lower, required=True, help=what)
-    what = "language codes for the card, as zh or zh,en (default: zh if the run's samples are in Chinese, else none)"
-    add("--language", help=what)
+    add(
+        "--language",
+        help="codes for the card, as zh or zh,en (default: zh if the run's samples are Chinese, else none)",
+    )
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
@@ -214,8 +216,7 @@ def main(argv: list[str] | None = None):
             raise UsageError(f"{again}, so its record is of another model: export it again")
     except UsageError as error:  # the card says less then
         record, missing = page.Record(folder, model.name, [], []), [str(error)]
-    is_named = args.language is not None
-    if not is_named and any(CHINESE.match(sample["reference"]) for sample in record.samples):
+    if args.language is None and any(CHINESE.match(sample["reference"]) for sample in record.samples):
         args.language = "zh"
     made = card_files(model, record, args)
     files = model.files | made
@@ -228,11 +229,10 @@ def main(argv: list[str] | None = None):
             print(f"left out: {printable(path.name)}")
     for line in missing:
         print(f"the card says less: {line}")
-    if not is_named:
-        print(f"the card's language: {args.language or 'none'} (--language names others)")
+    print(f"the card's language: {args.language or 'none'} (--language names others)")
     if samples := len(made) - 1:
-        images = counted(samples, "image")
-        print(f"with the card: {images} of the run's data. May you publish them? --no_samples omits them")
+        ask = "may you publish them? --no_samples omits them"
+        print(f"with the card: {counted(samples, 'image')} of the run's data: {ask}")
     if not args.dry_run:
         upload(files, args)
         return

@@ -146,13 +146,13 @@ def test_a_source_gives_these_rows(tmp_path, name):
     files, source, rows = SOURCES[name]
     write(tmp_path, files)
     made, folder = make(tmp_path, tmp_path / source)
-    assert made.left_out == {} and contents(folder / "train.jsonl") == rows
+    assert made.left_out == [] and contents(folder / "train.jsonl") == rows
 
 
 def test_a_wrong_row_of_flickr30k_is_left_out_and_a_question_of_the_user_s_is_asked(tmp_path):
     write(tmp_path, {"results.csv": FLICKR30K})
     made, folder = make(tmp_path, tmp_path / "results.csv", "--question", "Seen?")
-    assert [place for place, _ in made.left_out["the first line has * fields, this one *"]] == ["line 3"]
+    assert [place for place, _ in made.left_out] == ["line 3"]
     assert contents(folder / "train.jsonl") == [
         ("Seen?\n<image>", 'A "big" cat, asleep .'),
         ("Seen?\n<image>", "A hen ."),
