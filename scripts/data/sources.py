@@ -215,7 +215,7 @@ def read_object(path: Path) -> Rows:
 
 def read_tar(path: Path) -> Rows:
     """Reads a WebDataset: a row is neighbouring files of one name up to the first dot, pictures with JSON or text."""
-    with tarfile.open(path, mode="r|*", tarinfo=Member) as archive:
+    with tarfile.open(path) as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
             images = [content for name, content in files if file_kinds.is_picture(name)]
@@ -233,16 +233,6 @@ def read_tar(path: Path) -> Rows:
             yield key, row
 
 
-class Member(tarfile.TarInfo):
-    @classmethod
-    def fromtarfile(cls, archive):
-        """Reads a file's header; raises ReadError where a cut-off tar ends, which tarfile itself takes for the end."""
-        try:
-            return super().fromtarfile(archive)  # EOFHeaderError: the block of zeros that ends every complete tar
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
-            raise tarfile.ReadError("unexpected end of data") from error
-
-
 def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     while (member := archive.next()) is not None:
         archive.members.clear()  # it would keep all of them
@@ -250,6 +240,10 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         key, name = path.name.partition(".")[0], path.name.lower()
         if member.isfile() and key and (file_kinds.is_picture(name) or name.endswith((".txt", ".json"))):
             yield str(path.parent / key), name, archive.extractfile(member).read()
+    # A block of zeros ends every complete tar; tarfile takes anything that is no header for the end.
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("unexpected end of data")
 
 
 def read_parquet(path: Path) -> Rows:
