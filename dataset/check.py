@@ -127,18 +127,14 @@ def by_reason(rows: list[tuple[int | str, str]], data: VLMDataset | None = None)
     """Formats the places and reasons of bad rows: each kind with its first reason, the most frequent kind first."""
     kinds, lines = defaultdict(list), []
     for row in rows:
-        kinds[kind_of(row[1])].append(row)
+        # A reason without what differs by row: numbers, quoted words, and details after `:`.
+        general = re.sub(r"""(?<!\w)('[^']*'|"[^"]*")|\d+""", "*", row[1])
+        kinds[re.match(r"(turn \*: )?[^:]*", general)[0]].append(row)
     for kind in sorted(kinds.values(), key=len, reverse=True):
         shown, reasons = zip(*kind, strict=True)
         lines += fact(counted(len(kind), "row"), reasons[0] + " (the first; others differ)" * (len(set(reasons)) > 1))
         lines += fact("", places(shown, data))
     return lines
-
-
-def kind_of(reason: str) -> str:
-    """Strips from a reason what differs by row: numbers, quoted words, and details after `:`."""
-    general = re.sub(r"""(?<!\w)('[^']*'|"[^"]*")|\d+""", "*", reason)
-    return re.match(r"(turn \*: )?[^:]*", general)[0]
 
 
 def broken_pictures(data: VLMDataset) -> list[str]:

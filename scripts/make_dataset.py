@@ -59,8 +59,8 @@ def held_out(made: Made, share: float) -> np.ndarray:
     """Returns which rows to hold out, bool (rows,): at least 2 of 20 and 3 of 30, unless `share` is 0; at most half.
 
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
-    through other rows, go together, so no held-out picture is trained on. Up to a fifth of the rows may go for the
-    least number of different pictures: one alone has no other to be exchanged for, so its grounding is not measured.
+    through other rows, go together, so no held-out picture is trained on. Up to a fifth may go for several pictures:
+    without another to be exchanged for, the grounding gap is not measured.
     """
     smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
     roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
@@ -203,9 +203,8 @@ def main(argv=None):
     bad, rows = len(made.left_out), len(made.keys) + len(made.left_out)
     left_out = f"{bad:,} of {rows:,} rows"
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
-    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
-    if bad:
-        facts["left out"] = f"{left_out} ({check.percent(bad, rows)}), all listed in {LEFT_OUT} there"
+    listed = f"{left_out} ({check.percent(bad, rows)}), all listed in {LEFT_OUT} there"
+    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": listed if bad else "nothing"}
     others = [f"{counts} in {display_path(source)}" for source, _ in args.sources if (counts := not_read(source))]
     if others:
         facts["not read"] = f"other files: {'; '.join(others)}. To read one, name it as a source of its own"

@@ -54,8 +54,7 @@ KNOWN = """A source is one of these, recognised by its content:
     image, and conversations (LLaVA, ShareGPT, MiniCPM), messages (OpenAI), texts
     (FineVision), query and response (ms-swift), question and answer, caption, label
   a WebDataset tar, a parquet file, a folder of either, a folder that datasets saved
-Text is UTF-8, or UTF-16 with a byte order mark. Pictures are looked for beside
-the source and in its images/."""
+Text is UTF-8 or UTF-16. Pictures lie beside the source or in its images/."""
 Rows = Iterator[tuple[str, dict | RowError]]
 
 
