@@ -118,9 +118,7 @@ def about_answers(data: VLMDataset, tokenizer) -> dict[str, str]:
 def places(shown: list | tuple, data: VLMDataset | None) -> str:
     """Lists the first places, which are texts, or the numbers of lines or rows of a data set."""
     first = ", ".join(map(str, shown[:SHOWN_PLACES])) + (", ..." if len(shown) > SHOWN_PLACES else "")
-    if data is None:
-        return first
-    return f"{'row' if data.is_parquet else 'line'}{'' if len(shown) == 1 else 's'} {first}"
+    return first if data is None else f"{'row' if data.is_parquet else 'line'}{'' if len(shown) == 1 else 's'} {first}"
 
 
 def by_reason(rows: list[tuple[int | str, str]], data: VLMDataset | None = None) -> list[str]:

@@ -185,10 +185,9 @@ def reading(data_path: Path):
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
-        raise UsageError(
-            f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
-            "then run the same command again"
-        ) from error
+        cure = "end other programs, then run the same command again"
+        why = f"was killed, most likely because memory ran out: {cure}"
+        raise UsageError(f"a process that tokenises {data_path} {why}") from error
 
 
 def quiet_libraries(is_main: bool):

@@ -93,11 +93,8 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     (part / IMAGES).mkdir()
     made, threads = Made(), min(cores(), MOST_THREADS)
     convert = partial(make_row, question=args.question, size=args.size, folder=part / IMAGES)
-    with (
-        open(part / ROWS, "w", encoding="utf-8") as rows,
-        tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    bar = tqdm(desc="converting", unit=" rows", disable=None, leave=False)
+    with open(part / ROWS, "w", encoding="utf-8") as rows, bar, ThreadPoolExecutor(threads) as pool:
         items = taken_rows(args)
         while batch := list(itertools.islice(items, AHEAD * threads)):
             places, originals, folders = zip(*batch, strict=True)

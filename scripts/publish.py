@@ -65,10 +65,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
     what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
     add("--license", type=str.lower, required=True, help=what)
-    add(
-        "--language",
-        help="codes for the card, as zh or zh,en (default: zh if the run's samples are Chinese, else none)",
-    )
+    add("--language", help="codes for the card, as zh,en (default: zh if the run's samples are in Chinese, else none)")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
@@ -136,11 +133,8 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     task = "image-text-to-text" if model.sees_images else "text-generation"
     last = record.evaluations[-1] if record.evaluations and page.measured(record.evaluations[-1]) == page.LOSS else {}
     held_out = f"{page.number(last.get('samples'))} held-out samples"
-    results = [  # the last held-out losses, nats per token
-        EvalResult(task, "held-out", held_out, "loss", last[key], metric_name=name)
-        for key, name in LOSSES.items()
-        if page.is_finite(last.get(key))
-    ]
+    known = {name: last[key] for key, name in LOSSES.items() if page.is_finite(last.get(key))}  # nats per token
+    results = [EvalResult(task, "held-out", held_out, "loss", loss, metric_name=name) for name, loss in known.items()]
     metadata = ModelCardData(
         license=args.license,
         language=args.language.split(",") if args.language else None,
