@@ -16,7 +16,6 @@ import json
 import re
 import sys
 import textwrap
-from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,7 +48,7 @@ LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 @dataclass
 class Made:
-    keys: array = field(default_factory=lambda: array("Q"))  # of each good row: its first picture's hash, 0: none
+    keys: list[int] = field(default_factory=list)  # of each good row: its first picture's hash, 0: none
     linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
     left_out: list[tuple[str, str]] = field(default_factory=list)  # each bad row's place and reason
     held_out: int = 0  # rows

@@ -225,8 +225,7 @@ def main(argv: list[str] | None = None):
         print(f"the card says less: {line}")
     print(f"the card's language: {args.language or 'none'} (--language names others)")
     if samples := len(made) - 1:
-        ask = "may you publish them? --no_samples omits them"
-        print(f"with the card: {counted(samples, 'image')} of the run's data: {ask}")
+        print(f"{counted(samples, 'image')} of the run's data: may they go with the card? --no_samples omits them")
     if not args.dry_run:
         upload(files, args)
         return

@@ -40,7 +40,7 @@ BATCH = 32  # rows with their pictures' bytes
 PROGRAMS = "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot whatsapp telegram signal from at"
 BY_CAMERA = {*PROGRAMS.split(), "图片", "微信图片"}
 BROKEN = "broken JSON, or the file is cut off"
-DAMAGED = (EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 DAMAGED += (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
@@ -74,11 +74,9 @@ def read_source(path: Path) -> Rows:
             yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
     except DAMAGED as error:
-        cure = "It is cut off or damaged: copy or download it again"
-        raise UsageError(f"{name} cannot be read: {str(error).rstrip('.')}. {cure}") from error
+        damaged = f"{str(error).rstrip('.')}. It is cut off or damaged: copy or download it again"
+        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or damaged}") from error
 
 
 def not_read(path: Path) -> str:
