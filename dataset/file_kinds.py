@@ -185,8 +185,7 @@ def reading(data_path: Path):
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
-        cure = "end other programs, then run the same command again"
-        why = f"was killed, most likely because memory ran out: {cure}"
+        why = "was killed, most likely because memory ran out: end other programs, then run the same command again"
         raise UsageError(f"a process that tokenises {data_path} {why}") from error
 
 

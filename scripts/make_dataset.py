@@ -58,8 +58,7 @@ def held_out(made: Made, share: float) -> np.ndarray:
     """Returns which rows to hold out, bool (rows,): at least 2 of 20 and 3 of 30, unless `share` is 0; at most half.
 
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
-    through other rows, go together, so no held-out picture is trained on. Up to a fifth may go for several pictures:
-    without another to be exchanged for, the grounding gap is not measured.
+    through other rows, go together, so none is trained on. Up to a fifth may go to have several pictures to shuffle.
     """
     smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
     roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
@@ -172,8 +171,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    what = "pixels of the shorter side that larger ones get"
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of a larger picture's shorter side")
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)

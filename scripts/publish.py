@@ -63,8 +63,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
-    what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
-    add("--license", type=str.lower, required=True, help=what)
+    add("--license", type=str.lower, required=True, help="one that your data and starting weights allow (the hub's id)")
     add("--language", help="codes for the card, as zh,en (default: zh if the run's samples are in Chinese, else none)")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
