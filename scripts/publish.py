@@ -70,7 +70,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        raise UsageError(f"{args.repo} is no repository: use NAME/REPO, with your name on the hub")
+        raise UsageError(f"{args.repo} is not a repository's name: use NAME/REPO, with your name on the hub")
     args.source = args.source.absolute()
     return args
 
@@ -86,7 +86,7 @@ def read_model(path: Path) -> Model:
         if "exported_by" not in record or not isinstance(hashes, dict):
             cure = "name a folder that scripts/export.py wrote (export an old one again), or a .pth weight file"
             state = "NAME_resume.pth is a training state, which is never published"
-            raise UsageError(f"{display_path(path)} is nothing to publish: {cure} ({state})")
+            raise UsageError(f"{display_path(path)} cannot be published: {cure} ({state})")
         files, sidecar_path = {name: path / name for name in hashes}, path / TRAINING
         for name, file in files.items():
             # A name may lead out of the folder.

@@ -44,7 +44,7 @@ DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
 DAMAGED += (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
-NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
+NO_LABEL = "its name is not a label: give it one such as red_car_012.jpg, a folder for each class, or a .txt beside it"
 KNOWN = """A source is one of these, recognised by its content:
   a folder of pictures with a .txt of the same name beside each, or with a folder
     for each class (photos/cat/1.jpg), or named by what they show (red_car_012.jpg)
@@ -222,7 +222,7 @@ def read_tar(path: Path) -> Rows:
             if not images or not (texts or objects):
                 row = RowError("a picture without a text" if images else "a text without a picture")
             elif len(texts) > 1 or len(objects) > 1:
-                row = RowError("several texts of one name up to the first dot")
+                row = RowError("several texts whose names are the same up to the first dot")
             elif texts and isinstance(row, dict) and row_forms.field(row, ("conversations", "messages")) is None:
                 row = captioned(images, texts[0])
             elif isinstance(row, dict):
@@ -375,7 +375,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
             try:
                 picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
             except binascii.Error as error:
-                raise RowError(f"a data: URL that is no base64: {error}") from error
+                raise RowError(f"a data: URL that is not base64: {error}") from error
         elif isinstance(picture, str):
             path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
             picture = found(path, images_path) or path

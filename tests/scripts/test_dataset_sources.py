@@ -153,7 +153,7 @@ def test_a_tar_s_rows_and_damage(tmp_path):
         ("d/3", "bad: a text without a picture"),
         ("d/4", "bad: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("d/5", {"image": [b"5", b"6"], "caption": "both"}),
-        ("d/6", "bad: several texts of one name up to the first dot"),
+        ("d/6", "bad: several texts whose names are the same up to the first dot"),
         ("d/7", "bad: its .txt is not UTF-8"),
         ("d/8", {"image": [b"8"], "caption": "text"}),
     ]

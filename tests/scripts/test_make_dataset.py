@@ -259,7 +259,7 @@ def test_several_sources_are_put_together_and_a_picture_of_both_stands_once(pict
     assert [row["image"] for row in rows[:3]] == [row["image"] for row in rows[3:]]
     assert {f"images/{path.name}" for path in (folder / "images").iterdir()} == {row["image"] for row in rows}
     assert (folder / "left_out.txt").read_text() == (
-        "rows.json line 4: conversations is missing, and it is no known form: it has the fields a\n"
+        "rows.json line 4: conversations is missing, and no known form has these fields: a\n"
     )
 
 

@@ -217,11 +217,11 @@ def test_by_xet_too_what_has_arrived_is_not_sent_again(publish, hub, trained):
 
 FLAGS = {
     "no owner": ({"repo": "shapes"}, ("use NAME/REPO",)),
-    "two slashes": ({"repo": "a/b/c"}, ("a/b/c is no repository",)),
-    "characters": ({"repo": "some one/sh\x1bapes"}, ("is no repository",)),
+    "two slashes": ({"repo": "a/b/c"}, ("a/b/c is not a repository's name",)),
+    "characters": ({"repo": "some one/sh\x1bapes"}, ("is not a repository's name",)),
     "a git address": ({"repo": "someone/shapes.git"}, ("cannot end by '.git'",)),
-    "nothing there": ({"source": "gone.pth"}, ("is nothing to publish",)),
-    "a run's folder": ({"source": ""}, ("is nothing to publish",)),
+    "nothing there": ({"source": "gone.pth"}, ("cannot be published",)),
+    "a run's folder": ({"source": ""}, ("cannot be published",)),
     "a state": ({"source": f"{NAME}_resume.pth"}, ("is a training state, which is never published",)),
     "no network": ({"ENDPOINT": "http://127.0.0.1:9"}, ("the upload to http://127.0.0.1:9 failed",)),
     "offline": ({"HF_HUB_OFFLINE": True}, ("HF_HUB_OFFLINE",)),
