@@ -57,8 +57,7 @@ class FeatureFolder:
                 yield scratch
         except OSError as error:
             what = f"the tower's features cannot be kept in {self.path}: {error.strerror or error}"
-            cure = "Name another folder with --cache_vision, or say --cache_vision off"
-            raise UsageError(f"{what}. {cure}") from error
+            raise UsageError(f"{what}. Name another folder with --cache_vision, or say --cache_vision off") from error
 
     def make_room(self, keys: np.ndarray) -> int:
         """Makes the folder; returns the bytes that missing features need; UsageError if they cannot be kept."""

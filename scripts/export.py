@@ -231,8 +231,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
         names.append(f"mmproj-{name}-f32.gguf")
         gguf_files.write_mmproj(trained, folder / names[1], name)
     modelfile = (SHARE / "Modelfile.template").read_text(encoding="utf-8").replace("$system", SYSTEM_PROMPT)
-    modelfile = "".join(f"FROM ./{file}\n" for file in names) + modelfile
-    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+    (folder / "Modelfile").write_text("".join(f"FROM ./{file}\n" for file in names) + modelfile, encoding="utf-8")
     sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
     (folder / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
     return names
