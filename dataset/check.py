@@ -33,7 +33,7 @@ from dataset.row_forms import EXAMPLE_ROW
 from model.model_vlm import CONFIG_3V, VLMConfig
 
 WIDTH = 80  # characters of a line
-SHOWN_LINES, SHOWN_PICTURES = 8, 20
+SHOWN_PLACES, SHOWN_PICTURES = 8, 20
 BATCH = 1000  # rows read at once
 MANY_TOKENS, LEAST_SHARE = 1.5, 0.01  # a character; of all characters (the built-in tokenizer: English 0.37)
 TOKENIZERS = (place_of(TOKENIZER_DIR), place_of(TOKENIZER_3V_DIR), BUILTIN_TOKENIZER_DIR)
@@ -67,7 +67,7 @@ def overview(data: VLMDataset) -> dict[str, str]:
         by_row = [f"{number} in {rows:,}" for number, rows in sorted(Counter(data.image_counts.tolist()).items())]
         files = counted(len(np.unique(data.shown_pictures)), "file")
         half, most = np.percentile(lengths, (50, 95))
-        facts["pictures"] = f"{data.image_count:,} of {files}; pictures by row: {', '.join(by_row)}"
+        facts["pictures"] = f"{files}, shown {counted(data.image_count, 'time')}; pictures by row: {', '.join(by_row)}"
         facts["tokens"] = f"{total:,}: {percent(learned, total)} learned ({learned:,}), {images} pictures"
         facts["per row"] = f"half have up to {half:,.0f} tokens, 95 % up to {most:,.0f}, the longest {lengths.max():,}"
     lost, refused = cut_tokens[data.row_indices], cut_tokens[data.left_out]
@@ -84,12 +84,12 @@ def overview(data: VLMDataset) -> dict[str, str]:
             content = row["input_ids"], row["pictures"], row["picture_numbers"]
             original = first.setdefault(hash_63(repr(content).encode()), row["line"])
             copies += [f"{row['line']} (as {original})"] if original != row["line"] else []
-    facts["duplicates"] = f"{counted(len(copies), 'row')} seen before: {places(data, copies)}" if copies else "none"
+    facts["duplicates"] = f"{counted(len(copies), 'row')} seen before: {places(copies, data)}" if copies else "none"
     return facts
 
 
-def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
-    """Names the scripts in the answers of the first rows whose characters the tokenizer takes apart."""
+def about_answers(data: VLMDataset, tokenizer) -> dict[str, str]:
+    """Says of the first rows' answers if all are numbers, and which scripts' characters the tokenizer takes apart."""
 
     def script_of(character: str) -> str:  # "" for spaces, digits and the like
         category = unicodedata.category(character)
@@ -100,7 +100,10 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
     for row in data.read_rows(data.row_indices[:BATCH].tolist()):
         spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
         answers += [row["input_ids"][start:end] for start, end in spans]
-    text = " ".join(tokenizer.batch_decode(answers, skip_special_tokens=True))
+    answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    are_numbers = answers and all(re.fullmatch(r"[\d.-]+", answer.strip()) for answer in answers)
+    facts = {"answers": "only numbers: if they stand for classes, name the classes instead"} if are_numbers else {}
+    text = " ".join(answers)
     for script, run in itertools.groupby(text, script_of):
         runs[script].append("".join(run))
     for script, texts in runs.items():
@@ -109,18 +112,27 @@ def long_words(data: VLMDataset, tokenizer) -> dict[str, str]:
         if script and share > MANY_TOKENS and size > LEAST_SHARE * len(text):
             found.append(f"{script} takes {share:.1f} tokens a character")
     what = "(English 0.4, Chinese 0.8): longer answers, slower learning"
-    return {"words": f"{', '.join(found)} {what}"} if found else {}
+    return facts | ({"words": f"{', '.join(found)} {what}"} if found else {})
 
 
-def places(data: VLMDataset, lines: list) -> str:
-    place = ("row" if data.is_parquet else "line") + ("" if len(lines) == 1 else "s")
-    return f"{place} {', '.join(map(str, lines[:SHOWN_LINES]))}{', ...' if len(lines) > SHOWN_LINES else ''}"
+def places(shown: list | tuple, data: VLMDataset | None) -> str:
+    """Lists the first places, which are texts, or the numbers of lines or rows of a data set."""
+    first = ", ".join(map(str, shown[:SHOWN_PLACES])) + (", ..." if len(shown) > SHOWN_PLACES else "")
+    return first if data is None else f"{'row' if data.is_parquet else 'line'}{'' if len(shown) == 1 else 's'} {first}"
 
 
-def kind_of(reason: str) -> str:
-    """Strips from a reason what differs by row: numbers, quoted words, and details after `:`."""
-    general = re.sub(r"""(?<!\w)('[^']*'|"[^"]*")|\d+""", "*", reason)
-    return re.match(r"(turn \*: )?[^:]*", general)[0]
+def by_reason(rows: list[tuple[int | str, str]], data: VLMDataset | None = None) -> list[str]:
+    """Formats the places and reasons of bad rows: each kind with its first reason, the most frequent kind first."""
+    kinds, lines = defaultdict(list), []
+    for row in rows:
+        # A reason without what differs by row: numbers, quoted words, and details after `:`.
+        general = re.sub(r"""(?<!\w)('[^']*'|"[^"]*")|\d+""", "*", row[1])
+        kinds[re.match(r"(turn \*: )?[^:]*", general)[0]].append(row)
+    for kind in sorted(kinds.values(), key=len, reverse=True):
+        shown, reasons = zip(*kind, strict=True)
+        lines += fact(counted(len(kind), "row"), reasons[0] + " (the first; others differ)" * (len(set(reasons)) > 1))
+        lines += fact("", places(shown, data))
+    return lines
 
 
 def broken_pictures(data: VLMDataset) -> list[str]:
@@ -141,7 +153,7 @@ def broken_pictures(data: VLMDataset) -> list[str]:
     skipped = counted(len(np.unique(lines[np.isin(shown, list(errors))])), "row")
     report = [f"broken pictures: {len(errors):,} of {len(pictures):,}; training skips {skipped}"]
     for picture, error in itertools.islice(errors.items(), SHOWN_PICTURES):
-        report += fact("", f"{error} ({places(data, np.unique(lines[shown == picture]).tolist())})")
+        report += fact("", f"{error} ({places(np.unique(lines[shown == picture]).tolist(), data)})")
     return report + fact("", "...") * (len(errors) > SHOWN_PICTURES)
 
 
@@ -167,14 +179,9 @@ def main(argv=None):
     image_tokens = args.image_tokens or (IMAGE_TOKENS_3V if has_image_pad(tokenizer) else IMAGE_TOKENS)
     images_path = args.images_path and args.images_path.resolve()
     data = VLMDataset(args.data_path.resolve(), images_path, tokenizer, args.max_seq_len, image_tokens)
-    facts = {"tokenizer": display_path(path.resolve())} | overview(data) | long_words(data, tokenizer)
+    facts = {"tokenizer": display_path(path.resolve())} | overview(data) | about_answers(data, tokenizer)
     report = [display_path(data.data_path), *(line for name in facts for line in fact(name, facts[name]))]
-    kinds = defaultdict(list)
-    for row in data.bad_rows:
-        kinds[kind_of(row.reason)].append(row)
-    report += ["", "bad rows"] if kinds else []
-    for rows in sorted(kinds.values(), key=len, reverse=True):
-        report += fact(counted(len(rows), "row"), rows[0].reason) + fact("", places(data, [row.line for row in rows]))
+    report += ["", "bad rows", *by_reason(data.bad_rows, data)] if data.bad_rows else []
     print("\n".join(report), flush=True)
     if args.pictures:
         print("\n" + "\n".join(broken_pictures(data)), flush=True)

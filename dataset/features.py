@@ -56,10 +56,8 @@ class FeatureFolder:
             with scratch_folder(self.path) as scratch:
                 yield scratch
         except OSError as error:
-            raise UsageError(
-                f"the tower's features cannot be kept in {self.path}: {error.strerror or error}. Name another folder "
-                "with --cache_vision, or say --cache_vision off"
-            ) from error
+            what = f"the tower's features cannot be kept in {self.path}: {error.strerror or error}"
+            raise UsageError(f"{what}. Name another folder with --cache_vision, or say --cache_vision off") from error
 
     def make_room(self, keys: np.ndarray) -> int:
         """Makes the folder; returns the bytes that missing features need; UsageError if they cannot be kept."""

@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import datasets
 import pyarrow as pa
@@ -45,17 +46,16 @@ def kind_of_file(path: Path) -> str | None:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return SAVED
-        found = [(Path(name).stem, texts) for _, names, texts in pictures_and_texts(path) for name in names]
+        found = [(Path(name).stem, texts) for _, names, texts, _ in pictures_and_texts(path) for name in names]
         if any(stem in texts for stem, texts in found):
             return FOLDER
         if data_files(path):
             return SHARDS
         return CLASSES if found else None
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    if head.startswith(b"PAR1"):
+    with open_text(path, errors="replace") as file:
+        text = file.read(1 << 16)
+    if text.startswith("PAR1"):
         return PARQUET
-    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     first, newline, rest = text.lstrip().partition("\n")
     if first.startswith("["):
         return LIST
@@ -70,6 +70,13 @@ def kind_of_file(path: Path) -> str | None:
     if table_header(text):
         return TABLE
     return TAR if tarfile.is_tarfile(path) else None
+
+
+def open_text(path: Path, **how) -> TextIO:
+    """Opens a text in UTF-8, or in UTF-16 where its byte order mark says so, as in Excel's "Unicode text"."""
+    with open(path, "rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    return open(path, encoding=encoding, **how)
 
 
 def table_header(text: str) -> tuple[str, list[str] | None] | None:
@@ -87,13 +94,13 @@ def table_header(text: str) -> tuple[str, list[str] | None] | None:
     return None
 
 
-def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
-    """Yields each folder inside, its pictures' names, and its texts' names by stem; skips hidden ones."""
+def pictures_and_texts(folder: Path) -> Iterator[tuple[Path, list[str], dict[str, str], list[str]]]:
+    """Yields each folder inside, its pictures' names, its texts' names by stem, and all names; skips hidden ones."""
     for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
-        yield Path(where), [name for name in names if is_picture(name)], texts
+        yield Path(where), [name for name in names if is_picture(name)], texts, names
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -101,9 +108,7 @@ def data_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for ending in SHARD_ENDINGS:
         found = [path for path in files if path.name.endswith(ending)]
-        if ending == ".txt":
-            found = [path for path in found if kind_of_file(path) == TABLE]
-        if found:
+        if found := [path for path in found if ending != ".txt" or kind_of_file(path) == TABLE]:
             return found
     return []
 
@@ -180,10 +185,8 @@ def reading(data_path: Path):
     except RuntimeError as error:
         if "subprocesses" not in str(error):
             raise
-        raise UsageError(
-            f"a process that tokenises {data_path} was killed, most likely because memory ran out: end other programs, "
-            "then run the same command again"
-        ) from error
+        why = "was killed, most likely because memory ran out: end other programs, then run the same command again"
+        raise UsageError(f"a process that tokenises {data_path} {why}") from error
 
 
 def quiet_libraries(is_main: bool):

@@ -48,11 +48,10 @@ def load_parquet(path: Path, cache_dir=None) -> tuple[datasets.Dataset, datasets
         if not folder.is_dir():
             import_file(path, folder)
     try:
-        tables = [MemoryMappedTable.from_file(str(folder / f"{name}.arrow")) for name in ("rows", "pictures")]
+        tables = {name: MemoryMappedTable.from_file(str(folder / f"{name}.arrow")) for name in ("rows", "pictures")}
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{folder} is damaged ({error}): delete it, and it is made again") from error
-    names = f"rows-{folder.name}", f"pictures-{folder.name}"
-    return tuple(datasets.Dataset(table, fingerprint=name) for table, name in zip(tables, names, strict=True))
+    return tuple(datasets.Dataset(table, fingerprint=f"{name}-{folder.name}") for name, table in tables.items())
 
 
 def import_file(path: Path, folder: Path):

@@ -23,15 +23,9 @@ PICTURE_FORMATS = tuple(sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PP
 HEIC_CURE = "HEIC is not read: convert it to JPEG, as with `magick a.heic a.jpg` or `sips -s format jpeg a.heic`"
 BLANK_BYTES, NEARLY_BLACK = 4096, 16  # limits of a placeholder picture: bytes of its file, and levels of 255
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error here, after a JPEG's reduction
-TURNS = {  # by EXIF orientation: the transposition that makes a picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# By EXIF orientation: the transposition that makes a picture upright.
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+TURNS = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(TURNS, start=2)}
 SMALLEST, STRETCH = 0.35, 4 / 3  # of a view: its least share of the picture's area, and its largest aspect ratio
 LIGHT = 0.3  # how far a view's saturation, contrast and brightness change; each colour by half of it
 

@@ -75,7 +75,7 @@ def read_row(row: dict) -> tuple[list[dict], object]:
     """Returns a row's turns, checked, and its images as `Form.read` says; raises RowError if it is not learnable."""
     name = form_of_row(row)
     if name is None:
-        raise RowError(f"conversations is missing, and it is no known form: it has the fields {', '.join(row):.80}")
+        raise RowError(f"conversations is missing, and no known form has these fields: {', '.join(row):.80}")
     try:
         turns, images = FORMS[name].read(row)
     except RowError:
@@ -114,7 +114,7 @@ def read_asked(row: dict) -> tuple[list, object]:
     if not images:
         raise RowError("no picture is named")
     if not isinstance(question, str):
-        raise RowError("the question is no text")
+        raise RowError("the question is not text")
     letters = filter(None, (field(row, (letter, letter.lower())) for letter in "ABCDEF"))
     options = [f"{letter.upper()}. {row[letter]}" for letter in letters if row[letter]]
     asked = with_images(NEWLINE.join([question, *options]), len(images) if isinstance(images, list) else 1)
@@ -225,7 +225,7 @@ def parse_conversation(turns: list) -> list[dict]:
                 content = f"{before['content']}\n{content}"
         elif role == "system" and (functions := parse_json(turn.get("functions"), f"turn {number}: functions is ")):
             if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
-                raise RowError(f"turn {number}: functions is no list of objects")
+                raise RowError(f"turn {number}: functions is not a list of objects")
             marks = {"tool": True, "functions": functions}
         elif role == "assistant":
             content, empty_blocks = EMPTY_THINKING.subn("", content)
@@ -246,9 +246,9 @@ def parse_conversation(turns: list) -> list[dict]:
         if role == "assistant" and not (content.strip() or "tool" in turn):
             raise RowError(f"turn {number}: the answer is empty")
         if role != "user" and IMAGE_TAG in content:
-            raise RowError(f"turn {number}: {IMAGE_TAG} stands in a turn of role {role!r}, not of the user")
+            raise RowError(f"turn {number}: {IMAGE_TAG} is in a turn of role {role!r}, not in the user's")
         if HALF_A_PAIR.search(content + turn.get("reasoning_content", "")):
-            raise RowError(f"turn {number} holds half a surrogate pair, which is no character")
+            raise RowError(f"turn {number} holds half a surrogate pair, which is not a character")
     if "assistant" not in roles:
         raise RowError("nothing to learn: no assistant turn")
     return parsed
@@ -260,10 +260,10 @@ def parse_picture_names(value) -> list[str]:
         return []
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise RowError(f"image is neither names of pictures nor empty: {value!r:.80}")
+        raise RowError(f"image must be a picture's name, a list of names or empty: {value!r:.80}")
     for name in names:
         if HALF_A_PAIR.search(name):
-            raise RowError("a picture's name holds half a surrogate pair, which is no character")
+            raise RowError("a picture's name holds half a surrogate pair, which is not a character")
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if name.startswith("\\") or ".." in parts or PureWindowsPath(name).drive or "\0" in name:
             raise RowError(f"the picture's path leaves images_path: {name!r}")

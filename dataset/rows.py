@@ -23,19 +23,17 @@ ENCODING_VERSION = 9
 ROWS_PER_PROCESS = 20_000
 BLANK_LINE = "blank"
 COLUMNS = datasets.Features(
-    {
-        "line": datasets.Value("int32"),
-        "reason": datasets.Value("string"),  # what is wrong with the row; empty for a good one
-        "input_ids": datasets.List(datasets.Value("uint16")),
-        "learned": datasets.List(datasets.Value("int32")),  # start, end, start, end ... of the learned spans
-        "image_starts": datasets.List(datasets.Value("int32")),
-        "pictures": datasets.List(datasets.Value("string")),  # file names; a parquet has none
-        "picture_numbers": datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
-        "picture_hash": datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
-        "kinds": datasets.List(datasets.Value("string")),  # special kinds, and the form unless conversations
-        "learned_tokens": datasets.Value("int32"),
-        "cut_tokens": datasets.Value("int32"),  # lost to max_length; all tokens if the row was refused for length
-    }
+    line=datasets.Value("int32"),
+    reason=datasets.Value("string"),  # what is wrong with the row; empty for a good one
+    input_ids=datasets.List(datasets.Value("uint16")),
+    learned=datasets.List(datasets.Value("int32")),  # start, end, start, end ... of the learned spans
+    image_starts=datasets.List(datasets.Value("int32")),
+    pictures=datasets.List(datasets.Value("string")),  # file names; a parquet has none
+    picture_numbers=datasets.List(datasets.Value("int32")),  # of a parquet's pictures, see dataset.parquet
+    picture_hash=datasets.Value("int64"),  # of the first image's bytes or name: equal for the same image
+    kinds=datasets.List(datasets.Value("string")),  # special kinds, and the form unless conversations
+    learned_tokens=datasets.Value("int32"),
+    cut_tokens=datasets.Value("int32"),  # lost to max_length; all tokens if the row was refused for length
 )
 WIDE = datasets.Features(COLUMNS | {"input_ids": datasets.List(datasets.Value("int32"))})  # of large vocabularies
 EMPTY_ROW = {name: [] if isinstance(column, datasets.List) else 0 for name, column in COLUMNS.items()} | {"reason": ""}

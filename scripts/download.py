@@ -210,9 +210,8 @@ def main(argv: list[str] | None = None):
             for path, file in published.items():
                 is_trained_here = path.suffix == ".pth" and path.with_suffix(".json").exists()
                 if is_trained_here or (path.exists() and not file.is_at(path)):
-                    reason = f"{path} is your own, or another version of the published file"
                     cure = "move or delete it, or put the published files into another folder with --dest"
-                    raise UsageError(f"{reason}: {cure}.")
+                    raise UsageError(f"{path} is your own, or another version of the published file: {cure}.")
             wanted = {path: file for path, file in published.items() if not path.exists()}
             size = human(sum(file.size for file in wanted.values()))
             places = " + ".join(map(display_path, published))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,6 +29,7 @@ from common.errors import UsageError, run_script
 from common.files import whole_folder, write_atomically
 from common.paths import SAVE_DIR, display_path
 from dataset.chat import IMAGE_CHARACTER, IMAGE_TAG, SYSTEM_PROMPT, has_image_pad, image_placeholder, uses_template
+from dataset.file_kinds import quiet_libraries
 from dataset.pictures import PictureError, PictureFormat, load_picture
 from model.model_vlm import VLMConfig
 from model.projectors import PROJECTORS
@@ -229,8 +231,7 @@ def write_gguf(trained: LoadedModel, folder: Path, name: str, quant: str) -> lis
         names.append(f"mmproj-{name}-f32.gguf")
         gguf_files.write_mmproj(trained, folder / names[1], name)
     modelfile = (SHARE / "Modelfile.template").read_text(encoding="utf-8").replace("$system", SYSTEM_PROMPT)
-    modelfile = "".join(f"FROM ./{file}\n" for file in names) + modelfile
-    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+    (folder / "Modelfile").write_text("".join(f"FROM ./{file}\n" for file in names) + modelfile, encoding="utf-8")
     sidecar = json.dumps(trained.weights.sidecar, ensure_ascii=False, indent=2)
     (folder / TRAINING).write_text(sidecar + "\n", encoding="utf-8")
     return names
@@ -269,6 +270,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
+    quiet_libraries(is_main=True)
     trained, save_dir = find_model(args), args.save_dir or SAVE_DIR
     if args.picture:
         for path in write_pictures(trained, args.picture, (args.folder or save_dir).absolute()):
@@ -279,10 +281,14 @@ def main(argv: list[str] | None = None):
     name = path.stem if args.load_from == "model" else path.parent.name
     folder = (args.folder or save_dir / f"{name}-{'gguf' if args.to == 'gguf' else 'hf'}").absolute()
     with whole_folder(folder, {"exported_by": "scripts/export.py"}, args.overwrite, "--folder") as part:
-        if args.to == "gguf":
-            names = write_gguf(trained, part, name, args.quant)
-        else:
-            write_transformers(trained, part)
+        try:
+            if args.to == "gguf":
+                names = write_gguf(trained, part, name, args.quant)
+            else:
+                write_transformers(trained, part)
+        except (OSError, SafetensorError) as error:
+            # Neither safetensors nor numpy, which writes a GGUF's tensors, passes the system's error on.
+            raise OSError(getattr(error, "strerror", None) or f"the disk is probably full ({error})") from error
     print(f"{display_path(folder)}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
     if names:
         print(f"try it: llama-server -m {' --mmproj '.join(display_path(folder / name) for name in names)}")

@@ -16,7 +16,6 @@ import json
 import re
 import sys
 import textwrap
-from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,41 +35,41 @@ from common.files import not_a_file, whole_folder
 from common.paths import SAVE_DIR, display_path, printable
 from dataset import check
 from dataset.chat import RowError
-from scripts.data.sources import KNOWN, make_row, read_source
+from scripts.data.sources import KNOWN, make_row, not_read, read_source
 from trainer.bundles import epochs_for
 from trainer.support.processes import cores
 from trainer.train_sft_vlm import STAGE as SFT
 
 ROWS, LEFT_OUT, IMAGES = "rows.jsonl", "left_out.txt", "images"
 AHEAD, MOST_THREADS = 8, 8  # rows per thread that are read, with their pictures, before the first of them is written
-LEAST_ROWS, SHOWN_PLACES = 20, 5  # from so many on at least one is held out; of a reason
+LEAST_ROWS, LEAST_PICTURES = 20, 3  # from so many rows on, some are held out; of so many pictures
 LARGEST_SIZE = 4096  # pixels; no vision tower takes as many
 
 
 @dataclass
 class Made:
-    rows: int = 0  # taken, good or bad
-    bad_rows: int = 0
-    keys: array = field(default_factory=lambda: array("Q"))  # of each row: the hash of its first picture, 0 for none
+    keys: list[int] = field(default_factory=list)  # of each good row: its first picture's hash, 0: none
     linked: UnionFind = field(default_factory=UnionFind)  # the hashes of pictures that share a row
-    left_out: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by kind: a reason, all rows' places
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # each bad row's place and reason
     held_out: int = 0  # rows
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
-    """Returns which rows to hold out, bool (rows,): at least one of 20, unless `share` is 0; never more than half.
+    """Returns which rows to hold out, bool (rows,): at least 2 of 20 and 3 of 30, unless `share` is 0; at most half.
 
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
-    through other rows, go together, so no held-out picture is trained on.
+    through other rows, go together, so none is trained on. Up to a fifth may go to have several pictures to shuffle.
     """
     smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
     roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)
-    wanted = max(int(share * len(roots)), int(share > 0 and len(roots) >= LEAST_ROWS))
+    least = min(LEAST_PICTURES, len(roots) // 10) if share > 0 and len(roots) >= LEAST_ROWS else 0
+    wanted = max(int(share * len(roots)), least)
     groups, sizes = np.unique(roots[roots > 0], return_counts=True)
-    most = min(max(2 * wanted, sizes.min(initial=len(roots))), len(roots) // 2)
+    smallest_sets = min(np.sort(sizes)[:least].sum(), len(roots) // 5)
+    most = min(max(2 * wanted, sizes.min(initial=len(roots)), smallest_sets), len(roots) // 2)
     taken, rows = [], 0
     for group, size in zip(groups, sizes, strict=True):
-        if rows < wanted and rows + size <= most:
+        if (rows < wanted or len(taken) < least) and rows + size <= most:
             taken.append(group)
             rows += size
     return np.isin(roots, np.array(taken, dtype=np.uint64))
@@ -92,21 +91,14 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
     (part / IMAGES).mkdir()
     made, threads = Made(), min(cores(), MOST_THREADS)
     convert = partial(make_row, question=args.question, size=args.size, folder=part / IMAGES)
-    with (
-        open(part / ROWS, "w", encoding="utf-8") as rows,
-        open(part / LEFT_OUT, "w", encoding="utf-8") as left_out,
-        tqdm(desc="converting", unit=" rows", disable=None, leave=False) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    bar = tqdm(desc="converting", unit=" rows", disable=None, leave=False)
+    with open(part / ROWS, "w", encoding="utf-8") as rows, bar, ThreadPoolExecutor(threads) as pool:
         items = taken_rows(args)
         while batch := list(itertools.islice(items, AHEAD * threads)):
             places, originals, folders = zip(*batch, strict=True)
             for place, row in zip(places, pool.map(convert, originals, folders), strict=True):
                 if isinstance(row, RowError):
-                    place, reason = printable(place), printable(row)
-                    left_out.write(f"{place}: {reason}\n")
-                    made.left_out.setdefault(check.kind_of(reason), (reason, []))[1].append(place)
-                    made.bad_rows += 1
+                    made.left_out.append((printable(place), printable(row)))
                 else:
                     names = row.pop("image")
                     hashes = [int(name[:16], 16) for name in names]
@@ -115,13 +107,14 @@ def write_rows(args: argparse.Namespace, part: Path) -> Made:
                     made.keys.append(hashes[0] if hashes else 0)
                     image = {"image": ", ".join(f"{IMAGES}/{name}" for name in names)} if names else {}
                     rows.write(json.dumps(image | row, ensure_ascii=False) + "\n")
-                made.rows += 1
                 bar.update()
     if not made.keys:
-        sources = ", ".join(display_path(source) for source, _ in args.sources)
-        raise UsageError("\n".join([f"{sources}: none of {made.rows:,} rows can be used", *reasons(made)]))
-    if not made.left_out:
-        (part / LEFT_OUT).unlink()
+        sources, rows = ", ".join(display_path(source) for source, _ in args.sources), len(made.left_out)
+        none = f"{sources}: none of {check.counted(rows, 'row')} can be used"
+        raise UsageError("\n".join([none, *reasons(made)]))
+    if made.left_out:
+        lines = [f"{place}: {reason}\n" for place, reason in made.left_out]
+        (part / LEFT_OUT).write_text("".join(lines), encoding="utf-8")
     return made
 
 
@@ -149,13 +142,9 @@ def write_dataset(args: argparse.Namespace) -> Made:
 
 
 def reasons(made: Made) -> list[str]:
-    lines = []
-    for reason, places in sorted(made.left_out.values(), key=lambda kind: -len(kind[1])):
-        lines += check.fact(check.counted(len(places), "row"), reason)
-        lines += check.fact("", ", ".join(places[:SHOWN_PLACES]) + (", ..." if len(places) > SHOWN_PLACES else ""))
-        if reason.startswith(("no such picture", "the picture's path leaves")):
-            lines += check.fact("", "(--images_path names the folder of the pictures; by default it is the source's)")
-    return lines
+    is_misplaced = any(why.startswith(("no such picture", "the picture's path leaves")) for _, why in made.left_out)
+    hint = "(--images_path names the folder of the pictures; by default it is the source's)"
+    return check.by_reason(made.left_out) + (check.fact("", hint) if is_misplaced else [])
 
 
 def commands(folder: Path, made: Made) -> str:
@@ -182,8 +171,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--to", metavar="FOLDER", type=file_path, required=True, help="the folder to write")
     add("--images_path", type=file_path, help="folder of the pictures that rows name (default: beside the source)")
     add("--question", help="about pictures with only a caption or a label (default: one in the language of that)")
-    what = "pixels of the shorter side that larger ones get"
-    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help=what)
+    add("--size", type=number(int, 1, LARGEST_SIZE), default=256, help="pixels of a larger picture's shorter side")
     add("--heldout", metavar="SHARE", type=number(float, 0, 0.5), default=0.02, help="of the rows to hold out; 0: none")
     add("--overwrite", action="store_true", help="replace the folder, if this script wrote all in it")
     args = parser.parse_args(argv)
@@ -197,6 +185,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def source_and_share(text: str) -> tuple[Path, float]:
     source, _, share = text.rpartition("=")
+    if not source or not share:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks its share or its source: write a.jsonl=0.3, for example")
     return file_path(source), number(float, 0, 1)(share)
 
 
@@ -204,19 +194,21 @@ def main(argv=None):
     args = parse_arguments(argv)
     made = write_dataset(args)
     sizes = [picture.stat().st_size for picture in (args.to / IMAGES).iterdir()]
-    left_out = f"{made.bad_rows:,} of {made.rows:,} rows"
+    bad, rows = len(made.left_out), len(made.keys) + len(made.left_out)
+    left_out = f"{bad:,} of {rows:,} rows"
     facts = {"rows": f"{len(made.keys):,}: {len(made.keys) - made.held_out:,} to train on, {made.held_out:,} held out"}
-    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": "nothing"}
-    if made.left_out:
-        share = check.percent(made.bad_rows, made.rows)
-        facts["left out"] = f"{left_out} ({share}), all listed in {LEFT_OUT} there"
+    listed = f"{left_out} ({check.percent(bad, rows)}), all listed in {LEFT_OUT} there"
+    facts |= {"pictures": f"{len(sizes):,}, {sum(sizes) / 1e6:,.2f} MB", "left out": listed if bad else "nothing"}
+    others = [f"{counts} in {display_path(source)}" for source, _ in args.sources if (counts := not_read(source))]
+    if others:
+        facts["not read"] = f"other files: {'; '.join(others)}. To read one, name it as a source of its own"
     lines = [line for name, value in facts.items() for line in check.fact(name, value)]
     print(display_path(args.to), *lines, *reasons(made), sep="\n", end="\n\n", flush=True)
     check.main([str(args.to / "train.jsonl"), "--max_seq_len", str(SFT.defaults["max_seq_len"])])
     print("\nTo train on it, and to measure what was learned:\n", commands(args.to, made), sep="\n")
-    if made.bad_rows > made.rows // 100:
+    if bad > rows // 100:
         others = f"The others are written; reasons: {display_path(args.to / LEFT_OUT)}"
-        raise UsageError(f"{left_out} were left out, more than 1 % of the rows. {others}")
+        raise UsageError(f"more than 1 % of the rows were left out: {left_out}. {others}")
 
 
 if __name__ == "__main__":

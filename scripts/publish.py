@@ -31,7 +31,9 @@ from common.errors import UsageError, run_script
 from common.files import RECORD, hash_of, read_record
 from common.paths import TOWER_DIR, display_path, printable
 from dataset.chat import IMAGE_TAG
+from dataset.check import counted
 from dataset.prompts import DEFAULT_FORM
+from dataset.row_forms import CHINESE
 from dataset.scenes.language import DESCRIBE
 from model.model_vlm import config_fields
 from model.weights import SIDECAR, TRAINING, read_folder, read_training, read_weights
@@ -61,15 +63,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
-    what = "the hub's id of a licence that your data and starting weights allow, such as apache-2.0"
-    add("--license", type=str.lower, required=True, help=what)
-    add("--language", default="zh", help="language codes for the card, as zh or zh,en")
+    add("--license", type=str.lower, required=True, help="one that your data and starting weights allow (the hub's id)")
+    add("--language", help="codes for the card, as zh,en (default: zh if the run's samples are in Chinese, else none)")
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        raise UsageError(f"{args.repo} is no repository: use NAME/REPO, with your name on the hub")
+        raise UsageError(f"{args.repo} is not a repository's name: use NAME/REPO, with your name on the hub")
     args.source = args.source.absolute()
     return args
 
@@ -85,7 +86,7 @@ def read_model(path: Path) -> Model:
         if "exported_by" not in record or not isinstance(hashes, dict):
             cure = "name a folder that scripts/export.py wrote (export an old one again), or a .pth weight file"
             state = "NAME_resume.pth is a training state, which is never published"
-            raise UsageError(f"{display_path(path)} is nothing to publish: {cure} ({state})")
+            raise UsageError(f"{display_path(path)} cannot be published: {cure} ({state})")
         files, sidecar_path = {name: path / name for name in hashes}, path / TRAINING
         for name, file in files.items():
             # A name may lead out of the folder.
@@ -131,14 +132,11 @@ def card_files(model: Model, record: page.Record, args: argparse.Namespace) -> d
     task = "image-text-to-text" if model.sees_images else "text-generation"
     last = record.evaluations[-1] if record.evaluations and page.measured(record.evaluations[-1]) == page.LOSS else {}
     held_out = f"{page.number(last.get('samples'))} held-out samples"
-    results = [  # the last held-out losses, nats per token
-        EvalResult(task, "held-out", held_out, "loss", last[key], metric_name=name)
-        for key, name in LOSSES.items()
-        if page.is_finite(last.get(key))
-    ]
+    known = {name: last[key] for key, name in LOSSES.items() if page.is_finite(last.get(key))}  # nats per token
+    results = [EvalResult(task, "held-out", held_out, "loss", loss, metric_name=name) for name, loss in known.items()]
     metadata = ModelCardData(
         license=args.license,
-        language=args.language.split(","),
+        language=args.language.split(",") if args.language else None,
         pipeline_tag=task,
         library_name=None if model.kind == "weights" else model.kind,
         base_model=tower,
@@ -211,6 +209,8 @@ def main(argv: list[str] | None = None):
             raise UsageError(f"{again}, so its record is of another model: export it again")
     except UsageError as error:  # the card says less then
         record, missing = page.Record(folder, model.name, [], []), [str(error)]
+    if args.language is None and any(CHINESE.match(sample["reference"]) for sample in record.samples):
+        args.language = "zh"
     made = card_files(model, record, args)
     files = model.files | made
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
@@ -222,8 +222,9 @@ def main(argv: list[str] | None = None):
             print(f"left out: {printable(path.name)}")
     for line in missing:
         print(f"the card says less: {line}")
+    print(f"the card's language: {args.language or 'none'} (--language names others)")
     if samples := len(made) - 1:
-        print(f"{samples} images of the run's data go with the card: may you publish them? --no_samples omits them")
+        print(f"{counted(samples, 'image')} of the run's data: may they go with the card? --no_samples omits them")
     if not args.dry_run:
         upload(files, args)
         return

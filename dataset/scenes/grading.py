@@ -78,10 +78,8 @@ def grade(text: str, objects: Sequence[Facts]) -> Grade:
     """Grades a description of an image that shows these objects (`Scene.facts`), in whichever order gets most right."""
     described, truth = parse_caption(text), [vars(thing).items() for thing in objects]
     candidates = [found.items() for found in described[:4]] + [{}.items()] * len(objects)  # {}: an object left out
-    right = max(
-        sum(len(found & facts) for found, facts in zip(order, truth, strict=True))
-        for order in permutations(candidates, len(objects))
-    )
+    orders = permutations(candidates, len(objects))
+    right = max(sum(len(found & facts) for found, facts in zip(order, truth, strict=True)) for order in orders)
     right += len(described) == len(objects)
     total = 1 + len(_SPELLINGS) * len(objects)
     return Grade(right, total, right == total)

@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -39,10 +40,11 @@ BATCH = 32  # rows with their pictures' bytes
 PROGRAMS = "img image photo picture pic dsc dscn dscf pxl dji gopr mvi wa screenshot whatsapp telegram signal from at"
 BY_CAMERA = {*PROGRAMS.split(), "图片", "微信图片"}
 BROKEN = "broken JSON, or the file is cut off"
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
+DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException)
+DAMAGED += (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `datasets` raises on bad JSON
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 HASH = re.compile(r"(?=.*\d[a-f])[\da-f_-]{8,}")
-NO_LABEL = "its name is no label: expected a name such as red_car_012.jpg, a folder for each class, or a .txt beside it"
+NO_LABEL = "its name is not a label: give it one such as red_car_012.jpg, a folder for each class, or a .txt beside it"
 KNOWN = """A source is one of these, recognised by its content:
   a folder of pictures with a .txt of the same name beside each, or with a folder
     for each class (photos/cat/1.jpg), or named by what they show (red_car_012.jpg)
@@ -52,7 +54,7 @@ KNOWN = """A source is one of these, recognised by its content:
     image, and conversations (LLaVA, ShareGPT, MiniCPM), messages (OpenAI), texts
     (FineVision), query and response (ms-swift), question and answer, caption, label
   a WebDataset tar, a parquet file, a folder of either, a folder that datasets saved
-Text is UTF-8. Pictures are looked for beside the source and in its images/."""
+Text is UTF-8 or UTF-16. Pictures lie beside the source or in its images/."""
 Rows = Iterator[tuple[str, dict | RowError]]
 
 
@@ -65,20 +67,31 @@ def read_source(path: Path) -> Rows:
             is_empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
             found = "empty." if is_empty else "of no known form."
             if path.is_file() and not is_empty:
-                with open(path, "rb") as file:
-                    line = file.readline(80).decode("utf-8-sig", "replace").strip()
-                found += f" Its first line is\n  {printable(line)}"
+                with file_kinds.open_text(path, errors="replace") as file:
+                    found += f" Its first line is\n  {printable(file.readline(80).strip())}"
             raise UsageError(f"{name} is {found}\n{KNOWN}")
         for place, row in READERS[form](path):
             yield place, row if isinstance(row, (dict, RowError)) else RowError("not a JSON object")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
-        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except DAMAGED as error:
+        damaged = f"{str(error).rstrip('.')}. It is cut off or damaged: copy or download it again"
+        raise UsageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or damaged}") from error
+
+
+def not_read(path: Path) -> str:
+    """Counts the files of a folder that are of another form than what is read of it: "2 .csv, 1 .tar"; else ""."""
+    form, counts = file_kinds.kind_of_file(path), Counter()
+    if form in (file_kinds.FOLDER, file_kinds.CLASSES, file_kinds.SHARDS):
+        shards = set(file_kinds.data_files(path)) if form == file_kinds.SHARDS else ()
+        for folder, images, texts, names in file_kinds.pictures_and_texts(path):
+            others = sorted(set(names).difference(images, texts.values() if form == file_kinds.FOLDER else ()))
+            counts.update(Path(name).suffix.lower() or name for name in others if folder / name not in shards)
+    return ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
 
 
 def read_folder(path: Path) -> Rows:
-    for folder, images, texts in file_kinds.pictures_and_texts(path):
+    for folder, images, texts, _ in file_kinds.pictures_and_texts(path):
         inside = folder.relative_to(path)
         for name in images:
             picture, text = str(inside / name), texts.get(Path(name).stem)
@@ -95,14 +108,14 @@ def read_folder(path: Path) -> Rows:
 
 def captioned(images: list[str | bytes], text: bytes) -> dict | RowError:
     try:
-        return {"image": images, "caption": text.decode("utf-8-sig").strip()}
+        return {"image": images, "caption": text.decode(json.detect_encoding(text)).strip()}
     except UnicodeDecodeError:
         return RowError("its .txt is not UTF-8")
 
 
 def read_classes(path: Path) -> Rows:
     """Reads pictures whose folder, or own name if that is the source or images/, says what they show."""
-    for folder, images, _ in file_kinds.pictures_and_texts(path):
+    for folder, images, *_ in file_kinds.pictures_and_texts(path):
         for name in images:
             place, label = str((folder / name).relative_to(path)), folder.name
             if folder == path or label in IMAGE_FOLDERS:
@@ -122,7 +135,7 @@ def read_shards(path: Path) -> Rows:
 
 
 def read_table(path: Path) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with file_kinds.open_text(path, newline="") as file:
         delimiter, names = file_kinds.table_header(file.readline())
         is_flickr = delimiter == "|" or (names is None and delimiter == "\t")  # its quotes are part of the text
         first, names = (2, names) if names else (1 + file.seek(0), ["image", "caption"])
@@ -137,22 +150,23 @@ def read_table(path: Path) -> Rows:
                     fields[0] = file_kinds.NUMBER.sub("", fields[0]) if is_flickr else fields[0]
                     yield f"line {line}", dict(zip(names, fields, strict=True))
                 elif fields:  # not a blank line
-                    yield f"line {line}", RowError(f"{len(fields)} fields, but the first line has {len(names)}")
+                    yield f"line {line}", RowError(f"the first line has {len(names)} fields, this one {len(fields)}")
                 line = first + reader.line_num
         except csv.Error as error:  # where the row ends, nothing tells
             raise UsageError(f"{display_path(path)}, line {line}: a quote is wrong or not closed ({error})") from error
 
 
 def read_lines(path: Path) -> Rows:
-    with open(path, "rb") as file:
+    # Only the line that is not UTF-8 is a bad row: its bytes stay as they are.
+    with file_kinds.open_text(path, newline="\n", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", parsed(line.strip())
+                yield f"line {number}", parsed(line.strip().encode("utf-8", "surrogateescape"))
 
 
 def parsed(text: bytes) -> object:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text)
     except UnicodeDecodeError:
         return RowError("not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -162,7 +176,7 @@ def parsed(text: bytes) -> object:
 def read_list(path: Path) -> Rows:
     """Decodes a JSON list object by object, as much of the file at a time as that takes."""
     decoder, number = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8-sig") as file:
+    with file_kinds.open_text(path) as file:
         at = (text := file.read(CHUNK)).index("[") + 1
         while not text.startswith("]", at := BETWEEN_ROWS.match(text, at).end()):
             try:
@@ -180,7 +194,8 @@ def read_list(path: Path) -> Rows:
 
 def read_object(path: Path) -> Rows:
     """Reads COCO's captions, or the list that a JSON object holds, or the object as the one row."""
-    text = path.read_text(encoding="utf-8-sig")
+    with file_kinds.open_text(path) as file:
+        text = file.read()
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -189,18 +204,15 @@ def read_object(path: Path) -> Rows:
     rows = [whole] if row_forms.form_of_row(whole) or len(lists) != 1 else lists[0]
     if isinstance(whole.get("annotations"), list) and isinstance(whole.get("images"), list):
         names = {str(image.get("id")): image.get("file_name") for image in whole["images"] if isinstance(image, dict)}
-        rows = []
-        for row in whole["annotations"]:
-            if isinstance(row, dict):
-                row = {"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-            rows.append(row)
+        captions = [row if isinstance(row, dict) else {} for row in whole["annotations"]]
+        rows = [{"image": names.get(str(row.get("image_id"))), "caption": row.get("caption")} for row in captions]
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
 def read_tar(path: Path) -> Rows:
     """Reads a WebDataset: a row is neighbouring files of one name up to the first dot, pictures with JSON or text."""
-    with tarfile.open(path, mode="r|*") as archive:
+    with tarfile.open(path) as archive:
         for key, files in itertools.groupby(tar_files(archive), key=lambda file: file[0]):
             files = [(name, content) for _, name, content in files]
             images = [content for name, content in files if file_kinds.is_picture(name)]
@@ -210,7 +222,7 @@ def read_tar(path: Path) -> Rows:
             if not images or not (texts or objects):
                 row = RowError("a picture without a text" if images else "a text without a picture")
             elif len(texts) > 1 or len(objects) > 1:
-                row = RowError("several texts of one name up to the first dot")
+                row = RowError("several texts whose names are the same up to the first dot")
             elif texts and isinstance(row, dict) and row_forms.field(row, ("conversations", "messages")) is None:
                 row = captioned(images, texts[0])
             elif isinstance(row, dict):
@@ -225,25 +237,23 @@ def tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         key, name = path.name.partition(".")[0], path.name.lower()
         if member.isfile() and key and (file_kinds.is_picture(name) or name.endswith((".txt", ".json"))):
             yield str(path.parent / key), name, archive.extractfile(member).read()
+    # A block of zeros ends every complete tar; tarfile takes anything that is no header for the end.
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("unexpected end of data")
 
 
 def read_parquet(path: Path) -> Rows:
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
         file_kinds.check_names(path, schema.names)
-        try:
-            features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
-        except DAMAGED as error:
-            raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+        features = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
         yield from numbered(file.iter_batches(batch_size=BATCH), features)
 
 
 def read_saved(path: Path) -> Rows:
     """Reads what `datasets` saved; raises UsageError if it has several splits, as one may be meant for testing."""
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except DAMAGED as error:
-        raise UsageError(f"{display_path(path)} cannot be read: {error}") from error
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) != 1:
             names = " or ".join(display_path(path / name) for name in saved)
@@ -365,7 +375,7 @@ def as_pictures(value, images_path: Path) -> list[str | bytes]:
             try:
                 picture = base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
             except binascii.Error as error:
-                raise RowError(f"a data: URL that is no base64: {error}") from error
+                raise RowError(f"a data: URL that is not base64: {error}") from error
         elif isinstance(picture, str):
             path = unquote(picture.removeprefix("file://")) if picture.startswith("file:") else picture
             picture = found(path, images_path) or path

@@ -31,7 +31,7 @@ def test_a_form_is_trained_on_resumed_measured_on_and_refused_without_its_import
     rows = [{"photo": f"{n}.jpg", "question": "什么？", "answer": "蓝色的方形。" * (n + 1)} for n in range(9)]
     data = write_jsonl(tmp_path / "photos.jsonl", rows)
     flags = [*world.files("sft", out), "--data_path", data, "--from_weight", "llm", "--batch_size", 3]
-    refused = world.run(SFT, *flags).refused("line 1: ", "no known form: it has the fields photo, question, answer")
+    refused = world.run(SFT, *flags).refused("line 1: ", "no known form has these fields: photo, question, answer")
     assert 'A good line looks like this:\n  {"image": "a.jpg", "conversations": [{"role": "user", ' in refused
 
     started = world.run(SFT, *own, *flags, "--epochs", 1).passed()

@@ -220,7 +220,7 @@ def test_conversations_are_json_or_lists():
         ([{"role": "\ud800", "content": "c"}], r"of role '\\ud800'"),
         (said("a", ""), "turn 2: the answer is empty"),
         (said("a", "b", "c", " \n"), "turn 4: the answer is empty"),
-        (said("a", "b <image>"), "turn 2: <image> stands in a turn of role 'assistant'"),
+        (said("a", "b <image>"), "turn 2: <image> is in a turn of role 'assistant'"),
         ([{"role": "system", "content": "<image>"}, *said("a", "b")], "turn 1: <image> .* 'system'"),
         (said("a\ud800", "b"), "turn 1 holds half a surrogate pair"),
         (said("a", "b\udfff"), "turn 2 holds half a surrogate pair"),
@@ -256,7 +256,7 @@ NO_NAMES = [5, {"a": 1}, ["a", 1], [None], "a,,b", "a.jpg,", [""], True]
     ("value", "reason"),
     [
         *((f"ok.jpg, {name}", "leaves images_path") for name in OUTSIDE),
-        *((value, "neither names of pictures nor empty") for value in NO_NAMES),
+        *((value, "must be a picture's name, a list of names or empty") for value in NO_NAMES),
         ("\ud800.jpg", "surrogate"),
     ],
 )

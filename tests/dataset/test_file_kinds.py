@@ -85,9 +85,9 @@ def test_a_row_of_another_form_is_read_as_the_same_row_of_the_project_s(folder, 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"snapshot": "a.png", "words": "A cat."}, "no known form: it has the fields snapshot, words"),
+        ({"snapshot": "a.png", "words": "A cat."}, "no known form has these fields: snapshot, words"),
         ({"image": "", "caption": "A cat."}, "no picture is named"),
-        ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is no text"),
+        ({"image": "a.png", "question": 5, "answer": "A cat."}, "the question is not text"),
         ({"image": "a.png", "caption": None}, "turn 2 has no text as content"),
         (ASKED | {"question": "<image><image>"}, "not read as a picture with question and answer: ValueError"),
         (

@@ -260,14 +260,14 @@ BAD_ROWS = [
     (row("<image>"), "1 <image> in the text, but 0 picture(s)"),
     (row("hi", image="a.png, b.png"), "0 <image> in the text, but 2 picture(s)"),
     (row("<image>", "x", "a.png, b.png"), "1 <image> in the text, but 2 picture(s)"),
-    (row("hi", "<image>"), "turn 2: <image> stands in a turn of role 'assistant'"),
+    (row("hi", "<image>"), "turn 2: <image> is in a turn of role 'assistant'"),
     (row("<image>", "x", "nowhere.png"), "no such picture: nowhere.png"),
     (row("<image><image>", "x", "a.png, 图"), "no such picture: 图"),
     *(
         (row("<image>", "x", name), "the picture's path leaves images_path")
         for name in ("../data.jsonl", "/etc/passwd", "C:\\x", "a\\..\\..\\b")
     ),
-    (row("<image>", "x", 5), "image is neither names of pictures nor empty"),
+    (row("<image>", "x", 5), "image must be a picture's name, a list of names or empty"),
     (row(LONG + "<image>", "x", "a.png"), "an image is cut off: it ends at token"),
     (row(LONG), "nothing left to learn"),
     (b'{"conversations": "\\ud800"}', "conversations is not JSON"),

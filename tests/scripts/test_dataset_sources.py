@@ -1,5 +1,6 @@
 """Sources read row by row: what is damaged is named with its place, and nothing is read ahead of its use."""
 
+import gzip
 import io
 import json
 import shutil
@@ -15,6 +16,8 @@ from common.errors import UsageError
 from dataset.chat import RowError
 from scripts.data import sources as dataset_sources
 from scripts.data.sources import read_source
+
+DOG = {"image": "a.jpg", "caption": "狗"}
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_a_table_keeps_its_places_and_names_its_bad_rows(source):
     table = b'\xef\xbb\xbfimage,caption\r\na.jpg,"one\r\ntwo, ""three"""\r\n\r\nb.jpg\r\nc.jpg, "four"\r\ne.jpg,five'
     assert source(table) == [
         ("line 2", {"image": "a.jpg", "caption": 'one\r\ntwo, "three"'}),
-        ("line 5", "bad: 1 fields, but the first line has 2"),
+        ("line 5", "bad: the first line has 2 fields, this one 1"),
         ("line 6", {"image": "c.jpg", "caption": "four"}),
         ("line 7", {"image": "e.jpg", "caption": "five"}),
     ]
@@ -71,6 +74,24 @@ def test_text_in_another_encoding_is_refused_or_a_bad_row(source, tmp_path, form
         text = '[{"image": "a.jpg", "caption": "狗"}]' if form == "list" else "image,caption\na.jpg,ok\nb.jpg,狗"
         with pytest.raises(UsageError, match="source is not UTF-8 .*: save it as UTF-8"):
             source(text.encode("gbk"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "image\tcaption\r\na.jpg\t狗\r\n",
+        json.dumps(DOG, ensure_ascii=False),
+        json.dumps([DOG]),
+        json.dumps(DOG, indent=1),
+    ],
+)
+def test_utf_16_is_read_where_its_mark_says_so(source, tmp_path, row):
+    """Excel's "Unicode text" and PowerShell's > write it."""
+    assert [read for _, read in source(row.encode("utf-16"))] == [DOG]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("狗", encoding="utf-16")
+    (tmp_path / "source").unlink()
+    assert read(tmp_path) == [("a.png", {"image": ["a.png"], "caption": "狗"})]
 
 
 def test_lines_that_are_no_rows(source):
@@ -132,13 +153,26 @@ def test_a_tar_s_rows_and_damage(tmp_path):
         ("d/3", "bad: a text without a picture"),
         ("d/4", "bad: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("d/5", {"image": [b"5", b"6"], "caption": "both"}),
-        ("d/6", "bad: several texts of one name up to the first dot"),
+        ("d/6", "bad: several texts whose names are the same up to the first dot"),
         ("d/7", "bad: its .txt is not UTF-8"),
         ("d/8", {"image": [b"8"], "caption": "text"}),
     ]
-    path.write_bytes(path.read_bytes()[: 512 * 3 + 100])  # within the second file
-    with pytest.raises(UsageError, match="a.tar cannot be read: unexpected end of data"):
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+@pytest.mark.parametrize("end", [512 * 3 + 1, 512 * 4, 512 * 4 + 100])  # in a content, between two files, in a header
+def test_a_tar_that_was_cut_off_is_refused(tmp_path, packed, end):
+    path = tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("1.txt", b"1"), ("2.jpg", b"two"), ("2.txt", b"2")])
+    whole = path.read_bytes()
+    path.write_bytes(packed(whole[: 512 * 9]))  # one block of zeros is enough
+    assert len(read(path)) == 2
+    path.write_bytes(packed(whole[:end]))
+    with pytest.raises(UsageError, match="a.tar cannot be read: unexpected end of data. .*copy or download it again"):
         read(path)
+    (tmp_path / "shards").mkdir()
+    path.rename(tmp_path / "shards" / "a.tar")
+    with pytest.raises(UsageError, match="a.tar cannot be read"):
+        read(tmp_path / "shards")
 
 
 def test_tarfile_does_not_keep_what_was_read(tmp_path, monkeypatch):
@@ -233,7 +267,7 @@ def test_a_parquet_is_read_in_small_batches(tmp_path, monkeypatch):
             "Its first line is\n  file,width\n.* a table .* whose first line is image,caption or image,label",
         ),
         (b"\x89PNG\r\n\x1a\n", "source is of no known form"),
-        ("image,caption\na.jpg,b\n".encode("utf-16"), "Text is UTF-8"),
+        ("Bild\n".encode("utf-16"), "Its first line is\n  Bild\n.*Text is UTF-8"),
         (b"PK\x03\x04" + b"\0" * 100, "of no known form"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,23 @@ def test_only_an_export_is_replaced(tmp_path):
         export.main([*flags, str(folder)])
     assert (exported / "model.safetensors").is_file() and (empty / "model.safetensors").is_file()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("to", ["transformers", "gguf"])
+def test_a_full_disk_ends_in_one_message(tmp_path, to):
+    """A limit on the file size stands for it: the kernel raises it."""
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    random_weights(tmp_path / "out", None)
+    flags = flags_for(tmp_path / "out", save_tower(tmp_path / "tower"))
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, most))  # the tokenizer's files are smaller
+    try:
+        with pytest.raises(UsageError, match="sft_vlm_64-.* cannot be written: the disk is probably full"):
+            export.main([*flags, "--to", to])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sft_vlm_64.pth"]
 
 
 def test_a_killed_replacement_loses_nothing(tmp_path, monkeypatch):

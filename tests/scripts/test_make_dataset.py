@@ -228,7 +228,7 @@ def test_every_form_reads_as_this_projects_own(pictures, tokenizer, form):
     source = build(pictures)
     made, folder = make(source, "--images_path", pictures, "--question", ASKED)
     assert {path.name for path in folder.iterdir()} == {RECORD, "train.jsonl", "images"}
-    assert (made.rows, made.bad_rows, len(list((folder / "images").iterdir()))) == (3, 0, 3)
+    assert (len(made.keys), made.left_out, len(list((folder / "images").iterdir()))) == (3, [], 3)
     data = read(folder / "train.jsonl", tokenizer)
     assert not data.bad_rows
     for sample, other in zip(data, expected, strict=True):
@@ -259,7 +259,7 @@ def test_several_sources_are_put_together_and_a_picture_of_both_stands_once(pict
     assert [row["image"] for row in rows[:3]] == [row["image"] for row in rows[3:]]
     assert {f"images/{path.name}" for path in (folder / "images").iterdir()} == {row["image"] for row in rows}
     assert (folder / "left_out.txt").read_text() == (
-        "rows.json line 4: conversations is missing, and it is no known form: it has the fields a\n"
+        "rows.json line 4: conversations is missing, and no known form has these fields: a\n"
     )
 
 
@@ -312,11 +312,12 @@ def test_how_many_rows_are_held_out():
     def count(keys, share):
         return int(held_out(Made(keys=keys), share).sum())
 
-    assert [count(range(1, 1 + rows), 0.02) for rows in (1, 19, 20, 100, 1000)] == [0, 0, 1, 2, 20]
+    assert [count(range(1, 1 + rows), 0.02) for rows in (1, 19, 20, 30, 100, 1000)] == [0, 0, 2, 3, 3, 20]
     assert count(range(1, 1001), 0) == 0
     assert count([5] * 100, 0.02) == 0  # all of them are about one picture
-    assert count([1] * 5 + [2] * 5 + [3] * 5 + [4] * 5, 0.02) == 5  # at least one of twenty, with its picture's others
-    assert count([0] * 90 + list(range(1, 11)), 0.02) == 2 and count([0] * 100, 0.02) == 0
+    assert count([1] * 5 + [2] * 5 + [3] * 5 + [4] * 5, 0.02) == 5  # one of four, with all of its rows
+    assert count([number // 5 + 1 for number in range(100)], 0.02) == 15  # of three pictures
+    assert count([0] * 90 + list(range(1, 11)), 0.02) == 3 and count([0] * 100, 0.02) == 0
 
 
 def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
@@ -331,10 +332,11 @@ def test_bad_rows_are_counted_by_reason_listed_and_left_out(pictures, run):
     report = " ".join(printed.split())
     assert f"{folder} rows 195: 195 to train on, 0 held out pictures 3, 0.00 MB" in report
     assert "left out 5 of 200 rows (2.5 %), all listed in left_out.txt there 3 rows no such" in report
-    assert "3 rows no such picture: gone0.png line 196, line 197, line 198 (--images_path names" in report
+    assert "no such picture: gone0.png (the first; others differ) line 196, line 197, line 198 1 row" in report
+    assert "(--images_path names the folder of the pictures" in report
     assert "1 row not JSON: Unterminated string" in report and "1 row not UTF-8 line 201" in report
     assert "Training would start with this file: 195 usable rows." in printed
-    assert "5 of 200 rows were left out, more than 1 % of the rows. The others are written" in error
+    assert "more than 1 % of the rows were left out: 5 of 200 rows. The others are written" in error
     assert len((folder / "left_out.txt").read_text().splitlines()) == 5
     assert all(len(line) <= 80 for line in printed.splitlines() if str(folder) not in line)
 
@@ -364,6 +366,21 @@ def test_what_is_there_is_not_overwritten(pictures):
     assert {path.name for path in pictures.parent.iterdir()} == {"pictures", "rows.data", "made"}
 
 
+def test_files_of_another_form_in_a_folder_are_named(pictures, run):
+    folder = as_folder(pictures)
+    for name in ("a.csv", "b.csv", "sub/c.tar", ".hidden.csv", "LICENSE"):
+        (folder / name).write_text("image,caption\n", encoding="utf-8")
+    printed, error = run(folder, "--to", "made")
+    expected = f"not read other files: 2 .csv, 1 LICENSE, 1 .tar in {folder}. To read one, name it"
+    assert error == "" and expected.replace(" ", "") in "".join(printed.split())  # a long path is broken over lines
+    for path in folder.rglob("*.txt"):
+        path.unlink()
+    as_table(pictures, ["image", "caption"]).rename(folder / "a.csv")
+    (folder / "b.csv").unlink()
+    printed, error = run(folder, "--to", "made", "--overwrite")  # the table is read
+    assert error == "" and "other files: 1 LICENSE, 1 .tar in" in " ".join(printed.split())
+
+
 def test_a_source_that_breaks_off_leaves_nothing(pictures):
     source = as_list(pictures, llava())
     source.write_bytes(source.read_bytes()[:-20])
@@ -381,7 +398,7 @@ def test_no_source_or_caption_is_a_pipe_and_shards_are_read(pictures, tokenizer)
     draw(folder / "last.png", 9)
     os.mkfifo(folder / "last.txt")
     made, _ = make(folder)
-    assert (len(made.keys), [reason for reason, _ in made.left_out.values()]) == (
+    assert (len(made.keys), [reason for _, reason in made.left_out]) == (
         3,
         ["its .txt cannot be read: it is a pipe, not a file"],
     )
@@ -412,7 +429,7 @@ def test_training_names_the_command_for_what_it_does_not_read(pictures, tokenize
 def test_large_sizes_leave_small_pictures_as_they_are(pictures):
     source = as_table(pictures, ["image", "caption"])
     made, _ = make(source, "--images_path", pictures, "--size", LARGEST_SIZE)
-    assert (len(made.keys), made.bad_rows) == (3, 0)
+    assert (len(made.keys), made.left_out) == (3, [])
 
 
 def test_flags_that_make_no_sense(pictures, capsys):
@@ -423,6 +440,9 @@ def test_flags_that_make_no_sense(pictures, capsys):
         (source, "--heldout", 2): "--heldout: 2: must be from 0 to 0.5",
         (source, "--heldout", "nan"): "--heldout: nan: must be from 0 to 0.5",
         (): "required: SOURCE",
+        ("--mix", "a.jsonl", "b=0.3"): "--mix: 'a.jsonl' lacks its share or its source: write a.jsonl=0.3",
+        ("--mix", "b="): "--mix: 'b=' lacks",
+        ("--mix", "=0.3"): "--mix: '=0.3' lacks",
     }.items():
         with pytest.raises(SystemExit, match="2"):
             parse_arguments([*map(str, flags), *to])

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub._commit_api
 import pytest
 from publishing import CARD_FILES, FILES, GGUF_FILES, HF_FILES, NAME, REPO, TOKEN, card_of, published
+from tiny import read_jsonl, write_jsonl
 
 from common.errors import UsageError
 from common.files import RECORD
@@ -216,11 +217,11 @@ def test_by_xet_too_what_has_arrived_is_not_sent_again(publish, hub, trained):
 
 FLAGS = {
     "no owner": ({"repo": "shapes"}, ("use NAME/REPO",)),
-    "two slashes": ({"repo": "a/b/c"}, ("a/b/c is no repository",)),
-    "characters": ({"repo": "some one/sh\x1bapes"}, ("is no repository",)),
+    "two slashes": ({"repo": "a/b/c"}, ("a/b/c is not a repository's name",)),
+    "characters": ({"repo": "some one/sh\x1bapes"}, ("is not a repository's name",)),
     "a git address": ({"repo": "someone/shapes.git"}, ("cannot end by '.git'",)),
-    "nothing there": ({"source": "gone.pth"}, ("is nothing to publish",)),
-    "a run's folder": ({"source": ""}, ("is nothing to publish",)),
+    "nothing there": ({"source": "gone.pth"}, ("cannot be published",)),
+    "a run's folder": ({"source": ""}, ("cannot be published",)),
     "a state": ({"source": f"{NAME}_resume.pth"}, ("is a training state, which is never published",)),
     "no network": ({"ENDPOINT": "http://127.0.0.1:9"}, ("the upload to http://127.0.0.1:9 failed",)),
     "offline": ({"HF_HUB_OFFLINE": True}, ("HF_HUB_OFFLINE",)),
@@ -237,6 +238,14 @@ def test_wrong_flags(publish, hub, trained, case):
 def test_a_licence_is_required(publish, trained):
     done = publish(trained / f"{NAME}.pth", licence=None)
     assert done.code == 2 and "--license" in done.err
+
+
+def test_a_language_is_named_only_if_the_samples_tell(publish, hub, out):
+    assert "the card's language: zh (--language names others)" in publish(out / f"{NAME}.pth").passed().out
+    samples = out / f"{NAME}_samples" / "samples.jsonl"
+    write_jsonl(samples, [row | {"reference": "A red circle. 日本の"} for row in read_jsonl(samples)])
+    assert "the card's language: none (--language names others)" in publish(out / f"{NAME}.pth").passed().out
+    assert "language" not in card_of(hub)[0]
 
 
 def test_several_languages_and_a_licence_as_it_is_usually_written(publish, hub, trained):

@@ -135,7 +135,9 @@ def test_it_is_trained_resumed_asked_and_exported(world, folder, kind, tmp_path)
     world.run(EVAL, *ask, "--image", world.images / "0.jpg").passed()
     assert "learned tokens" in world.run(EVAL, *ask, "--eval_data", world.root / "sft.jsonl").passed().out
     world.run(EVAL, *ask, "--chat", typed=f"{world.images / '0.jpg'} What?\nAnd?\n".encode()).passed()
-    world.run(ROOT / "scripts/export.py", "--save_dir", out, "--folder", hf).passed()
+    assert (
+        "Loading weights" not in world.run(ROOT / "scripts/export.py", "--save_dir", out, "--folder", hf).passed().err
+    )
     from_folder = world.run(EVAL, "--load_from", hf, *ask[2:], "--temperature", 0, "--image", world.images / "0.jpg")
     from_file = world.run(EVAL, *ask, "--temperature", 0, "--image", world.images / "0.jpg").passed()
     assert from_folder.passed().out.splitlines()[1:-2] == from_file.out.splitlines()[1:-2]
