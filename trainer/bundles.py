@@ -19,9 +19,8 @@ PARTIAL = r"((\.[0-9a-f]{12})?\.part)?$"  # the end of a file that is still bein
 WEIGHT_FILE = re.compile(r"\.(pth|pt|bin|ckpt|safetensors)" + PARTIAL, re.IGNORECASE)
 DATA_FILE = re.compile(r"\.(parquet|jsonl|json|zip|csv|tsv|tar|arrow)" + PARTIAL, re.IGNORECASE)
 TOWER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-MODEL_FLAGS = ("vision_model_path", "tokenizer_path")
-# One of these must be in the folder, or its download was interrupted.
-MARKS = {"vision_model_path": TOWER_WEIGHTS, "tokenizer_path": ("tokenizer.json",)}
+# The flags of tower and tokenizer; one of these files must be in the folder, or its download was interrupted.
+MODEL_FLAGS = {"vision_model_path": TOWER_WEIGHTS, "tokenizer_path": ("tokenizer.json",)}
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def choose_bundle(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         return BUILTIN, BUILTIN.folders | chosen
     missing = []
     for flag, (what, path, command) in files.items():
-        marks = [path / mark for mark in MARKS.get(flag, ())] or [path]
+        marks = [path / mark for mark in MODEL_FLAGS.get(flag, ())] or [path]
         if flag not in (*typed, *chosen) and not any(mark.exists() for mark in marks):
             path = recorded.get(flag, path) if bundle is LANGUAGE_MODEL else path  # it has a tokenizer of its own
             missing.append(f"  {what}: {display_path(path)} ({command})")

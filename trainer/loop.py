@@ -50,7 +50,7 @@ def train(run: Run, model: MiniMindVLM, data: VLMDataset, heldout: VLMDataset | 
     context, take_step, is_compiled = make_step(run, model, loss, collate, data)
     how = metric, collate, processes, run.dtype, args.batch_size
     evaluator = None if heldout is None else stage.evaluator(heldout, model, *how)
-    watch = Watch(run, model, evaluator, heldout or data, eval_interval, state.step)
+    watch = Watch(run, model, evaluator, heldout or data, eval_interval)
     features = open_features(run, data, checkpoints.tower_key)
     steps = f"{total_steps:,} of {sampler.group} samples ({math.ceil(len(data) / sampler.group):,} an epoch)"
     print_header(watch, data, features, steps, is_compiled)

@@ -101,8 +101,7 @@ def find_starting_weights(args, log, tokenizer=None) -> weight_io.Weights | None
 def model_config(args, weights, tower: TowerSettings, tokenizer) -> VLMConfig:
     """Returns the model's shape, of the weights or else of the flags; UsageError if invalid or contradictory."""
     hidden_size = args.hidden_size or (next(iter(MINIMIND2.layers)) if weights is None else weights.config.hidden_size)
-    projector = {flag: getattr(args, flag) for flag in ("projector", "pixel_shuffle")}
-    projector = {flag: value for flag, value in projector.items() if value is not None}
+    projector = {flag: value for flag in ("projector", "pixel_shuffle") if (value := getattr(args, flag)) is not None}
     try:
         if weights is None:
             layers = args.num_hidden_layers or MINIMIND2.layers.get(hidden_size, 8)

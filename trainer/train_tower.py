@@ -288,12 +288,12 @@ def rate(args: Namespace, done: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP)))))
 
 
-def take_steps(
-    args, context: TrainContext, sampler: BatchSampler, pictures: Pictures, heldout: Pictures, state: TowerState, save
-):
+def take_steps(args, context: TrainContext, pictures: Pictures, heldout: Pictures, state: TowerState, save):
     """Trains the guide, then the tower; raises Stopped on SIGINT or SIGTERM, after calling `save`."""
     learner, device, losses, named = context.loss.model, context.processes.device, [], set()
     words, tower = learner.words, learner.tower
+    lengths, place = np.ones(len(pictures.rows)), (state.epoch, state.sample)  # all of one length: the order is random
+    sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed, start=place)
     batches = load_in_workers(pictures, args.num_workers, 4, batch_sampler=sampler, collate_fn=tuple)
     with stop_signals(speaks=True) as signals, worker_errors(args.num_workers), contextlib.closing(batches):
         for _, following, _ in sampler.steps():
@@ -347,15 +347,15 @@ def train(args: Namespace, processes: Processes) -> int:
     dtype = pick_dtype(None, device, tower.config.hidden_size // tower.config.num_attention_heads)
     context = TrainContext(learner, lambda learner, batch: (learner(**batch), None), processes, dtype, grad_clip=1.0)
     context.optimizer.param_groups[0] |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
-    lengths = np.ones(len(pictures.rows))  # all the same: the order is random
 
     start = "random weights" if args.from_tower == NO_TOWER else display_path(args.from_tower)
-    size, patches, mirrored = tower.settings.size, tower.settings.patches, pictures.may_flip.float().mean() / 2
+    count, size, patches = len(pictures.rows), tower.settings.size, tower.settings.patches
+    mirrored = pictures.may_flip.float().mean() / 2
     length = f"{args.steps:,} steps" if args.steps else f"{args.minutes:g} minutes"
     header = {
         "starts from": f"{start}: {tower.num_parameters() / 1e6:.2f} M parameters",
         "writes": display_path(args.save_tower),
-        "data": f"{display_path(args.data_path)}: {len(lengths):,} pictures, {len(learner.words.numbers):,} words",
+        "data": f"{display_path(args.data_path)}: {count:,} pictures, {len(learner.words.numbers):,} words",
         "held out": f"{len(heldout.rows):,} pictures",
         "sees": f"{size} x {size} pixels, {patches} patches; random crops, {mirrored:.0%} of them mirrored",
         "time": f"{length} in batches of {args.batch_size}, {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
@@ -364,7 +364,7 @@ def train(args: Namespace, processes: Processes) -> int:
     print("\n".join(f"  {name:<13} {value}" for name, value in header.items()), flush=True)
 
     if (saved := resume.read_state(path := files.state, STATE, args.from_resume, print)) is not None:
-        resume.check_same_run(saved, fingerprint, len(lengths), path)
+        resume.check_same_run(saved, fingerprint, count, path)
         load_learned(learner, saved, path)
         try:
             learner.guide.load_state_dict(saved["guide"])
@@ -382,9 +382,7 @@ def train(args: Namespace, processes: Processes) -> int:
         saved |= {"fingerprint": fingerprint, "arguments": {"epochs": str(MOST_EPOCHS)}}
         write_atomically(path, lambda file: torch.save(saved, file))
 
-    place = state.epoch, state.sample
-    sampler = BatchSampler(lengths, args.batch_size, epochs=MOST_EPOCHS, seed=args.seed, start=place)
-    take_steps(args, context, sampler, pictures, heldout, state, save)
+    take_steps(args, context, pictures, heldout, state, save)
     if files.keep_aside(""):  # models that were trained with it still need it
         print(f"kept the earlier tower as {display_path(files.aside)}")
     write_tower(args, tower)

@@ -38,12 +38,11 @@ class Progress:
         form = "{percentage:3.0f}% step {n_fmt}/{total_fmt}, ETA {remaining} {bar}"
         self.bar = tqdm(total=total_steps, initial=done_steps, disable=disable, dynamic_ncols=True, bar_format=form)
         # Steps whose loss or gradient was not finite: all, in a row, the most in a row. Counting syncs no GPU.
-        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=run.device)
-        self.bad_steps_logged, self.unreadable = 0, set()
+        bad_steps = [0, 0, 0] if run.state is None else run.state["bad_steps"]
+        self.bad_steps = torch.tensor(bad_steps, device=run.device)
+        self.bad_steps_logged, self.unreadable = bad_steps[0], set()
         self._reset()
         if run.state is not None:
-            self.bad_steps = self.bad_steps.new_tensor(run.state["bad_steps"])
-            self.bad_steps_logged = run.state["bad_steps"][0]
             earlier = run.state["progress"]
             self.counted = {name: earlier[name] for name in self.counted}
             self.losses = torch.tensor(earlier["learned_from"])

@@ -39,7 +39,6 @@ class Watch:
     evaluator: Evaluator | None  # of held-out rows; with None, there are descriptions at the end only
     shown: VLMDataset  # its first rows with different images are described, by the main rank
     interval: int  # optimizer steps between measurements
-    done: int  # steps before a resume; descriptions of later ones are dropped
     figures: dict = field(default_factory=dict)  # of the newest measurement
     rows: list[dict] = field(default_factory=list)  # that are described
     samples: list[dict] = field(default_factory=list)  # their pictures, prompts and references, in the same order
@@ -93,7 +92,7 @@ class Watch:
                 for row, sample in zip(self.rows, self.samples, strict=True):
                     pixels = row["pixel_values"][0].permute(1, 2, 0).numpy()
                     Image.fromarray(pixels).resize((160, 160)).save(path.with_name(sample["picture"]), quality=88)
-                self.described = reports_until(path, self.done)
+                self.described = reports_until(path, progress.done_steps)  # after a resume, those before it
             for sample, answer in zip(self.samples, answers, strict=True):
                 row = {"step": step, **sample, "description": answer}
                 self.described.append(json.dumps(row, ensure_ascii=False))
