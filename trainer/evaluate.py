@@ -157,7 +157,7 @@ def exact_match(evaluator: Evaluator, tokenizer, longest: int, most: float = mat
 
     Asks only rows whose first answer has at most `longest` tokens, of about `most` rows on each rank. Returns the
     number asked, the shares right with their own images and with those of other rows, and what always giving a
-    question's most frequent answer makes; {} if nothing is asked.
+    question's most frequent answer gets; {} if nothing is asked.
     """
     data, model, right, expected = evaluator.data, evaluator.model, Counter(), Counter()
     batches, seen, ways = evaluator.batches(), 0, ("exact_match", "exact_shuffled")
