@@ -32,18 +32,17 @@ class SteadyStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            if self.error is None:
-                self.stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: it was closed
-            self.error = error
+        self._attempt(self.stream.write, text)
         return len(text)
 
     def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, act: Callable, *args):
         try:
             if self.error is None:
-                self.stream.flush()
-        except (OSError, ValueError) as error:
+                act(*args)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
             self.error = error
 
 

@@ -27,10 +27,9 @@ DATA_NAMES = ("{}_data.parquet", "{}_i2t.parquet", "{}_data.jsonl", "{}_vlm_data
 
 def place_of(folder: Path) -> Path:
     """Returns where a published tower or tokenizer lies: its folder here, or where the original puts it, in model/."""
-    is_tokenizer = folder.name.startswith("tokenizer")
-    model = folder.parent if is_tokenizer else folder.parents[1]
-    others = (model / "minimind_tokenizer", model) if is_tokenizer else (model / folder.name,)
-    needed = "tokenizer.json" if is_tokenizer else "config.json"
+    others, needed = (folder.parents[1] / folder.name,), "config.json"
+    if folder.name.startswith("tokenizer"):
+        others, needed = (folder.with_name("minimind_tokenizer"), folder.parent), "tokenizer.json"
     return folder if folder.exists() else next((other for other in others if (other / needed).is_file()), folder)
 
 

@@ -16,10 +16,6 @@ from model.model_minimind import CACHE_NAME, causal_lm_loss, learned_loss
 from model.model_vlm import ImageInputs, MiniMindVLM, VLMConfig
 from model.weights import LLM, LORA_SCALE, Weights
 
-VISION_SETTINGS = sorted(
-    {*VLMConfig.__annotations__, "image_tokens", "eos_token_id", "pad_token_id", "use_moe"} - {"llm"}
-)
-
 
 class LanguageModel:
     """Gives a causal language model of transformers the `forward` of `MiniMindForCausalLM`."""
@@ -46,7 +42,8 @@ def build(config: VLMConfig, vision_model_path: str | Path | None):
     if config.llm is None:
         return MiniMindVLM(config, vision_model_path)
     llm = AutoConfig.for_model(**config.llm)
-    for name in VISION_SETTINGS:
+    ours = {*VLMConfig.__annotations__, "image_tokens", "eos_token_id", "pad_token_id", "use_moe"} - {"llm"}
+    for name in sorted(ours):
         setattr(llm, name, getattr(config, name))
     base = AutoModelForCausalLM._model_mapping[type(llm)]
     return type(f"{base.__name__}VLM", (ImageInputs, LanguageModel, base), {})(llm, vision_model_path)

@@ -124,8 +124,7 @@ def read_tower_settings(path: str | Path) -> TowerSettings:
             check(content, {"num_patches?": SIZE, "patch_size?": SIDE})
             side = math.isqrt(content.get("num_patches", 256)) * content.get("patch_size", 16)
             model_type, content = "siglip", content | {"image_size": side}
-        types = {kind: tower.model.config_class.model_type for kind, tower in TOWERS.items()}
-        kinds = {of_kind.removesuffix("_vision_model"): kind for kind, of_kind in types.items()}
+        kinds = {it.model.config_class.model_type.removesuffix("_vision_model"): kind for kind, it in TOWERS.items()}
         if model_type not in kinds:
             raise unreadable(path, f"it is a {model_type:.40}, none of {', '.join(TOWERS)}")
         tower = TOWERS[kinds[model_type]]

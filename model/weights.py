@@ -119,8 +119,7 @@ def read_training(folder: Path) -> dict:
     path = folder / TRAINING
     try:
         sidecar = read_json(path, dict) if path.exists() else {}
-        if sidecar:  # {} if the weights had none
-            check(sidecar, SIDECAR)
+        check(sidecar, SIDECAR if sidecar else {})  # {} if the weights had none
         sidecar.pop("tower_sha256", None)  # the tower was exported with the weights, in another precision
         return sidecar
     except SchemaError as error:
