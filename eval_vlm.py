@@ -123,9 +123,9 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise UsageError(f"{display_path(folder)} {what}: --image_dir names a folder of pictures, --image pictures")
-    files = sorted(path for path in folder.glob("[!.]*") if not path.is_dir())
-    paths = [path for path in files if is_picture(path.name) and path.is_file()]
-    endings = Counter(path.suffix.lower() or path.name for path in files if path not in paths)
+    files = {path for path in folder.glob("[!.]*") if not path.is_dir()}
+    paths = sorted(path for path in files if is_picture(path.name) and path.is_file())
+    endings = Counter(path.suffix.lower() or path.name for path in sorted(files.difference(paths)))
     others = f"not read: {', '.join(f'{count} {ending}' for ending, count in endings.items()) or 'nothing'}"
     others += f". {HEIC_CURE}" if endings.keys() & {".heic", ".heif"} else ""
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -205,9 +205,8 @@ def evaluate(assistant: Assistant, args: argparse.Namespace, processes: Processe
     evaluator = Evaluator(data, assistant.model, answer_loss, collate, processes, torch.float32, args.batch_size)
     held_out = evaluator.measure()
     if held_out.loss is None:
-        raise UsageError(
-            f"no row of {args.eval_data} can be evaluated: it has none, or none of its pictures can be read"
-        )
+        why = "it has none, or none of its pictures can be read"
+        raise UsageError(f"no row of {args.eval_data} can be evaluated: {why}")
     exact = exact_match(evaluator, assistant.tokenizer, args.short_answer) if args.short_answer else {}
     for error in dict.fromkeys(map(str, evaluator.skipped)):
         print(f"left out, its picture cannot be read: {error}")
