@@ -230,13 +230,13 @@ def load_file(path: Path) -> dict:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Loads a state dict; raises UsageError if the file is unreadable or holds something else."""
-    tensors = load_file(path)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
-    ):
-        hint = ": it is the state of a run, whose weights are in the .pth beside it" if "learned" in tensors else ""
-        raise UsageError(f"{display_path(path)} is no weight file{hint or ': a plain dict of tensors is expected'}")
-    return tensors
+    tensors, why = load_file(path), "a plain dict of tensors is expected"
+    if isinstance(tensors, dict):
+        if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()):
+            return tensors
+        if "learned" in tensors:
+            why = "it is the state of a run, whose weights are in the .pth beside it"
+    raise UsageError(f"{display_path(path)} is no weight file: {why}")
 
 
 def sha256_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -265,6 +265,7 @@ DAMAGES = {
         }.items()
         for value in values
     },
+    "a tensor alone": (as_bin(saved(torch.ones(2))), "a plain dict of tensors is expected"),
     "a list for tensors": (as_bin(saved([torch.ones(2)])), "a plain dict of tensors is expected"),
     "words for tensors": (as_bin(saved({"vision_model.x": "y"})), "a plain dict of tensors is expected"),
     "NaN": (lambda folder: with_tensor(folder, LAST_WEIGHT, torch.nan), LAST_WEIGHT, "finite"),
