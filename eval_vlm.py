@@ -121,7 +121,7 @@ def describe_folder(assistant: Assistant, args: argparse.Namespace):
     if only_scenes and not args.image_dir and not folder.is_dir():
         draw_heldout(folder, DRAWN_EVAL_IMAGES)
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"{display_path(folder)} {what}: --image_dir names a folder of pictures, --image pictures")
     files = {path for path in folder.glob("[!.]*") if not path.is_dir()}
     paths = sorted(path for path in files if is_picture(path.name) and path.is_file())

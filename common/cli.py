@@ -29,9 +29,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, imports: bool = False, **settings):
         super().__init__(formatter_class=HelpFormatter, **settings)
-        self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        self.first = argparse.ArgumentParser(add_help=False)
+        self.first.error = self.error
         for parser in (self, self.first) if imports else ():
-            what = "your file with another projector, tower or form of rows (tests/changes has examples)"
+            what = "your file with another projector, tower or form of rows, as in tests/changes but without the test"
             parser.add_argument("--import", dest="imported", type=file_path, metavar="FILE.py", help=what)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -43,10 +44,11 @@ class ArgumentParser(argparse.ArgumentParser):
             like = difflib.get_close_matches(unknown[0], known, n=1)
             self.error(f"unknown: {' '.join(unknown)}" + (f" (did you mean {like[0]}?)" if like else ""))
         if file := getattr(self.first.parse_known_args(args)[0], "imported", None):
-            if not file.is_file():
-                self.error(f"argument --import: no such file: {file}")
-            sys.path.insert(0, str(file.resolve().parent))
-            importlib.import_module(file.stem)
+            if not (file.is_file() and file.suffix == ".py" and file.stem.isidentifier()):
+                self.error(f"argument --import: no Python file named by a plain word: {file}")
+            sys.path.append(str(file.resolve().parent))
+            if Path(importlib.import_module(file.stem).__file__ or "").resolve() != file.resolve():
+                self.error(f"argument --import: another module is called {file.stem}: rename the file")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -98,8 +100,10 @@ def command(script: str, flags: dict[str, object]) -> str:
     words = [f"python {shlex.quote(typed_path(ROOT / script))}"]
     for name, value in flags.items():
         if value is not None:
-            text = typed_path(value) if isinstance(value, Path) else str(value)
-            words.append(f"--{name}" if value is True else f"--{name} {shlex.quote(printable(text))}")
+            text = printable(typed_path(value) if isinstance(value, Path) else str(value))
+            # After a blank, a value that begins with a hyphen would be read as a flag.
+            text = f"{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"
+            words.append(f"--{name}{'' if value is True else text}")
     # Each flag stays beside its value: only the spaces between flags may break.
     text = " ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(text, 74, break_long_words=False, break_on_hyphens=False)

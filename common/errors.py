@@ -53,7 +53,7 @@ def report_interrupt(kind: type, error: BaseException, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = report_interrupt  # Ctrl-C while a script still imports, which takes seconds
+sys.excepthook = report_interrupt  # Ctrl-C while a script imports what comes after this
 
 
 def first_line(error: Exception) -> str:

@@ -130,7 +130,7 @@ def refuse_to_lose(folder: Path, made_by: dict, overwrite: bool, flag: str):
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UsageError(f"{display_path(folder)} is no folder{f': name another with {flag}' if flag else ''}")
+        raise UsageError(f"{display_path(folder)} is not a folder{f': name another with {flag}' if flag else ''}")
     if not overwrite:
         raise UsageError(f"{display_path(folder)} is there already: --overwrite replaces it, {flag} names another")
     record = read_record(folder)
@@ -221,7 +221,7 @@ def load_file(path: Path) -> dict:
         reason, cure = first_line(error), ". Delete it, and copy or train it again."
         if isinstance(error, OSError):  # the file may be in order
             reason, cure = error.strerror or error, ""
-        elif "PytorchStreamReader" in reason:
+        elif isinstance(error, EOFError) or "PytorchStreamReader" in reason:
             reason = "it is cut off"
         elif isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds something else than tensors, which could run code when loaded"

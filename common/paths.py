@@ -41,7 +41,10 @@ def display_path(path: str | Path) -> str:
 
 def typed_path(path: Path) -> str:
     """Returns the path as one would type it in the current folder: relative where it lies inside."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (OSError, ValueError):  # the current folder was deleted; it does not lie inside
+        return str(path)
 
 
 def printable(text: str | Path) -> str:

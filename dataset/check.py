@@ -101,7 +101,7 @@ def about_answers(data: VLMDataset, tokenizer) -> dict[str, str]:
         spans = zip(row["learned"][::2], row["learned"][1::2], strict=True)
         answers += [row["input_ids"][start:end] for start, end in spans]
     answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    are_numbers = answers and all(re.fullmatch(r"[\d.-]+", answer.strip()) for answer in answers)
+    are_numbers = answers and all(re.fullmatch(r"[\d.-]*\d[\d.-]*", answer.strip()) for answer in answers)
     facts = {"answers": "only numbers: if they stand for classes, name the classes instead"} if are_numbers else {}
     text = " ".join(answers)
     for script, run in itertools.groupby(text, script_of):

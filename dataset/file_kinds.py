@@ -73,7 +73,7 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def open_text(path: Path, **how) -> TextIO:
-    """Opens a text in UTF-8, or in UTF-16 where its byte order mark says so, as in Excel's "Unicode text"."""
+    """Opens a text in UTF-8, or in UTF-16 where its first bytes show that, as in Excel's "Unicode text"."""
     with open(path, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
     return open(path, encoding=encoding, **how)

@@ -287,8 +287,11 @@ def main(argv: list[str] | None = None):
             else:
                 write_transformers(trained, part)
         except (OSError, SafetensorError) as error:
-            # Neither safetensors nor numpy, which writes a GGUF's tensors, passes the system's error on.
-            raise OSError(getattr(error, "strerror", None) or f"the disk is probably full ({error})") from error
+            # Neither safetensors nor numpy, which writes a GGUF's tensors ("... requested and ... written"), passes the
+            # system's error on.
+            if isinstance(error, OSError) and " written" not in str(error):
+                raise
+            raise OSError(f"the disk is probably full ({error})") from error
     print(f"{display_path(folder)}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
     if names:
         print(f"try it: llama-server -m {' --mmproj '.join(display_path(folder / name) for name in names)}")

@@ -55,10 +55,10 @@ class Made:
 
 
 def held_out(made: Made, share: float) -> np.ndarray:
-    """Returns which rows to hold out, bool (rows,): at least 2 of 20 and 3 of 30, unless `share` is 0; at most half.
+    """Returns which rows to hold out, bool (rows,): if possible 2 of 20 and 3 of 30, unless `share` is 0; at most half.
 
     They are those whose pictures have the smallest hashes, in whatever order. Rows that share a picture, directly or
-    through other rows, go together, so none is trained on. Up to a fifth may go to have several pictures to shuffle.
+    through other rows, go together, so none is trained on. Several small groups are taken, for pictures to shuffle.
     """
     smallest = {picture: min(group) for group in made.linked.to_sets() for picture in group}
     roots = np.array([smallest.get(key, key) for key in made.keys], dtype=np.uint64)

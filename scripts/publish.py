@@ -59,12 +59,15 @@ class Model:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, imports=True)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=file_path, help="a folder of scripts/export.py, or a .pth")
     add("repo", metavar="NAME/REPO", help="your name (or an organisation's) on the hub, and the model's")
     add("--license", type=str.lower, required=True, help="one that your data and starting weights allow (the hub's id)")
-    add("--language", help="codes for the card, as zh,en (default: zh if the run's samples are in Chinese, else none)")
+    add(
+        "--language",
+        help="codes for the card, as zh,en (default: zh if most of the samples are Chinese, else none)",
+    )
     add("--private", action="store_true", help="only you can see it, where the repository is new")
     add("--no_samples", action="store_true", help="publish no sample images")
     add("--dry_run", action="store_true", help="upload nothing: write the card, list the files")
@@ -209,7 +212,8 @@ def main(argv: list[str] | None = None):
             raise UsageError(f"{again}, so its record is of another model: export it again")
     except UsageError as error:  # the card says less then
         record, missing = page.Record(folder, model.name, [], []), [str(error)]
-    if args.language is None and any(CHINESE.match(sample["reference"]) for sample in record.samples):
+    chinese = [sample for sample in record.samples if CHINESE.match(sample["reference"])]
+    if args.language is None and 2 * len(chinese) > len(record.samples):
         args.language = "zh"
     made = card_files(model, record, args)
     files = model.files | made

@@ -13,7 +13,7 @@ from common.paths import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Lowest first: a module imports from its own room and from lower ones.
 ROOMS = ("common", "model", "dataset", "trainer", "scripts", "eval_vlm")
-MOST_LINES = 11_860
+MOST_LINES = 11_880
 FILES = [
     path for path in ROOT.rglob("*.py") if not {".git", "tests", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
 ]

@@ -161,4 +161,5 @@ def finish(run: Run, state: TrainState, progress: Progress, watch: Watch, data: 
             flags |= {"data_path": args.data_path, "images_path": images, "eval_data": heldout}
             flags["eval_images_path"] = args.eval_images_path
             flags["epochs"] = epochs_for(following, len(data)) if run.bundle is BUILTIN else None
-    progress.log(f"next: {command(run.stage.following, flags)}")
+    flags["import"] = args.imported
+    progress.log(f"next: {command(run.stage.following, flags)}", wraps=False)  # it is to be pasted

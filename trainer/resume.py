@@ -106,7 +106,7 @@ class RunFiles:
                 f"run another {' or '.join(flags)}"
             ) from error
         except OSError as error:
-            raise UsageError(f"{flags[-1]} {self.save_dir} cannot be written to: {error.strerror}") from error
+            raise UsageError(f"{flags[-1]}: {self.save_dir} cannot be written to: {error.strerror}") from error
 
 
 def read_state(path: Path, schema: dict, from_resume: int | None, log: Callable[[str], None]) -> dict | None:

@@ -383,14 +383,12 @@ def train(args: Namespace, processes: Processes) -> int:
         write_atomically(path, lambda file: torch.save(saved, file))
 
     take_steps(args, context, pictures, heldout, state, save)
-    if files.keep_aside(""):  # models that were trained with it still need it
-        print(f"kept the earlier tower as {display_path(files.aside)}")
-    write_tower(args, tower)
+    write_tower(args, tower, files)
     path.unlink(missing_ok=True)
     return rows
 
 
-def write_tower(args: Namespace, tower: nn.Module):
+def write_tower(args: Namespace, tower: nn.Module, files: resume.RunFiles):
     """Writes the tower as transformers does, in half precision, with the preprocessor file of the one it began with."""
     source, size = BUILTIN_TOWER_DIR if args.from_tower == NO_TOWER else args.from_tower, tower.settings.size
     name = "preprocessor_config.json"
@@ -402,6 +400,8 @@ def write_tower(args: Namespace, tower: nn.Module):
                 edges = preprocessor[key]
                 preprocessor[key] = dict.fromkeys(edges, size) if isinstance(edges, dict) else size
             (folder / name).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+        if files.keep_aside(""):  # models that were trained with it still need it
+            print(f"kept the earlier tower as {display_path(files.aside)}")
 
 
 def main():
@@ -415,7 +415,7 @@ def main():
     name = re.sub(r"\W+", "_", args.save_tower.name).removesuffix("_tower")
     following = {"from_weight": "llm", "data_path": args.data_path, "images_path": args.images_path}
     following |= {"eval_data": args.eval_data, "vision_model_path": args.save_tower}
-    following |= {"save_weight": f"{name}_pretrain", "epochs": epochs}
+    following |= {"save_weight": f"{name}_pretrain", "epochs": epochs, "import": args.imported}
     print(f"next: {command('trainer/train_pretrain_vlm.py', following)}")
 
 

@@ -86,7 +86,8 @@ def not_read(path: Path) -> str:
         shards = set(file_kinds.data_files(path)) if form == file_kinds.SHARDS else ()
         for folder, images, texts, names in file_kinds.pictures_and_texts(path):
             others = sorted(set(names).difference(images, texts.values() if form == file_kinds.FOLDER else ()))
-            counts.update(Path(name).suffix.lower() or name for name in others if folder / name not in shards)
+            others = [Path(printable(name)) for name in others if folder / name not in shards]
+            counts.update(name.suffix.lower() or name.name for name in others)
     return ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
 
 

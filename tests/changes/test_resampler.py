@@ -44,7 +44,7 @@ def test_a_resampler_is_trained_resumed_evaluated_and_refused_by_the_export(worl
     flags = ["--batch_size", 9, "--save_interval", 1, "--learning_rate", 1e-3, "--epochs"]
     first = [PRETRAIN, *world.files("pretrain", out), "--projector", "resampler", *own, *flags]
     done = world.run(*first, 1).passed()
-    assert "resampler projection, 64 tokens an image" in done.out
+    assert "resampler projection, 64 tokens an image" in done.out and f"--import {__file__}" in done.out
     assert "3 to go" in world.run(*first, 2, "--from_resume", 1).passed().out
     world.run(SFT, *world.files("sft", out), *own, *flags, 1).passed()
     asked = ["--weight", "sft_vlm", "--image", world.images / "0.jpg"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import socket
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from tiny import EVAL, PRETRAIN, ROOT, SFT, language_model, pretrain_row, turn, write_jsonl
 
 from common import paths
+from common.cli import command
 from common.errors import UsageError
 from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOKENIZER_DIR, BUILTIN_TOWER_DIR
 from dataset.chat import load_tokenizer
@@ -537,3 +539,26 @@ def test_a_link_to_data_that_is_away_keeps_the_built_in_set_from_being_taken(pla
     (place.root / "dataset/pretrain_data.jsonl").symlink_to(place.root / "disk_that_is_not_mounted")
     with pytest.raises(UsageError, match="files are missing"):
         place.choose()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.py", "no Python file"),
+        ("my.v2.py", "no Python file"),
+        ("random.py", "another module is called random"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_refused(world, tmp_path, name, words):
+    (tmp_path / name).touch() if name != "nowhere.py" else None
+    for flags in (["--import", tmp_path / name], [f"--imp={tmp_path / name}"]):
+        refused = world.run(PRETRAIN, *flags)
+        assert refused.code == 2 and words in refused.err and "usage:" not in refused.err
+    assert "error: argument --import" in world.run(PRETRAIN, "--import").err
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = {"image_dir": tmp_path / "my photos", "prompt": "-5 or 5?", "chat": True, "seed": None}
+    typed = command("eval_vlm.py", flags).replace("\\\n", " ")
+    assert shlex.split(typed) == ["python", str(EVAL), "--image_dir", "my photos", "--prompt=-5 or 5?", "--chat"]

@@ -163,7 +163,7 @@ OTHERS = {
     "weights": (lambda folder: folder.with_name("out"), "sft_vlm_64.pth"),
     "a user's": (lambda folder: thesis(folder), "thesis.txt"),
     "a link": (lambda folder: linked(folder), "pictures"),
-    "a file": (lambda folder: folder.write_text("mine", encoding="utf-8"), "is no folder"),
+    "a file": (lambda folder: folder.write_text("mine", encoding="utf-8"), "is not a folder"),
     "the root": (lambda folder: Path("/"), "/ is not replaced"),
     "a record": (lambda folder: (thesis(folder), (folder / RECORD).write_text("[]")), "thesis.txt"),
     "another's": (lambda folder: (thesis(folder), (folder / RECORD).write_text('{"dataset_by": ""}')), "thesis.txt"),

@@ -218,6 +218,8 @@ def test_what_is_no_language_model_is_refused(world, tmp_path):
 )
 def test_a_damaged_sidecar_is_refused(world, tmp_path, llm):
     folder, out = save_language_model(tmp_path / "llm", "smollm2"), tmp_path / "out"
+    # Without a mark before the user's text, as GPT-2's.
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     files = ["--data_path", world.root / "pretrain.jsonl", "--images_path", world.images, "--save_dir", out]
     files += ["--vision_model_path", world.tower, "--num_workers", 0, "--device", "cpu", "--eval_data", "none"]
     world.run(PRETRAIN, *files, "--llm_path", folder, "--epochs", 1).passed()
@@ -246,6 +248,8 @@ def test_what_the_export_cannot_express_is_refused(world, tmp_path):
 
 def test_its_weights_may_have_the_name_that_a_run_starts_from(world, tmp_path):
     folder, out = save_language_model(tmp_path / "llm", "smollm2"), tmp_path / "out"
+    # Without a mark before the user's text, as GPT-2's.
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     files = ["--data_path", world.root / "pretrain.jsonl", "--images_path", world.images, "--save_dir", out]
     files += ["--vision_model_path", world.tower, "--num_workers", 0, "--device", "cpu", "--eval_data", "none"]
     world.run(PRETRAIN, *files, "--llm_path", folder, "--save_weight", "llm", "--epochs", 1).passed()

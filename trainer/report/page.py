@@ -199,7 +199,7 @@ def verdict(figures: dict, sidecar: dict) -> list[str]:
         right, shuffled = figures["exact_match"], figures["exact_shuffled"]
         deviation = math.sqrt((right * (1 - right) + shuffled * (1 - shuffled)) / asked)
         found = "It looks at the images" if right - shuffled > 2 * deviation else HARDLY
-    change = f"{'raise' if gap > 0 else 'lower'} the loss by {abs(gap):.3f} nats per token"
+    change = f"{'raise' if gap >= 0 else 'lower'} the loss by {abs(gap):.3f} nats per token"
     sentence = f"{found}: those of other rows {change}"
     sentence += f" (standard error {error:.3f})" if figures.get("gap_error") is not None else ""
     if asked:
@@ -280,9 +280,10 @@ def write_report(out_dir: Path, name: str) -> Path:
     rows, held_out, sidecar = record.training, record.evaluations, record.sidecar
     metric, unit = measured(held_out[-1] if held_out else {})
     losses = {"Loss": {"training": points(rows, "loss")}}
-    losses.setdefault(metric.capitalize(), {})["held out"] = points(held_out, "loss")  # beside it if it is the loss too
-    units = {"Loss": "", metric.capitalize(): unit}
-    charts = {title: line_chart(units[title], curves, may_be_log=True) for title, curves in losses.items()}
+    title = metric[:1].upper() + metric[1:]
+    losses.setdefault(title, {})["held out"] = points(held_out, "loss")  # beside it if it is the loss too
+    units = {"Loss": "", title: unit}
+    charts = {name: line_chart(units[name], curves, may_be_log=True) for name, curves in losses.items()}
     gaps = {"shuffled images": points(held_out, "gap_shuffled"), "no images": points(held_out, "gap_blind")}
     charts |= {
         "Grounding gap": line_chart(unit, gaps),
@@ -302,6 +303,7 @@ def write_report(out_dir: Path, name: str) -> Path:
         facts=filter(None, facts),
         outcome="Training loss" if loss is None else f"Held-out {metric}",
         metric=metric,
+        title=title,
         unit=unit,
         loss=last_of(rows, "loss") if loss is None else loss,
         gap=last_of(held_out, "gap_shuffled"),

@@ -51,13 +51,14 @@ class Watch:
         pictures, rows = np.unique(shown.first_pictures, return_index=True)
         rows = shown.__getitems__(np.sort(rows[pictures >= 0])[: 4 * IMAGES].tolist())  # some may be broken
         self.rows = [row for row in rows if not isinstance(row, PictureError)][:IMAGES]
-        begin, end_of_question = encoder_for(tokenizer, shown.image_tokens).user_marks
+        begin, end_mark = map(str.rstrip, encoder_for(tokenizer, shown.image_tokens).user_marks)
         for number, row in enumerate(self.rows):
             row = shown.without_images(row)
             start, end = first_answer(row["labels"])
             prompt = tokenizer.decode(row["input_ids"][:start])
             reference = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True)
-            question, *_ = prompt.rpartition(begin)[2].partition(end_of_question.rstrip())
+            question = prompt.rpartition(begin)[2] if begin else prompt
+            question = question.partition(end_mark)[0] if end_mark else question
             sample = {"picture": f"{number}.jpg", "prompt": question.strip(), "reference": reference.strip()}
             self.samples.append(sample)
 

@@ -79,10 +79,11 @@ class Processes(contextlib.AbstractContextManager):
         if self.world_size > 1 and (kind is None or not issubclass(kind, RankError)):
             dist.destroy_process_group()
 
-    def log(self, message: str = ""):
-        """Prints a message, on the main rank, above a progress bar if there is one; wraps its lines in a terminal."""
+    def log(self, message: str = "", wraps: bool = True):
+        """Prints a message, on the main rank, above a progress bar if there is one; in a terminal it `wraps` lines."""
         if self.is_main:
-            tqdm.write("\n".join(map(wrap_line, message.split("\n"))) if sys.stdout.isatty() else message)
+            lines = map(wrap_line, message.split("\n")) if wraps and sys.stdout.isatty() else [message]
+            tqdm.write("\n".join(lines))
             sys.stdout.flush()
 
     def barrier(self, patient: bool = False):
