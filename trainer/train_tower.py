@@ -323,7 +323,7 @@ def take_steps(args, context: TrainContext, pictures: Pictures, heldout: Picture
                     raise UsageError(f"nothing was learned up to step {state.step:,}: none of the pictures can be read")
                 who, loss = "guide" if learner.is_guide else "tower", f"loss {np.mean(losses):.3f}"
                 figures, losses = measure(learner, heldout), []
-                print(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}", flush=True)
+                context.processes.log(f"  {done:4.0%}  {who}  step {state.step:,}  {loss}  held out: {figures}")
             if is_due or stops:
                 save()
             if stops:
@@ -360,8 +360,9 @@ def train(args: Namespace, processes: Processes) -> int:
         "sees": f"{size} x {size} pixels, {patches} patches; random crops, {mirrored:.0%} of them mirrored",
         "time": f"{length} in batches of {args.batch_size}, {device.type.upper()}, {str(dtype).removeprefix('torch.')}",
     }
-    print("stage 0: the tower learns your pictures by the words of their answers")
-    print("\n".join(f"  {name:<13} {value}" for name, value in header.items()), flush=True)
+    processes.log("stage 0: the tower learns your pictures by the words of their answers")
+    for name, value in header.items():
+        processes.log(f"  {name:<13} {value}")
 
     if (saved := resume.read_state(path := files.state, STATE, args.from_resume, print)) is not None:
         resume.check_same_run(saved, fingerprint, count, path)
@@ -373,7 +374,7 @@ def train(args: Namespace, processes: Processes) -> int:
         context.load_state_dict(saved)
         resume.restore_random_state(saved["random"], 0, device)
         state.load_state_dict(saved)
-        print(f"  resumes       after step {state.step:,}", flush=True)
+        processes.log(f"  resumes       after step {state.step:,}")
 
     def save():
         saved = state.state_dict() | context.state_dict() | {"random": [resume.random_state(device)]}
