@@ -33,6 +33,11 @@ def place_of(folder: Path) -> Path:
     return folder if folder.exists() else next((other for other in others if (other / needed).is_file()), folder)
 
 
+def is_builtin_data(path: str | Path | None) -> bool:
+    """Tells whether a data file is of the built-in set, by its path as a sidecar has it; True if that has none."""
+    return path is None or (ROOT / str(path)).parent == BUILTIN_DATASET_DIR
+
+
 def display_path(path: str | Path) -> str:
     """Returns the path as a person reads it: relative to the project's folder where it lies inside."""
     path = Path(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UsageError
-from common.paths import BUILTIN_DATASET_DIR, BUILTIN_HIDDEN_SIZE, display_path
+from common.paths import BUILTIN_HIDDEN_SIZE, display_path, is_builtin_data
 from dataset.chat import check_tokenizer, encoder_for, has_image_pad, image_token_id, load_tokenizer, tokenizer_hash
 from dataset.features import FeatureFolder
 from dataset.file_kinds import quiet_libraries
@@ -38,7 +38,7 @@ class Run:
         self.started = time.perf_counter()
         self.stage, self.args, self.processes = stage, args, processes
         self.device, self.log, self.bundle = processes.device, processes.log, BUNDLES[args.assets]
-        self.learns_scenes = args.data_path.parent == BUILTIN_DATASET_DIR
+        self.learns_scenes = is_builtin_data(args.data_path)
         quiet_libraries(processes.is_main)
         if args.deterministic:
             be_deterministic()

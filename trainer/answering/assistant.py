@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from common.cli import file_path, number, temperature
 from common.errors import UsageError
 from common.files import not_a_file
-from common.paths import BUILTIN_DATASET_DIR, ROOT, SAVE_DIR, display_path
+from common.paths import SAVE_DIR, display_path, is_builtin_data
 from common.schema import read_json
 from dataset.chat import check_tokenizer, encoder_for, load_tokenizer, tokenizer_hash
 from dataset.pictures import PICTURE_FORMATS, PictureError, PictureFormat, load_picture
@@ -107,8 +107,7 @@ class LoadedModel:
     def knows_only_scenes(self) -> bool:
         """Whether it was trained on the built-in set and nothing else."""
         data = self.weights.sidecar.get("arguments", {}).get("data_path")
-        is_theirs = data is None or (ROOT / str(data)).parent == BUILTIN_DATASET_DIR
-        return bundle_of(self.weights) is BUILTIN and is_theirs
+        return bundle_of(self.weights) is BUILTIN and is_builtin_data(data)
 
     def sampling(self, args: argparse.Namespace) -> dict:
         """Returns the sampling settings: those of the flags, else of the weights' recipe."""

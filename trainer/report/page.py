@@ -15,7 +15,7 @@ import jinja2
 
 from common.errors import UsageError
 from common.files import write_atomically
-from common.paths import BUILTIN_DATASET_DIR, BUILTIN_TOWER_DIR, display_path
+from common.paths import BUILTIN_TOWER_DIR, display_path, is_builtin_data
 from common.schema import SchemaError, parse_json, read_json
 from dataset.pictures import PictureError, load_picture
 from model.weights import PLAIN, SIDECAR
@@ -63,8 +63,7 @@ class Record:
     @property
     def learns_scenes(self) -> bool:
         """Whether the data is the built-in set."""
-        data = self.sidecar["arguments"].get("data_path") or display_path(BUILTIN_DATASET_DIR)
-        return self.sidecar.get("assets") == "built-in" and str(data).startswith(display_path(BUILTIN_DATASET_DIR))
+        return self.sidecar.get("assets") == "built-in" and is_builtin_data(self.sidecar["arguments"].get("data_path"))
 
 
 def read_record(folder: Path, name: str) -> Record:
@@ -213,7 +212,7 @@ def verdict(figures: dict, sidecar: dict) -> list[str]:
     arguments, stage, cures = sidecar.get("arguments", {}), sidecar.get("stage"), []  # the likeliest cure first
     if found == HARDLY and stage == "pretrain":
         return [f"{sentence}.", UNWRITTEN]
-    has_own_data = display_path(BUILTIN_DATASET_DIR) not in str(arguments.get("data_path"))
+    has_own_data = not is_builtin_data(arguments.get("data_path"))
     if has_own_data and str(arguments.get("vision_model_path")) == display_path(BUILTIN_TOWER_DIR):
         cures.append("a tower of your own pictures, as this one has seen drawn shapes only (trainer/train_tower.py)")
     if stage == "sft" and str(arguments.get("from_weight")).startswith("llm"):
