@@ -74,7 +74,9 @@ def test_a_folder_is_described_at_once_as_picture_by_picture(world, out):
 def test_the_precisions_answer_and_int8_is_for_the_cpu(world, out):
     flags = [*world.eval_files(out), "--image", world.images / "0.jpg", "--max_new_tokens", 4]
     for dtype in ("float32", "bfloat16", "int8"):
-        assert "tokens/s" in world.run(EVAL, *flags, "--dtype", dtype).passed().out
+        said = world.run(EVAL, *flags, "--dtype", dtype).passed().out
+        assert "tokens/s" in said and "0.236 M parameters" in said
+    assert "-1: must be at least 0.001, or 0" in world.run(EVAL, *flags, "--temperature", -1).err
     with pytest.raises(UsageError, match="--dtype int8 is for the CPU"):
         in_precision(SimpleNamespace(device=torch.device("cuda")), "int8")
 

@@ -70,10 +70,13 @@ def test_files_that_are_no_weights_are_refused(world, tmp_path):
     torch.save({"model.norm.weight": torch.ones(3), "more": Code()}, path)
     with_code = path.read_bytes()
     torch.save({1: torch.ones(3)}, path)
+    numbered = path.read_bytes()
+    torch.save({"learned": {}, "step": 3}, path)
     contents = {
         "cannot be read": [b"", b"text", whole[: len(whole) // 2], whole[:-100]],
         "could run code": [with_code],
-        "is no weight file": [path.read_bytes()],
+        "is no weight file: a plain dict": [numbered],
+        "is the state of a run": [path.read_bytes()],
     }
     for message, all_bytes in contents.items():
         for content in all_bytes:
