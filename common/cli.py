@@ -24,7 +24,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a mistake in a line, without the list of all flags; for an unknown flag it names the closest one.
 
-    With `imports`, it has the flag --import, which is obeyed before other flags are read.
+    With `imports` it has the flag --import, whose file is imported before the other flags are checked.
     """
 
     def __init__(self, imports: bool = False, **settings):
@@ -44,10 +44,11 @@ class ArgumentParser(argparse.ArgumentParser):
             like = difflib.get_close_matches(unknown[0], known, n=1)
             self.error(f"unknown: {' '.join(unknown)}" + (f" (did you mean {like[0]}?)" if like else ""))
         if file := getattr(self.first.parse_known_args(args)[0], "imported", None):
+            file = file.resolve()
             if not (file.is_file() and file.suffix == ".py" and file.stem.isidentifier()):
-                self.error(f"argument --import: no Python file named by a plain word: {file}")
-            sys.path.append(str(file.resolve().parent))
-            if Path(importlib.import_module(file.stem).__file__ or "").resolve() != file.resolve():
+                self.error(f"argument --import: {file} is not a file that Python can import, such as my_form.py")
+            sys.path.append(str(file.parent))
+            if Path(importlib.import_module(file.stem).__file__ or "").resolve() != file:
                 self.error(f"argument --import: another module is called {file.stem}: rename the file")
         return super().parse_known_args(args, namespace)
 

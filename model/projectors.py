@@ -16,7 +16,7 @@ class Projector(nn.Module):
 
     is_grid = True  # whether its tokens form a square grid over the image (word maps need that)
     takes_pixel_shuffle = False  # whether pixel_shuffle x pixel_shuffle patches can become one token
-    # Tensors that tell it in a weight file without a sidecar; the last dimension of the first is the input width.
+    # Tensors by which a weight file without a sidecar is recognised; the first one's last dimension is the input width.
     identified_by: tuple[str, ...] = ()
     exported_as: str | None = None  # transformers' form with an equal projector: a name of FORMS in scripts/export.py
     llava_activation: str | None = None  # transformers' name of the activation between two layers, if that is LLaVA

@@ -119,7 +119,8 @@ def read_training(folder: Path) -> dict:
     path = folder / TRAINING
     try:
         sidecar = read_json(path, dict) if path.exists() else {}
-        check(sidecar, SIDECAR if sidecar else {})  # {} if the weights had none
+        if sidecar:  # {} if the weights had none
+            check(sidecar, SIDECAR)
         sidecar.pop("tower_sha256", None)  # the tower was exported with the weights, in another precision
         return sidecar
     except SchemaError as error:

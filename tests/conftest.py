@@ -11,8 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Of torch, here and there: threads of several tests at once would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 import transformers
+
+from common.paths import BUILTIN_TOKENIZER_DIR
+from dataset.chat import load_tokenizer
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -22,6 +26,11 @@ transformers.utils.logging.disable_progress_bar()
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
 
 
 def pytest_collection_modifyitems(items):

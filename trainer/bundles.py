@@ -172,8 +172,8 @@ def choose_bundle(args, data: str) -> tuple[Bundle, dict[str, Path | str]]:
         raise UsageError(
             "\n".join(["some files are missing:", *missing]) + "\nDownload them, or name your own with --data_path, "
             f"--images_path, --vision_model_path, --tokenizer_path. Found: {found}. (With none of these files and "
-            "flags, training uses the small built-in set; with --data_path of your own, and if you like a tower, but "
-            "nothing downloaded, the built-in language model and tokenizer.)"
+            "flags, training uses the small built-in set. With your own --data_path and nothing downloaded, it uses "
+            "the built-in language model and tokenizer, also with a tower of your own.)"
         )
     return bundle, {flag: path for flag, (_, path, _) in files.items() if flag != "from_weight"} | chosen
 
@@ -186,7 +186,7 @@ def needed_files(bundle: Bundle, args, data: str) -> dict[str, tuple[str, Path, 
         "tokenizer_path": ("tokenizer", tokenizer, bundle.command("tokenizer")),
     }
     if args.data_path is None:
-        is_published = data in BUILTIN.recipes  # the other generations' data sets are called as the stages are
+        is_published = data in BUILTIN.recipes  # published data sets have the same names
         command = f"python scripts/download.py {data}" if is_published else bundle.command(data)
         names = [paths.DATASET_DIR / name.format(data) for name in paths.DATA_NAMES]  # parquet, the newer form, first
         path = next(filter(Path.is_file, names), paths.DATASET_DIR / f"{data}_data.jsonl")

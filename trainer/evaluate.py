@@ -63,7 +63,7 @@ class Evaluator:
     processes: Processes  # they share the rows
     dtype: torch.dtype  # of matrix products
     batch_size: int  # rows per rank and forward pass
-    metric: str = HeldOut.metric  # what `loss` is called in reports, where that is another metric
+    metric: str = HeldOut.metric  # the name of what `loss` measures, for reports
     unit: str = HeldOut.unit
 
     def __post_init__(self):

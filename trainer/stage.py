@@ -86,8 +86,8 @@ class Stage:
     # (flags, model with its starting weights) -> what else the loss takes, by name: numbers, and frozen models such as
     # a reference model (`frozen_copy`), which go to the device. A checkpoint resumes only beside the same ones.
     companions: Callable = lambda args, model: {}
-    # What held-out rows are measured by, called as `loss` is; None: the loss. Where it is not in nats per token, the
-    # evaluator says in what: `partial(Evaluator, metric="...", unit="...")`.
+    # Measured on held-out rows in place of the loss, with the same arguments; None: the loss itself. The evaluator
+    # gives its name and unit: `partial(Evaluator, metric="...", unit="...")`.
     metric: Callable | None = None
     # Measures held-out rows. Takes what `Evaluator` takes (`loss` has the companions), has its attributes `data` and
     # `skipped`, and a method `measure`; what that returns has `as_dict()` and is printed as a line.

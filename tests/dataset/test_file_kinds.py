@@ -17,9 +17,7 @@ from PIL import Image
 from tiny import turn
 
 from common.errors import UsageError
-from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import file_kinds, parquet
-from dataset.chat import load_tokenizer
 from dataset.file_kinds import load_lines
 from dataset.lm_dataset import VLMDataset
 from dataset.parquet import load_parquet
@@ -29,11 +27,6 @@ from dataset.scenes.language import DESCRIBE
 TURNS = [turn("user", "<image>\nWhat?"), turn("assistant", "A cat.")]
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 PARTS = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
 
 
 @pytest.fixture

@@ -21,9 +21,8 @@ from published_parquet import write_published_form
 from tiny import SFT, as_file, turn
 
 from common.errors import UsageError
-from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import parquet
-from dataset.chat import ChatEncoder, load_tokenizer
+from dataset.chat import ChatEncoder
 from dataset.features import FeatureFolder, compute_features
 from dataset.holdout import hold_out, rows_in_both
 from dataset.lm_dataset import VLMDataset
@@ -44,11 +43,6 @@ def picture(number: int) -> bytes:
 
 def said(asked: str, answer: str = "一只猫。", *before: dict, **more) -> list[dict]:
     return [*before, turn("user", asked), turn("assistant", answer) | more]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
 
 
 @pytest.fixture

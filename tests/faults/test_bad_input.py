@@ -544,8 +544,8 @@ def test_a_link_to_data_that_is_away_keeps_the_built_in_set_from_being_taken(pla
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere.py", "no Python file"),
-        ("my.v2.py", "no Python file"),
+        ("nowhere.py", "is not a file that Python can import"),
+        ("my.v2.py", "is not a file that Python can import"),
         ("random.py", "another module is called random"),
     ],
 )

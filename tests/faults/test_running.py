@@ -396,8 +396,14 @@ def test_if_every_picture_is_broken_nothing_is_saved_and_it_is_an_error(world, t
     assert len(set((out / "pretrain_vlm_32.bad_rows.txt").read_text().splitlines())) == 12  # each picture once
 
 
-def test_lines_are_wrapped_for_the_terminal(monkeypatch):
+def test_lines_are_wrapped_for_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
+    line, log = "next: python eval_vlm.py --weight my_photos --chat", Processes(0, 1, torch.device("cpu")).log
+    log(line)  # not to a terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    log(line)
+    log(line, wraps=False)
+    assert capsys.readouterr().out.count(line) == 2
     assert wrap_line("") == "" and wrap_line("a short line") == "a short line"
     assert wrap_line("  starts from  out/llm_32.pth (a language model)") == (
         "  starts from  out/llm_32.pth (a\n               language model)"

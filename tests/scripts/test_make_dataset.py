@@ -16,9 +16,7 @@ from tiny import read_jsonl, turn, write_jsonl
 
 from common.errors import UsageError
 from common.files import RECORD
-from common.paths import BUILTIN_TOKENIZER_DIR
 from dataset import file_kinds
-from dataset.chat import load_tokenizer
 from dataset.lm_dataset import VLMDataset
 from scripts.make_dataset import LARGEST_SIZE, Made, held_out, main, parse_arguments, write_dataset
 
@@ -26,11 +24,6 @@ NAMES = ["猫.png", "a b.jpg", "sub/c.png"]
 TEXTS = ["A red cat, sitting.", '一只"狗"。\n它很大。', "Grüße"]
 ASKED = "What is this?"
 FIRST, LAST = f"<image>\n{ASKED}", f"{ASKED}\n<image>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from checks.check_looking import attribute_maps, covered_patches, measure
 from tiny_models import AT, IMAGE, batch, pictures, prompt, tiny_vlm
 
 from common.errors import UsageError
-from common.paths import BUILTIN_TOKENIZER_DIR
-from dataset.chat import load_tokenizer
 from dataset.scenes.draw import heldout_scenes, patch_coverage
 from dataset.scenes.language import CHINESE, LANGUAGES, caption
 from model import answers as looking
@@ -91,11 +89,6 @@ def test_looking_leaves_the_random_state_and_the_model_as_they_were(model):
 
 
 # ---- words
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(BUILTIN_TOKENIZER_DIR)
 
 
 @pytest.mark.parametrize("text", ["图中有一个物体：中间有一个小的绿色五角星。", "A red house, 12 trees.\n龘😀图", "😀"])

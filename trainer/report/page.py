@@ -174,7 +174,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def measured(figures: dict) -> tuple[str, str]:
-    """Returns the metric of an evaluation and its unit; metrics of earlier versions name neither."""
+    """Returns the name and unit of what an evaluation measured; files of earlier versions have neither."""
     return str(figures.get("metric", LOSS[0])), str(figures.get("unit", LOSS[1]))
 
 

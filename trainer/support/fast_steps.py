@@ -197,7 +197,7 @@ class CapturedStep:
 
     def compute(self, inputs: dict[str, torch.Tensor], counts):
         """Takes the step, or while capturing records it in the graph."""
-        # `counts` holds the batch's units as a tensor: a number would be fixed in the graph. There are some (True).
+        # `counts` holds the batch's units as a tensor: a number would be fixed in the graph. True: the batch has some.
         batch, counts = inputs | {"units": True}, replace(counts, units=self.units)
         losses, is_bad = self.plain(self.context, [batch], counts, self.rate)
         self.losses.copy_(losses)
